@@ -20,7 +20,7 @@ SHARE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*%\s*$")
 class Section(BaseModel):
     """A part of the tree. Unknown keys are errors: a misspelt setting must not be silently ignored."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
 
 
 class UpcycleConfig(Section):
@@ -205,14 +205,14 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     threads: Annotated[int | None, Field(ge=1, description="CPU threads; None: torch decides")] = None
     keep_checkpoints: Annotated[int, Field(ge=1, description="latest checkpoints kept, besides the best")] = 2
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    partition: PartitionConfig = PartitionConfig()
-    clients: ClientsConfig = ClientsConfig()
-    method: MethodConfig = MethodConfig()
-    train: TrainConfig = TrainConfig()
-    federation: FederationConfig = FederationConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    clients: ClientsConfig = Field(default_factory=ClientsConfig)
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    federation: FederationConfig = Field(default_factory=FederationConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "RunConfig":
