@@ -1,0 +1,269 @@
+"""Examples to tensors: prompts cut to fit, answers lined up with the logits that predict them.
+
+Pieces are tokenised one by one, always: the template's head, the text, the template's tail, and the answer. So the
+text can be cut at an exact number of tokens, and an answer has the same tokens in training and in evaluation. White
+space between two pieces goes to the piece that follows it, as in the vocabularies of language models.
+
+Shapes: `B` examples, `S` longest input, `A` longest answer, `N` choices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hfedmoe.data.rows import Example
+from hfedmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from hfedmoe.data.tasks import Task
+
+IGNORED = -100  # the target value that torch's cross entropy leaves out
+
+
+@dataclass
+class Batch:
+    """What one forward pass needs and what it should predict.
+
+    Causal models: `input_ids` is prompt + answer without its last token, padded on the left, and the logits of the
+    last `A` positions predict `targets`. Encoder-decoder models: `input_ids` is the prompt, padded on the right, and
+    the decoder's logits over `decoder_input_ids` predict `targets`. `targets` is -100 where nothing is predicted.
+    """
+
+    input_ids: Tensor  # [B, S] int64
+    attention_mask: Tensor  # [B, S] int64, 0 on padding
+    targets: Tensor  # [B, A] int64
+    answers: Tensor  # [B] int64, index of the right choice; -1 for completions
+    decoder_input_ids: Tensor | None = None  # [B, A] int64, encoder-decoder models only
+    choice_tokens: Tensor | None = None  # [B, N] int64, first tokens of the choices if they tell them all apart
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **tensors)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments for the model's forward; the logits come out as `[B, A, V]`, aligned with `targets`."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+        if self.decoder_input_ids is not None:
+            return inputs | {"decoder_input_ids": self.decoder_input_ids}
+        # Models with learned positions would count the padding on the left.
+        position_ids = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        return inputs | {"position_ids": position_ids, "logits_to_keep": self.targets.shape[1]}
+
+
+class Encoder:
+    """Tokenises examples for one model and one template.
+
+    A prompt begins with the special tokens that the tokenizer puts in front by itself (usually BOS, or none); the
+    prompt of an encoder-decoder model also ends with those it appends (T5: `</s>`). A completion ends with the
+    tokenizer's end-of-sequence token, if it has one; a choice does not.
+
+    Where the template ends without white space, an answer of a causal model gets a space in front, unless it brings
+    white space of its own; trailing spaces of the template move to the answer, a trailing line break stays. The
+    decoder of an encoder-decoder model begins with the answer as it is.
+
+    Args:
+        tokenizer: of transformers.
+        template: the prompt, with `{text}` once.
+        max_tokens: the longest prompt and the longest answer.
+        encoder_decoder: `config.is_encoder_decoder` of the model.
+        decoder_start_token_id: from the model's config, for encoder-decoder models.
+        first_token_only: what `training_batch` does unless told otherwise.
+
+    Raises:
+        UserError: the template leaves no room for text, or the decoder has no start token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        max_tokens: int,
+        encoder_decoder: bool = False,
+        decoder_start_token_id: int | None = None,
+        first_token_only: bool = False,
+    ) -> None:
+        if encoder_decoder and decoder_start_token_id is None:
+            raise UserError("the model is an encoder-decoder, but its config has no decoder_start_token_id; set one")
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.encoder_decoder = encoder_decoder
+        self.decoder_start_token_id = decoder_start_token_id
+        self.first_token_only = first_token_only
+        self.pad_token_id = next(
+            (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
+        )
+        self._choice_tokens: dict[str, list[int]] = {}
+
+        head, tail = template.split("{text}")
+        self._text_lead = head[len(head.rstrip()) :]
+        self._answer_lead = "" if encoder_decoder else tail[len(tail.rstrip(" \t")) :]
+        tail = tail.rstrip() if encoder_decoder else tail.rstrip(" \t")
+        self._at_line_start = tail.endswith("\n")
+        prefix, suffix = _special_tokens(tokenizer)
+        self._head = prefix + (self._tokens([head.rstrip()])[0] if head.strip() else [])
+        self._starts_with_text = not head.strip()
+        self._tail = (self._tokens([tail], after="a")[0] if tail else []) + (suffix if encoder_decoder else [])
+        self._room = max_tokens - len(self._head) - len(self._tail)
+        if self._room < 1:
+            raise UserError(
+                f"data.template takes {len(self._head) + len(self._tail)} tokens, which leaves none of "
+                f"data.max_tokens={max_tokens} for the text; shorten the template or raise data.max_tokens"
+            )
+
+    @classmethod
+    def for_task(
+        cls,
+        tokenizer: Any,
+        task: "Task",
+        max_tokens: int,
+        encoder_decoder: bool = False,
+        decoder_start_token_id: int | None = None,
+    ) -> "Encoder":
+        """The encoder of a task: classification trains on first tokens only, where these tell the labels apart."""
+        encoder = cls(tokenizer, task.template, max_tokens, encoder_decoder, decoder_start_token_id)
+        encoder.first_token_only = task.kind == "classification" and encoder.distinct_first_tokens(task.train[:1])
+        return encoder
+
+    def prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The tokens of every prompt, at most `max_tokens`: the text's end is cut, the template is kept whole."""
+        texts = [self._text_lead + example.text for example in examples]
+        pieces = self._tokens(texts, after="" if self._starts_with_text else "a")
+        return [self._head + piece[: self._room] + self._tail for piece in pieces]
+
+    def choices(self, example: Example) -> list[list[int]]:
+        """The tokens of every choice of one example. Raises UserError if one is longer than `max_tokens`."""
+        for choice in example.choices:
+            if choice not in self._choice_tokens:
+                self._choice_tokens[choice] = self._checked(self._answer_tokens(choice), example)
+        return [self._choice_tokens[choice] for choice in example.choices]
+
+    def answer(self, example: Example) -> list[int]:
+        """The tokens of the right choice, or of the completion and end-of-sequence.
+
+        Raises:
+            UserError: the answer is longer than `max_tokens`.
+        """
+        if example.choices:
+            return self.choices(example)[example.answer]
+        tokens = self._answer_tokens(example.completion)
+        if self.tokenizer.eos_token_id is not None:
+            tokens = [*tokens, self.tokenizer.eos_token_id]
+        return self._checked(tokens, example)
+
+    def first_tokens(self, example: Example) -> list[int]:
+        """The first token of every choice, in order."""
+        return [tokens[0] for tokens in self.choices(example)]
+
+    def distinct_first_tokens(self, examples: Sequence[Example]) -> bool:
+        """Whether the first token tells all choices apart, in every example (False for completions)."""
+        seen: dict[tuple[str, ...], bool] = {}  # classification repeats the same choices in every row
+        for example in examples:
+            if example.choices not in seen:
+                first = self.first_tokens(example)
+                seen[example.choices] = len(first) > 0 and len(set(first)) == len(first)
+            if not seen[example.choices]:
+                return False
+        return True
+
+    def training_batch(self, examples: Sequence[Example], first_token_only: bool | None = None) -> Batch:
+        """Prompts with their right answers.
+
+        Args:
+            examples: at least one.
+            first_token_only: predict only the first token of each answer, so that `A` is 1; None: the encoder's own
+                setting.
+
+        Raises:
+            UserError: an answer is too long, or `first_token_only` where first tokens do not tell the choices apart.
+        """
+        distinct = self.distinct_first_tokens(examples)
+        answers = [self.answer(example) for example in examples]
+        if self.first_token_only if first_token_only is None else first_token_only:
+            if not distinct:
+                raise UserError("the first tokens of the answers do not tell the choices apart; train on whole answers")
+            answers = [answer[:1] for answer in answers]
+        batch = self.collate(self.prompts(examples), answers)
+        batch.answers = torch.tensor([example.answer if example.choices else -1 for example in examples])
+        if distinct and len({len(example.choices) for example in examples}) == 1:
+            batch.choice_tokens = torch.tensor([self.first_tokens(example) for example in examples])
+        return batch
+
+    def collate(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Batch:
+        """Pad tokenised prompts and answers into a batch (without `choice_tokens`, `answers` all -1)."""
+        unknown = torch.full((len(prompts),), -1)
+        if self.encoder_decoder:
+            starts = [[self.decoder_start_token_id, *answer[:-1]] for answer in answers]
+            return Batch(
+                input_ids=_padded(prompts, self.pad_token_id),
+                attention_mask=_padded([[1] * len(prompt) for prompt in prompts], 0),
+                targets=_padded(answers, IGNORED),
+                answers=unknown,
+                decoder_input_ids=_padded(starts, self.pad_token_id),
+            )
+        inputs = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+        return Batch(
+            input_ids=_padded(inputs, self.pad_token_id, left=True),
+            attention_mask=_padded([[1] * len(tokens) for tokens in inputs], 0, left=True),
+            targets=_padded(answers, IGNORED, left=True),
+            answers=unknown,
+        )
+
+    def _answer_tokens(self, answer: str) -> list[int]:
+        if self.encoder_decoder:
+            return self._tokens([answer])[0]
+        if not answer[:1].isspace():
+            answer = (self._answer_lead or ("" if self._at_line_start else " ")) + answer
+        return self._tokens([answer], after="a\n" if self._at_line_start else "a")[0]
+
+    def _checked(self, tokens: list[int], example: Example) -> list[int]:
+        if not tokens or len(tokens) > self.max_tokens:
+            shown = example.text if len(example.text) <= 40 else example.text[:37] + "..."
+            raise UserError(
+                f"example {shown!r}: an answer has {len(tokens)} tokens, but may have 1 to {self.max_tokens}; "
+                + ("shorten it or raise data.max_tokens" if tokens else "the tokenizer knows none of it")
+            )
+        return tokens
+
+    def _tokens(self, pieces: list[str], after: str = "") -> list[list[int]]:
+        """Tokenise pieces as they come out behind the text `after`.
+
+        Some tokenizers (SentencePiece) put the mark of a new word in front of whatever begins a string; a piece from
+        the middle of a prompt must not get one. Where the joint is not clean (the piece would melt into `after`),
+        the piece is tokenised by itself.
+        """
+        plain: list[list[int]] = self.tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        if not after:
+            return plain
+        joined = self.tokenizer([after, *(after + piece for piece in pieces)], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        lead = joined[0]
+        return [
+            long[len(lead) :] if long[: len(lead)] == lead else short
+            for long, short in zip(joined[1:], plain, strict=True)
+        ]
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts by itself before and behind a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    dressed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(dressed) - len(bare) + 1):
+        if dressed[start : start + len(bare)] == bare:
+            return dressed[:start], dressed[start + len(bare) :]
+    return [], []
+
+
+def _padded(rows: Sequence[Sequence[Any]], value: int, left: bool = False) -> Tensor:
+    """Rows of unequal length as one int64 tensor."""
+    width = max(len(row) for row in rows)
+    padded = torch.full((len(rows), width), value)
+    for index, row in enumerate(rows):
+        padded[index, width - len(row) : width] = torch.tensor(row)
+        if not left:
+            padded[index] = padded[index].roll(len(row) - width)
+    return padded

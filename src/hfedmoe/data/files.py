@@ -1,0 +1,172 @@
+"""Read one local table (CSV, TSV, JSONL, JSON, Parquet), with errors that name the file and the line."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfedmoe.errors import UserError
+
+LONGEST_CELL = 2**31 - 1  # csv stops at 131,072 characters unless told otherwise
+
+
+@dataclass
+class Rows:
+    """Some columns of a table, and where each row came from.
+
+    `names` lists every column of the table, `columns` holds the wanted ones (all of the same length); a cell that is
+    missing is None. `lines` holds the 1-based line of each row where the file has lines.
+    """
+
+    origin: str
+    names: list[str]
+    columns: dict[str, list[Any]]
+    length: int
+    lines: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def at(self, index: int) -> str:
+        """Name one row for an error message."""
+        return f"{self.origin} line {self.lines[index]}" if self.lines else f"{self.origin} row {index + 1}"
+
+    def column(self, name: str, key: str) -> list[Any]:
+        """The cells of one column; `key` is the setting that names it. Raises UserError if there is no such column."""
+        if name not in self.columns:
+            present = ", ".join(self.names) or "none"
+            raise UserError(f'{self.origin}: no column "{name}"; columns present: {present}; set {key} to one of them')
+        return self.columns[name]
+
+
+def read_file(path: Path, wanted: Collection[str]) -> Rows:
+    """Read the wanted columns of one file; the suffix names the format.
+
+    Raises:
+        UserError: the file is missing, empty, of an unknown format, not UTF-8 or not well-formed.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f'{path}: unknown format "{path.suffix}"; use one of {", ".join(READERS)}')
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not raw.strip():
+        raise UserError(f"{path}: the file is empty")
+    rows = reader(str(path), raw, wanted)
+    if not rows:
+        raise UserError(f"{path}: the file has no rows")
+    return rows
+
+
+def _decode(origin: str, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{origin} line {line}: not UTF-8; save the file with UTF-8 encoding") from None
+
+
+def _read_csv(origin: str, raw: bytes, wanted: Collection[str], delimiter: str = ",") -> Rows:
+    text = _decode(origin, raw)
+    previous = csv.field_size_limit(LONGEST_CELL)
+    # strict: an unclosed quote is an error instead of swallowing the rest of the file
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    records: list[dict[str, Any]] = []
+    lines: list[int] = []
+    try:
+        names = [name.strip() for name in next(table, [])]
+        if len(set(names)) < len(names):
+            raise UserError(f"{origin} line 1: a column name occurs twice; the first line must name the columns")
+        start = table.line_num + 1
+        for cells in table:
+            if cells and len(cells) != len(names):
+                raise UserError(
+                    f"{origin} line {start}: {len(cells)} cells, but the first line names {len(names)} columns; "
+                    f'put cells that hold "{delimiter}" in double quotes'
+                )
+            if cells:
+                records.append(dict(zip(names, cells, strict=True)))
+                lines.append(start)
+            start = table.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{origin} line {table.line_num}: not valid CSV ({error})") from None
+    finally:
+        csv.field_size_limit(previous)
+    return _from_records(origin, records, wanted, names, lines)
+
+
+def _read_tsv(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
+    return _read_csv(origin, raw, wanted, delimiter="\t")
+
+
+def _read_jsonl(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
+    records: list[dict[str, Any]] = []
+    lines: list[int] = []
+    for number, line in enumerate(_decode(origin, raw).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{origin} line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
+        if not isinstance(record, dict):
+            raise UserError(f'{origin} line {number}: expected an object such as {{"text": ...}} on every line')
+        records.append(record)
+        lines.append(number)
+    return _from_records(origin, records, wanted, _names(records), lines)
+
+
+def _read_json(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
+    try:
+        records = json.loads(_decode(origin, raw))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{origin} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); "
+            "if every line is an object of its own, name the file .jsonl"
+        ) from None
+    if not isinstance(records, list):
+        raise UserError(f"{origin}: expected a list of objects; if it has one object a line, name the file .jsonl")
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise UserError(f'{origin} row {index + 1}: expected an object such as {{"text": ...}}')
+    return _from_records(origin, records, wanted, _names(records), [])
+
+
+def _read_parquet(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
+        names = list(file.schema_arrow.names)
+        columns = file.read(columns=[name for name in names if name in wanted]).to_pydict()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{origin}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+    return Rows(origin, names, columns, file.metadata.num_rows)
+
+
+def _names(records: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record))
+
+
+def _from_records(
+    origin: str, records: list[dict[str, Any]], wanted: Collection[str], names: list[str], lines: list[int]
+) -> Rows:
+    columns = {name: [record.get(name) for record in records] for name in names if name in wanted}
+    return Rows(origin, names, columns, len(records), lines)
+
+
+READERS: dict[str, Callable[[str, bytes, Collection[str]], Rows]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,166 @@
+"""Split the training rows over clients, with the partitioners of flwr-datasets."""
+
+import contextlib
+import io
+import random
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hfedmoe.config import PartitionConfig
+from hfedmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from hfedmoe.data.tasks import Task
+
+DIRICHLET_SEEDS = 10  # the partitioner itself draws eleven times per seed before it gives up
+
+
+def partition(task: "Task", config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
+    """Give every training row to exactly one client.
+
+    Returns:
+        Per client the sorted indices into `task.train`, at least `min_rows` each; the same for the same seed.
+
+    Raises:
+        UserError: there are too few rows, the scheme needs labels that the task does not have, or files or natural
+            ids make another number of clients.
+    """
+    if task.parts is not None:
+        return _check_given(task, config, num_clients)
+    rows = len(task.train)
+    if num_clients * config.min_rows > rows:
+        raise UserError(
+            f"{num_clients} clients with partition.min_rows={config.min_rows} need {num_clients * config.min_rows} "
+            f"training rows, but there are {rows}; lower partition.min_rows or clients.count, or raise data.train_rows"
+        )
+    if config.scheme == "natural":
+        raise UserError("partition.scheme=natural: the task was loaded without client ids; set partition.column")
+    if config.scheme != "iid" and task.kind != "classification":
+        raise UserError(
+            f"partition.scheme={config.scheme} splits by label, and a {task.kind} task has none; "
+            "use partition.scheme=iid, or natural with partition.column, or data.clients"
+        )
+    parts = [sorted(part) for part in SCHEMES[config.scheme](task, config, num_clients, seed)]
+    smallest = min(range(num_clients), key=lambda client: len(parts[client]))
+    if len(parts[smallest]) < config.min_rows:
+        raise UserError(
+            f"partition.scheme={config.scheme}: client {smallest} gets {len(parts[smallest])} rows, fewer than "
+            f"partition.min_rows={config.min_rows}; lower partition.min_rows or clients.count"
+        )
+    return parts
+
+
+def label_counts(task: "Task", parts: list[list[int]]) -> list[list[int]]:
+    """Rows per label, `[C][labels]`, in the order of `task.labels` (no columns if the task has no labels)."""
+    counts = [[0] * len(task.labels) for _ in parts]
+    if task.labels:
+        for row, part in zip(counts, parts, strict=True):
+            for index in part:
+                row[task.train[index].answer] += 1
+    return counts
+
+
+def natural_groups(ids: list[str]) -> dict[str, list[int]]:
+    """Row indices by client id, ids in sorted order."""
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    partitioner = NaturalIdPartitioner("client")
+    with contextlib.redirect_stderr(io.StringIO()):  # it draws a progress bar
+        parts = _parts(partitioner, {"client": ids}, list(range(len(ids))))
+    return {name: parts[number] for number, name in partitioner.partition_id_to_natural_id.items()}
+
+
+def _iid(task: "Task", config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
+    """Equal shares of the shuffled rows (the partitioner itself cuts without shuffling)."""
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return _parts(IidPartitioner(num_clients), {}, _shuffled_rows(task, seed))
+
+
+def _shards(task: "Task", config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
+    """Rows sorted by label, cut into equal shards, `shards_per_client` to each client (McMahan et al., 2017)."""
+    from flwr_datasets.partitioner import ShardPartitioner
+
+    shards = num_clients * config.shards_per_client
+    if shards > len(task.train):
+        raise UserError(
+            f"{num_clients} clients with partition.shards_per_client={config.shards_per_client} need {shards} training "
+            f"rows, but there are {len(task.train)}; lower partition.shards_per_client or clients.count"
+        )
+    rows = _shuffled_rows(task, seed)
+    partitioner = ShardPartitioner(
+        num_clients, partition_by="label", num_shards_per_partition=config.shards_per_client, seed=seed
+    )
+    parts = _parts(partitioner, {"label": [task.train[row].answer for row in rows]}, rows)
+    # The partitioner drops the rows that fill no shard (fewer than there are shards): they join the client that
+    # already has most of their label.
+    counts = label_counts(task, parts)
+    for row in sorted(set(rows) - {row for part in parts for row in part}):
+        label = task.train[row].answer
+        parts[max(range(num_clients), key=lambda client: counts[client][label])].append(row)
+    return parts
+
+
+def _dirichlet(task: "Task", config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
+    """Shares of every label drawn from a Dirichlet distribution, drawn again until every client has `min_rows`."""
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    rows = _shuffled_rows(task, seed)
+    labels = [task.train[row].answer for row in rows]
+    draws = random.Random(f"{seed}/dirichlet")
+    for _ in range(DIRICHLET_SEEDS):
+        partitioner = DirichletPartitioner(
+            num_clients,
+            partition_by="label",
+            alpha=config.alpha,
+            min_partition_size=config.min_rows,
+            seed=draws.getrandbits(31),
+        )
+        with contextlib.suppress(ValueError):  # "max number of attempts was reached"
+            return _parts(partitioner, {"label": labels}, rows)
+    raise UserError(
+        f"partition.alpha={config.alpha}: no draw gave all {num_clients} clients partition.min_rows={config.min_rows} "
+        f"of {len(rows)} rows; raise partition.alpha, or lower partition.min_rows or clients.count"
+    )
+
+
+SCHEMES: dict[str, Callable[["Task", PartitionConfig, int, int], list[list[int]]]] = {
+    "dirichlet": _dirichlet,
+    "iid": _iid,
+    "shards": _shards,
+}
+
+
+def _parts(partitioner: Any, columns: dict[str, list[Any]], rows: list[int]) -> list[list[int]]:
+    """Run a partitioner over a table of row numbers and the columns it decides by; the row numbers per partition."""
+    import datasets
+
+    partitioner.dataset = datasets.Dataset.from_dict({"row": rows, **columns})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one per draw that was not good enough; pyarrow's deprecations
+        return [list(partitioner.load_partition(number)["row"]) for number in range(partitioner.num_partitions)]
+
+
+def _shuffled_rows(task: "Task", seed: int) -> list[int]:
+    rows = list(range(len(task.train)))
+    random.Random(f"{seed}/partition").shuffle(rows)
+    return rows
+
+
+def _check_given(task: "Task", config: PartitionConfig, num_clients: int) -> list[list[int]]:
+    """The parts that files or natural ids made, if they fit. Raises UserError."""
+    assert task.parts is not None
+    if len(task.parts) != num_clients:
+        raise UserError(
+            f"the data name {len(task.parts)} clients, but clients.count is {num_clients}; "
+            f"set clients.count={len(task.parts)}"
+        )
+    for number, part in enumerate(task.parts):
+        if len(part) < config.min_rows:
+            name = task.part_names[number] if task.part_names else str(number)
+            raise UserError(
+                f"client {name} has {len(part)} training rows, fewer than partition.min_rows={config.min_rows}; "
+                "lower partition.min_rows, raise data.train_rows or give the client more rows"
+            )
+    return [list(part) for part in task.parts]

@@ -1,0 +1,128 @@
+"""Where rows come from: a packaged data set, a local file, a folder saved with `datasets`, or the hub."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from hfedmoe.data.files import READERS, Rows, read_file
+from hfedmoe.errors import UserError
+
+PACKAGED = {"reuters-r8": "reuters-r8.parquet"}
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+OTHER_FORMATS = {".txt", ".xls", ".xlsx", ".xml", ".zip", ".gz", ".bz2", ".zst", ".arrow", ".pkl", ".db", ".html"}
+
+
+def is_packaged(source: str) -> bool:
+    """Whether the source ships with the package (and so has a test split of its own)."""
+    return source in PACKAGED
+
+
+def is_file(source: str) -> bool:
+    """Whether the source means one local file: it is one, or it has the suffix of one."""
+    path = Path(source)
+    return source not in PACKAGED and (path.is_file() or path.suffix.lower() in READERS.keys() | OTHER_FORMATS)
+
+
+def read(source: str, wanted: Collection[str], split: str = "train", subset: str | None = None) -> Rows:
+    """Read the wanted columns of one source.
+
+    Args:
+        source: a packaged name, a file, a folder written by `datasets.save_to_disk`, or a hub id.
+        wanted: the columns to read; those that the table does not have are left out.
+        split: the split (packaged data, folders and the hub).
+        subset: the configuration name of a hub data set.
+
+    Raises:
+        UserError: the source or split does not exist, cannot be reached, or is not well-formed.
+    """
+    if is_packaged(source):
+        return _read_packaged(source, wanted, split)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_folder(path, wanted, split)
+    if is_file(source):
+        return read_file(path, wanted)
+    if not HUB_ID.match(source):
+        raise UserError(f"{source}: no such file or folder")
+    return _read_hub(source, wanted, split, subset)
+
+
+def _read_packaged(name: str, wanted: Collection[str], split: str) -> Rows:
+    from importlib.resources import files
+
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    raw = files("hfedmoe.data").joinpath("packaged", PACKAGED[name]).read_bytes()
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
+    splits = pyarrow.compute.unique(table["split"]).to_pylist()
+    if split not in splits:
+        raise UserError(f'{name}: no split "{split}"; it has {", ".join(splits)}')
+    table = table.filter(pyarrow.compute.equal(table["split"], split)).drop_columns(["split"])
+    names = list(table.column_names)
+    columns = table.select([column for column in names if column in wanted]).to_pydict()
+    return Rows(f"{name} ({split})", names, columns, table.num_rows)
+
+
+def _read_folder(path: Path, wanted: Collection[str], split: str) -> Rows:
+    import datasets
+
+    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise UserError(
+            f"{path}: a folder that was not written by datasets.save_to_disk; name one file ({', '.join(READERS)})"
+        )
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever a damaged folder makes the library raise
+        raise UserError(f"{path}: cannot be loaded ({_first_line(error)})") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise UserError(f'{path}: no split "{split}"; it has {", ".join(loaded)}')
+        return _from_datasets(f"{path} ({split})", loaded[split], wanted)
+    return _from_datasets(str(path), loaded, wanted)
+
+
+def _read_hub(source: str, wanted: Collection[str], split: str, subset: str | None) -> Rows:
+    import datasets
+
+    named = f"data set {source}" + (f" ({subset})" if subset else "")
+    try:
+        loaded = datasets.load_dataset(source, subset, split=split)
+    except datasets.exceptions.DatasetNotFoundError:
+        raise UserError(f"{named}: not on the hub (or private), and no file or folder of that name either") from None
+    except ConnectionError as error:
+        raise UserError(
+            f"{named}: no file or folder of that name, and the hub cannot be reached ({_first_line(error)}); "
+            "use a local file or a packaged data set"
+        ) from None
+    except Exception as error:  # unknown split or subset, a script, a damaged file: many kinds, one way out
+        raise UserError(
+            f'{named}: split "{split}" cannot be loaded ({_first_line(error)}); check data.split, data.test '
+            "and data.subset"
+        ) from None
+    return _from_datasets(f"{source} ({split})", loaded, wanted)
+
+
+def _from_datasets(origin: str, loaded: Any, wanted: Collection[str]) -> Rows:
+    import datasets
+
+    names = list(loaded.column_names)
+    columns: dict[str, list[Any]] = {}
+    for name in names:
+        if name in wanted:
+            cells = list(loaded[name])
+            feature = loaded.features[name]
+            if isinstance(feature, datasets.ClassLabel):
+                # numbers back into names; -1 is the library's "no label"
+                cells = [feature.names[n] if n is not None and n >= 0 else None for n in cells]
+            columns[name] = cells
+    if not loaded.num_rows:
+        raise UserError(f"{origin}: no rows")
+    return Rows(origin, names, columns, loaded.num_rows)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,146 @@
+"""Find the Mixture-of-Experts layers of any transformers model by their structure.
+
+A MoE layer is a module (the *block*) with two parts: *experts*, either one module of stacked weights `[E, ., .]`
+(the layout that transformers gives to most families) or a container of E alike feed-forward modules (Switch
+Transformers), and a *router* that scores `E` experts for each token. Neither is looked up by class name.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+STACKED_DOWN = "down_proj"
+STACKED_UP = ("gate_up_proj", "up_proj")
+
+
+class UnsupportedModelError(ValueError):
+    """The model has no MoE layers, or MoE layers of a build that is not supported; the message says which."""
+
+
+@dataclass
+class MoELayer:
+    """One MoE layer: where it is and what it is made of."""
+
+    index: int
+    name: str
+    block: nn.Module
+    router: nn.Module
+    experts: nn.Module
+    num_experts: int
+    top_k: int
+    in_decoder: bool
+    """Tokens come from the decoder of an encoder-decoder model (True also for decoder-only models)."""
+
+    @property
+    def expert_numel(self) -> int:
+        """Weights of one expert."""
+        return sum(parameter.numel() for parameter in self.experts.parameters()) // self.num_experts
+
+
+def find_moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of `model`, in the order in which they appear.
+
+    Raises:
+        UnsupportedModelError: there is none, or a layer's router cannot be found or read.
+    """
+    layers: list[MoELayer] = []
+    config = getattr(model, "config", None)
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    for name, block in model.named_modules():
+        experts = _experts_of(block)
+        if experts is None:
+            continue
+        num_experts = _count(experts)
+        router = _router_of(block, experts, num_experts)
+        if router is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: layer {name} has {num_experts} experts but no router that scores them"
+            )
+        layers.append(
+            MoELayer(
+                index=len(layers),
+                name=name,
+                block=block,
+                router=router,
+                experts=experts,
+                num_experts=num_experts,
+                top_k=_top_k(block, router, config, name),
+                in_decoder=not encoder_decoder or "decoder" in name.split("."),
+            )
+        )
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no Mixture-of-Experts layers; `hfedmoe upcycle` makes some from a dense model"
+        )
+    return layers
+
+
+def text_config(config: Any) -> Any:
+    """The part of a transformers config that describes the language model."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def is_stacked(experts: nn.Module) -> bool:
+    """Whether the experts are one module of weights stacked along the first dimension."""
+    down = getattr(experts, STACKED_DOWN, None)
+    return isinstance(down, torch.Tensor) and down.dim() == 3
+
+
+def _experts_of(block: nn.Module) -> nn.Module | None:
+    for child in block.children():
+        if is_stacked(child) and any(isinstance(getattr(child, name, None), torch.Tensor) for name in STACKED_UP):
+            return child
+        if isinstance(child, nn.ModuleDict | nn.ModuleList) and len(child) > 1 and _alike_feed_forwards(child):
+            return child
+    return None
+
+
+def _alike_feed_forwards(container: nn.ModuleDict | nn.ModuleList) -> bool:
+    """Whether all members are the same two- or three-matrix feed-forward network."""
+    members = list(container.values()) if isinstance(container, nn.ModuleDict) else list(container)
+    shapes = [[tuple(p.shape) for p in member.parameters()] for member in members]
+    matrices = [shape for shape in shapes[0] if len(shape) == 2]
+    if any(shape != shapes[0] for shape in shapes) or len(matrices) not in (2, 3):
+        return False
+    # Decoder layers are alike too, but only a feed-forward network goes up to one width and comes back from it.
+    return len({frozenset(shape) for shape in matrices}) == 1 and not any(
+        isinstance(inner, nn.ModuleList) for member in members for inner in member.modules()
+    )
+
+
+def _count(experts: nn.Module) -> int:
+    if is_stacked(experts):
+        return int(getattr(experts, "total_experts", experts.down_proj.shape[0]))
+    return len(experts)  # type: ignore[arg-type]
+
+
+def _router_of(block: nn.Module, experts: nn.Module, num_experts: int) -> nn.Module | None:
+    for child in block.children():
+        if child is experts:
+            continue
+        for parameter in child.parameters():
+            if parameter.dim() == 2 and parameter.shape[0] == num_experts and _is_small(child, parameter):
+                return child
+    return None
+
+
+def _is_small(module: nn.Module, weight: torch.Tensor) -> bool:
+    """A router is little more than its weight; a shared expert that happens to have a fitting shape is not."""
+    return sum(parameter.numel() for parameter in module.parameters()) <= weight.numel() + 2 * weight.shape[0]
+
+
+def _top_k(block: nn.Module, router: nn.Module, config: Any, name: str) -> int:
+    for owner in (router, block):
+        value = getattr(owner, "top_k", None)
+        if isinstance(value, int):
+            return value
+    text = text_config(config)
+    for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
+        value = getattr(text, key, None)
+        if isinstance(value, int):
+            return value
+    if hasattr(router, "expert_capacity"):  # Switch routing: one expert per token, up to a capacity
+        return 1
+    raise UnsupportedModelError(f"layer {name}: cannot tell how many experts a token uses (no top_k)")

@@ -1,0 +1,49 @@
+"""Sort (token, expert) pairs by expert, so that each expert works on one contiguous group of rows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Groups:
+    """The pairs of a layer's batch, sorted by expert. `S` pairs, `T` tokens, `K` pairs per token at most.
+
+    Pairs whose expert is absent do not occur.
+    """
+
+    num_tokens: int
+    token: Tensor
+    """int64 [S]: the token of each pair."""
+    pair: Tensor
+    """int64 [S]: the pair's place in the flattened `[T, K]` routing tensors."""
+    spans: list[tuple[int, int, int]]
+    """(expert, start, end) for every expert with at least one pair, in rows of the sorted pairs."""
+
+    @property
+    def size(self) -> int:
+        return self.token.shape[0]
+
+
+def group_pairs(experts: Tensor, num_experts: int, top_k: int, keep: Tensor | None = None) -> Groups:
+    """Group the flattened pairs `experts` int64 [T*K] by expert; values outside [0, num_experts) mean "no expert".
+
+    `keep` bool [num_experts] restricts the groups to some experts. One host synchronisation in all.
+    """
+    num_pairs = experts.shape[0]
+    absent = (experts < 0) | (experts >= num_experts)
+    ids = experts.masked_fill(absent, num_experts)
+    if keep is not None:
+        table = torch.cat([keep, keep.new_zeros(1)])
+        ids = ids.masked_fill(~table[ids], num_experts)
+    order = torch.argsort(ids, stable=True)
+    counts = torch.bincount(ids, minlength=num_experts + 1).tolist()
+    spans: list[tuple[int, int, int]] = []
+    start = 0
+    for expert, count in enumerate(counts[:num_experts]):
+        if count:
+            spans.append((expert, start, start + count))
+            start += count
+    pair = order[:start]
+    return Groups(num_tokens=num_pairs // top_k, token=pair // top_k, pair=pair, spans=spans)

@@ -1,0 +1,103 @@
+"""Take trained tensors out of a model to send them, and put received ones into it.
+
+Rows of experts are sent for a set of experts in ascending order, so a bit per expert says which they are.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hfedmoe.moe.experts import ExpertState
+from hfedmoe.moe.model import MoEModel
+
+
+def expert_shapes(model: MoEModel) -> dict[str, tuple[int, ...]]:
+    """Shape [E, ...] of every trained expert tensor, over all experts of its layer (also in a carved model)."""
+    return {
+        f"experts.{state.layer.index}.{name}": (state.layer.num_experts, *state.trained.stacks[name].shape[1:])
+        for state in _trained(model)
+        for name in _names(state)
+    }
+
+
+def whole_tensors(model: MoEModel) -> dict[str, Tensor]:
+    """Gates and shared tensors, which every client has: the live parameters, not copies."""
+    return model.routers | model.shared
+
+
+def global_tensors(model: MoEModel) -> dict[str, Tensor]:
+    """A copy of everything that is trained, over all experts: the federation's state."""
+    tensors = {name: tensor.detach().clone() for name, tensor in whole_tensors(model).items()}
+    for state in _trained(model):
+        for name in _names(state):
+            tensors[f"experts.{state.layer.index}.{name}"] = state.trained.stacks[name].clone()  # type: ignore[union-attr]
+    return tensors
+
+
+def pack(tensors: dict[str, Tensor], experts: list[Tensor]) -> dict[str, Tensor]:
+    """What goes to a client: `tensors` (as `global_tensors` gives them) with only the rows of some experts.
+
+    Args:
+        experts: bool [E] per layer.
+    """
+    packed = {}
+    for name, tensor in tensors.items():
+        kind, layer, _ = (*name.split(".", 2), "")[:3]
+        packed[name] = tensor[experts[int(layer)].to(tensor.device)] if kind == "experts" else tensor
+    return packed
+
+
+def extract(model: MoEModel, experts: list[Tensor]) -> dict[str, Tensor]:
+    """What goes back from a client: copies of gates and shared tensors, and the rows of some (resident) experts."""
+    packed = {name: tensor.detach().clone() for name, tensor in whole_tensors(model).items()}
+    for state in _trained(model):
+        rows = _local_rows(state, experts[state.layer.index])
+        for name in _names(state):
+            packed[f"experts.{state.layer.index}.{name}"] = state.trained.stacks[name].index_select(0, rows)  # type: ignore[union-attr]
+    return packed
+
+
+@torch.no_grad()
+def load(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> None:
+    """Put received tensors into the model, in place: gates and shared tensors whole, rows for the given experts.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape than the model's.
+    """
+    expected = expected_shapes(model, experts)
+    if set(packed) != set(expected):
+        wrong = sorted(set(packed) ^ set(expected))
+        raise ValueError(f"tensors do not match the model: {', '.join(wrong[:3])}{'...' if len(wrong) > 3 else ''}")
+    for name, shape in expected.items():
+        if tuple(packed[name].shape) != shape:
+            raise ValueError(f"{name}: shape {tuple(packed[name].shape)}, expected {shape}")
+    for name, tensor in whole_tensors(model).items():
+        tensor.copy_(packed[name])
+    for state in _trained(model):
+        rows = _local_rows(state, experts[state.layer.index])
+        for name in _names(state):
+            stack = state.trained.stacks[name]  # type: ignore[union-attr]
+            stack.index_copy_(0, rows, packed[f"experts.{state.layer.index}.{name}"].to(stack))
+
+
+def expected_shapes(model: MoEModel, experts: list[Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that travels when the rows of `experts` (bool [E] per layer) do."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in whole_tensors(model).items()}
+    for name, shape in expert_shapes(model).items():
+        shapes[name] = (int(experts[int(name.split(".")[1])].sum()), *shape[1:])
+    return shapes
+
+
+def _trained(model: MoEModel) -> Iterator[ExpertState]:
+    return (state for state in model.states if state.trained is not None)
+
+
+def _names(state: ExpertState) -> tuple[str, ...]:
+    assert state.trained is not None
+    return state.trained.travelling
+
+
+def _local_rows(state: ExpertState, experts: Tensor) -> Tensor:
+    index = experts.nonzero()[:, 0].to(next(state.layer.router.parameters()).device)
+    return index if state.local is None else state.local[index]

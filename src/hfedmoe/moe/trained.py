@@ -1,0 +1,93 @@
+"""The trained tensors of one layer's experts: one stack per kind, and one leaf per expert for the optimizer.
+
+A leaf is a view of its expert's row. Autograd and the optimizer see single experts: an expert that got no tokens
+has no gradient at all (not a gradient of zeros), so that no optimizer moves it, and has no optimizer state.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hfedmoe.moe.kernel import FULL, LORA
+
+
+class TrainedExperts:
+    """Trained tensors of `E` experts: `stacks[name]` is `[E, ...]`, `leaves[name][e]` its row with gradient."""
+
+    def __init__(self, stacks: dict[str, Tensor], scale: float = 1.0, fixed: Sequence[str] = ()) -> None:
+        self.scale = scale
+        self.fixed = tuple(fixed)
+        self.stacks = stacks
+        self.leaves = {name: self._views(name, stack) for name, stack in stacks.items()}
+
+    def _views(self, name: str, stack: Tensor) -> list[Tensor]:
+        return [row.detach().requires_grad_(name not in self.fixed) for row in stack.unbind(0)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.stacks)
+
+    @property
+    def travelling(self) -> tuple[str, ...]:
+        """Names of the tensors that are trained, and so travel."""
+        return tuple(name for name in self.stacks if name not in self.fixed)
+
+    @property
+    def num_experts(self) -> int:
+        return next(iter(self.stacks.values())).shape[0]
+
+    def of(self, experts: Sequence[int]) -> list[Tensor]:
+        """The leaves of some experts, expert by expert, in the order of `names`."""
+        return [self.leaves[name][expert] for expert in experts for name in self.stacks]
+
+    def parameters(self) -> list[Tensor]:
+        """All leaves that receive gradients."""
+        return [leaf for name in self.travelling for leaf in self.leaves[name]]
+
+    def has_gradient(self) -> list[bool]:
+        """Whether each expert received a gradient in the last backward pass."""
+        return [
+            any(self.leaves[name][expert].grad is not None for name in self.travelling)
+            for expert in range(self.num_experts)
+        ]
+
+    def select(self, experts: Tensor) -> "TrainedExperts":
+        """The same, reduced to some experts (int64 indices)."""
+        return TrainedExperts({n: s.index_select(0, experts) for n, s in self.stacks.items()}, self.scale, self.fixed)
+
+
+def lora_experts(
+    num_experts: int,
+    up_shape: tuple[int, int],
+    down_shape: tuple[int, int],
+    rank: int,
+    alpha: float,
+    seed: int,
+    device: torch.device,
+    freeze_a: bool = False,
+) -> TrainedExperts:
+    """Fresh LoRA pairs: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero, so that the model is unchanged.
+
+    Every device that uses the same seed gets the same A, bit for bit.
+
+    Args:
+        up_shape: [U, H] of the up projection; down_shape: [H, I].
+        alpha: the low-rank term is scaled by alpha / rank.
+        freeze_a: A stays as it is and only B is trained (FFA-LoRA).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    stacks: dict[str, Tensor] = {}
+    for side, (rows, columns) in (("up", up_shape), ("down", down_shape)):
+        bound = 1 / math.sqrt(columns)
+        a = torch.empty(num_experts, rank, columns).uniform_(-bound, bound, generator=generator)
+        stacks[f"{side}_a"] = a.to(device)
+        stacks[f"{side}_b"] = torch.zeros(num_experts, rows, rank, device=device)
+    fixed = ("up_a", "down_a") if freeze_a else ()
+    return TrainedExperts({name: stacks[name] for name in LORA}, alpha / rank, fixed)
+
+
+def full_experts(tensors: dict[str, Tensor]) -> TrainedExperts:
+    """Train the base tensors themselves: leaves are views of the stacks `[E, ...]` that the model computes with."""
+    return TrainedExperts({name: tensors[name] for name in FULL if name in tensors})
