@@ -263,7 +263,6 @@ def _padded(rows: Sequence[Sequence[Any]], value: int, left: bool = False) -> Te
     width = max(len(row) for row in rows)
     padded = torch.full((len(rows), width), value)
     for index, row in enumerate(rows):
-        padded[index, width - len(row) : width] = torch.tensor(row)
-        if not left:
-            padded[index] = padded[index].roll(len(row) - width)
+        start = width - len(row) if left else 0
+        padded[index, start : start + len(row)] = torch.tensor(row)
     return padded

@@ -121,9 +121,7 @@ def _client_ids(table: Rows, column: str) -> list[str]:
     ids = table.column(column, "partition.column")
     for index, cell in enumerate(ids):
         if cell is None or not str(cell).strip():
-            raise UserError(
-                f'{table.at(index)}: column "{column}" does not name a client; fill it in or remove the row'
-            )
+            raise UserError(f'{table.at(index)}: column "{column}" names no client; fill it in or remove the row')
     return [str(cell).strip() for cell in ids]
 
 

@@ -76,9 +76,9 @@ class ProductAverage:
         shape = (b.shape[1], a.shape[2])
         if self._shape is not None and shape != self._shape:
             raise ValueError(f"products {shape} differ from the earlier {self._shape}")
-        # Copies: a view would keep the client's whole update alive.
-        a = a.detach()[keep.to(a.device)].to(torch.float32, copy=True)
-        b = b.detach()[keep.to(b.device)].to(torch.float32, copy=True)
+        # Picking by a mask copies: a view would keep the client's whole update alive.
+        a = a.detach()[keep.to(a.device)].float()
+        b = b.detach()[keep.to(b.device)].float()
         if not (a.isfinite().all() and b.isfinite().all()):
             raise ValueError("a factor to average is not finite")
         self._shape = shape

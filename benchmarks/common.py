@@ -1,0 +1,83 @@
+"""What every benchmark shares: the machine, the table, the JSON file, and workers in processes of their own."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that the figures belong to."""
+    import torch
+    import transformers
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks take."""
+    arguments = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
+    return arguments
+
+
+def report(rows: list[dict[str, Any]], summary: dict[str, Any], file: Path | None) -> None:
+    """Print the rows as a table and the summary below it; write both with the machine to `file` if one is given."""
+    where = machine()
+    print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
+    if rows:
+        columns = list(rows[0])
+        cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+        for line in cells:
+            print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    for key, value in summary.items():
+        print(f"{key}: {_cell(value)}")
+    if file is not None:
+        file.write_text(json.dumps({"machine": where, "rows": rows, "summary": summary}, indent=2) + "\n")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def in_own_process(module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run `python -m MODULE ARGUMENTS` and return the JSON object on the last line of its output.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with what it printed.
+    """
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{module} {' '.join(arguments)} exited with {done.returncode}: {done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process so far, from the operating system."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,98 @@
+"""A run as plain lines, for files, pipes and simple terminals."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from rich.console import Console
+
+from hfedmoe.report.live.tracker import Tracker
+from hfedmoe.report.live.watcher import ClientLine, ClientSummary, Score
+from hfedmoe.report.live.words import budget, decimal, describe, human_bytes, human_seconds
+
+HEARTBEAT_S = 60.0  # long work shows a sign of life this often
+
+
+class Lines(Tracker):
+    """One line for every event worth one; never a carriage return, and no colour."""
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
+        super().__init__(console, clock)
+        self._last_line = clock()
+        if not console.is_terminal:  # a file has no width; rich would fold the final table at 80
+            console.width = max(console.width, 120)
+
+    def start(
+        self,
+        title: str,
+        num_rounds: int,
+        first_round: int,
+        clients: Sequence[ClientLine],
+        history: Sequence[Score] = (),
+    ) -> None:
+        super().start(title, num_rounds, first_round, clients, history)
+        self.write(f"{title}: rounds {first_round} to {num_rounds}, {len(clients)} clients")
+        for line in clients:
+            self.write(f"  {line.name}: {line.examples} examples, budget {budget(line)} experts")
+
+    def phase(self, text: str) -> None:
+        super().phase(text)
+        self.write(text)
+
+    def round_started(self, round: int) -> None:
+        super().round_started(round)
+        self.write(f"round {round}/{self.num_rounds}")
+
+    def step(self, client: int, step: int, steps: int, loss: float) -> None:
+        super().step(client, step, steps, loss)
+        self._heartbeat(f"  {self.rows[client].line.name}: step {step}/{steps}, loss {decimal(loss)}")
+
+    def client_done(self, round: int, client: int, summary: ClientSummary) -> None:
+        super().client_done(round, client, summary)
+        name = self.rows[client].line.name
+        if summary.status != "ok":
+            self.write(f"  {name}: {summary.status}" + (f": {summary.reason}" if summary.reason else ""))
+            return
+        self.write(
+            f"  {name}: held {summary.resident}/{summary.total_experts} experts, trained {summary.trained}, "
+            f"received {human_bytes(summary.bytes_down)}, sent {human_bytes(summary.bytes_up)}, "
+            f"loss {decimal(summary.loss)}, {human_seconds(summary.seconds)}, peak {human_bytes(summary.peak_bytes)}"
+        )
+
+    def evaluating(self, done: int, total: int) -> None:
+        super().evaluating(done, total)
+        self._heartbeat(f"  evaluating: {done}/{total} rows")
+
+    def evaluated(
+        self,
+        round: int,
+        accuracy: float | None,
+        macro_f1: float | None,
+        loss: float | None,
+        rows: int,
+        kind: Literal["all", "watch"] = "all",
+    ) -> None:
+        super().evaluated(round, accuracy, macro_f1, loss, rows, kind)
+        which = "watched rows" if kind == "watch" else "held-out rows"
+        self.write(f"  after round {round}: {describe(self.history[kind][-1])} ({rows} {which})")
+
+    def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
+        super().round_done(round, seconds, bytes_down, bytes_up)
+        left = f", about {human_seconds(self.time_left())} left" if round < self.num_rounds else ""
+        self.write(
+            f"round {round}/{self.num_rounds} done in {human_seconds(seconds)}: "
+            f"{human_bytes(bytes_down)} down, {human_bytes(bytes_up)} up{left}"
+        )
+
+    def warning(self, text: str) -> None:
+        self.write(f"warning: {text}")
+
+    def finish(self, text: str) -> None:
+        self.write(text)
+
+    def write(self, line: str, style: str | None = None) -> None:
+        super().write(line)
+        self._last_line = self.clock()
+
+    def _heartbeat(self, line: str) -> None:
+        if self.clock() - self._last_line >= HEARTBEAT_S:
+            self.write(line)

@@ -1,0 +1,150 @@
+"""A run on a terminal: bars, accuracy and clients, redrawn in place."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import IO, Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live as Redrawn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hfedmoe.report.live.tracker import Row, Tracker
+from hfedmoe.report.live.watcher import ClientSummary
+from hfedmoe.report.live.words import budget, decimal, human_bytes, human_seconds, percent
+
+Cell = Callable[[Row], str]
+
+
+def _of_summary(show: Callable[[ClientSummary], str]) -> Cell:
+    return lambda row: "" if row.summary is None else show(row.summary)
+
+
+# heading, narrowest console that shows it, text of the cell
+COLUMNS: list[tuple[str, int, Cell]] = [
+    ("examples", 80, lambda row: str(row.line.examples)),
+    ("budget", 60, lambda row: budget(row.line)),
+    ("held", 50, _of_summary(lambda done: f"{done.resident}/{done.total_experts}")),
+    ("trained", 60, _of_summary(lambda done: str(done.trained))),
+    ("received", 80, _of_summary(lambda done: human_bytes(done.bytes_down))),
+    ("sent", 80, _of_summary(lambda done: human_bytes(done.bytes_up))),
+    ("peak", 100, _of_summary(lambda done: human_bytes(done.peak_bytes))),
+    ("loss", 0, lambda row: "" if row.loss is None else decimal(row.loss)),
+]
+STYLES = {"waiting": "dim", "training": "cyan", "ok": "green"}
+OTHER_LINES = 10  # what the screen needs besides the rows of the table
+
+
+class OnScreen(Tracker):
+    """A screen that is drawn several times a second, by another thread that only reads."""
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
+        super().__init__(console, clock)
+        self._redrawn: Redrawn | None = None
+        self._rerouted: list[tuple[logging.StreamHandler, IO[str]]] = []
+
+    def __enter__(self) -> Self:
+        streams = (sys.stdout, sys.stderr)
+        self._redrawn = Redrawn(get_renderable=self.draw, console=self.console, refresh_per_second=5)
+        self._redrawn.start()
+        # rich prints above the screen what is written to sys.stderr, but a log handler still has the old one.
+        for handler in _stream_handlers():
+            if handler.stream in streams:
+                self._rerouted.append((handler, handler.stream))
+                handler.setStream(sys.stdout if handler.stream is streams[0] else sys.stderr)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handler, stream in self._rerouted:
+            handler.setStream(stream)
+        self._rerouted = []
+        if self._redrawn is not None:
+            self._redrawn.stop()
+            self._redrawn = None
+
+    def client_done(self, round: int, client: int, summary: ClientSummary) -> None:
+        super().client_done(round, client, summary)
+        if summary.status != "ok":
+            reason = f": {summary.reason}" if summary.reason else ""
+            self.write(f"round {round}, {self.rows[client].line.name}: {summary.status}{reason}", "yellow")
+
+    def warning(self, text: str) -> None:
+        self.write(f"warning: {text}", "yellow")
+
+    def finish(self, text: str) -> None:
+        self.doing, self.current = "", None
+        self.__exit__()
+        self.write(text, "bold")
+
+    def draw(self) -> RenderableType:
+        """The screen as it is now: bars first, so that a low terminal cuts off clients and not the progress."""
+        return Group(self._bars(), *self._scores(), *self._clients())
+
+    def _bars(self) -> RenderableType:
+        width = max(5, min(40, self.console.width - 60))
+        left, current = self.time_left(), self.current
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(
+            _cut(self.title, "bold"),
+            ProgressBar(max(1, self.num_rounds), self.last_done, width=width),
+            _cut(f"round {self.round}/{self.num_rounds}"),
+            _cut("" if left is None else f"{human_seconds(left)} left"),
+        )
+        if self.doing:
+            done, total = self.part or (0, 0)
+            bar = ProgressBar(max(1, total), done, width=width, pulse=not total, animation_time=self.clock())
+            grid.add_row(_cut(self.doing), bar, _cut(f"{done}/{total} rows" if total else ""), "")
+        elif current is not None:
+            row = self.rows[current]
+            bar = ProgressBar(max(1, row.steps), row.step, width=width)
+            loss = "" if row.loss is None else f"loss {decimal(row.loss)}"
+            grid.add_row(_cut(row.line.name), bar, _cut(f"step {row.step}/{row.steps}"), _cut(loss))
+        return grid
+
+    def _scores(self) -> list[RenderableType]:
+        """One line for each kind of evaluation: where it began, and where it is."""
+        lines = []
+        for kind, name in (("all", "held-out rows"), ("watch", "watched rows")):
+            scores = list(self.history[kind])
+            if not scores:
+                continue
+            if scores[-1].accuracy is None:
+                steps = [f"round {score.round} loss {decimal(score.loss)}" for score in scores]
+            else:
+                steps = [f"round {score.round} {percent(score.accuracy)}" for score in scores]
+            path = " → ".join(steps[:1] + ["…"] * (len(steps) > 3) + steps[1:][-2:])
+            f1 = scores[-1].macro_f1
+            lines.append(_cut(f"{name}: {path}" + ("" if f1 is None else f", macro-F1 {decimal(f1)}")))
+        moved = [_cut(f"moved so far: {human_bytes(self.moved_bytes)}")] if self.moved_bytes else []
+        return [*lines, *moved]
+
+    def _clients(self) -> list[RenderableType]:
+        if not self.rows:
+            return []
+        columns = [column for column in COLUMNS if self.console.width >= column[1]]
+        table = Table(box=None, header_style="bold", padding=(0, 1))
+        table.add_column("client", no_wrap=True, overflow="ellipsis", max_width=max(8, self.console.width // 4))
+        for heading, _, _ in columns:
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("status", no_wrap=True)
+        room = max(1, self.console.height - OTHER_LINES)
+        first = max(0, min((self.current or 0) - room // 2, len(self.rows) - room))  # the busy client is in view
+        shown = self.rows[first : first + room]
+        for row in shown:
+            cells = [Text(show(row)) for _, _, show in columns]
+            table.add_row(Text(row.line.name), *cells, Text(row.status, STYLES.get(row.status, "yellow")))
+        hidden = len(self.rows) - len(shown)
+        return [table, _cut(f" and {hidden} more", "dim")] if hidden else [table]
+
+
+def _cut(text: str, style: str = "") -> Text:
+    """Text that is cut off at the edge instead of running into the next line."""
+    return Text(text, style, no_wrap=True, overflow="ellipsis")
+
+
+def _stream_handlers() -> list[logging.StreamHandler[Any]]:
+    known = [entry for entry in logging.root.manager.loggerDict.values() if isinstance(entry, logging.Logger)]
+    found = {handler for logger in [logging.root, *known] for handler in logger.handlers}
+    return [handler for handler in found if isinstance(handler, logging.StreamHandler)]

@@ -1,0 +1,140 @@
+"""Where a run is: what all views of it have in common."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hfedmoe.report.live.watcher import ClientLine, ClientSummary, FinalLine, Score, Watcher
+from hfedmoe.report.live.words import describe, human_bytes, human_seconds
+
+
+@dataclass
+class Row:
+    """One client: what it is, what it last answered, and what it does now."""
+
+    line: ClientLine
+    summary: ClientSummary | None = None
+    loss: float | None = None
+    step: int = 0
+    steps: int = 0
+    status: str = "waiting"
+
+
+class Tracker(Watcher):
+    """Notes every event, and shows nothing but the final table."""
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
+        self.console = console
+        self.clock = clock
+        self.title = ""
+        self.num_rounds = self.round = self.last_done = 0
+        self.rows: list[Row] = []
+        self.current: int | None = None  # the client that moved last
+        self.doing = ""
+        self.part: tuple[int, int] | None = None  # done and total of what is being done
+        self.history: dict[str, list[Score]] = {"all": [], "watch": []}
+        self.moved_bytes = 0
+        self._finished = 0
+        self._began: float | None = None  # when the first round of this session began
+        self._done_at = 0.0
+
+    def start(
+        self,
+        title: str,
+        num_rounds: int,
+        first_round: int,
+        clients: Sequence[ClientLine],
+        history: Sequence[Score] = (),
+    ) -> None:
+        self.title, self.num_rounds = title, num_rounds
+        self.round = self.last_done = first_round - 1
+        self.rows = [Row(line) for line in clients]
+        self.history["all"].extend(history)
+
+    def phase(self, text: str) -> None:
+        self.doing, self.part = text, None
+
+    def round_started(self, round: int) -> None:
+        self.round = round
+        self._began = self.clock() if self._began is None else self._began
+        self.doing, self.current = "", None
+        for row in self.rows:
+            row.status, row.step, row.steps = "waiting", 0, 0
+
+    def client_started(self, round: int, client: int, steps: int) -> None:
+        row = self.rows[client]
+        row.step, row.steps, row.status = 0, steps, "training"
+        self.doing, self.current = "", client
+
+    def step(self, client: int, step: int, steps: int, loss: float) -> None:
+        row = self.rows[client]
+        row.step, row.steps, row.loss, row.status = step, steps, loss, "training"
+        self.doing, self.current = "", client
+
+    def client_done(self, round: int, client: int, summary: ClientSummary) -> None:
+        row = self.rows[client]
+        row.status = summary.status
+        if summary.status == "ok":
+            row.summary, row.loss = summary, summary.loss
+        if self.current == client:
+            self.current = None
+
+    def evaluating(self, done: int, total: int) -> None:
+        self.doing, self.part = "evaluating", (done, total)
+
+    def evaluated(
+        self,
+        round: int,
+        accuracy: float | None,
+        macro_f1: float | None,
+        loss: float | None,
+        rows: int,
+        kind: Literal["all", "watch"] = "all",
+    ) -> None:
+        self.history[kind].append(Score(round, accuracy, macro_f1, loss, rows))
+        self.doing = ""
+
+    def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
+        self.last_done = round
+        self.moved_bytes += bytes_down + bytes_up
+        self._finished += 1
+        self._done_at = self.clock()
+
+    def time_left(self) -> float | None:
+        """Seconds, by the rounds finished in this session with all that lay between them; None: none was yet."""
+        if not self._finished or self._began is None:
+            return None
+        per_round = (self._done_at - self._began) / self._finished
+        since = self.clock() - self._done_at
+        return max(0.0, per_round * (self.num_rounds - self.last_done) - since)
+
+    def final_table(self, clients: Sequence[FinalLine], before: Score | None, after: Score | None) -> None:
+        table = Table(title="What each client held, did and used", title_justify="left", title_style="bold")
+        table.add_column("client", overflow="fold")
+        for heading in ("held", "predicted", "trained", "received", "sent", "peak", "time"):
+            table.add_column(heading, justify="right", overflow="fold")
+        for line in clients:
+            table.add_row(
+                escape(line.name),
+                f"{line.resident}/{line.total_experts}",
+                human_bytes(line.predicted_bytes),
+                str(line.trained),
+                human_bytes(line.bytes_down),
+                human_bytes(line.bytes_up),
+                human_bytes(line.peak_bytes),
+                human_seconds(line.seconds),
+            )
+        self.console.print(table)
+        for when, score in (("before", before), ("after", after)):
+            if score is not None:
+                self.write(f"{when:<6} (round {score.round}): {describe(score)} ({score.rows} rows)")
+
+    def write(self, line: str, style: str | None = None) -> None:
+        """Print one line as it is: no markup, no wrapping, and no character that the console does not have."""
+        encoding = self.console.encoding
+        line = line.encode(encoding, "replace").decode(encoding)
+        self.console.print(line, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -1,0 +1,53 @@
+"""Numbers as people read them. What is not known is a dash."""
+
+from hfedmoe.report.live.watcher import ClientLine, Score
+
+
+def human_bytes(count: int | None) -> str:
+    """Bytes with the largest unit that keeps the number at 1 or more: `512 B`, `1.5 KiB`, `2.0 GiB`."""
+    if count is None:
+        return "-"
+    value, power = float(count), 0
+    while value >= 1023.95 and power < 4:  # what would be shown as 1024.0 is 1.0 of the next unit
+        value, power = value / 1024, power + 1
+    return f"{value:.1f} {'KMGT'[power - 1]}iB" if power else f"{count} B"
+
+
+def human_seconds(seconds: float | None) -> str:
+    """A duration: `0.4 s`, `12 s`, `2:05`, `1:02:05`."""
+    if seconds is None:
+        return "-"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def percent(share: float | None) -> str:
+    """A share in percent, with one digit."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def decimal(value: float | None) -> str:
+    """A loss or an F1."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def budget(line: ClientLine) -> str:
+    """A budget as experts and share."""
+    return f"{line.budget} ({100 * line.budget_share:.0f} %)"
+
+
+def describe(score: Score) -> str:
+    """An evaluation in a few words, without what the task does not have."""
+    parts = []
+    if score.accuracy is not None:
+        parts.append(f"accuracy {percent(score.accuracy)}")
+    if score.macro_f1 is not None:
+        parts.append(f"macro-F1 {decimal(score.macro_f1)}")
+    if score.loss is not None:
+        parts.append(f"loss {decimal(score.loss)}")
+    return ", ".join(parts)

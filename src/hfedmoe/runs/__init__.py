@@ -1,0 +1,24 @@
+"""The run folder: everything a run leaves behind, and everything that is needed to go on after it was killed.
+
+```
+RUN/config.toml              the resolved config, with versions and seed: enough to run it again
+RUN/metrics.jsonl            one line per round
+RUN/experts.npz              usage, importance, resident, trained per round, client, layer, expert
+RUN/checkpoints/round-0003/  model.safetensors, clients.safetensors, state.json; written whole or not at all
+RUN/best.json                which checkpoint is the best, and by what
+```
+
+    with RunFolder.create(None, config) as run:
+        run.append_experts(3, num_experts, [0, 1], usage, importance, resident, trained)
+        run.append_round({"round": 3, "loss": 1.2})
+        run.save_checkpoint(3, tensors, {"rng": ...}, score=0.83)  # last: the checkpoint vouches for its round
+
+Importing this package is cheap: torch and safetensors are imported where they are used. Nothing is pickled.
+"""
+
+from hfedmoe.runs.checkpoints import Checkpoint
+from hfedmoe.runs.experts import ExpertHistory
+from hfedmoe.runs.folder import RunFolder
+from hfedmoe.runs.settings import read_run_config
+
+__all__ = ["Checkpoint", "ExpertHistory", "RunFolder", "read_run_config"]

@@ -1,0 +1,238 @@
+"""Checkpoints that are whole or absent.
+
+```
+checkpoints/round-0003/model.safetensors
+                       clients.safetensors   only if the clients keep tensors
+                       state.json            {"round", "score", "metric", "files": {name: {"bytes", "sha256"}}, "state"}
+```
+A checkpoint is written under another name and renamed when it is on the disk, so a process killed at any moment
+leaves the earlier ones as they were. The sizes and sums tell a whole checkpoint from one damaged later.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hfedmoe.errors import UserError
+from hfedmoe.runs.disk import UNFINISHED, discard, sync, sync_file, sync_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Which = int | Literal["last", "best"]
+MODEL, CLIENTS, STATE = "model.safetensors", "clients.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one round left: tensors on the CPU (private to the caller), and the caller's own `state`."""
+
+    round: int
+    tensors: dict[str, "Tensor"]
+    clients: dict[str, "Tensor"] | None
+    state: dict[str, Any]
+    score: float | None
+    path: Path
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """state.json of a checkpoint that is there in full size; its sums are not checked yet."""
+
+    round: int
+    score: float | None
+    metric: str
+    files: dict[str, dict[str, Any]]
+    state: dict[str, Any]
+    path: Path
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written; the message says what is wrong."""
+
+
+def saved_rounds(root: Path) -> list[int]:
+    """Rounds with a checkpoint folder, damaged or not, in order."""
+    if not root.is_dir():
+        return []
+    return sorted(int(m[1]) for m in (re.fullmatch(r"round-(\d{4,})", p.name) for p in root.iterdir()) if m)
+
+
+def folder_of(root: Path, round: int) -> Path:
+    """Where the checkpoint of a round lives."""
+    return root / f"round-{round:04d}"
+
+
+def write(
+    root: Path,
+    round: int,
+    tensors: dict[str, "Tensor"],
+    state: dict[str, Any],
+    clients: dict[str, "Tensor"] | None,
+    score: float | None,
+    metric: str,
+) -> Path:
+    """Write one checkpoint, whole or not at all. A checkpoint of the same round is replaced.
+
+    `state` must be JSON (tuples come back as lists; NaN and infinity come back as they were).
+    Raises OSError or SafetensorError on a failed write, and leaves nothing behind then.
+    """
+    root.mkdir(exist_ok=True)
+    for leftover in root.glob(UNFINISHED + "*"):
+        shutil.rmtree(leftover)
+    folder = folder_of(root, round)
+    unfinished = root / (UNFINISHED + folder.name)
+    unfinished.mkdir()
+    try:
+        files = {MODEL: _write_tensors(unfinished / MODEL, tensors)}
+        if clients is not None:
+            files[CLIENTS] = _write_tensors(unfinished / CLIENTS, clients)
+        score = score if score is not None and math.isfinite(score) else None
+        manifest = {"round": round, "score": score, "metric": metric, "files": files, "state": state}
+        with (unfinished / STATE).open("wb") as file:
+            file.write(json.dumps(manifest).encode())
+            sync(file)
+        sync_folder(unfinished)
+        if folder.exists():
+            discard(folder)
+        os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    sync_folder(root)
+    return folder
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one; one without its full size does not count."""
+    found = in_full_size(root)
+    best = best_of(found)
+    kept = {manifest.round for manifest in [*found[-keep:], *([best] if best else [])]}
+    for round in saved_rounds(root):
+        if round not in kept:
+            discard(folder_of(root, round))
+
+
+def drop_after(root: Path, last: int) -> None:
+    """Delete the checkpoints later than a round."""
+    for round in saved_rounds(root):
+        if round > last:
+            discard(folder_of(root, round))
+
+
+def in_full_size(root: Path) -> list[Manifest]:
+    """The checkpoints that look undamaged without reading their tensors, in order."""
+    found = []
+    for round in saved_rounds(root):
+        with suppress(Damaged):
+            found.append(read_manifest(folder_of(root, round)))
+    return found
+
+
+def best_of(found: list[Manifest]) -> Manifest | None:
+    """The checkpoint with the highest score; of equals the newest."""
+    scored = [(manifest.score, manifest.round, manifest) for manifest in found if manifest.score is not None]
+    return max(scored, key=lambda entry: entry[:2])[2] if scored else None
+
+
+def read(root: Path, which: Which) -> Checkpoint:
+    """Load a checkpoint; "last" and "best" pass over damaged ones with a warning.
+
+    Raises:
+        UserError: there is no such checkpoint, or none that is undamaged.
+    """
+    rounds = saved_rounds(root)
+    if not rounds:
+        raise UserError(f"{root}: no checkpoint yet; the run was stopped too early, start it again with `hfedmoe run`")
+    if isinstance(which, int):
+        if which not in rounds:
+            known = ", ".join(str(round) for round in rounds)
+            raise UserError(f"{folder_of(root, which)}: no checkpoint of round {which}; there are rounds {known}")
+        try:
+            return _load(read_manifest(folder_of(root, which)))
+        except Damaged as damage:
+            raise UserError(f"{folder_of(root, which)}: damaged ({damage}); use another round") from None
+    for path in _candidates(root, which):
+        try:
+            return _load(read_manifest(path))
+        except Damaged as damage:
+            logger.warning("%s is damaged (%s); trying the one before", path, damage)
+    if which == "best":
+        raise UserError(f"{root}: no undamaged checkpoint has a score; ask for the last one instead")
+    raise UserError(f"{root}: every checkpoint is damaged; start the run again with `hfedmoe run`")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read state.json and compare the sizes of the files. Raises Damaged."""
+    try:
+        tree = json.loads((folder / STATE).read_bytes())
+        manifest = Manifest(tree["round"], tree["score"], tree["metric"], tree["files"], tree["state"], folder)
+        sizes = {name: entry["bytes"] for name, entry in manifest.files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{STATE}: {error}") from None
+    if MODEL not in sizes or folder_of(folder.parent, manifest.round) != folder:
+        raise Damaged(f"{STATE} is not that of this round")
+    for name, size in sizes.items():
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if actual is None:
+            raise Damaged(f"{name} is missing")
+        if actual != size:
+            raise Damaged(f"{name} has {actual} bytes instead of {size}")
+    return manifest
+
+
+def _candidates(root: Path, which: Literal["last", "best"]) -> list[Path]:
+    if which == "last":
+        return [folder_of(root, round) for round in reversed(saved_rounds(root))]
+    found = in_full_size(root)
+    order = []
+    while best := best_of(found):
+        found.remove(best)
+        order.append(best.path)
+    return order
+
+
+def _load(manifest: Manifest) -> Checkpoint:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    loaded = {}
+    for name, entry in manifest.files.items():
+        path = manifest.path / name
+        try:
+            if _sha256(path) != entry.get("sha256"):
+                raise Damaged(f"{name} has another checksum")
+            loaded[name] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise Damaged(f"{name}: {error}") from None
+    return Checkpoint(manifest.round, loaded[MODEL], loaded.get(CLIENTS), manifest.state, manifest.score, manifest.path)
+
+
+def _write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in seen else tensor  # tied: safetensors wants each for itself
+        seen.add(storage)
+    save_file(plain, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private; follow the umask like the rest
+    sync_file(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,112 @@
+"""Files that are written whole or not at all, one process at a time, with errors a person can act on."""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from hfedmoe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# EFBIG is a file size limit (`ulimit -f`): for the person in front of it, a full disk.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+UNFINISHED = ".tmp-"  # everything with this prefix was being written or deleted: nobody reads it
+
+
+@contextmanager
+def disk_errors(path: Path, then: str) -> Iterator[None]:
+    """Turn a failed write below `path` into a UserError that names the path, the reason and what to do `then`."""
+    try:
+        yield
+    except OSError as error:
+        raise _explain(path, error.errno, error.strerror or str(error), then) from None
+    except Exception as error:
+        # safetensors writes in Rust, and reports a failed write as text: "... (os error 28)".
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error).__name__ != "SafetensorError" or not code:
+            raise
+        raise _explain(path, int(code[1]), os.strerror(int(code[1])), then) from None
+
+
+def _explain(path: Path, code: int | None, reason: str, then: str) -> UserError:
+    if code in FULL:
+        return UserError(f"{path}: cannot be written ({reason}); free some space, then {then}")
+    return UserError(f"{path}: cannot be written ({reason}); make it writable, then {then}")
+
+
+def resume_hint(run: Path) -> str:
+    """The way on after a failed write in the folder of a run."""
+    return f"`hfedmoe resume {shlex.quote(str(run))}`"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file whose content takes the place of `path` when the block ends well, and never shows otherwise."""
+    unfinished = path.with_name(UNFINISHED + path.name)
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            sync(file)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Hand what was written to the disk, not only to the system's cache."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """`sync` for a file written and closed by somebody else."""
+    with path.open("rb+") as file:
+        sync(file)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder (new files, renames) survive a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(folder)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder so that no moment shows half of it under its own name."""
+    doomed = folder.with_name(f"{UNFINISHED}old-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def lock(run: Path, then: str) -> IO[bytes]:
+    """Claim a run for this process; the claim ends when the returned file is closed or the process dies.
+
+    Raises:
+        UserError: another process works on this run, or the folder cannot be written.
+    """
+    with disk_errors(run, then):
+        file = (run / ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            file.close()
+            raise UserError(f"{run}: another process is working on this run; wait for it or stop it first") from None
+        logger.warning("%s: this file system has no locks (%s); start only one process on this run", run, error)
+    return file

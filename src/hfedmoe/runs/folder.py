@@ -1,0 +1,207 @@
+"""One run on disk. See `hfedmoe.runs` for what is in the folder."""
+
+import datetime
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from hfedmoe.config import RunConfig
+from hfedmoe.errors import UserError
+from hfedmoe.runs import checkpoints, experts, rounds
+from hfedmoe.runs.disk import UNFINISHED, disk_errors, lock, replacing, resume_hint
+from hfedmoe.runs.settings import read_run_config, run_config_toml
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RunFolder:
+    """The folder of a run; made by `create` or `open`, and closed by `close` or the end of a `with` block.
+
+    Every method that writes raises UserError if the disk is full or the folder not writable. What was written
+    before stays as it was.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, claim: IO[bytes] | None) -> None:
+        self.path = path
+        self.config = config
+        self._checkpoints = path / "checkpoints"
+        self._claim = claim
+
+    @classmethod
+    def create(cls, path: Path | None, config: RunConfig, root: Path = Path("runs")) -> "RunFolder":
+        """Make the folder of a new run and claim it for this process.
+
+        Without a path it is `root`/<date>-<name>, with -2, -3 and so on if that is taken.
+
+        Raises:
+            UserError: the path is a file or a folder that is not empty, cannot be written, or is claimed.
+        """
+        then = "run again, or choose another --out"
+        if path is None:
+            path = _fresh(root, f"{datetime.date.today():%Y-%m-%d}-{config.name}", then)
+        else:
+            with disk_errors(path, then):
+                if path.exists() and not path.is_dir():
+                    raise UserError(f"{path}: is a file; choose another --out")
+                path.mkdir(parents=True, exist_ok=True)
+                _refuse_unless_empty(path)
+        claim = lock(path, then)
+        try:
+            with disk_errors(path / "config.toml", then):
+                _refuse_unless_empty(path)  # somebody may have been quicker to the lock
+                with replacing(path / "config.toml") as file:
+                    file.write(run_config_toml(config))
+        except BaseException:
+            claim.close()
+            raise
+        return cls(path, config, claim)
+
+    @classmethod
+    def open(cls, path: Path, to_write: bool = False) -> "RunFolder":
+        """Open the folder of an earlier run: to read it, even while it goes on, or `to_write` to claim and resume it.
+
+        Raises:
+            UserError: not a run folder, its config is broken, or (to write) another process is working on it.
+        """
+        if not path.is_dir():
+            raise UserError(f"{path}: no such run folder; `ls runs` shows what is there")
+        config = read_run_config(path / "config.toml")
+        return cls(path, config, lock(path, resume_hint(path)) if to_write else None)
+
+    def close(self) -> None:
+        """Give up the claim; reading still works."""
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # rounds
+
+    def append_round(self, record: dict[str, Any]) -> None:
+        """Add the line of a round to metrics.jsonl; `record["round"]` is its number, NaN and infinity become null."""
+        with self._writing("metrics.jsonl") as path:
+            rounds.append(path, record)
+
+    def read_rounds(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one torn by a kill is left out."""
+        return rounds.read(self.path / "metrics.jsonl")
+
+    def append_experts(
+        self,
+        round: int,
+        num_experts: Sequence[int],
+        clients: Sequence[int],
+        usage: Any,
+        importance: Any,
+        resident: Any,
+        trained: Any,
+    ) -> None:
+        """Add a round to experts.npz.
+
+        The last four are [len(clients), sum E_l], float or bool, as they travel: layer after layer, E_l from
+        `num_experts` [L]. Anything numpy reads as such an array will do, a list of CPU tensors among them.
+        """
+        with self._writing("experts.npz") as path:
+            history = experts.read(path) or experts.ExpertHistory.empty(num_experts)
+            rows = {"usage": usage, "importance": importance, "resident": resident, "trained": trained}
+            experts.write(path, history.with_round(round, clients, rows))
+
+    def read_experts(self) -> experts.ExpertHistory | None:
+        """The arrays of experts.npz; None before the first round."""
+        return experts.read(self.path / "experts.npz")
+
+    # checkpoints
+
+    def saved_rounds(self) -> list[int]:
+        """The rounds that have a checkpoint, in order."""
+        return checkpoints.saved_rounds(self._checkpoints)
+
+    def save_checkpoint(
+        self,
+        round: int,
+        tensors: dict[str, "Tensor"],
+        state: dict[str, Any],
+        clients: dict[str, "Tensor"] | None = None,
+        score: float | None = None,
+        metric: str = "accuracy",
+    ) -> Path:
+        """Write the checkpoint of a round, whole or not at all, then delete those no longer kept.
+
+        Kept are the newest `config.keep_checkpoints` and the best (the highest `score`, of which `metric` is the
+        name). Call it after the other records of the round: it vouches for them, and resuming drops later ones.
+        """
+        with self._writing("checkpoints") as root:
+            folder = checkpoints.write(root, round, tensors, state, clients, score, metric)
+            checkpoints.prune(root, self.config.keep_checkpoints)
+        self._note_best()
+        return folder
+
+    def load_checkpoint(self, which: checkpoints.Which = "last") -> checkpoints.Checkpoint:
+        """Load the checkpoint of a round, the last or the best; the two words pass over damaged ones with a warning.
+
+        Raises:
+            UserError: there is no such checkpoint, or none that is undamaged.
+        """
+        return checkpoints.read(self._checkpoints, which)
+
+    def rewind(self, round: int) -> None:
+        """Forget everything later than a round, so that the run can go on from its checkpoint."""
+        with self._writing("checkpoints") as root:
+            checkpoints.drop_after(root, round)
+        self._note_best()
+        with self._writing("metrics.jsonl") as path:
+            rounds.drop_after(path, round)
+        with self._writing("experts.npz") as path:
+            history = experts.read(path)
+            if history is not None and (history.rounds > round).any():
+                experts.write(path, history.only(history.rounds <= round))
+
+    def _note_best(self) -> None:
+        """Write best.json for people and scripts; `load_checkpoint` itself asks the checkpoints."""
+        best = checkpoints.best_of(checkpoints.in_full_size(self._checkpoints))
+        with self._writing("best.json") as path:
+            if best is None:
+                path.unlink(missing_ok=True)
+                return
+            note = {"round": best.round, "metric": best.metric, "score": best.score}
+            note["checkpoint"] = best.path.relative_to(self.path).as_posix()
+            with replacing(path) as file:
+                file.write(json.dumps(note).encode() + b"\n")
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        assert self._claim is not None, "opened to read; use RunFolder.open(path, to_write=True)"
+        path = self.path / name
+        with disk_errors(path, resume_hint(self.path)):
+            yield path
+
+
+def _fresh(root: Path, name: str, then: str) -> Path:
+    with disk_errors(root, then):
+        root.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            path = root / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                continue
+    raise AssertionError("unreachable")
+
+
+def _refuse_unless_empty(path: Path) -> None:
+    """Raise UserError if a folder has anything but what a start that failed leaves behind."""
+    found = [entry.name for entry in path.iterdir() if entry.name != ".lock" and not entry.name.startswith(UNFINISHED)]
+    if "config.toml" in found:
+        raise UserError(f"{path}: holds a run already; choose another --out, or {resume_hint(path)}")
+    if found:
+        raise UserError(f"{path}: is not empty ({found[0]}); choose another --out")

@@ -1,0 +1,102 @@
+"""config.toml of a run: the resolved config, and with what it ran.
+
+```
+unset = ["data.test_rows"]      only if needed: settings that are None although their default is not
+seed = 0
+...
+[versions]
+python = "3.11.7"
+```
+TOML has no null: a setting that is None is left out, and read back as None by its default or by `unset`.
+"""
+
+import logging
+import platform
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hfedmoe.config import RunConfig, Section, config_from_tree
+from hfedmoe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("hfedmoe", "torch", "transformers", "peft", "flwr")
+
+
+def versions_here() -> dict[str, str]:
+    """What would have to be the same for the same numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def run_config_toml(config: RunConfig) -> bytes:
+    """The content of config.toml."""
+    import tomli_w
+
+    unset = _unset(config)
+    tree: dict[str, Any] = {"unset": unset} if unset else {}
+    tree |= _without_none(config.model_dump())
+    tree["versions"] = versions_here()
+    return tomli_w.dumps(tree).encode()
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """Read config.toml of a run; other versions than those that wrote it are a warning, not an error.
+
+    Raises:
+        UserError: the file is missing, not TOML, or not a valid config.
+    """
+    try:
+        tree: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path.parent}: not a run folder (it has no {path.name}); name a folder below runs/") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error}); restore the file or start a new run") from None
+    versions = tree.pop("versions", {})
+    unset = tree.pop("unset", [])
+    for key in unset if isinstance(unset, list) else [unset]:
+        *sections, last = str(key).split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{path}: unset: {key}: {section} is not a section; remove the entry")
+        node[last] = None
+    config = config_from_tree(tree, str(path))
+    _compare(path, versions if isinstance(versions, dict) else {})
+    return config
+
+
+def _compare(path: Path, written: dict[str, Any]) -> None:
+    here = versions_here()
+    other = [f"{name} {was} (here {here.get(name, 'none')})" for name, was in written.items() if here.get(name) != was]
+    if other:
+        logger.warning("%s was written with %s: numbers may differ", path, ", ".join(other))
+
+
+def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if value is not None
+    }
+
+
+def _unset(section: Section, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            keys += _unset(value, f"{prefix}{name}.")
+        elif value is None and field.get_default(call_default_factory=True) is not None:
+            keys.append(prefix + name)
+    return keys

@@ -1,0 +1,131 @@
+"""Tasks: kinds, labels, held-out rows, and who holds what."""
+
+import json
+
+import pytest
+
+from hfedmoe.config import DataConfig, PartitionConfig
+from hfedmoe.data.tasks import Example, load_task
+from hfedmoe.errors import UserError
+
+ANY = PartitionConfig()
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def labelled(count, labels=("a", "b"), start=0):
+    return [{"text": f"text {i}", "label": labels[i % len(labels)]} for i in range(start, start + count)]
+
+
+def test_the_default_task_is_reuters_with_its_own_test_split():
+    task = load_task(DataConfig(test_rows=None), ANY, seed=0)
+    assert (task.name, task.kind, len(task.train), len(task.test)) == ("reuters-r8", "classification", 5485, 2189)
+    assert task.labels == ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
+    assert all(example.choices is task.train[0].choices for example in task.train + task.test)
+    assert task.parts is None
+    cut = load_task(DataConfig(train_rows=100, test_rows=7), ANY, seed=0)
+    assert cut.train == task.train[:100]
+    assert cut.test == task.test[:7]
+
+
+def test_labels_become_words(tmp_path):
+    source = write(tmp_path / "r.jsonl", [{"text": " x ", "label": 1}, {"text": "y", "label": 0}])
+    config = DataConfig(source=source, test=source, label_words={"1": "good"})
+    task = load_task(config, ANY, seed=0)
+    assert task.labels == ("0", "1")
+    assert sorted(task.train, key=lambda e: e.text) == [
+        Example("x", ("0", "good"), 1),
+        Example("y", ("0", "good"), 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "index"),
+    [
+        (["x", "y"], 1, 1),
+        (["x", "y"], "y", 1),
+        (["x", "y"], " y ", 1),
+        (["x", "y"], "1", 1),
+        (["x", "y"], "B", 1),
+        (["x", "y"], "b", 1),
+        (["2", "1", "0"], "1", 1),  # text of a choice before its index
+        (["B", "A"], "A", 1),
+        ('["x", "y"]', "1", 1),
+        (["x", "x"], 1, 1),
+    ],
+)
+def test_answers_are_indices_texts_or_letters(tmp_path, choices, answer, index):
+    rows = [{"prompt": "q", "choices": choices, "answer": answer}] * 2
+    task = load_task(DataConfig(source=write(tmp_path / "r.jsonl", rows)), ANY, seed=0)
+    assert task.kind == "choices"
+    assert task.labels == ()
+    assert task.train[0].answer == index
+    assert task.train[0].text == "q"
+
+
+def test_completions_keep_their_spaces(tmp_path):
+    rows = [{"prompt": "q", "completion": " a\n"}] * 2
+    task = load_task(DataConfig(source=write(tmp_path / "r.jsonl", rows)), ANY, seed=0)
+    assert (task.kind, task.train[0]) == ("completion", Example("q", completion=" a\n"))
+
+
+def test_holding_out_is_deterministic_and_complete(tmp_path):
+    source = write(tmp_path / "r.jsonl", labelled(50))
+    config = DataConfig(source=source, test_share=0.2)
+    first, again, other = (load_task(config, ANY, seed) for seed in (3, 3, 4))
+    assert first == again
+    assert first.test != other.test
+    assert len(first.test) == 10
+    assert sorted(e.text for e in first.train + first.test) == sorted(r["text"] for r in labelled(50))
+
+
+def test_a_label_may_be_held_out_by_chance_but_not_only_named_in_the_test_file(tmp_path):
+    train = write(tmp_path / "train.jsonl", labelled(20))
+    test = write(tmp_path / "test.jsonl", [*labelled(1), {"text": "t", "label": "c"}])
+    with pytest.raises(UserError, match=r'test\.jsonl line 2: the label "c" is in no training row; .* a, b$'):
+        load_task(DataConfig(source=train, test=test), ANY, seed=0)
+
+
+def test_one_file_per_client(tmp_path):
+    rows = [labelled(10, start=100 * client) for client in range(3)]
+    files = [write(tmp_path / f"{client}.jsonl", rows[client]) for client in range(3)]
+    task = load_task(DataConfig(clients=files, test_share=0.2), ANY, seed=0)
+    assert [len(part) for part in task.parts] == [8, 8, 8]
+    assert len(task.test) == 6
+    assert task.part_names == files
+    for client, part in enumerate(task.parts):
+        assert {int(task.train[i].text.split()[1]) // 100 for i in part} == {client}
+    # A client's held-out rows depend on nobody else's rows, nor on the folder.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    files = [write(moved / "x.jsonl", rows[0]), write(moved / "y.jsonl", labelled(30, start=500))]
+    other = load_task(DataConfig(clients=files, test_share=0.2), ANY, seed=0)
+    assert {e.text for e in task.test if int(e.text.split()[1]) < 100} <= {e.text for e in other.test}
+
+
+def test_natural_ids_make_the_parts(tmp_path):
+    rows = [row | {"writer": f"w{i % 3}"} for i, row in enumerate(labelled(30))]
+    config = DataConfig(source=write(tmp_path / "r.jsonl", rows), train_rows=20)
+    task = load_task(config, PartitionConfig(scheme="natural", column="writer"), seed=0)
+    assert task.part_names == ["w0", "w1", "w2"]
+    assert sorted(index for part in task.parts for index in part) == list(range(20))
+    for client, part in enumerate(task.parts):
+        assert all(int(task.train[i].text.split()[1]) % 3 == client for i in part)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (None, r"needs partition\.column"),
+        ("author", r'no column "author"; columns present: text, label, writer; set partition\.column'),
+        ("writer", r'line 2: column "writer" names no client'),
+    ],
+)
+def test_bad_natural_ids(tmp_path, column, message):
+    rows = [labelled(1)[0] | {"writer": "w"}, labelled(1, start=1)[0] | {"writer": None}]
+    config = DataConfig(source=write(tmp_path / "r.jsonl", rows))
+    with pytest.raises(UserError, match=message):
+        load_task(config, PartitionConfig(scheme="natural", column=column), seed=0)
