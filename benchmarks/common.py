@@ -35,9 +35,7 @@ def machine() -> dict[str, Any]:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that all benchmarks take."""
-    arguments = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     return arguments
 

@@ -111,7 +111,8 @@ class ClientsConfig(Section):
         Field(description="experts per layer that a batch may train: a number or a share; None: all resident"),
     ] = None
     off_budget: Annotated[
-        Literal["frozen", "skip"], Field(description="resident experts over the activation budget: forward only, or not")
+        Literal["frozen", "skip"],
+        Field(description="resident experts over the activation budget: forward only, or not"),
     ] = "frozen"
 
     @field_validator("budgets")

@@ -19,8 +19,8 @@ class ExpertBase(Protocol):
 
     num_experts: int
 
-    def up(self, x: Tensor, groups: Groups) -> Tensor:
-        """x [T, H] -> [S, U]: the up projection of every pair."""
+    def up(self, x: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        """x [T, H], and the same as a row per pair [S, H] -> [S, U]: the up projection of every pair."""
         ...
 
     def up_t(self, grad: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
@@ -31,8 +31,8 @@ class ExpertBase(Protocol):
         """a [S, I], already weighted (plus `rows` [S, H]) -> [T, H]: down projections added up per token."""
         ...
 
-    def down_t(self, grad: Tensor, groups: Groups) -> Tensor:
-        """grad [T, H] -> [S, I]: gradient of `down` with respect to a."""
+    def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        """grad [T, H], and the same as a row per pair [S, H] -> [S, I]: gradient of `down` with respect to a."""
         ...
 
 
@@ -56,14 +56,13 @@ def add_product(rows: Tensor | None, left: Tensor, weights: Weights, groups: Gro
     fresh = rows is None
     if rows is None:
         rows = left.new_empty(groups.size, weights.rows if t else weights.columns)
-    for expert, start, end in groups.spans:
+    for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
         weight = weights(expert, left.dtype)
-        target = rows[start:end]
         right = weight.t() if t else weight
         if fresh:
-            torch.mm(left[start:end], right, out=target)
+            torch.mm(own, right, out=target)
         else:
-            target.addmm_(left[start:end], right)
+            target.addmm_(own, right)
     return rows
 
 
@@ -99,8 +98,8 @@ class SeparateBase:
         self._up, self._down = up, down
         self.num_experts = up.num_experts
 
-    def up(self, x: Tensor, groups: Groups) -> Tensor:
-        return add_product(None, x[groups.token], self._up, groups, t=True)
+    def up(self, x: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        return add_product(None, rows, self._up, groups, t=True)
 
     def up_t(self, grad: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
         return scatter_rows(add_product(rows, grad, self._up, groups, t=False), groups)
@@ -108,8 +107,8 @@ class SeparateBase:
     def down(self, a: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
         return scatter_rows(add_product(rows, a, self._down, groups, t=True), groups)
 
-    def down_t(self, grad: Tensor, groups: Groups) -> Tensor:
-        return add_product(None, grad[groups.token], self._down, groups, t=False)
+    def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        return add_product(None, rows, self._down, groups, t=False)
 
 
 class SharedBase:
@@ -123,8 +122,8 @@ class SharedBase:
         self._up, self._down = up, down
         self.num_experts = num_experts
 
-    def up(self, x: Tensor, groups: Groups) -> Tensor:
-        return (x @ self._up.to(x.dtype).t())[groups.token]
+    def up(self, x: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        return (x @ self._up.to(x.dtype).t()).index_select(0, groups.token)
 
     def up_t(self, grad: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
         out = scatter_rows(grad, groups) @ self._up.to(grad.dtype)
@@ -134,8 +133,8 @@ class SharedBase:
         out = scatter_rows(a, groups) @ self._down.to(a.dtype).t()
         return out if rows is None else out.index_add_(0, groups.token, rows)
 
-    def down_t(self, grad: Tensor, groups: Groups) -> Tensor:
-        return (grad @ self._down.to(grad.dtype))[groups.token]
+    def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        return (grad @ self._down.to(grad.dtype)).index_select(0, groups.token)
 
 
 def base_of(up: Tensor, down: Tensor, transposed: bool = False) -> ExpertBase:

@@ -25,6 +25,10 @@ class Groups:
     def size(self) -> int:
         return self.token.shape[0]
 
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Views of `rows` [S, ...], one per group, in the order of `spans`."""
+        return rows.split([end - start for _, start, end in self.spans])
+
 
 def group_pairs(experts: Tensor, num_experts: int, top_k: int, keep: Tensor | None = None) -> Groups:
     """Group the flattened pairs `experts` int64 [T*K] by expert; values outside [0, num_experts) mean "no expert".

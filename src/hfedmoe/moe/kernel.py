@@ -64,33 +64,31 @@ class _GroupedExperts(torch.autograd.Function):
     ) -> Tensor:
         w = weights[groups.pair].to(x.dtype)[:, None]
         leaf = _Leaves(names, leaves, x.dtype)
-        rank = leaf.get(0, "up_a").shape[0] if leaf.lora else 0
-        low_up, low_down = x.new_empty(2, groups.size, rank).unbind(0)
-        u = math.base.up(x, groups)
-        for position, (expert, start, end) in enumerate(groups.spans):
-            if leaf.lora:
-                torch.mm(x[groups.token[start:end]], leaf.get(position, "up_a").t(), out=low_up[start:end])
-                u[start:end].addmm_(low_up[start:end], leaf.get(position, "up_b").t(), alpha=math.scale)
-            if math.up_bias is not None:
-                u[start:end] += math.up_bias[expert].to(x.dtype)
-        a = math.gate(u)
-        mask = None
+        rows = x.index_select(0, groups.token)
+        u = math.base.up(x, rows, groups)
+        low_up = low_down = None
+        if leaf.lora:
+            low_up = _low(groups, rows, leaf.all("up_a"), math.scale)
+            for own, low, b in zip(groups.split(u), groups.split(low_up), leaf.all("up_b"), strict=True):
+                own.addmm_(low, b.t())
+        _add_bias(groups, u, math.up_bias)
+        a, mask = _gate(math, u), None
         if math.dropout > 0:
             mask = torch.empty_like(a).bernoulli_(1 - math.dropout).div_(1 - math.dropout)
-            a = a * mask
-        a = a * w
-        rows = x.new_zeros(groups.size, x.shape[1]) if leaf.lora or math.down_bias is not None else None
-        if rows is not None:
-            for position, (expert, start, end) in enumerate(groups.spans):
-                if leaf.lora:
-                    torch.mm(a[start:end], leaf.get(position, "down_a").t(), out=low_down[start:end])
-                    scaled = low_down[start:end] * math.scale
-                    torch.mm(scaled, leaf.get(position, "down_b").t(), out=rows[start:end])
-                if math.down_bias is not None:
-                    rows[start:end] += w[start:end] * math.down_bias[expert].to(x.dtype)
+            a *= mask
+        a *= w
+        extra = None
+        if leaf.lora:
+            low_down = _low(groups, a, leaf.all("down_a"), math.scale)
+            extra = rows  # whose contents are no longer needed
+            for own, low, b in zip(groups.split(extra), groups.split(low_down), leaf.all("down_b"), strict=True):
+                torch.mm(low, b.t(), out=own)
+        if math.down_bias is not None:
+            extra = rows.zero_() if extra is None else extra
+            _add_bias(groups, extra, math.down_bias, w)
         ctx.math, ctx.groups, ctx.names, ctx.weights_like = math, groups, names, (weights.shape, weights.dtype)
         ctx.save_for_backward(x, w, u, low_up, low_down, mask, *leaves)
-        return math.base.down(a, groups, rows)
+        return math.base.down(a, groups, extra)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,19 +96,23 @@ class _GroupedExperts(torch.autograd.Function):
         x, w, u, low_up, low_down, mask, *leaves = ctx.saved_tensors
         leaf = _Leaves(ctx.names, leaves, x.dtype, ctx.needs_input_grad[5:])
         grad = grads[0].contiguous()
-        a = math.gate(u) if mask is None else math.gate(u) * mask
-        d_a = math.base.down_t(grad, groups)
-        _down_backward(math, groups, leaf, grad, a, w, low_down, d_a)
+        rows = grad.index_select(0, groups.token)
+        d_a = math.base.down_t(grad, rows, groups)
+        a = _gate(math, u)
+        if mask is not None:
+            a *= mask
+        _down_backward(math, groups, leaf, rows, a, w, low_down, d_a)
         d_weights = None
         if ctx.needs_input_grad[4]:
             shape, dtype = ctx.weights_like
             d_weights = torch.zeros(shape, dtype=dtype, device=x.device)
-            d_weights[groups.pair] = _weight_gradient(math, groups, grad, a, d_a).to(dtype)
-        del a
-        d_a *= w if mask is None else w * mask
-        d_u = _gate_backward(math, u, d_a)
-        rows = _up_backward(math, groups, leaf, x, low_up, d_u)
-        d_x = math.base.up_t(d_u, groups, rows) if ctx.needs_input_grad[3] else None
+            d_weights[groups.pair] = _weight_gradient(math, groups, rows, a, d_a).to(dtype)
+        d_a *= w
+        if mask is not None:
+            d_a *= mask
+        d_u = _gate_backward(math, u, d_a, a)
+        extra = _up_backward(math, groups, leaf, x, low_up, d_u, rows)
+        d_x = math.base.up_t(d_u, groups, extra) if ctx.needs_input_grad[3] else None
         return (None, None, None, d_x, d_weights, *leaf.grads)
 
 
@@ -129,81 +131,128 @@ class _Leaves:
         self.grads: list[Tensor | None] = [None] * len(leaves)
         self.lora = "up_a" in names and len(leaves) > 0
 
-    def _place(self, position: int, name: str) -> int:
-        return position * len(self._slots) + self._slots[name]
+    def all(self, name: str) -> list[Tensor]:
+        """One tensor per group."""
+        return [leaf.to(self._dtype) for leaf in self._leaves[self._slots[name] :: len(self._slots)]]
 
-    def get(self, position: int, name: str) -> Tensor:
-        return self._leaves[self._place(position, name)].to(self._dtype)
+    def wants(self, name: str) -> bool:
+        """Whether gradients of `name` are asked for: all experts are trained alike."""
+        return (
+            name in self._slots
+            and self._wanted is not None
+            and any(self._wanted[self._slots[name] :: len(self._slots)])
+        )
 
-    def wants(self, position: int, name: str) -> bool:
-        return name in self._slots and self._wanted is not None and self._wanted[self._place(position, name)]
+    def put(self, name: str, grads: Sequence[Tensor]) -> None:
+        """The gradients of `name`, one per group."""
+        slot = self._slots[name]
+        for position, grad in enumerate(grads):
+            place = position * len(self._slots) + slot
+            self.grads[place] = grad.to(self._leaves[place].dtype)
 
-    def put(self, position: int, name: str, grad: Tensor) -> None:
-        place = self._place(position, name)
-        self.grads[place] = grad.to(self._leaves[place].dtype)
+
+def _low(groups: Groups, rows: Tensor, factors: list[Tensor], scale: float) -> Tensor:
+    """scale * rows @ factor' for every group: [S, D] with factors [R, D] -> [S, R]."""
+    out = rows.new_empty(groups.size, factors[0].shape[0])
+    for own, factor, target in zip(groups.split(rows), factors, groups.split(out), strict=True):
+        torch.mm(own, factor.t(), out=target)
+    return out.mul_(scale)
+
+
+def _outer(groups: Groups, left: Tensor, right: Tensor, flip: bool = False) -> list[Tensor]:
+    """left' @ right for every group (right' @ left where `flip`): the gradient of a matrix from its two sides."""
+    pairs = zip(groups.split(left), groups.split(right), strict=True)
+    return [b.t() @ a if flip else a.t() @ b for a, b in pairs]
+
+
+def _add_bias(groups: Groups, rows: Tensor, bias: Sequence[Tensor] | None, w: Tensor | None = None) -> None:
+    """Add each group's bias to its rows, times the gate weights w [S, 1] where they are given."""
+    if bias is None:
+        return
+    for expert, start, end in groups.spans:
+        own = bias[expert].to(rows.dtype)
+        rows[start:end] += own if w is None else w[start:end] * own
 
 
 def _down_backward(
-    math: ExpertMath, groups: Groups, leaf: _Leaves, grad: Tensor, a: Tensor, w: Tensor, low: Tensor, d_a: Tensor
+    math: ExpertMath, groups: Groups, leaf: _Leaves, rows: Tensor, a: Tensor, w: Tensor, low: Tensor | None, d_a: Tensor
 ) -> None:
-    """Gradients of the trained tensors of the down projection; adds the low-rank part to d_a [S, I] in place."""
-    for position, (_, start, end) in enumerate(groups.spans):
-        if not leaf.grads:
-            return
-        dy = grad[groups.token[start:end]]
-        if leaf.lora:
-            d_low = (dy @ leaf.get(position, "down_b")).mul_(math.scale)
-            d_a[start:end].addmm_(d_low, leaf.get(position, "down_a"))
-            if leaf.wants(position, "down_b"):
-                leaf.put(position, "down_b", (dy.t() @ low[start:end]).mul_(math.scale))
-            if leaf.wants(position, "down_a"):
-                leaf.put(position, "down_a", d_low.t() @ (a[start:end] * w[start:end]))
-        if leaf.wants(position, "down"):
-            weighted = a[start:end] * w[start:end]
-            leaf.put(position, "down", weighted.t() @ dy if math.transposed else dy.t() @ weighted)
-        if leaf.wants(position, "down_bias"):
-            leaf.put(position, "down_bias", (dy * w[start:end]).sum(0))
+    """Gradients of the trained tensors of the down projection; adds the low-rank part to d_a [S, I] in place.
+
+    Args:
+        rows: gradient of the output, a row per pair [S, H].
+    """
+    if leaf.lora:
+        assert low is not None
+        d_low = _low(groups, rows, [b.t() for b in leaf.all("down_b")], math.scale)
+        for own, d, factor in zip(groups.split(d_a), groups.split(d_low), leaf.all("down_a"), strict=True):
+            own.addmm_(d, factor)
+        if leaf.wants("down_b"):
+            leaf.put("down_b", _outer(groups, rows, low))
+        if leaf.wants("down_a"):
+            leaf.put("down_a", _outer(groups, d_low * w, a))
+    if leaf.wants("down"):
+        leaf.put("down", _outer(groups, rows * w, a, flip=math.transposed))
+    if leaf.wants("down_bias"):
+        leaf.put("down_bias", [own.sum(0) for own in groups.split(rows * w)])
 
 
-def _up_backward(math: ExpertMath, groups: Groups, leaf: _Leaves, x: Tensor, low: Tensor, d_u: Tensor) -> Tensor | None:
-    """Gradients of the trained tensors of the up projection; returns the low-rank part of the gradient of x [S, H]."""
-    rows = x.new_empty(groups.size, x.shape[1]) if leaf.lora else None
-    for position, (_, start, end) in enumerate(groups.spans):
-        if not leaf.grads:
-            return None
-        du = d_u[start:end]
-        if rows is not None:
-            d_low = (du @ leaf.get(position, "up_b")).mul_(math.scale)
-            torch.mm(d_low, leaf.get(position, "up_a"), out=rows[start:end])
-            if leaf.wants(position, "up_b"):
-                leaf.put(position, "up_b", (du.t() @ low[start:end]).mul_(math.scale))
-            if leaf.wants(position, "up_a"):
-                leaf.put(position, "up_a", d_low.t() @ x[groups.token[start:end]])
-        if leaf.wants(position, "up"):
-            inputs = x[groups.token[start:end]]
-            leaf.put(position, "up", inputs.t() @ du if math.transposed else du.t() @ inputs)
-        if leaf.wants(position, "up_bias"):
-            leaf.put(position, "up_bias", du.sum(0))
+def _up_backward(
+    math: ExpertMath, groups: Groups, leaf: _Leaves, x: Tensor, low: Tensor | None, d_u: Tensor, spare: Tensor
+) -> Tensor | None:
+    """Gradients of the trained tensors of the up projection; returns the low-rank part of the gradient of x [S, H].
+
+    Args:
+        spare: memory [S, H] whose contents are no longer needed.
+    """
+    if not leaf.grads:
+        return None
+    rows = torch.index_select(x, 0, groups.token, out=spare)
+    if leaf.wants("up"):
+        leaf.put("up", _outer(groups, d_u, rows, flip=math.transposed))
+    if leaf.wants("up_bias"):
+        leaf.put("up_bias", [own.sum(0) for own in groups.split(d_u)])
+    if not leaf.lora:
+        return None
+    assert low is not None
+    d_low = _low(groups, d_u, [b.t() for b in leaf.all("up_b")], math.scale)
+    if leaf.wants("up_b"):
+        leaf.put("up_b", _outer(groups, d_u, low))
+    if leaf.wants("up_a"):
+        leaf.put("up_a", _outer(groups, d_low, rows))
+    for own, d, factor in zip(groups.split(rows), groups.split(d_low), leaf.all("up_a"), strict=True):
+        torch.mm(d, factor, out=own)
     return rows
 
 
-def _weight_gradient(math: ExpertMath, groups: Groups, grad: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
-    """Gradient of the gate weight of every pair [S]."""
-    d_pairs = (d_a * a).sum(1)
+def _weight_gradient(math: ExpertMath, groups: Groups, rows: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
+    """Gradient of the gate weight of every pair [S]; overwrites a [S, I]."""
+    d_pairs = a.mul_(d_a).sum(1)
     if math.down_bias is not None:
         for expert, start, end in groups.spans:
-            d_pairs[start:end] += grad[groups.token[start:end]] @ math.down_bias[expert].to(grad.dtype)
+            d_pairs[start:end] += rows[start:end] @ math.down_bias[expert].to(rows.dtype)
     return d_pairs
 
 
-def _gate_backward(math: ExpertMath, u: Tensor, d_a: Tensor) -> Tensor:
-    """Gradient of the gate with respect to u [S, U], given the gradient of its output d_a [S, I]."""
+def _gate(math: ExpertMath, u: Tensor) -> Tensor:
+    """The gate in fresh memory: u [S, U] -> [S, I]."""
+    if math.silu_gate:
+        gate, up = u.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+    return math.gate(u)
+
+
+def _gate_backward(math: ExpertMath, u: Tensor, d_a: Tensor, spare: Tensor) -> Tensor:
+    """Gradient of the gate with respect to u [S, U], given the gradient of its output d_a [S, I].
+
+    Overwrites d_a, and `spare` [S, I].
+    """
     if math.silu_gate:
         gate, up = u.chunk(2, dim=-1)
         d_u = torch.empty_like(u)
         d_gate, d_up = d_u.chunk(2, dim=-1)
-        torch.mul(d_a, torch.nn.functional.silu(gate), out=d_up)
-        d_gate.copy_(torch.ops.aten.silu_backward(d_a * up, gate))
+        torch.mul(d_a, torch.ops.aten.silu.out(gate, out=spare), out=d_up)
+        torch.ops.aten.silu_backward.grad_input(d_a.mul_(up), gate, grad_input=d_gate)
         return d_u
     with torch.enable_grad():
         u = u.detach().requires_grad_()

