@@ -233,7 +233,7 @@ class RunConfig(Section):
 
 def _check_budget(budget: Budget) -> None:
     """Raise ValueError unless the budget is a positive number of experts or a share in (0 %, 100 %]."""
-    if isinstance(budget, bool) or isinstance(budget, float):
+    if isinstance(budget, bool | float):
         raise ValueError(f'{budget!r}: write a share as text ("25%") and a number of experts as a whole number')
     if isinstance(budget, int):
         if budget < 1:

