@@ -257,6 +257,8 @@ def budget_in_experts(budget: Budget, total: int) -> int:
 def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
     """Read a TOML file (None: the defaults), apply `section.key=value` overrides and validate.
 
+    The config.toml of a run folder can be read like any other: its `versions` are passed over.
+
     Raises:
         UserError: the file is missing or not TOML, a key is unknown, or a value is of the wrong type or range.
     """
@@ -270,9 +272,12 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
             raise UserError(f"config {path}: cannot be read ({error})") from None
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"config {path}: not valid TOML: {error}") from None
+        tree.pop("versions", None)
     for override in overrides or []:
         _apply_override(tree, override)
-    return config_from_tree(tree, str(path) if path is not None else "config")
+    origin = str(path) if path is not None else "config"
+    apply_unset(tree, origin)
+    return config_from_tree(tree, origin)
 
 
 def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
@@ -281,6 +286,23 @@ def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{origin}: {_one_line(error)}") from None
+
+
+def apply_unset(tree: dict[str, Any], origin: str) -> None:
+    """Set the keys listed under `unset` to None, which TOML cannot say: `unset = ["data.test_rows"]`.
+
+    Raises:
+        UserError: an entry goes through something that is not a section.
+    """
+    unset = tree.pop("unset", [])
+    for key in unset if isinstance(unset, list) else [unset]:
+        *sections, last = str(key).split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{origin}: unset: {key}: {section} is not a section; remove the entry")
+        node[last] = None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

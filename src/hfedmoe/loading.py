@@ -14,6 +14,9 @@ PACKAGED = {
     "tiny": "a tiny random Mixtral, for trying settings",
 }
 
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+"""What transformers raises for a model that is missing, unreachable, damaged or unknown."""
+
 
 @dataclass
 class Loaded:
@@ -66,20 +69,50 @@ def load(config: ModelConfig, seed: int) -> Loaded:
     loaded = _tiny(seed) if config.name == "tiny" else _pretrained(config)
     device = device_of(config.device)
     if config.upcycle is not None:
-        from hfedmoe.moe.upcycle import upcycle
-
-        if "ForSequence" in type(loaded.model).__name__:
-            raise UserError(f"model.name = {config.name}: only causal language models can be upcycled")
-        settings = config.upcycle
         # Moved first, so that the experts go on sharing one tensor on the device.
-        dense = loaded.model.to(device)
-        try:
-            loaded.model = upcycle(dense, settings.experts, settings.top_k, settings.router_std, seed)
-        except ValueError as error:
-            raise UserError(f"model.name = {config.name}: {error}") from None
+        loaded.model = _upcycled(loaded.model.to(device), config, seed)
         return loaded
     loaded.model = loaded.model.to(device=device, dtype=getattr(torch, config.dtype))
     return loaded
+
+
+def structure(config: ModelConfig) -> Any:
+    """The model without weights (on the meta device), from its configuration alone, upcycled where asked.
+
+    Its tensors have the dtype of the checkpoint, not `model.dtype`.
+
+    Raises:
+        UserError: the model is unknown, unreachable or of no kind that transformers can build, or cannot be upcycled.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    if config.name == "tiny":
+        model = _tiny(seed=0).model.to("meta")
+    else:
+        source, options = _source(config)
+        try:
+            described = AutoConfig.from_pretrained(source, **options)
+            auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
+            with torch.device("meta"):
+                model = auto.from_config(
+                    described, dtype=described.dtype or torch.float32, trust_remote_code=config.trust_remote_code
+                )
+        except LOADING_ERRORS as error:
+            raise UserError(_explain(config, error)) from None
+    model.tie_weights()  # moving to the meta device parts what is one tensor
+    return model if config.upcycle is None else _upcycled(model, config, seed=0)
+
+
+def _upcycled(dense: Any, config: ModelConfig, seed: int) -> Any:
+    from hfedmoe.moe.upcycle import upcycle
+
+    settings = config.upcycle
+    assert settings is not None
+    try:
+        return upcycle(dense, settings.experts, settings.top_k, settings.router_std, seed)
+    except ValueError as error:
+        raise UserError(f"model.name = {config.name}: {error}") from None
 
 
 def _tiny(seed: int) -> Loaded:
@@ -93,24 +126,30 @@ def _pretrained(config: ModelConfig) -> Loaded:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    source, extra = _locate(config)
-    options: dict[str, Any] = {**extra, "trust_remote_code": config.trust_remote_code}
-    if config.revision is not None:
-        options["revision"] = config.revision
+    source, options = _source(config)
     try:
         described = AutoConfig.from_pretrained(source, **options)
         auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
         model = auto.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(_explain(config, error)) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Loaded(model, tokenizer)
 
 
+def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """What to give to transformers: a path or hub id, and the options that go with it."""
+    source, extra = _locate(config)
+    options: dict[str, Any] = {**extra, "trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        options["revision"] = config.revision
+    return source, options
+
+
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """What to give to transformers: a path or hub id, and the GGUF file inside it if it is one."""
+    """A path or hub id, and the GGUF file inside it if it is one."""
     if config.name == "smollm2":
         return str(smollm2_folder()), {}
     path = Path(config.name).expanduser()

@@ -30,6 +30,11 @@ def cache_folder() -> Path:
     return Path(base) / "hfedmoe"
 
 
+def converted_folder(source: Path) -> Path:
+    """Where the transformers folder made from a GGUF file is or will be."""
+    return cache_folder() / f"{source.stem}-{source.stat().st_size}"
+
+
 def smollm2_folder() -> Path:
     """The transformers folder of the packaged model in float32, made if it is not there yet.
 
@@ -39,7 +44,7 @@ def smollm2_folder() -> Path:
     source = gguf_file()
     if source is None:
         raise UserError(f"model.name = smollm2: the model's package is not installed; {INSTALL}")
-    folder = cache_folder() / f"{source.stem}-{source.stat().st_size}"
+    folder = converted_folder(source)
     if not (folder / "config.json").is_file():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""."""
+"""What fits on a device."""

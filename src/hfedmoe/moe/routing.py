@@ -149,7 +149,7 @@ class LayerRouting:
             self.state.trainable = self.choose(self.layer.index, self.evidence, self.hit)
 
     def _watch_gradient(self, weights: Tensor, keep: Tensor) -> None:
-        evidence, index, present, values = self.evidence, self._index, self._present(), weights.detach().float()
+        evidence, index, present, values = self.evidence, self._index, self.resident(), weights.detach().float()
 
         def on_gradient(grad: Tensor) -> None:
             assert evidence is not None
@@ -161,9 +161,10 @@ class LayerRouting:
         assert self.evidence is not None
         assert self.batch is not None
         keep = self.batch.of(self.layer).to(norms.device).reshape(-1, 1)
-        self.evidence.activation = _per_expert(norms * keep, self._index, self._present())
+        self.evidence.activation = _per_expert(norms * keep, self._index, self.resident())
 
-    def _present(self) -> Tensor:
+    def resident(self) -> Tensor:
+        """bool [E]: experts that may be used."""
         resident = self.state.resident
         if resident is None:
             return torch.ones(self.layer.num_experts, dtype=torch.bool, device=self._index.device)

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hfedmoe.config import RunConfig, Section, config_from_tree
+from hfedmoe.config import RunConfig, Section, apply_unset, config_from_tree
 from hfedmoe.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,15 +36,25 @@ def versions_here() -> dict[str, str]:
     return found
 
 
+def config_toml(config: RunConfig) -> str:
+    """All settings, as `read_run_config` and `load_config` read them."""
+    return _dumps(_tree(config))
+
+
 def run_config_toml(config: RunConfig) -> bytes:
-    """The content of config.toml."""
+    """The content of config.toml: all settings, and the versions here."""
+    return _dumps(_tree(config) | {"versions": versions_here()}).encode()
+
+
+def _tree(config: RunConfig) -> dict[str, Any]:
+    unset = _unset(config)
+    return ({"unset": unset} if unset else {}) | _without_none(config.model_dump())
+
+
+def _dumps(tree: dict[str, Any]) -> str:
     import tomli_w
 
-    unset = _unset(config)
-    tree: dict[str, Any] = {"unset": unset} if unset else {}
-    tree |= _without_none(config.model_dump())
-    tree["versions"] = versions_here()
-    return tomli_w.dumps(tree).encode()
+    return tomli_w.dumps(tree)
 
 
 def read_run_config(path: Path) -> RunConfig:
@@ -62,15 +72,7 @@ def read_run_config(path: Path) -> RunConfig:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error}); restore the file or start a new run") from None
     versions = tree.pop("versions", {})
-    unset = tree.pop("unset", [])
-    for key in unset if isinstance(unset, list) else [unset]:
-        *sections, last = str(key).split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise UserError(f"{path}: unset: {key}: {section} is not a section; remove the entry")
-        node[last] = None
+    apply_unset(tree, str(path))
     config = config_from_tree(tree, str(path))
     _compare(path, versions if isinstance(versions, dict) else {})
     return config

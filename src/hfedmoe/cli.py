@@ -1,0 +1,203 @@
+"""The command line: one short function per command. Nothing heavy is imported before a command needs it."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import click
+import typer
+
+from hfedmoe import __version__
+from hfedmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from hfedmoe.config import RunConfig
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="hfedmoe",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: rich would take longer to import than everything else here
+    pretty_exceptions_enable=False,
+    help="Unequal devices fine-tune one Mixture-of-Experts language model together, without sharing data.",
+    epilog="`hfedmoe run` without a config runs the built-in example.",
+)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The entry point: user errors become one line and exit code 2, an interruption exit code 130."""
+    try:
+        code = app(args=arguments, prog_name="hfedmoe", standalone_mode=False)
+    except UserError as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        code = 2
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = 2
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        _say(f"error: {error.format_message()}; `{context.command_path if context else 'hfedmoe'} --help` explains")
+        code = 2
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hfedmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(help="A TOML file, or the name of a shipped one (demo, tiny); none: demo.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for this run.", show_default="runs/<date>-<name>")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
+    ] = None,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print all settings and stop.")] = False,
+) -> None:
+    """Fine-tune a model in a federation of simulated clients."""
+    settings = _load(config, overrides)
+    if show_config:
+        from hfedmoe.runs.settings import config_toml
+
+        typer.echo(config_toml(settings), nl=False)
+        return
+    from hfedmoe import experiment
+    from hfedmoe.report.live import Live
+
+    with _resumable(out, settings.name), Live() as live:
+        experiment.run(settings, out, live)
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the run.")]) -> None:
+    """Continue a run that was interrupted."""
+    from hfedmoe import experiment
+    from hfedmoe.report.live import Live
+
+    with _resumable(folder, folder.name), Live() as live:
+        experiment.resume(folder, live)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A packaged model (smollm2, tiny), a hub id or a folder.")],
+    upcycle_experts: Annotated[
+        int | None, typer.Option(min=2, help="Show a dense model as it would be with so many experts per layer.")
+    ] = None,
+    upcycle_top_k: Annotated[int, typer.Option(min=1, help="Experts per token of the upcycled model.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the MoE anatomy of a model: layers, experts, routers, and bytes by kind. Loads no weights."""
+    from hfedmoe.report.anatomy import anatomy_of, as_text, to_json
+
+    anatomy = anatomy_of(model, upcycle_experts, upcycle_top_k)
+    typer.echo(to_json(anatomy) if as_json else as_text(anatomy))
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="DIR_OR_MODEL", help="A run folder, or a model (packaged, hub id, folder).")
+    ],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Of a run: best, last or the number of a round.", show_default="best")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For a model: the config whose test rows are used.", show_default="demo")
+    ] = None,
+) -> None:
+    """Measure a checkpoint of a run, or a model as it is, on held-out rows."""
+    from hfedmoe import baseline
+    from hfedmoe.report.live import Live
+    from hfedmoe.report.scores import as_text
+
+    if (Path(target) / "config.toml").is_file():
+        if config is not None:
+            raise UserError("--config: a run folder has its own config; leave the option out")
+        from hfedmoe import experiment
+
+        with Live() as live:
+            metrics = experiment.evaluate_run(Path(target), checkpoint or "best", live)
+    else:
+        if checkpoint is not None:
+            raise UserError(f"--checkpoint: {target} is not a run folder (it has no config.toml); only runs have them")
+        with Live() as live:
+            metrics = baseline.evaluate_model(target, _load(config, None), live)
+    typer.echo(as_text(metrics))
+
+
+@app.command()
+def upcycle(
+    dense: Annotated[str, typer.Argument(help="A dense model: packaged, hub id or folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the new checkpoint; must not exist or be empty.")],
+    experts: Annotated[int, typer.Option(min=2, help="Experts per layer.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of the fresh routers.")] = 0,
+) -> None:
+    """Turn a dense model into a Mixtral checkpoint with equal experts."""
+    from hfedmoe.upcycling import upcycle_to_folder
+
+    upcycle_to_folder(dense, out, experts, top_k, dtype, seed)
+    typer.echo(f"{out}: {experts} experts per layer, top-{top_k}; `hfedmoe inspect {shlex.quote(str(out))}` shows it")
+
+
+@app.command()
+def doctor(
+    hub: Annotated[bool, typer.Option("--hub", help="Also try to reach the model hub.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is installed, what it can run, and how to get what is missing. Exit code 1 if that is essential."""
+    from hfedmoe.doctor import as_text, examine, to_json
+
+    report = examine(hub)
+    typer.echo(to_json(report) if as_json else as_text(report))
+    raise typer.Exit(0 if report.fit else 1)
+
+
+def _load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
+    """The settings of a config file, of a shipped config by name, or of the built-in example."""
+    from hfedmoe.config import load_config
+    from hfedmoe.shipped import NAMES, shipped_config
+
+    if config is None:
+        config = shipped_config("demo")
+    elif str(config) in NAMES and not config.exists():
+        config = shipped_config(str(config))
+    return load_config(config, overrides)
+
+
+@contextmanager
+def _resumable(folder: Path | None, name: str) -> Iterator[None]:
+    """Tell how to go on if the run in `folder` (None: a new one below runs/) is interrupted."""
+    before = set(Path("runs").glob(f"*-{name}*"))
+    try:
+        yield
+    except KeyboardInterrupt:
+        new = sorted(set(Path("runs").glob(f"*-{name}*")) - before) if folder is None else [folder]
+        started = next((path for path in new if (path / "config.toml").is_file()), None)
+        hint = "before the run began" if started is None else f"`hfedmoe resume {shlex.quote(str(started))}` continues"
+        _say(f"interrupted; {hint}" if started else f"interrupted {hint}")
+        raise typer.Exit(INTERRUPTED) from None

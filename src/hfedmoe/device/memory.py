@@ -1,0 +1,35 @@
+"""Bytes of a client's sub-model, counted from shapes; and the peak of this process, from the operating system."""
+
+import sys
+
+from torch import Tensor
+
+from hfedmoe.moe.model import MoEModel
+
+
+def sub_model_bytes(model: MoEModel, resident: list[Tensor]) -> int:
+    """Predicted bytes of weights, gradients and AdamW state of a device that holds only `resident` (bool [E] per layer).
+
+    Every resident expert counts in full, also where copies share memory in this process. Activations do not count.
+    """
+    expert_parameters = {id(p) for layer in model.layers for p in layer.experts.parameters()}
+    total = sum(p.numel() * p.element_size() for p in model.model.parameters() if id(p) not in expert_parameters)
+    trained = [*model.routers.values(), *model.shared.values()]
+    total += sum(3 * t.numel() * t.element_size() for t in trained)  # gradient and two moments
+    for state, keep in zip(model.states, resident, strict=True):
+        held = int(keep.sum())
+        total += held * sum(t[0].numel() * t.element_size() for t in state.tensors().values())
+        if state.trained is not None:
+            for name, stack in state.trained.stacks.items():
+                row = stack[0].numel() * stack.element_size()
+                own = 0 if name in ("up", "down", "up_bias", "down_bias") else 1  # full training trains the base itself
+                total += held * row * (own + (3 if name in state.trained.travelling else 0))
+    return total
+
+
+def peak_process_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,223 @@
+"""Run a federation on this machine from a configuration: the embedded default behind `hfedmoe run`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import Context, RecordDict
+from torch import Tensor
+
+from hfedmoe.config import RunConfig, budget_in_experts
+from hfedmoe.data.encoding import Encoder
+from hfedmoe.data.partition import partition
+from hfedmoe.data.rows import Example
+from hfedmoe.data.tasks import Task, load_task
+from hfedmoe.errors import UserError
+from hfedmoe.evaluation import Metrics, evaluate
+from hfedmoe.federation.client import Device, client_app
+from hfedmoe.federation.inprocess import InProcessGrid, restore_contexts, save_contexts
+from hfedmoe.federation.records import Keeper
+from hfedmoe.federation.server import Server, server_app
+from hfedmoe.loading import load
+from hfedmoe.moe.anatomy import UnsupportedModelError
+from hfedmoe.moe.model import MoEModel
+from hfedmoe.moe.payload import global_tensors
+from hfedmoe.moe.payload import load as put
+from hfedmoe.report.live import Watcher
+from hfedmoe.runs import RunFolder
+
+
+@dataclass
+class Prepared:
+    """A model and a task, ready for clients or for the server."""
+
+    config: RunConfig
+    model: MoEModel
+    encoder: Encoder
+    task: Task
+    test: list[Example]
+    watch: list[Example]
+
+    def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
+        """The model with these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""
+        everything = [torch.ones(number, dtype=torch.bool) for number in self.model.num_experts]
+        self.model.set_resident(None)
+        put(self.model, tensors, everything)
+        settings = self.config.evaluation
+        rows = self.test if kind == "all" else self.watch
+        return evaluate(self.model.model, rows, self.encoder, settings.batch_size, settings.scoring, on_batch)
+
+
+def prepare(config: RunConfig, watcher: Watcher) -> Prepared:
+    """Load the model and the data of a configuration and make them ready.
+
+    Raises:
+        UserError: the model or the data cannot be used, or a budget is below what the model needs.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    watcher.phase("reading the data")
+    # The watched rows are drawn beside the test rows, never from them: what they decide must not see the test.
+    wanted = config.data.test_rows
+    watch_rows = config.evaluation.watch_rows
+    data = config.data.model_copy(update={"test_rows": None if wanted is None else wanted + watch_rows})
+    task = load_task(data, config.partition, config.seed)
+    watched = min(watch_rows, len(task.test) // 5)
+    watch, test = task.test[:watched], task.test[watched:]
+    if not test:
+        raise UserError(f"data.source = {config.data.source}: no rows are left to test on; lower evaluation.watch_rows")
+    watcher.phase(f"loading {config.model.name}")
+    loaded = load(config.model, config.seed)
+    model = wrap(loaded.model, config)
+    encoder = Encoder.for_task(
+        loaded.tokenizer, task, config.data.max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id
+    )
+    problem = model.router_gradient_problem()
+    if problem is not None:
+        raise UserError(problem)
+    check_budgets(config, model)
+    return Prepared(config, model, encoder, task, test, watch)
+
+
+def wrap(model: object, config: RunConfig) -> MoEModel:
+    """Make a transformers model ready for training as configured. Raises UserError if it is not a usable MoE."""
+    settings = config.train
+    try:
+        wrapped = MoEModel(
+            model,
+            experts=settings.experts,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            freeze_a=settings.lora == "freeze_a",
+            router=settings.router,
+            attention=settings.attention,
+            seed=config.seed,
+        )
+    except UnsupportedModelError as error:
+        raise UserError(f"model.name = {config.model.name}: {error}") from None
+    if settings.gradient_checkpointing:
+        wrapped.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not wrapped.parameters():
+        raise UserError("nothing would be trained: set train.experts, train.router or train.attention")
+    return wrapped
+
+
+def check_budgets(config: RunConfig, model: MoEModel) -> None:
+    """Raise UserError if a client's budget cannot hold top-k experts in every layer."""
+    if config.method.residency == "all":
+        return
+    needed = max(layer.top_k for layer in model.layers) * len(model.layers)
+    total = sum(model.num_experts)
+    for budget in config.clients.budgets:
+        number = budget_in_experts(budget, total)
+        if number < needed:
+            share = -(-100 * needed // total)
+            raise UserError(
+                f"clients.budgets: {budget!r} is {number} of {total} experts, but top-{model.layers[0].top_k} routing "
+                f'in {len(model.layers)} layers needs at least {needed} ("{share}%")'
+            )
+
+
+def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
+    """Run a federation from its first round; returns the run folder.
+
+    Raises:
+        UserError: the configuration, model, data or folder cannot be used, or too few clients gave a valid update.
+    """
+    with RunFolder.create(out, config) as folder:
+        _run(folder, prepare(config, watcher), None, watcher)
+        return folder.path
+
+
+def resume(path: Path, watcher: Watcher) -> Path:
+    """Go on with a run from its last checkpoint; one killed before its first checkpoint starts again.
+
+    Raises:
+        UserError: not a run folder, in use by another process, or as `run`.
+    """
+    with RunFolder.open(path, to_write=True) as folder:
+        prepared = prepare(folder.config, watcher)
+        round = None
+        if folder.saved_rounds():
+            round = folder.load_checkpoint("last").round
+            folder.rewind(round)
+        _run(folder, prepared, round, watcher)
+        return folder.path
+
+
+def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
+    """Measure a checkpoint ("last", "best" or a round's number) of a run on all its held-out rows.
+
+    Raises:
+        UserError: not a run folder, or no such checkpoint.
+    """
+    with RunFolder.open(path) as folder:
+        if which not in ("last", "best") and not which.isdigit():
+            raise UserError(f'checkpoint "{which}": expected last, best or the number of a round')
+        checkpoint = folder.load_checkpoint(int(which) if which.isdigit() else which)  # type: ignore[arg-type]
+        prepared = prepare(folder.config, watcher)
+        try:
+            return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
+        except ValueError as error:
+            raise UserError(f"{checkpoint.path}: does not fit the model ({error})") from None
+
+
+def _run(folder: RunFolder, prepared: Prepared, from_round: int | None, watcher: Watcher) -> None:
+    config, model = prepared.config, prepared.model
+    watcher.phase("splitting the data over the clients")
+    parts = partition(prepared.task, config.partition, config.clients.count, config.seed)
+    initial = global_tensors(model)
+    devices = _devices(prepared, parts, initial, watcher)
+    grid = InProcessGrid(client_app(lambda context: devices[int(context.node_config["partition-id"])]), len(devices))
+    keeper = Keeper(folder, lambda: _to_tensors(save_contexts(grid)))
+    tensors = initial
+    if from_round is not None:
+        checkpoint = folder.load_checkpoint(from_round)
+        tensors = checkpoint.tensors
+        restore_contexts(grid, _to_bytes(checkpoint.clients or {}))
+    server = Server(
+        config=config,
+        tensors=tensors,
+        num_experts=model.num_experts,
+        top_k=[layer.top_k for layer in model.layers],
+        evaluate=lambda state, kind: prepared.measure(state, kind, watcher.evaluating),
+        keeper=keeper,
+        watcher=watcher,
+        round=from_round or 0,
+    )
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={}, series_id=0)
+    server_app(lambda _: server)(grid, context)
+    watcher.finish(f"done: {folder.path}")
+    before, after = (keeper.scores[0], keeper.scores[-1]) if keeper.scores else (None, None)
+    watcher.final_table(keeper.final_lines(), before, after)
+
+
+def _devices(prepared: Prepared, parts: list[list[int]], initial: dict[str, Tensor], watcher: Watcher) -> list[Device]:
+    """Simulated clients: they share one model in memory, and each one's sub-model is a mask over it."""
+    steps = prepared.config.train.steps
+
+    def on_step(client: int, step: int, loss: float) -> None:
+        watcher.step(client, step, steps, loss)
+
+    return [
+        Device(
+            number=number,
+            name=f"client {number}",
+            model=prepared.model,
+            encoder=prepared.encoder,
+            examples=[prepared.task.train[i] for i in indices],
+            config=prepared.config,
+            initial=initial,
+            on_step=on_step,
+        )
+        for number, indices in enumerate(parts)
+    ]
+
+
+def _to_tensors(saved: dict[str, bytes]) -> dict[str, Tensor]:
+    return {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in saved.items() if data}
+
+
+def _to_bytes(saved: dict[str, Tensor]) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in saved.items()}

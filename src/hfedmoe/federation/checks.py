@@ -1,0 +1,120 @@
+"""Nothing from a client is trusted: what it sends is checked before any of it is used."""
+
+import math
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message
+from torch import Tensor
+
+from hfedmoe.federation.messages import (
+    VECTORS,
+    Description,
+    InvalidReplyError,
+    Update,
+    facts_of,
+    tensors_of,
+    unpack_bits,
+)
+
+MAX_EXAMPLES = 10**9
+MAX_NAME = 80
+HEADER_ROOM = 1 << 20
+"""Bytes that names and shapes may add to the tensors of an update."""
+
+
+def description(message: Message, num_experts: list[int]) -> Description:
+    """Who the sender says it is. Raises InvalidReplyError."""
+    facts = facts_of(message)
+    name = facts.get("name")
+    if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+        raise InvalidReplyError("its name is not a short text")
+    theirs = facts.get("num_experts")
+    if theirs != num_experts:
+        raise InvalidReplyError(f"its model has another number of experts per layer ({str(theirs)[:60]})")
+    return Description(
+        client=_whole(facts, "client", 0, MAX_EXAMPLES),
+        name=name,
+        examples=_whole(facts, "examples", 1, MAX_EXAMPLES),
+        budget=_whole(facts, "budget", 1, sum(num_experts)),
+        num_experts=num_experts,
+    )
+
+
+def resident_set(message: Message, num_experts: list[int], top_k: list[int], budget: int) -> list[Tensor]:
+    """The experts a client wants to hold: within its budget, top-k at least per layer. Raises InvalidReplyError."""
+    resident = unpack_bits(facts_of(message).get("resident"), num_experts)
+    for layer, (keep, k) in enumerate(zip(resident, top_k, strict=True)):
+        if int(keep.sum()) < k:
+            raise InvalidReplyError(f"plans {int(keep.sum())} experts in layer {layer}, fewer than top-{k}")
+    total = sum(int(keep.sum()) for keep in resident)
+    if total > budget:
+        raise InvalidReplyError(f"plans {total} experts, more than its budget of {budget}")
+    return resident
+
+
+def update(message: Message, resident: list[Tensor], like: dict[str, Tensor]) -> Update:
+    """A client's update, every tensor of the expected name, shape and precision, and finite.
+
+    Args:
+        resident: what the client was given, bool [E] per layer.
+        like: the global tensors, experts as [E, ...].
+
+    Raises:
+        InvalidReplyError: anything is missing, unexpected, misshapen, out of range or not finite.
+    """
+    facts = facts_of(message)
+    num_experts = [len(keep) for keep in resident]
+    trained = unpack_bits(facts.get("trained"), num_experts)
+    for layer, (did, had) in enumerate(zip(trained, resident, strict=True)):
+        if bool((did & ~had).any()):
+            raise InvalidReplyError(f"says it trained experts of layer {layer} that it was not given")
+    expected = {
+        name: (torch.Size([int(trained[_layer(name)].sum()), *tensor.shape[1:]]), tensor.dtype)
+        if name.startswith("experts.")
+        else (tensor.shape, tensor.dtype)
+        for name, tensor in like.items()
+    }
+    expected |= {name: (torch.Size([sum(num_experts)]), torch.float32) for name in VECTORS}
+    size = sum(shape.numel() * dtype.itemsize for shape, dtype in expected.values())
+    tensors = tensors_of(message, max_bytes=size + HEADER_ROOM)
+    if set(tensors) != set(expected):
+        raise InvalidReplyError(f"tensors missing or unexpected: {', '.join(sorted(set(tensors) ^ set(expected))[:3])}")
+    for name, (shape, dtype) in expected.items():
+        if tensors[name].shape != shape:
+            raise InvalidReplyError(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+        if tensors[name].dtype != dtype:
+            raise InvalidReplyError(f"{name} is {tensors[name].dtype}, expected {dtype}")
+        if not bool(tensors[name].isfinite().all()):
+            raise InvalidReplyError(f"{name} is not finite")
+    vectors = {name: list(tensors.pop(name).split(num_experts)) for name in VECTORS}
+    for name, limit in (("usage", 1.001), ("importance", 1.001), ("tokens", 1e12)):
+        if any(bool(((part < 0) | (part > limit)).any()) for part in vectors[name]):
+            raise InvalidReplyError(f"{name} is outside [0, {limit:g}]")
+    losses = facts.get("losses")
+    if not isinstance(losses, list) or not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
+        raise InvalidReplyError("its losses are not finite numbers")
+    seconds = facts.get("seconds")
+    if not isinstance(seconds, float) or not 0 <= seconds < 1e9:
+        raise InvalidReplyError("its training time is not a number of seconds")
+    return Update(
+        tensors=tensors,
+        trained=trained,
+        examples=_whole(facts, "examples", 1, MAX_EXAMPLES),
+        losses=list(losses),  # type: ignore[arg-type]
+        seconds=seconds,
+        peak_bytes=_whole(facts, "peak_bytes", 0, 1 << 60),
+        peak_is_measured=facts.get("peak_is_measured") is True,
+        **vectors,
+    )
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def _whole(facts: ConfigRecord, key: str, low: int, high: int) -> int:
+    value: Any = facts.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidReplyError(f"{key} is not a whole number in [{low}, {high}]")
+    return value

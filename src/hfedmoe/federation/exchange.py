@@ -1,0 +1,78 @@
+"""Send messages to clients and take their replies as they come, each with a deadline."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from hfedmoe.federation.inprocess import TOO_LATE, InProcessGrid
+
+POLL_S = 0.05
+GRACE_S = 5.0
+"""How much longer than a message's time to live the server waits before it gives up on the carrier's own word."""
+
+
+@dataclass
+class Request:
+    """One message to one client."""
+
+    node: int
+    kind: str
+    content: RecordDict
+
+
+@dataclass
+class Answer:
+    """A reply, or why there is none: `status` is "ok", "late" or "failed"."""
+
+    node: int
+    reply: Message | None
+    status: str = "ok"
+    reason: str = ""
+
+
+def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: float) -> Iterator[Answer]:
+    """Answers in the order in which they arrive; exactly one for every request.
+
+    In process one request is out at a time, so that a payload is made when it is needed and an update is folded in
+    before the next one exists. Elsewhere all are sent at once, and clients work at the same time.
+    """
+    waiting: dict[str, int] = {}
+    deadline = time.monotonic() + timeout_s + GRACE_S
+    for request in requests:
+        message_id = next(iter(grid.push_messages([_message(grid, request, group, timeout_s)])), "")
+        if not message_id:
+            yield Answer(request.node, None, "failed", "the client is no longer connected")
+            continue
+        waiting[message_id] = request.node
+        if isinstance(grid, InProcessGrid):
+            yield from _arrived(grid, waiting)
+    while waiting:
+        answers = list(_arrived(grid, waiting))
+        yield from answers
+        if waiting and not answers:
+            if time.monotonic() > deadline:
+                for node in waiting.values():
+                    yield Answer(node, None, "late", f"no reply within {timeout_s:g} s")
+                return
+            time.sleep(POLL_S)
+
+
+def _arrived(grid: Grid, waiting: dict[str, int]) -> Iterator[Answer]:
+    for reply in grid.pull_messages(list(waiting)):
+        node = waiting.pop(reply.metadata.reply_to_message_id, None)
+        if node is None:
+            continue
+        if reply.has_error():
+            late = reply.error.code == TOO_LATE
+            yield Answer(node, None, "late" if late else "failed", (reply.error.reason or "no reason given").strip())
+        else:
+            yield Answer(node, reply)
+
+
+def _message(grid: Grid, request: Request, group: str, ttl: float) -> Message:
+    if isinstance(grid, InProcessGrid):
+        return grid.create_message(request.content, request.kind, request.node, group, ttl)
+    return Message(request.content, request.node, request.kind, ttl=ttl, group_id=group)

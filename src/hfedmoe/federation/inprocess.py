@@ -1,0 +1,122 @@
+"""The default carrier: a Flower Grid that runs the clients in this process, one after the other.
+
+A message is delivered when its reply is asked for, so that replies can be folded in one by one.
+"""
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from logging import getLogger
+
+from flwr.app import ConfigRecord, Context, Error, Message, Metadata, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+CLIENT_FAILED, TOO_LATE = 2, 3
+"""Flower's codes for a client app that raised, and for a reply that did not come in time."""
+
+log = getLogger(__name__)
+
+
+class InProcessGrid(Grid):
+    """Calls a ClientApp directly. Node ids are 1..num_clients; node n is client n - 1.
+
+    A client that takes longer than its message's time to live is answered for with an error, as a SuperLink would.
+    """
+
+    def __init__(self, app: ClientApp, num_clients: int) -> None:
+        self._app = app
+        self._numbers = itertools.count(1)
+        self._waiting: dict[str, Message] = {}
+        self.contexts = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"partition-id": node - 1, "num-partitions": num_clients},
+                state=RecordDict(),
+                run_config={},
+                series_id=0,
+            )
+            for node in range(1, num_clients + 1)
+        }
+
+    def set_run(self, run: Run) -> None:
+        """There is one run only."""
+
+    @property
+    def run(self) -> Run:
+        raise RuntimeError("an in-process run is not registered with a SuperLink")
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message to one of the clients."""
+        metadata = Metadata(
+            run_id=1,
+            message_id=str(next(self._numbers)),
+            src_node_id=0,
+            dst_node_id=dst_node_id,
+            reply_to_message_id="",
+            group_id=group_id,
+            created_at=time.time(),
+            ttl=ttl or 3600.0,
+            message_type=message_type,
+        )
+        return Message(content, metadata=metadata)  # type: ignore[call-overload, no-any-return]
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All clients: they are always there."""
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages; each is delivered when it is pulled."""
+        ids = []
+        for message in messages:
+            self._waiting[message.metadata.message_id] = message
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """Deliver the first of the messages that still waits, and yield its reply; then the next."""
+        for message_id in list(message_ids):
+            message = self._waiting.pop(message_id, None)
+            if message is not None:
+                yield self._deliver(message)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Deliver all messages and return their replies."""
+        return list(self.pull_messages(self.push_messages(messages)))
+
+    def _deliver(self, message: Message) -> Message:
+        started = time.monotonic()
+        # The reply's time to live is what is left of the request's, and waiting in the queue does not count.
+        message.metadata.created_at = time.time()
+        try:
+            reply = self._app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as error:  # a client's failure of any kind must not end the others' run
+            log.debug("client on node %d failed", message.metadata.dst_node_id, exc_info=True)
+            return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
+        if time.monotonic() - started > message.metadata.ttl:
+            return Message(Error(TOO_LATE, f"no reply within {message.metadata.ttl:g} s"), reply_to=message)
+        return reply
+
+
+def save_contexts(grid: InProcessGrid) -> dict[str, bytes]:
+    """The state of every client, as bytes per node (`state.*` records of `client.py`)."""
+    saved = {}
+    for node, context in grid.contexts.items():
+        for key, value in context.state.config_records.items():
+            for name, data in value.items():
+                if isinstance(data, bytes):
+                    saved[f"{node}/{key}/{name}"] = data
+    return saved
+
+
+def restore_contexts(grid: InProcessGrid, saved: dict[str, bytes]) -> None:
+    """The inverse of `save_contexts`."""
+    for path, data in saved.items():
+        node, key, name = path.split("/")
+        state = grid.contexts[int(node)].state
+        known = state.config_records.get(key)
+        state[key] = ConfigRecord({**(dict(known) if known is not None else {}), name: data})

@@ -1,0 +1,158 @@
+"""Everything that crosses the wire, in one page.
+
+| message | kind | down | up |
+|---|---|---|---|
+| describe | query.describe | nothing | client number, name, examples, budget in experts, `num_experts` of its model |
+| plan | query.plan | round | resident bits [sum E_l] |
+| train | train | round, resident bits; gates, shared tensors, rows of the resident experts | trained bits [sum E_l]; rows of the trained experts, gates, shared tensors; usage, importance, tokens float32 [sum E_l]; examples, losses, seconds, peak bytes |
+
+Tensors travel as one safetensors blob per message (`TENSORS`), whatever their number and precision: no pickle, and one
+object instead of hundreds for Flower to move. Everything else is scalars and bytes in one record (`FACTS`).
+Nothing that a client sends is trusted: see `checks.py`.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+DESCRIBE, PLAN, TRAIN = "query.describe", "query.plan", "train"
+TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
+
+
+class InvalidReplyError(ValueError):
+    """A message does not hold what it must; the text says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """Who a client is."""
+
+    client: int
+    name: str
+    examples: int
+    budget: int
+    """Experts over all layers."""
+    num_experts: list[int]
+
+
+@dataclass
+class Update:
+    """What a client sends back after training."""
+
+    tensors: dict[str, Tensor]
+    """Gates and shared tensors whole; rows of the trained experts in ascending order, under `experts.*`."""
+    trained: list[Tensor]
+    """bool [E] per layer."""
+    usage: list[Tensor]
+    importance: list[Tensor]
+    tokens: list[Tensor]
+    """float32 [E] per layer each."""
+    examples: int
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    peak_is_measured: bool = False
+
+
+VECTORS = ("usage", "importance", "tokens")
+
+
+def pack_bits(masks: list[Tensor]) -> bytes:
+    """bool [E] per layer -> bits, layer after layer."""
+    return np.packbits(torch.cat(masks).cpu().numpy()).tobytes()
+
+
+def unpack_bits(data: object, num_experts: list[int]) -> list[Tensor]:
+    """The inverse of `pack_bits`. Raises InvalidReplyError if the length does not fit."""
+    total = sum(num_experts)
+    if not isinstance(data, bytes) or len(data) != (total + 7) // 8:
+        raise InvalidReplyError(f"expected {(total + 7) // 8} bytes of expert bits")
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=total).astype(bool)
+    return list(torch.from_numpy(bits).split(num_experts))
+
+
+def record(facts: dict[str, object], tensors: dict[str, Tensor] | None = None) -> RecordDict:
+    """A message's content."""
+    content = RecordDict({FACTS: ConfigRecord(facts)})  # type: ignore[arg-type]
+    if tensors is not None:
+        blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        content[TENSORS] = ArrayRecord({BLOB: Array("uint8", (len(blob),), BLOB, blob)})
+    return content
+
+
+def facts_of(message: Message) -> ConfigRecord:
+    """The scalars of a message. Raises InvalidReplyError if it has none."""
+    facts = message.content.config_records.get(FACTS)
+    if facts is None:
+        raise InvalidReplyError("the message has no facts")
+    return facts
+
+
+def tensors_of(message: Message, max_bytes: int | None = None) -> dict[str, Tensor]:
+    """The tensors of a message.
+
+    Raises:
+        InvalidReplyError: there are none, they are larger than `max_bytes`, or they are not safetensors.
+    """
+    records = message.content.array_records.get(TENSORS)
+    array = None if records is None else records.get(BLOB)
+    if array is None or array.stype != BLOB:
+        raise InvalidReplyError("the message has no tensors")
+    if max_bytes is not None and len(array.data) > max_bytes:
+        raise InvalidReplyError(f"{len(array.data)} bytes of tensors where at most {max_bytes} are expected")
+    try:
+        return load(array.data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise InvalidReplyError(f"the tensors cannot be read ({error})") from None
+
+
+def wire_bytes(content: RecordDict) -> int:
+    """Bytes of a message's content: blobs, and names and values of the facts."""
+    total = sum(len(array.data) for arrays in content.array_records.values() for array in arrays.values())
+    for facts in content.config_records.values():
+        total += sum(len(key) + _value_bytes(value) for key, value in facts.items())
+    return total
+
+
+def _value_bytes(value: object) -> int:
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, list):
+        return sum(_value_bytes(item) for item in value)
+    return 8
+
+
+def describe_reply(description: Description) -> RecordDict:
+    return record(
+        {
+            "client": description.client,
+            "name": description.name,
+            "examples": description.examples,
+            "budget": description.budget,
+            "num_experts": description.num_experts,
+        }
+    )
+
+
+def train_request(round: int, resident: list[Tensor], tensors: dict[str, Tensor]) -> RecordDict:
+    return record({"round": round, "resident": pack_bits(resident)}, tensors)
+
+
+def train_reply(update: Update) -> RecordDict:
+    vectors = {name: torch.cat(getattr(update, name)).float() for name in VECTORS}
+    return record(
+        {
+            "trained": pack_bits(update.trained),
+            "examples": update.examples,
+            "losses": update.losses,
+            "seconds": update.seconds,
+            "peak_bytes": update.peak_bytes,
+            "peak_is_measured": update.peak_is_measured,
+        },
+        update.tensors | vectors,
+    )

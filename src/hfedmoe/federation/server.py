@@ -1,0 +1,251 @@
+"""The server: rounds of sampling, planning, training and folding, with a checkpoint after each."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from hfedmoe.config import RunConfig
+from hfedmoe.errors import UserError
+from hfedmoe.evaluation import Metrics
+from hfedmoe.federation import checks
+from hfedmoe.federation.exchange import POLL_S, Answer, Request, exchange
+from hfedmoe.federation.fold import Fold
+from hfedmoe.federation.messages import (
+    DESCRIBE,
+    PLAN,
+    TRAIN,
+    Description,
+    InvalidReplyError,
+    Update,
+    record,
+    train_request,
+    wire_bytes,
+)
+from hfedmoe.federation.records import Keeper, RoundRecord
+from hfedmoe.moe.payload import pack
+from hfedmoe.report.live import ClientLine, ClientSummary, Watcher
+from hfedmoe.seeds import generator
+
+Evaluate = Callable[[dict[str, Tensor], str], Metrics]
+"""(global tensors, "all" or "watch") -> the global model measured on all held-out rows, or on the watched ones."""
+
+
+@dataclass
+class Member:
+    """A client as the server knows it."""
+
+    node: int
+    about: Description
+    position: int
+    resident: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Server:
+    """The state of a federation on the server: the global tensors and the round.
+
+    `num_experts` and `top_k` are per layer; `round` is the last complete one.
+    """
+
+    config: RunConfig
+    tensors: dict[str, Tensor]
+    num_experts: list[int]
+    top_k: list[int]
+    evaluate: Evaluate
+    keeper: Keeper
+    watcher: Watcher
+    round: int = 0
+
+    def run(self, grid: Grid) -> None:
+        """All rounds that are left, then the last evaluation.
+
+        Raises:
+            UserError: too few clients connect, or too few give a valid update; the last checkpoint is intact.
+        """
+        members = self._gather(grid)
+        self._announce(members)
+        last = self.config.federation.rounds
+        if self.round == 0 and not self.keeper.scores:
+            metrics = self._measure("all", 0)
+            self.keeper.save_start(self.tensors, metrics)
+        while self.round < last:
+            self._one_round(grid, members, self.round + 1)
+            self.round += 1
+
+    def _gather(self, grid: Grid) -> dict[int, Member]:
+        """Wait until all clients are connected, or as long as allowed, and ask each who it is."""
+        settings = self.config.federation
+        deadline = time.monotonic() + settings.connect_timeout_s
+        while len(nodes := sorted(grid.get_node_ids())) < self.config.clients.count and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        members: dict[int, Member] = {}
+        requests = (Request(node, DESCRIBE, record({"version": 1})) for node in nodes)
+        for answer in exchange(grid, requests, "describe", settings.timeout_s):
+            try:
+                about = checks.description(_reply(answer), self.num_experts)
+            except InvalidReplyError as error:
+                self.watcher.warning(f"a client on node {answer.node} is left out: {error}")
+                continue
+            if about.client in members:
+                self.watcher.warning(f"a second client says it is number {about.client}; it is left out")
+                continue
+            members[about.client] = Member(answer.node, about, 0)
+        if len(members) < settings.min_clients:
+            raise UserError(
+                f"{len(members)} of {self.config.clients.count} clients connected within "
+                f"{settings.connect_timeout_s:g} s, fewer than federation.min_clients = {settings.min_clients}; "
+                "start more clients or raise federation.connect_timeout_s"
+            )
+        for position, client in enumerate(sorted(members)):
+            members[client].position = position
+        return dict(sorted(members.items()))
+
+    def _announce(self, members: dict[int, Member]) -> None:
+        total = sum(self.num_experts)
+        lines = [
+            ClientLine(m.about.name, m.about.examples, m.about.budget, m.about.budget / total) for m in members.values()
+        ]
+        self.keeper.name_clients({client: m.about for client, m in members.items()})
+        self.watcher.start(self.config.name, self.config.federation.rounds, self.round + 1, lines, self.keeper.scores)
+
+    def _measure(self, kind: str, round: int) -> Metrics:
+        metrics = self.evaluate(self.tensors, kind)
+        self.watcher.evaluated(
+            round,
+            metrics.accuracy,
+            metrics.macro_f1,
+            metrics.loss,
+            metrics.examples,
+            "all" if kind == "all" else "watch",
+        )
+        return metrics
+
+    def _one_round(self, grid: Grid, members: dict[int, Member], round: int) -> None:
+        started = time.perf_counter()
+        self.watcher.round_started(round)
+        log = RoundRecord(round)
+        planned = list(self._plan(grid, self._sample(members, round), round, log))
+        fold = Fold(self.tensors, self.config.method, self.config.train.lora == "exact", self.config.train.rank)
+        requests = (self._train_request(member, round, log) for member in planned)
+        by_node = {member.node: member for member in planned}
+        for answer in exchange(grid, requests, f"train-{round}", self.config.federation.timeout_s):
+            member = by_node[answer.node]
+            try:
+                update = checks.update(_reply(answer), member.resident, self.tensors)
+                if update.examples != member.about.examples:
+                    raise InvalidReplyError(f"says it has {update.examples} examples, but had {member.about.examples}")
+            except InvalidReplyError as error:
+                self._leave_out(log, member, answer, str(error))
+                continue
+            size = wire_bytes(answer.reply.content)  # type: ignore[union-attr]
+            fold.add(update)
+            log.received(member.about.client, update, member.resident, size)
+            self.watcher.client_done(round, member.position, _summary(log, member, update, sum(self.num_experts)))
+        self._require_enough(fold.clients, log)
+        self.tensors = fold.result()
+        self._close(round, log, started)
+
+    def _sample(self, members: dict[int, Member], round: int) -> list[Member]:
+        wanted = self.config.federation.clients_per_round
+        everyone = list(members.values())
+        if wanted is None or wanted >= len(everyone):
+            return everyone
+        order = torch.randperm(len(everyone), generator=generator(self.config.seed, "sample", round)).tolist()
+        return [everyone[i] for i in sorted(order[:wanted])]
+
+    def _plan(self, grid: Grid, sampled: list[Member], round: int, log: RoundRecord) -> Iterator[Member]:
+        """Ask the sampled clients what they want to hold; those with a valid answer go on."""
+        by_node = {member.node: member for member in sampled}
+        budget_free = self.config.method.residency == "all"
+        requests = []
+        for member in sampled:
+            content = record({"round": round})
+            log.sent(member.about.client, wire_bytes(content))
+            requests.append(Request(member.node, PLAN, content))
+        planned = []
+        for answer in exchange(grid, requests, f"plan-{round}", self.config.federation.timeout_s):
+            member = by_node[answer.node]
+            budget = sum(self.num_experts) if budget_free else member.about.budget
+            try:
+                reply = _reply(answer)
+                member.resident = checks.resident_set(reply, self.num_experts, self.top_k, budget)
+                log.bytes_up[member.about.client] = wire_bytes(reply.content)
+                planned.append(member)
+            except InvalidReplyError as error:
+                self._leave_out(log, member, answer, str(error))
+        # Always in the same order, so that a run does not depend on who answers first.
+        yield from sorted(planned, key=lambda member: member.about.client)
+
+    def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
+        content = train_request(round, member.resident, pack(self.tensors, member.resident))
+        log.sent(member.about.client, wire_bytes(content))
+        self.watcher.client_started(round, member.position, self.config.train.steps)
+        return Request(member.node, TRAIN, content)
+
+    def _leave_out(self, log: RoundRecord, member: Member, answer: Answer, reason: str) -> None:
+        status = "invalid" if answer.status == "ok" else answer.status
+        reason = reason.splitlines()[0][:300]
+        log.left_out(member.about.client, status, reason)
+        self.watcher.client_done(log.round, member.position, ClientSummary(status=status, reason=reason))
+        self.watcher.warning(f"round {log.round}: {member.about.name} is left out ({status}): {reason}")
+
+    def _require_enough(self, valid: int, log: RoundRecord) -> None:
+        needed = self.config.federation.min_clients
+        if valid < needed:
+            self.keeper.failed(log)
+            missing = "; ".join(f"client {client} {reason}" for client, (_, reason) in log.missing.items())
+            raise UserError(
+                f"round {log.round}: {valid} valid updates, fewer than federation.min_clients = {needed} ({missing}); "
+                f"the checkpoint of round {log.round - 1} is intact{self.keeper.resume_hint}"
+            )
+
+    def _close(self, round: int, log: RoundRecord, started: float) -> None:
+        """Measure the new global model, write the round down, and the checkpoint last."""
+        settings = self.config.evaluation
+        final = round == self.config.federation.rounds
+        evaluating = time.perf_counter()
+        watched = self._measure("watch", round) if settings.watch_rows else None
+        whole = None
+        if final or (settings.every and round % settings.every == 0):
+            whole = self._measure("all", round)
+        now = time.perf_counter()
+        log.seconds, log.evaluation_seconds = now - started, now - evaluating
+        self.keeper.save_round(log, self.tensors, self.num_experts, watched, whole)
+        self.watcher.round_done(round, log.seconds, sum(log.bytes_down.values()), sum(log.bytes_up.values()))
+
+
+def _reply(answer: Answer) -> Any:
+    """The reply's message. Raises InvalidReplyError with the reason where there is none."""
+    if answer.reply is None:
+        raise InvalidReplyError(answer.reason)
+    return answer.reply
+
+
+def _summary(log: RoundRecord, member: Member, update: Update, total: int) -> ClientSummary:
+    return ClientSummary(
+        resident=sum(int(keep.sum()) for keep in member.resident),
+        trained=sum(int(flags.sum()) for flags in update.trained),
+        total_experts=total,
+        bytes_down=log.bytes_down[member.about.client],
+        bytes_up=log.bytes_up[member.about.client],
+        loss=update.losses[-1] if update.losses else None,
+        seconds=update.seconds,
+        peak_bytes=update.peak_bytes,
+    )
+
+
+def server_app(server_of: Callable[[Context], Server]) -> ServerApp:
+    """The ServerApp that runs the federation which `server_of` makes from Flower's context."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        server_of(context).run(grid)
+
+    return app

@@ -1,0 +1,269 @@
+"""The local loop of one client: a few optimizer steps on its resident experts, and what they showed of its experts."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfedmoe.config import MethodConfig, TrainConfig
+from hfedmoe.data.encoding import IGNORED, Batch, Encoder
+from hfedmoe.data.rows import Example
+from hfedmoe.history import ClientHistory
+from hfedmoe.method.importance import importance
+from hfedmoe.method.scores import NEEDS, RunningMean, score
+from hfedmoe.method.selection import activation
+from hfedmoe.moe.model import MoEModel
+from hfedmoe.moe.routing import Batch as RoutingBatch
+from hfedmoe.moe.routing import LayerRouting
+from hfedmoe.seeds import derive, generator
+
+
+class TrainingError(RuntimeError):
+    """The local training cannot give a usable update; the message says why."""
+
+
+@dataclass
+class LocalUpdate:
+    """What one round of local training measured; the trained tensors are in the model."""
+
+    usage: list[Tensor]
+    """Per layer float32 [E], u of eq. 16 over the round's samples."""
+    importance: list[Tensor]
+    """Per layer float32 [E], s of eq. 5, the mean over the round's batches."""
+    tokens: list[Tensor]
+    """Per layer float32 [E], tokens that each expert processed."""
+    trained: list[Tensor]
+    """Per layer bool [E], experts that received at least one optimizer step."""
+    losses: list[float]
+    seconds: float
+
+
+class _Statistics:
+    """Accumulates over a round's batches what the routers of all layers show."""
+
+    def __init__(self, model: MoEModel) -> None:
+        numbers, device = model.num_experts, model.device
+        self.usage = [RunningMean(number, device) for number in numbers]
+        self.importance = [RunningMean(number, device) for number in numbers]
+        self.tokens = [torch.zeros(number, device=device) for number in numbers]
+        self.trained = [torch.zeros(number, dtype=torch.bool) for number in numbers]
+
+    def add(self, routing: LayerRouting, lam: float) -> None:
+        evidence, layer = routing.evidence, routing.layer.index
+        assert evidence is not None
+        assert routing.tokens is not None
+        if len(evidence.g) == 0:  # a batch without a single token
+            return
+        self.usage[layer].update(evidence.g.mean(0), weight=len(evidence.g))
+        self.importance[layer].update(importance(evidence.g, lam))
+        self.tokens[layer] += routing.tokens
+
+    def note_trained(self, model: MoEModel) -> None:
+        for state, flags, trained in zip(model.states, model.trained_now(), self.trained, strict=True):
+            if flags:
+                here = torch.tensor(flags)
+                if state.local is None:
+                    trained |= here
+                else:
+                    trained[(state.local[:-1] < state.num_local).cpu()] |= here
+
+
+def train(
+    model: MoEModel,
+    examples: Sequence[Example],
+    encoder: Encoder,
+    settings: TrainConfig,
+    method: MethodConfig,
+    history: ClientHistory,
+    activation_budget: list[int] | None,
+    seed: int,
+    client: int,
+    on_step: Callable[[int, float], None] | None = None,
+) -> LocalUpdate:
+    """Train the model's trainable tensors in place; updates the client's history.
+
+    Args:
+        examples: the client's own rows.
+        activation_budget: experts per layer that one batch may train; None: all resident.
+        seed: of the run; the client's own draws are derived from it, its number and its round.
+        on_step: called with (step, loss) after every step.
+
+    Raises:
+        TrainingError: the loss is not finite, or nothing that should train received a gradient.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(derive(seed, "train", client, history.rounds))
+    parameters = model.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    adjustment = _label_adjustment(examples, settings.logit_adjustment)
+    statistics, losses = _Statistics(model), []
+    _choose_by_budget(model, method, history, activation_budget, generator(seed, "activation", client, history.rounds))
+    model.model.train()
+    batches = _batches(examples, settings.batch_size, history, seed, client)
+    try:
+        for step in range(1, settings.steps + 1):
+            batch = encoder.training_batch(next(batches)).to(model.device)
+            model.watch(_tokens(batch), NEEDS[method.score])
+            loss = answer_loss(model.model(**batch.model_inputs()).logits, batch, adjustment)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(f"the loss is {losses[-1]} in step {step}; lower train.lr (now {settings.lr:g})")
+            loss.backward()
+            if step == 1:
+                _check_gradients(model)
+            if settings.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            statistics.note_trained(model)
+            for routing in model.routing:
+                statistics.add(routing, method.lam)
+                _score(routing, method, history)
+            optimizer.zero_grad(set_to_none=True)
+            if on_step is not None:
+                on_step(step, losses[-1])
+    finally:
+        model.watch(None)
+        for parameter in parameters:
+            parameter.grad = None
+        model.model.eval()
+    history.rounds += 1
+    return LocalUpdate(
+        usage=[mean.value().nan_to_num(0.0).cpu() for mean in statistics.usage],
+        importance=[mean.value().nan_to_num(0.0).cpu() for mean in statistics.importance],
+        tokens=[tokens.cpu() for tokens in statistics.tokens],
+        trained=statistics.trained,
+        losses=losses,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@torch.no_grad()
+def bootstrap(
+    model: MoEModel,
+    examples: Sequence[Example],
+    encoder: Encoder,
+    method: MethodConfig,
+    batch_size: int,
+    history: ClientHistory,
+    seed: int,
+    client: int,
+) -> None:
+    """First scores of a client: a forward-only pass over some of its data with every expert, into its history.
+
+    Scores that need a backward pass begin with the information-bottleneck contribution as a prior.
+    """
+    forward_only = NEEDS[method.score] != "taylor"
+    scoring = method if forward_only else method.model_copy(update={"score": "ib"})
+    scratch = history if forward_only else ClientHistory.new(model.num_experts)
+    order = torch.randperm(len(examples), generator=generator(seed, "bootstrap", client)).tolist()
+    model.model.eval()
+    for start in range(0, min(len(order), method.bootstrap_batches * batch_size), batch_size):
+        rows = [examples[i] for i in order[start : start + batch_size]]
+        batch = encoder.training_batch(rows).to(model.device)
+        model.watch(_tokens(batch), NEEDS[scoring.score])
+        model.model(**batch.model_inputs())
+        for routing in model.routing:
+            _score(routing, scoring, scratch)
+    model.watch(None)
+    if not forward_only:
+        history.prior = scratch.contribution()
+
+
+def answer_loss(logits: Tensor, batch: Batch, adjustment: Tensor | None = None) -> Tensor:
+    """Mean cross entropy of the answer's tokens: logits [B, A, V].
+
+    Args:
+        adjustment: [N] added to the choices' logits where answers are told apart by their first token; it corrects
+            for the client's own label frequencies (logit adjustment, Menon et al., 2021).
+    """
+    logits = logits.float()
+    if adjustment is not None and batch.choice_tokens is not None:
+        rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
+        shift = torch.zeros_like(logits)
+        shift[rows, -1, batch.choice_tokens] = adjustment.to(logits)
+        logits = logits + shift
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+
+
+def _tokens(batch: Batch) -> RoutingBatch:
+    if batch.decoder_input_ids is None:
+        return RoutingBatch(batch.attention_mask)
+    return RoutingBatch((batch.targets != IGNORED).long(), batch.attention_mask)
+
+
+def _score(routing: LayerRouting, method: MethodConfig, history: ClientHistory) -> None:
+    assert routing.evidence is not None
+    if method.score != "random" and len(routing.evidence.g) > 0:
+        history.scores[routing.layer.index].update(score(method.score, routing.evidence, method.lam, method.beta))
+
+
+def _choose_by_budget(
+    model: MoEModel,
+    method: MethodConfig,
+    history: ClientHistory,
+    budget: list[int] | None,
+    draws: torch.Generator,
+) -> None:
+    """Let every layer choose, within the forward pass, which of its experts this batch trains (eq. 15)."""
+    for routing in model.routing:
+        routing.token_level = method.level == "token"
+        routing.choose = None
+    if budget is None:
+        return
+
+    def choose(layer: int, evidence: object, hit: Tensor) -> Tensor:
+        routing = model.routing[layer]
+        assert routing.evidence is not None
+        if NEEDS[method.score] is None:
+            contribution = score(method.score, routing.evidence, method.lam, method.beta, draws)
+        else:
+            # Decision: scores that a pass only shows at its end choose by what earlier batches showed.
+            contribution = history.contribution()[layer].to(hit.device)
+        return activation(contribution, hit, routing.resident(), budget[layer])
+
+    for routing in model.routing:
+        routing.choose = choose
+
+
+def _check_gradients(model: MoEModel) -> None:
+    """Silent non-training is the classic bug of MoE fine-tuning, so the first backward pass is looked at."""
+    trains_experts = any(state.trained is not None for state in model.states)
+    if trains_experts and not any(any(flags) for flags in model.trained_now()):
+        raise TrainingError("no expert received a gradient; this is a fault, please report it with the model's name")
+    without = [name for name, router in model.routers.items() if router.grad is None]
+    if without:
+        raise TrainingError(f"{without[0]} received no gradient: the routers do not learn; set train.router = false")
+    leaking = [name for name, p in model.model.named_parameters() if p.grad is not None and not p.requires_grad]
+    if leaking:
+        raise TrainingError(f"{leaking[0]} is frozen but received a gradient")
+
+
+def _label_adjustment(examples: Sequence[Example], strength: float) -> Tensor | None:
+    """[N] strength x log frequency of each choice among the client's answers, centred; None where it does not apply."""
+    if strength == 0 or not examples or not examples[0].choices:
+        return None
+    choices = examples[0].choices
+    if any(example.choices != choices for example in examples):
+        return None
+    counts = torch.bincount(torch.tensor([example.answer for example in examples]), minlength=len(choices)).float()
+    logs = ((counts + 1) / (counts + 1).sum()).log()
+    return strength * (logs - logs.mean())
+
+
+def _batches(
+    examples: Sequence[Example], size: int, history: ClientHistory, seed: int, client: int
+) -> Iterator[list[Example]]:
+    """Endless batches, each epoch in its own order, going on where the last round ended."""
+    size, order, epoch = min(size, len(examples)), torch.empty(0), -1
+    while True:
+        rows = []
+        for _ in range(size):
+            now, place = divmod(history.examples_seen, len(examples))
+            if now != epoch:
+                epoch, order = now, torch.randperm(len(examples), generator=generator(seed, "order", client, now))
+            rows.append(examples[int(order[place])])
+            history.examples_seen += 1
+        yield rows
