@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# Fast tokenizers warn about every fork after their first use (data loaders, simulations); their threads gain nothing here.
+# Fast tokenizers warn about every fork after their first use, as in simulations; their threads gain nothing here.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 __version__ = "0.1.0"

@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = 2
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
-        _say(f"error: {error.format_message()}; `{context.command_path if context else 'hfedmoe'} --help` explains")
+        command = context.command_path if context else "hfedmoe"
+        _say(f"error: {error.format_message().rstrip('.')}; `{command} --help` explains")
         code = 2
     sys.exit(code)
 
@@ -70,7 +71,7 @@ def run(
     config: Annotated[
         Path | None, typer.Argument(help="A TOML file, or the name of a shipped one (demo, tiny); none: demo.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for this run.", show_default="runs/<date>-<name>")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for this run; none: runs/<date>-<name>.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
@@ -122,10 +123,10 @@ def evaluate(
         str, typer.Argument(metavar="DIR_OR_MODEL", help="A run folder, or a model (packaged, hub id, folder).")
     ],
     checkpoint: Annotated[
-        str | None, typer.Option(help="Of a run: best, last or the number of a round.", show_default="best")
+        str | None, typer.Option(help="Of a run: best, last or the number of a round; none: best.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="For a model: the config whose test rows are used.", show_default="demo")
+        Path | None, typer.Option(help="For a model: the config whose test rows are used; none: demo.")
     ] = None,
 ) -> None:
     """Measure a checkpoint of a run, or a model as it is, on held-out rows."""
@@ -196,8 +197,8 @@ def _resumable(folder: Path | None, name: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        new = sorted(set(Path("runs").glob(f"*-{name}*")) - before) if folder is None else [folder]
-        started = next((path for path in new if (path / "config.toml").is_file()), None)
-        hint = "before the run began" if started is None else f"`hfedmoe resume {shlex.quote(str(started))}` continues"
-        _say(f"interrupted; {hint}" if started else f"interrupted {hint}")
+        found = [folder] if folder is not None else sorted(set(Path("runs").glob(f"*-{name}*")) - before)
+        started = next((path for path in found if (path / "config.toml").is_file()), None)
+        way_on = "nothing was begun" if started is None else f"`hfedmoe resume {shlex.quote(str(started))}` continues"
+        _say(f"interrupted; {way_on}")
         raise typer.Exit(INTERRUPTED) from None

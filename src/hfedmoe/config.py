@@ -41,9 +41,11 @@ class ModelConfig(Section):
     """Which model, and in what precision."""
 
     name: Annotated[str, Field(description="`smollm2` (packaged), a hub id, or a local folder")] = "smollm2"
-    revision: str | None = None
+    revision: Annotated[str | None, Field(description="branch, tag or commit of a hub model")] = None
     upcycle: UpcycleConfig | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], Field(description="of the frozen weights in memory")
+    ] = "float32"
     device: Annotated[str, Field(description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")] = "auto"
     trust_remote_code: Annotated[bool, Field(description="run code shipped with the checkpoint")] = False
 
@@ -57,7 +59,9 @@ class DataConfig(Section):
     test: Annotated[str | None, Field(description="file or split with held-out rows; None: hold out `test_share`")] = (
         None
     )
-    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test_share: Annotated[
+        float, Field(gt=0, lt=1, description="of the rows, where nothing else says what to hold out")
+    ] = 0.1
     clients: Annotated[
         list[str] | None, Field(description="one file per client; replaces `source` and the partition")
     ] = None
@@ -91,9 +95,12 @@ class DataConfig(Section):
 class PartitionConfig(Section):
     """How one data set is split over the clients."""
 
-    scheme: Literal["dirichlet", "iid", "shards", "natural"] = "dirichlet"
+    scheme: Annotated[
+        Literal["dirichlet", "iid", "shards", "natural"],
+        Field(description="label mixes drawn per client, alike, by label in shards, or by a column"),
+    ] = "dirichlet"
     alpha: Annotated[float, Field(gt=0, description="Dirichlet concentration: small is skewed")] = 0.3
-    shards_per_client: Annotated[int, Field(ge=1)] = 2
+    shards_per_client: Annotated[int, Field(ge=1, description="shards of sorted labels per client (shards)")] = 2
     column: Annotated[str | None, Field(description="column that names the client (natural)")] = None
     min_rows: Annotated[int, Field(ge=1, description="every client gets at least so many rows")] = 16
 
@@ -101,7 +108,7 @@ class PartitionConfig(Section):
 class ClientsConfig(Section):
     """How many clients there are and what each of them can hold."""
 
-    count: Annotated[int, Field(ge=1)] = 8
+    count: Annotated[int, Field(ge=1, description="number of clients")] = 8
     budgets: Annotated[
         list[Budget],
         Field(min_length=1, description="per client, repeated in turn: a share (`25%`) or experts over all layers"),
@@ -133,7 +140,10 @@ class ClientsConfig(Section):
 class MethodConfig(Section):
     """The method: four choices and their constants (docs/method.md)."""
 
-    score: Literal["ib", "importance", "frequency", "random", "activation", "taylor"] = "ib"
+    score: Annotated[
+        Literal["ib", "importance", "frequency", "random", "activation", "taylor"],
+        Field(description="what an expert is worth to a client"),
+    ] = "ib"
     lam: Annotated[float, Field(ge=0, le=1, description="eq. 5: cumulative against specific importance")] = 0.5
     beta: Annotated[float, Field(description="eq. 14: weight of redundancy")] = 0.5
     tau: Annotated[float, Field(ge=0, description="eq. 17: usage threshold as a multiple of 1/E")] = 0.1
@@ -150,14 +160,14 @@ class MethodConfig(Section):
     bootstrap: Annotated[
         Literal["forward", "none"], Field(description="first scores: a forward pass over local data, or none (random)")
     ] = "forward"
-    bootstrap_batches: Annotated[int, Field(ge=1)] = 2
+    bootstrap_batches: Annotated[int, Field(ge=1, description="batches of that forward pass")] = 2
 
 
 class TrainConfig(Section):
     """What one client does in one round."""
 
     experts: Annotated[Literal["lora", "full", "frozen"], Field(description="what of the experts is trained")] = "lora"
-    rank: Annotated[int, Field(ge=1)] = 8
+    rank: Annotated[int, Field(ge=1, description="LoRA rank")] = 8
     alpha: Annotated[float, Field(gt=0, description="LoRA scale is alpha / rank")] = 16.0
     lora: Annotated[Literal["factors", "freeze_a", "exact"], Field(description="how LoRA pairs are averaged")] = (
         "factors"
@@ -167,21 +177,27 @@ class TrainConfig(Section):
         False
     )
     steps: Annotated[int, Field(ge=1, description="optimizer steps per client and round")] = 2
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float | None, Field(gt=0)] = 1.0
+    batch_size: Annotated[int, Field(ge=1, description="rows per step")] = 8
+    lr: Annotated[float, Field(gt=0, description="learning rate of AdamW")] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0, description="of AdamW")] = 0.0
+    max_grad_norm: Annotated[
+        float | None, Field(gt=0, description="gradients are scaled down to this norm; None: not")
+    ] = 1.0
+    loss: Annotated[
+        Literal["vocabulary", "choices"],
+        Field(description="compare the answer's first token with the whole vocabulary, or with the other choices only"),
+    ] = "vocabulary"
     logit_adjustment: Annotated[
         float, Field(ge=0, description="strength of the correction for local label skew (choice tasks); 0: off")
     ] = 0.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Field(description="less memory for activations, more time")] = False
 
 
 class FederationConfig(Section):
     """Rounds, sampling and what happens when clients are missing."""
 
-    rounds: Annotated[int, Field(ge=1)] = 5
-    clients_per_round: Annotated[int | None, Field(ge=1, description="None: all")] = None
+    rounds: Annotated[int, Field(ge=1, description="number of rounds")] = 5
+    clients_per_round: Annotated[int | None, Field(ge=1, description="clients drawn for a round; None: all")] = None
     min_clients: Annotated[int, Field(ge=1, description="fewer valid replies than this stop the run")] = 1
     timeout_s: Annotated[float, Field(gt=0, description="a client that needs longer for one request is late")] = 3600.0
     connect_timeout_s: Annotated[float, Field(gt=0, description="how long to wait for clients to connect")] = 300.0
@@ -192,7 +208,7 @@ class EvaluationConfig(Section):
 
     every: Annotated[int, Field(ge=0, description="rounds between evaluations on all held-out rows; 0: ends only")] = 0
     watch_rows: Annotated[int, Field(ge=0, description="held-out rows measured after every round; 0: none")] = 64
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Annotated[int, Field(ge=1, description="rows per forward pass")] = 32
     scoring: Annotated[
         Literal["auto", "first_token", "loglikelihood"],
         Field(description="compare the choices by first token or whole; auto: first token where it tells them apart"),
@@ -202,8 +218,13 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """Everything about one run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "r8-hfedmoe"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9._-]+$", description="of the run folder: runs/<date>-<name>; letters, digits, . _ -"
+        ),
+    ] = "r8-hfedmoe"
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="of the split, every draw and every fresh weight")] = 0
     threads: Annotated[int | None, Field(ge=1, description="CPU threads; None: torch decides")] = None
     keep_checkpoints: Annotated[int, Field(ge=1, description="latest checkpoints kept, besides the best")] = 2
     model: ModelConfig = Field(default_factory=ModelConfig)

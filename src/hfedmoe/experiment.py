@@ -13,6 +13,7 @@ from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.partition import partition
 from hfedmoe.data.rows import Example
 from hfedmoe.data.tasks import Task, load_task
+from hfedmoe.device.allocator import keep_freed_memory
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
 from hfedmoe.federation.client import Device, client_app
@@ -55,6 +56,7 @@ def prepare(config: RunConfig, watcher: Watcher) -> Prepared:
     Raises:
         UserError: the model or the data cannot be used, or a budget is below what the model needs.
     """
+    keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     watcher.phase("reading the data")
@@ -126,7 +128,13 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
         UserError: the configuration, model, data or folder cannot be used, or too few clients gave a valid update.
     """
     with RunFolder.create(out, config) as folder:
-        _run(folder, prepare(config, watcher), None, watcher)
+        try:
+            prepared = prepare(config, watcher)
+            parts = _split(prepared, watcher)
+        except UserError:
+            folder.discard()  # nothing has run: the same folder can be asked for again
+            raise
+        _run(folder, prepared, parts, None, watcher)
         return folder.path
 
 
@@ -142,7 +150,7 @@ def resume(path: Path, watcher: Watcher) -> Path:
         if folder.saved_rounds():
             round = folder.load_checkpoint("last").round
             folder.rewind(round)
-        _run(folder, prepared, round, watcher)
+        _run(folder, prepared, _split(prepared, watcher), round, watcher)
         return folder.path
 
 
@@ -163,12 +171,18 @@ def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
             raise UserError(f"{checkpoint.path}: does not fit the model ({error})") from None
 
 
-def _run(folder: RunFolder, prepared: Prepared, from_round: int | None, watcher: Watcher) -> None:
-    config, model = prepared.config, prepared.model
+def _split(prepared: Prepared, watcher: Watcher) -> list[list[int]]:
     watcher.phase("splitting the data over the clients")
-    parts = partition(prepared.task, config.partition, config.clients.count, config.seed)
+    config = prepared.config
+    return partition(prepared.task, config.partition, config.clients.count, config.seed)
+
+
+def _run(
+    folder: RunFolder, prepared: Prepared, parts: list[list[int]], from_round: int | None, watcher: Watcher
+) -> None:
+    config, model = prepared.config, prepared.model
     initial = global_tensors(model)
-    devices = _devices(prepared, parts, initial, watcher)
+    devices = make_devices(prepared, parts, initial, watcher)
     grid = InProcessGrid(client_app(lambda context: devices[int(context.node_config["partition-id"])]), len(devices))
     keeper = Keeper(folder, lambda: _to_tensors(save_contexts(grid)))
     tensors = initial
@@ -193,7 +207,9 @@ def _run(folder: RunFolder, prepared: Prepared, from_round: int | None, watcher:
     watcher.final_table(keeper.final_lines(), before, after)
 
 
-def _devices(prepared: Prepared, parts: list[list[int]], initial: dict[str, Tensor], watcher: Watcher) -> list[Device]:
+def make_devices(
+    prepared: Prepared, parts: list[list[int]], initial: dict[str, Tensor], watcher: Watcher
+) -> list[Device]:
     """Simulated clients: they share one model in memory, and each one's sub-model is a mask over it."""
     steps = prepared.config.train.steps
 

@@ -62,17 +62,17 @@ def load(config: ModelConfig, seed: int) -> Loaded:
     Raises:
         UserError: the model is unknown, unreachable, damaged, or cannot be upcycled.
     """
-    import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    loaded = _tiny(seed) if config.name == "tiny" else _pretrained(config)
+    loaded = _tiny(seed, config.dtype) if config.name == "tiny" else _pretrained(config)
     device = device_of(config.device)
     if config.upcycle is not None:
         # Moved first, so that the experts go on sharing one tensor on the device.
         loaded.model = _upcycled(loaded.model.to(device), config, seed)
         return loaded
-    loaded.model = loaded.model.to(device=device, dtype=getattr(torch, config.dtype))
+    # The dtype was given while loading: casting the whole model would cast rotary tables and correction biases as well.
+    loaded.model = loaded.model.to(device)
     return loaded
 
 
@@ -115,11 +115,16 @@ def _upcycled(dense: Any, config: ModelConfig, seed: int) -> Any:
         raise UserError(f"model.name = {config.name}: {error}") from None
 
 
-def _tiny(seed: int) -> Loaded:
+def _tiny(seed: int, dtype: str = "float32") -> Loaded:
+    import torch
+
     from hfedmoe.tiny import tiny_model, tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
-    return Loaded(tiny_model(len(tokenizer), seed), tokenizer)
+    model = tiny_model(len(tokenizer), seed)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return Loaded(model, tokenizer)
 
 
 def _pretrained(config: ModelConfig) -> Loaded:

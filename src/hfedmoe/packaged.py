@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from hfedmoe.errors import UserError
 
@@ -63,7 +64,7 @@ def _convert(source: Path, folder: Path) -> None:
 
     scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=folder.parent))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(source.parent), gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
         )
         del model.config.quantization_config  # it is dequantised now

@@ -107,7 +107,9 @@ def train(
         for step in range(1, settings.steps + 1):
             batch = encoder.training_batch(next(batches)).to(model.device)
             model.watch(_tokens(batch), NEEDS[method.score])
-            loss = answer_loss(model.model(**batch.model_inputs()).logits, batch, adjustment)
+            loss = answer_loss(
+                model.model(**batch.model_inputs()).logits, batch, settings.loss == "choices", adjustment
+            )
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise TrainingError(f"the loss is {losses[-1]} in step {step}; lower train.lr (now {settings.lr:g})")
@@ -172,20 +174,32 @@ def bootstrap(
         history.prior = scratch.contribution()
 
 
-def answer_loss(logits: Tensor, batch: Batch, adjustment: Tensor | None = None) -> Tensor:
+def answer_loss(logits: Tensor, batch: Batch, among_choices: bool = False, adjustment: Tensor | None = None) -> Tensor:
     """Mean cross entropy of the answer's tokens: logits [B, A, V].
 
     Args:
-        adjustment: [N] added to the choices' logits where answers are told apart by their first token; it corrects
-            for the client's own label frequencies (logit adjustment, Menon et al., 2021).
+        among_choices: compare only the first tokens of the choices with each other, as accuracy does.
+        adjustment: [N] added to the choices' logits; it corrects for the client's own label frequencies (logit
+            adjustment, Menon et al., 2021).
+
+    Raises:
+        TrainingError: the last two are asked for, but first tokens do not tell the choices apart.
     """
     logits = logits.float()
-    if adjustment is not None and batch.choice_tokens is not None:
-        rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
-        shift = torch.zeros_like(logits)
-        shift[rows, -1, batch.choice_tokens] = adjustment.to(logits)
-        logits = logits + shift
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+    if not among_choices and adjustment is None:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+    if batch.choice_tokens is None or logits.shape[1] != 1:
+        raise TrainingError(
+            'train.loss = "choices" and train.logit_adjustment need choices that differ in their first token; '
+            "set data.label_words, or leave both settings out"
+        )
+    last = logits[:, -1]
+    chosen = last.gather(1, batch.choice_tokens)
+    if adjustment is not None:
+        chosen = chosen + adjustment.to(chosen)
+    if among_choices:
+        return torch.nn.functional.cross_entropy(chosen, batch.answers)
+    return torch.nn.functional.cross_entropy(last.scatter(1, batch.choice_tokens, chosen), batch.targets[:, -1])
 
 
 def _tokens(batch: Batch) -> RoutingBatch:

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families.table import FAMILIES, build, inputs
 from torch import Tensor
 from torch.func import functional_call
 
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.routing import Batch
+from tests.families.table import FAMILIES, build, inputs
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 RANK, ALPHA = 4, 8.0
@@ -87,9 +87,9 @@ def test_lora_gradients_equal_autograd_through_merged_weights(family: str) -> No
     stock_loss = loss_of(functional_call(stock, merged, kwargs=x).logits)
     names = dict(stock.named_parameters())
     stock_routers = [
-        names[f"{state.layer.name}.{part}"]
+        names[f"{state.layer.name}.{_router_name(state)}.{parameter}"]
         for state in ours.states
-        for part in [n for n in (f"{_router_name(state)}.{p}" for p, _ in state.layer.router.named_parameters())]
+        for parameter, _ in state.layer.router.named_parameters()
     ]
     expected = gradients(stock_loss, [*leaves, *stock_routers, stock.get_input_embeddings().weight])
     torch.testing.assert_close(loss, stock_loss, atol=1e-4, rtol=1e-5)
@@ -178,10 +178,7 @@ def test_routing_goes_to_residents_only_and_statistics_do_not_see_the_mask(famil
 def test_padding_does_not_change_statistics(family: str) -> None:
     model = MoEModel(build(family), rank=RANK)
     x = inputs(model.model)
-    if "decoder_input_ids" in x:
-        encoder = {**x, "input_ids": torch.where(x["attention_mask"] > 0, x["input_ids"], 7)}
-    else:
-        encoder = {**x, "input_ids": torch.where(x["attention_mask"] > 0, x["input_ids"], 7)}
+    encoder = {**x, "input_ids": torch.where(x["attention_mask"] > 0, x["input_ids"], 7)}
     batch = Batch(
         torch.ones_like(x["decoder_input_ids"]) if "decoder_input_ids" in x else x["attention_mask"],
         x["attention_mask"] if "decoder_input_ids" in x else None,

@@ -8,7 +8,7 @@ from hfedmoe.moe.model import MoEModel
 
 
 def sub_model_bytes(model: MoEModel, resident: list[Tensor]) -> int:
-    """Predicted bytes of weights, gradients and AdamW state of a device that holds only `resident` (bool [E] per layer).
+    """Predicted bytes of weights, gradients and AdamW state of a device that holds only `resident`, bool [E] per layer.
 
     Every resident expert counts in full, also where copies share memory in this process. Activations do not count.
     """

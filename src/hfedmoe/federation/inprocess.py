@@ -63,7 +63,7 @@ class InProcessGrid(Grid):
             ttl=ttl or 3600.0,
             message_type=message_type,
         )
-        return Message(content, metadata=metadata)  # type: ignore[call-overload, no-any-return]
+        return Message(content, metadata=metadata)  # type: ignore[call-overload]
 
     def get_node_ids(self) -> Iterable[int]:
         """All clients: they are always there."""

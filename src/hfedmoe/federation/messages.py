@@ -1,10 +1,12 @@
 """Everything that crosses the wire, in one page.
 
-| message | kind | down | up |
-|---|---|---|---|
-| describe | query.describe | nothing | client number, name, examples, budget in experts, `num_experts` of its model |
-| plan | query.plan | round | resident bits [sum E_l] |
-| train | train | round, resident bits; gates, shared tensors, rows of the resident experts | trained bits [sum E_l]; rows of the trained experts, gates, shared tensors; usage, importance, tokens float32 [sum E_l]; examples, losses, seconds, peak bytes |
+describe (query)  down: nothing
+                  up:   client number, name, examples, budget in experts, experts per layer of its model
+plan (query)      down: round
+                  up:   resident bits [sum E_l]
+train             down: round, resident bits; gates, shared tensors, rows of the resident experts
+                  up:   trained bits [sum E_l]; gates, shared tensors, rows of the trained experts; usage, importance
+                        and tokens float32 [sum E_l]; number of examples, losses, seconds, peak bytes
 
 Tensors travel as one safetensors blob per message (`TENSORS`), whatever their number and precision: no pickle, and one
 object instead of hundreds for Flower to move. Everything else is scalars and bytes in one record (`FACTS`).

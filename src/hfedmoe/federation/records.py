@@ -114,7 +114,12 @@ class Keeper:
 
     def save_start(self, tensors: dict[str, Tensor], metrics: Metrics) -> None:
         """Round 0: the model before any training."""
-        line = {"round": 0, "loss": metrics.loss, "accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1}
+        line: dict[str, Any] = {
+            "round": 0,
+            "loss": metrics.loss,
+            "accuracy": metrics.accuracy,
+            "macro_f1": metrics.macro_f1,
+        }
         line |= {"evaluation": {"all": vars(metrics)}, "clients": [], "short": False}
         self._append(line)
         self.scores.append(_score(0, vars(metrics)))

@@ -27,7 +27,8 @@ class MoELayer:
     name: str
     block: nn.Module
     router: nn.Module
-    experts: nn.Module
+    experts: Any
+    """A module whose attributes differ by family: stacked weights, or a container of feed-forward modules."""
     num_experts: int
     top_k: int
     in_decoder: bool
@@ -110,10 +111,10 @@ def _alike_feed_forwards(container: nn.ModuleDict | nn.ModuleList) -> bool:
     )
 
 
-def _count(experts: nn.Module) -> int:
+def _count(experts: Any) -> int:
     if is_stacked(experts):
         return int(getattr(experts, "total_experts", experts.down_proj.shape[0]))
-    return len(experts)  # type: ignore[arg-type]
+    return len(experts)
 
 
 def _router_of(block: nn.Module, experts: nn.Module, num_experts: int) -> nn.Module | None:

@@ -36,11 +36,6 @@ class ExpertBase(Protocol):
         ...
 
 
-def scatter_rows(rows: Tensor, groups: Groups) -> Tensor:
-    """Add up the rows [S, D] of all pairs per token: [T, D]."""
-    return rows.new_zeros(groups.num_tokens, rows.shape[1]).index_add_(0, groups.token, rows)
-
-
 class Weights(Protocol):
     """One matrix `[rows, columns]` per expert, wherever and however it is stored."""
 
@@ -102,10 +97,10 @@ class SeparateBase:
         return add_product(None, rows, self._up, groups, t=True)
 
     def up_t(self, grad: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
-        return scatter_rows(add_product(rows, grad, self._up, groups, t=False), groups)
+        return groups.sum_per_token(add_product(rows, grad, self._up, groups, t=False))
 
     def down(self, a: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
-        return scatter_rows(add_product(rows, a, self._down, groups, t=True), groups)
+        return groups.sum_per_token(add_product(rows, a, self._down, groups, t=True))
 
     def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
         return add_product(None, rows, self._down, groups, t=False)
@@ -126,12 +121,12 @@ class SharedBase:
         return (x @ self._up.to(x.dtype).t()).index_select(0, groups.token)
 
     def up_t(self, grad: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
-        out = scatter_rows(grad, groups) @ self._up.to(grad.dtype)
-        return out if rows is None else out.index_add_(0, groups.token, rows)
+        out = groups.sum_per_token(grad) @ self._up.to(grad.dtype)
+        return out if rows is None else out.add_(groups.sum_per_token(rows))
 
     def down(self, a: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
-        out = scatter_rows(a, groups) @ self._down.to(a.dtype).t()
-        return out if rows is None else out.index_add_(0, groups.token, rows)
+        out = groups.sum_per_token(a) @ self._down.to(a.dtype).t()
+        return out if rows is None else out.add_(groups.sum_per_token(rows))
 
     def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
         return (grad @ self._down.to(grad.dtype)).index_select(0, groups.token)

@@ -44,7 +44,7 @@ class ExpertState:
         """Experts that are present in memory."""
         if self.stacked:
             return int(self.layer.experts.down_proj.shape[0])
-        return len(self.layer.experts)  # type: ignore[arg-type]
+        return len(self.layer.experts)
 
     def math(self) -> ExpertMath:
         """How the experts of this layer compute."""
@@ -129,7 +129,7 @@ class ExpertState:
     def _pairs(self, math: ExpertMath, hidden: Tensor, groups: Groups) -> Tensor:
         """The unweighted output of every pair [S, H]: each pair is treated as a token of its own."""
         own = torch.arange(groups.size, device=hidden.device)
-        alone = Groups(num_tokens=groups.size, token=own, pair=own, spans=groups.spans)
+        alone = Groups(groups.size, own, own, groups.spans, own[:, None])
         return self._grouped(math, hidden[groups.token], hidden.new_ones(groups.size), alone)
 
     def _report_norms(self, rows: Tensor, groups: Groups, shape: torch.Size) -> None:
@@ -176,7 +176,7 @@ def _one_hot_forward(state: ExpertState) -> Callable[[Tensor, Tensor, Tensor], T
     return forward
 
 
-def _stacked_math(experts: nn.Module, scale: float) -> ExpertMath:
+def _stacked_math(experts: Any, scale: float) -> ExpertMath:
     name = type(experts).__name__
     if getattr(experts, "has_post_expert_norm", False):
         raise UnsupportedModelError(f"{name}: experts with a norm of their own are not supported")

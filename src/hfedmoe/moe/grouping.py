@@ -20,10 +20,22 @@ class Groups:
     """int64 [S]: the pair's place in the flattened `[T, K]` routing tensors."""
     spans: list[tuple[int, int, int]]
     """(expert, start, end) for every expert with at least one pair, in rows of the sorted pairs."""
+    places: Tensor | None = None
+    """int64 [T, K]: where each token's pairs are among the sorted ones, if no pair is missing."""
 
     @property
     def size(self) -> int:
         return self.token.shape[0]
+
+    def sum_per_token(self, rows: Tensor) -> Tensor:
+        """Add up the rows [S, D] of all pairs per token: [T, D], in the same order every time."""
+        if self.places is None:
+            return rows.new_zeros(self.num_tokens, rows.shape[1]).index_add_(0, self.token, rows)
+        first, *others = self.places.unbind(1)
+        out = rows.index_select(0, first)
+        for place in others:
+            out += rows.index_select(0, place)
+        return out
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Views of `rows` [S, ...], one per group, in the order of `spans`."""
@@ -50,4 +62,9 @@ def group_pairs(experts: Tensor, num_experts: int, top_k: int, keep: Tensor | No
             spans.append((expert, start, start + count))
             start += count
     pair = order[:start]
-    return Groups(num_tokens=num_pairs // top_k, token=pair // top_k, pair=pair, spans=spans)
+    places = None
+    if start == num_pairs:
+        places = torch.empty_like(pair)
+        places[pair] = torch.arange(num_pairs, device=pair.device)
+        places = places.view(-1, top_k)
+    return Groups(num_tokens=num_pairs // top_k, token=pair // top_k, pair=pair, spans=spans, places=places)

@@ -59,7 +59,7 @@ def experts_forward(
 
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, math: ExpertMath, groups: Groups, names: tuple[str, ...], x: Tensor, weights: Tensor, *leaves: Tensor
     ) -> Tensor:
         w = weights[groups.pair].to(x.dtype)[:, None]

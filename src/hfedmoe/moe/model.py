@@ -138,7 +138,7 @@ class MoEModel:
 
 def _router_learns(layer: MoELayer, weight: Tensor) -> bool:
     """Run the router alone on random states and see whether its gate weights have a gradient."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(982_451_653)  # no seed that weights are drawn with
     states = torch.randn(1, 8, weight.shape[1], generator=generator).to(weight)
     with torch.enable_grad():
         outputs = layer.router(states)
@@ -151,7 +151,8 @@ def _router_learns(layer: MoELayer, weight: Tensor) -> bool:
             return False
         mix = torch.rand(scores[0].shape, generator=generator).to(scores[0])
         (gradient,) = torch.autograd.grad((scores[0] * mix).sum(), weight)
-    return bool(gradient.abs().max() > 1e-7 * weight.abs().max().clamp_min(1e-6))
+    # Renormalised top-1 weights are w / w: what is left is rounding, about 1e-7, where real gradients are 0.1 to 1.
+    return bool(gradient.abs().max() > 1e-5)
 
 
 def _add_attention_lora(model: Any, rank: int, alpha: float, seed: int) -> dict[str, Tensor]:
@@ -167,7 +168,8 @@ def _add_attention_lora(model: Any, rank: int, alpha: float, seed: int) -> dict[
         raise UnsupportedModelError(f"{type(model).__name__}: no attention projections found to put LoRA on")
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
+    inject_adapter_in_model(settings, model)
     torch.random.set_rng_state(state)
     return {
         f"shared.{name}": parameter.requires_grad_(True)

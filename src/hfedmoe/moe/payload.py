@@ -15,9 +15,9 @@ from hfedmoe.moe.model import MoEModel
 def expert_shapes(model: MoEModel) -> dict[str, tuple[int, ...]]:
     """Shape [E, ...] of every trained expert tensor, over all experts of its layer (also in a carved model)."""
     return {
-        f"experts.{state.layer.index}.{name}": (state.layer.num_experts, *state.trained.stacks[name].shape[1:])
+        f"experts.{state.layer.index}.{name}": (state.layer.num_experts, *stack.shape[1:])
         for state in _trained(model)
-        for name in _names(state)
+        for name, stack in _stacks(state).items()
     }
 
 
@@ -30,8 +30,8 @@ def global_tensors(model: MoEModel) -> dict[str, Tensor]:
     """A copy of everything that is trained, over all experts: the federation's state."""
     tensors = {name: tensor.detach().clone() for name, tensor in whole_tensors(model).items()}
     for state in _trained(model):
-        for name in _names(state):
-            tensors[f"experts.{state.layer.index}.{name}"] = state.trained.stacks[name].clone()  # type: ignore[union-attr]
+        for name, stack in _stacks(state).items():
+            tensors[f"experts.{state.layer.index}.{name}"] = stack.clone()
     return tensors
 
 
@@ -53,8 +53,8 @@ def extract(model: MoEModel, experts: list[Tensor]) -> dict[str, Tensor]:
     packed = {name: tensor.detach().clone() for name, tensor in whole_tensors(model).items()}
     for state in _trained(model):
         rows = _local_rows(state, experts[state.layer.index])
-        for name in _names(state):
-            packed[f"experts.{state.layer.index}.{name}"] = state.trained.stacks[name].index_select(0, rows)  # type: ignore[union-attr]
+        for name, stack in _stacks(state).items():
+            packed[f"experts.{state.layer.index}.{name}"] = stack.index_select(0, rows)
     return packed
 
 
@@ -76,8 +76,7 @@ def load(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> N
         tensor.copy_(packed[name])
     for state in _trained(model):
         rows = _local_rows(state, experts[state.layer.index])
-        for name in _names(state):
-            stack = state.trained.stacks[name]  # type: ignore[union-attr]
+        for name, stack in _stacks(state).items():
             stack.index_copy_(0, rows, packed[f"experts.{state.layer.index}.{name}"].to(stack))
 
 
@@ -93,9 +92,10 @@ def _trained(model: MoEModel) -> Iterator[ExpertState]:
     return (state for state in model.states if state.trained is not None)
 
 
-def _names(state: ExpertState) -> tuple[str, ...]:
+def _stacks(state: ExpertState) -> dict[str, Tensor]:
+    """The stacks that travel."""
     assert state.trained is not None
-    return state.trained.travelling
+    return {name: state.trained.stacks[name] for name in state.trained.travelling}
 
 
 def _local_rows(state: ExpertState, experts: Tensor) -> Tensor:

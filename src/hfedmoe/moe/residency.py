@@ -63,7 +63,7 @@ def carve(states: list[ExpertState], resident: list[Tensor]) -> None:
 
 def _carve_stacks(state: ExpertState, index: Tensor) -> None:
     layer = state.layer
-    layer.experts.total_experts = layer.num_experts  # type: ignore[assignment]
+    layer.experts.total_experts = layer.num_experts
     tensors = state.tensors()
     shared = tensors["up"].stride(0) == 0  # copies of one matrix stay one matrix
     index = index.to(tensors["up"].device)
@@ -75,7 +75,7 @@ def _carve_stacks(state: ExpertState, index: Tensor) -> None:
 def _drop_members(experts: nn.Module, keep: list[bool]) -> None:
     for name, kept in zip([name for name, _ in experts.named_children()], keep, strict=True):
         if not kept:
-            delattr(experts, name) if isinstance(experts, nn.ModuleDict) is False else experts.pop(name)
+            delattr(experts, name)
 
 
 def _device(state: ExpertState) -> torch.device:

@@ -4,7 +4,7 @@ import datetime
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -77,6 +77,14 @@ class RunFolder:
         if self._claim is not None:
             self._claim.close()
             self._claim = None
+
+    def discard(self) -> None:
+        """Take a fresh folder back, because nothing ran in it; anything else that is in it stays."""
+        for name in ("config.toml", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        self.close()
+        with suppress(OSError):  # not empty, or somebody's mount point
+            self.path.rmdir()
 
     def __enter__(self) -> "RunFolder":
         return self

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FinalLine:
     seconds: float | None
 
 
-class Watcher(Protocol):
+class Watcher:
     """The events of a run, in the order in which they come; by default nothing is done about them.
 
     A client is named by its position in the list that `start` was given.

@@ -1,0 +1,40 @@
+"""The same two apps under a real SuperLink with two SuperNodes on loopback end with the in-process weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hfedmoe.experiment import run
+from hfedmoe.report.live import Silent
+from hfedmoe.runs import RunFolder
+from hfedmoe.runs.settings import run_config_toml
+from tests.deployment.harness import deployment
+from tests.federation.conftest import tiny_config
+
+APP = Path(__file__).parents[2] / "examples" / "flower"
+
+
+@pytest.mark.slow
+def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Path) -> None:
+    config = tiny_config("federation.rounds=1", "clients.count=2", "federation.min_clients=2")
+    run(config, tmp_path / "inprocess", Silent())
+    nodes: list[dict[str, bool | int | float | str]] = [{"partition-id": number} for number in range(2)]
+    with deployment(APP, nodes, env={"OMP_NUM_THREADS": "1"}) as flower:
+        document = run_config_toml(config).decode()
+        result = flower.run({"config": document, "out": str(tmp_path / "deployed")}, timeout=400)
+        assert result.exit_code == 0, result.log + "\n".join(flower.logs().values())
+    ours, theirs = (RunFolder.open(tmp_path / name) for name in ("inprocess", "deployed"))
+    expected, got = ours.load_checkpoint("last"), theirs.load_checkpoint("last")
+    assert got.round == expected.round == 1
+    assert got.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        # Two clients may answer in either order, which changes a mean by rounding.
+        torch.testing.assert_close(got.tensors[name], tensor, atol=1e-6, rtol=1e-5)
+    start = ours.load_checkpoint(0)
+    assert any((tensor != start.tensors[name]).any() for name, tensor in got.tensors.items())
+    one, other = (folder.read_rounds()[1]["clients"] for folder in (ours, theirs))
+    for mine, deployed in zip(one, other, strict=True):
+        assert deployed["peak_is"] == "measured"
+        for key in ("examples", "resident", "trained", "bytes_down"):
+            assert mine[key] == deployed[key], key

