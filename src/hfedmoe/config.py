@@ -283,20 +283,26 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
     Raises:
         UserError: the file is missing or not TOML, a key is unknown, or a value is of the wrong type or range.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"config {path}: no such file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"config {path}: cannot be read ({error})") from None
-        except tomllib.TOMLDecodeError as error:
-            raise UserError(f"config {path}: not valid TOML: {error}") from None
-        tree.pop("versions", None)
+    if path is None:
+        return config_from_text("", "config", overrides)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: cannot be read ({error})") from None
+    return config_from_text(text, f"config {path}", overrides)
+
+
+def config_from_text(text: str, origin: str, overrides: list[str] | None = None) -> RunConfig:
+    """As `load_config`, from the text of a TOML file that `origin` names in errors. Raises UserError."""
+    try:
+        tree: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{origin}: not valid TOML: {error}") from None
+    tree.pop("versions", None)
     for override in overrides or []:
         _apply_override(tree, override)
-    origin = str(path) if path is not None else "config"
     apply_unset(tree, origin)
     return config_from_tree(tree, origin)
 

@@ -95,11 +95,12 @@ def wrap(model: object, config: RunConfig) -> MoEModel:
             router=settings.router,
             attention=settings.attention,
             seed=config.seed,
+            off_budget=config.clients.off_budget,
         )
     except UnsupportedModelError as error:
         raise UserError(f"model.name = {config.model.name}: {error}") from None
     if settings.gradient_checkpointing:
-        wrapped.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        wrapped.checkpoint_activations()
     if not wrapped.parameters():
         raise UserError("nothing would be trained: set train.experts, train.router or train.attention")
     return wrapped

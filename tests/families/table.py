@@ -55,6 +55,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
     },
     "deepseek_v3": {**COMMON, **MLA, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0},
+    "gpt_oss": {
+        **COMMON,
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention", "full_attention"],
+    },
     "switch_transformers": {
         "vocab_size": 61,
         "d_model": 32,

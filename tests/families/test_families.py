@@ -32,6 +32,8 @@ def merged_parameters(model: MoEModel, stock: Any) -> dict[str, Tensor]:
                 trained.scale * trained.leaves[f"{side}_b"][e] @ trained.leaves[f"{side}_a"][e]
                 for e in range(trained.num_experts)
             ]
+            if state.math().transposed:
+                delta = [d.t() for d in delta]
             weight = [tensor + d for tensor, d in zip(state.tensors()[base], delta, strict=True)]
             prefix = f"{state.layer.name}.experts"
             if state.stacked:
@@ -112,6 +114,9 @@ def test_full_training_gradients_equal_the_stock_model(family: str) -> None:
         for expert in range(state.layer.num_experts):
             if state.stacked:
                 reference = {"up": experts.gate_up_proj.grad[expert], "down": experts.down_proj.grad[expert]}
+                if experts.has_bias:
+                    reference["up_bias"] = experts.gate_up_proj_bias.grad[expert]
+                    reference["down_bias"] = experts.down_proj_bias.grad[expert]
             else:
                 member = experts[f"expert_{expert}"]
                 reference = {"up": member.wi.weight.grad, "down": member.wo.weight.grad}

@@ -11,13 +11,12 @@ A SuperNode says which client it is, and may keep data of its own:
 """
 
 import functools
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 
-from hfedmoe.config import RunConfig, config_from_tree
+from hfedmoe.config import RunConfig, config_from_text
 from hfedmoe.data.partition import partition
 from hfedmoe.errors import UserError
 from hfedmoe.experiment import Prepared, prepare
@@ -34,11 +33,7 @@ def config_of(context: Context) -> RunConfig:
     text = context.run_config.get("config")
     if not isinstance(text, str):
         raise UserError('the run config has no text "config"; pass it with --run-config FILE.toml')
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f'the run config\'s "config" is not valid TOML: {error}') from None
-    return config_from_tree(tree, "config")
+    return config_from_text(text, "the run config's config")
 
 
 def _number(context: Context, config: RunConfig) -> int:

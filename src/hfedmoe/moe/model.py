@@ -31,6 +31,7 @@ class MoEModel:
         router: train the routers.
         attention: LoRA (same rank and alpha) on the attention projections, through PEFT.
         seed: of the LoRA initialisation; must be the same on all devices.
+        off_budget: what resident experts over the activation budget do: "frozen" (forward only) or "skip".
 
     Raises:
         UnsupportedModelError: no MoE layers, or layers that the expert forward does not know.
@@ -46,6 +47,7 @@ class MoEModel:
         router: bool = True,
         attention: bool = False,
         seed: int = 0,
+        off_budget: str = "frozen",
     ) -> None:
         self.model = model
         for parameter in model.parameters():
@@ -55,6 +57,7 @@ class MoEModel:
         self.routing = [LayerRouting(state) for state in self.states]
         self.shared = _add_attention_lora(model, rank, alpha, seed) if attention else {}
         for state in self.states:
+            state.off_budget = off_budget
             self._train_experts(state, experts, rank, alpha, freeze_a, seed)
         self.routers: dict[str, Tensor] = {}
         if router:
@@ -103,6 +106,10 @@ class MoEModel:
         """Everything that is trained: routers, shared tensors, and one leaf per expert and kind."""
         leaves = [leaf for state in self.states if state.trained is not None for leaf in state.trained.parameters()]
         return [*self.routers.values(), *self.shared.values(), *leaves]
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them: less memory, more time."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def set_resident(self, resident: list[Tensor] | None) -> None:
         """Mask the model to the resident experts (bool [E] per layer); None: all. Raises ValueError below top-k."""
