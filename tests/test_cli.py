@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,13 @@ def test_user_errors_are_one_line_and_exit_code_2(here, capfd):
         (["resume"], "Missing argument"),
         (["upcycle", "tiny", here / "d", "--experts", "many"], "--experts"),
     ]
+    write(here / "one.csv", "text,label\n" + "grain harvest,grain\noil price,crude\n" * 20)
+    write(here / "none.csv", "text,label\n")
+    one_per_client = ["--set", "clients.count=2", "--set", 'data.clients=["one.csv","none.csv"]']
+    cases += [
+        (["run", "tiny", *one_per_client, "--out", here / "e"], "none.csv"),
+        (["run", "tiny", "--set", "partition.min_rows=1000", "--out", here / "f"], "partition.min_rows"),
+    ]
     capfd.readouterr()
     for arguments, expected in cases:
         code = hfedmoe(*arguments)
@@ -110,7 +118,41 @@ def test_unexpected_errors_keep_their_traceback(here, monkeypatch):
         cli.main(["run", "tiny"])
 
 
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(here):
+    """RLIMIT_FSIZE stands in for the full disk: it fails writes for any user, in a process of its own."""
+    code = """
+import resource, signal, sys
+from hfedmoe.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+main(sys.argv[1:])
+"""
+    arguments = ["run", "tiny", "--out", str(here / "run"), "--set", "threads=1"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "free some space" in line
+    assert not list((here / "run" / "checkpoints").glob("round-*"))
+
+
 # interruptions
+
+
+def test_control_c_in_a_real_run_is_one_line(here):
+    command = [sys.executable, "-m", "hfedmoe", "run", "tiny", "--out", "run", "--set", "federation.rounds=500"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in child.stdout:
+            if line.startswith("round 1/"):
+                break
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 2
+    assert errors == "interrupted; `hfedmoe resume run` continues\n"
+    assert hfedmoe("resume", "run", "--help") == 0
 
 
 def interrupted(config, out, watcher):
@@ -124,10 +166,10 @@ def test_an_interrupted_run_tells_how_to_resume(here, monkeypatch, capsys):
     from hfedmoe import experiment
 
     monkeypatch.setattr(experiment, "run", interrupted)
-    assert hfedmoe("run", "tiny", "--out", "my run") == 130
+    assert hfedmoe("run", "tiny", "--out", "my run") == 2
     assert capsys.readouterr().err == "interrupted; `hfedmoe resume 'my run'` continues\n"
     for suffix in ("", "-2"):  # without --out the folder is a new one every time
-        assert hfedmoe("run", "tiny") == 130
+        assert hfedmoe("run", "tiny") == 2
         (found,) = capsys.readouterr().err.splitlines()
         assert f"-tiny{suffix}` continues" in found
 
@@ -139,7 +181,7 @@ def test_an_interrupted_resume_can_be_resumed(finished, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment, "resume", interrupt)
-    assert hfedmoe("resume", finished) == 130
+    assert hfedmoe("resume", finished) == 2
     assert f"`hfedmoe resume {finished}` continues" in capsys.readouterr().err
 
 

@@ -16,7 +16,7 @@ from hfedmoe.errors import UserError
 if TYPE_CHECKING:
     from hfedmoe.config import RunConfig
 
-INTERRUPTED = 130
+INTERRUPTED = 2
 
 app = typer.Typer(
     name="hfedmoe",
@@ -30,7 +30,7 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """The entry point: user errors become one line and exit code 2, an interruption exit code 130."""
+    """The entry point: user errors become one line and exit code 2, and so does an interruption."""
     try:
         code = app(args=arguments, prog_name="hfedmoe", standalone_mode=False)
     except UserError as error:

@@ -81,6 +81,7 @@ def train(
     activation_budget: list[int] | None,
     seed: int,
     client: int,
+    lr_factor: float = 1.0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> LocalUpdate:
     """Train the model's trainable tensors in place; updates the client's history.
@@ -89,6 +90,7 @@ def train(
         examples: the client's own rows.
         activation_budget: experts per layer that one batch may train; None: all resident.
         seed: of the run; the client's own draws are derived from it, its number and its round.
+        lr_factor: what the round's schedule leaves of train.lr.
         on_step: called with (step, loss) after every step.
 
     Raises:
@@ -97,7 +99,9 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(derive(seed, "train", client, history.rounds))
     parameters = model.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr * lr_factor, weight_decay=settings.weight_decay, fused=True
+    )
     adjustment = _label_adjustment(examples, settings.logit_adjustment)
     statistics, losses = _Statistics(model), []
     _choose_by_budget(model, method, history, activation_budget, generator(seed, "activation", client, history.rounds))

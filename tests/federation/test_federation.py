@@ -39,8 +39,8 @@ def meddle(federation: Federation, client: int, change: Callable[[Device, Any, U
     device = federation.devices[client]
     honest = device.train
 
-    def train(history: Any, resident: Any, tensors: Any) -> Update:
-        update = honest(history, resident, tensors)
+    def train(history: Any, resident: Any, tensors: Any, round: int) -> Update:
+        update = honest(history, resident, tensors, round)
         result: Update = change(device, resident, update) or update
         return result
 

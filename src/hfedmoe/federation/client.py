@@ -92,7 +92,7 @@ class Device:
             self.model, self.examples, self.encoder, method, self.config.train.batch_size, history, seed, self.number
         )
 
-    def train(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor]) -> Update:
+    def train(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor], round: int) -> Update:
         """Train the resident experts and return what changed."""
         self.model.set_resident(resident)
         load(self.model, tensors, resident)
@@ -107,6 +107,7 @@ class Device:
             self.activation_budget(),
             self.config.seed,
             self.number,
+            1.0 if self.config.train.lr_schedule == "constant" else 1 - (round - 1) / self.config.federation.rounds,
             None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
         )
         return Update(
@@ -148,8 +149,9 @@ def client_app(device_of: Callable[[Context], Device]) -> ClientApp:
     def train_round(message: Message, context: Context) -> Message:
         device = device_of(context)
         history = _read_history(context, device)
-        resident = unpack_bits(facts_of(message)["resident"], device.model.num_experts)
-        update = device.train(history, resident, tensors_of(message))
+        facts = facts_of(message)
+        resident = unpack_bits(facts["resident"], device.model.num_experts)
+        update = device.train(history, resident, tensors_of(message), int(facts["round"]))  # type: ignore[arg-type]
         _write_history(context, history)
         return Message(train_reply(update), reply_to=message)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.evaluation import Metrics
-from hfedmoe.federation.messages import Description, Update
+from hfedmoe.federation.messages import Update
 from hfedmoe.report.live import FinalLine, Score
 from hfedmoe.runs import RunFolder
 
@@ -108,9 +108,9 @@ class Keeper:
     def resume_hint(self) -> str:
         return "" if self.folder is None else f"; `hfedmoe resume {self.folder.path}` goes on from there"
 
-    def name_clients(self, clients: dict[int, Description]) -> None:
+    def name_clients(self, names: dict[int, str]) -> None:
         """Remember the clients' names for the last table."""
-        self._names = {number: about.name for number, about in clients.items()}
+        self._names = dict(names)
 
     def save_start(self, tensors: dict[str, Tensor], metrics: Metrics) -> None:
         """Round 0: the model before any training."""

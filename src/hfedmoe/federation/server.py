@@ -111,7 +111,7 @@ class Server:
         lines = [
             ClientLine(m.about.name, m.about.examples, m.about.budget, m.about.budget / total) for m in members.values()
         ]
-        self.keeper.name_clients({client: m.about for client, m in members.items()})
+        self.keeper.name_clients({client: m.about.name for client, m in members.items()})
         self.watcher.start(self.config.name, self.config.federation.rounds, self.round + 1, lines, self.keeper.scores)
 
     def _measure(self, kind: str, round: int) -> Metrics:

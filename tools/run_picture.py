@@ -1,0 +1,52 @@
+"""Draw what a finished run printed at its end as an SVG picture, for the README.
+
+python tools/run_picture.py runs/2026-11-22-r8-hfedmoe docs/demo.svg
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from hfedmoe.federation.records import Keeper
+from hfedmoe.report.live import ClientLine, Live
+from hfedmoe.runs import RunFolder
+
+
+def main(run: Path, picture: Path) -> None:
+    """Print the run's last table on a recording console and save the picture."""
+    with RunFolder.open(run) as folder, open("/dev/null", "w") as nowhere:
+        keeper = Keeper(folder)
+        clients = sorted({row["client"] for line in keeper.lines for row in line["clients"]})
+        keeper.name_clients({number: f"client {number}" for number in clients})
+        console = Console(record=True, width=104, file=nowhere, force_terminal=False)
+        watcher = Live(console)
+        lines = keeper.final_lines()
+        first = next(line for line in keeper.lines if line["round"] == 1)
+        total = lines[0].total_experts
+        examples = {row["client"]: row["examples"] for row in first["clients"]}
+        budgets = {row["client"]: row["resident"] for row in first["clients"]}
+        watcher.start(
+            folder.config.name,
+            folder.config.federation.rounds,
+            1,
+            [ClientLine(f"client {n}", examples[n], budgets[n], budgets[n] / total) for n in clients],
+        )
+        for line in keeper.lines:
+            for kind, metrics in line["evaluation"].items():
+                watcher.evaluated(
+                    line["round"],
+                    metrics["accuracy"],
+                    metrics["macro_f1"],
+                    metrics["loss"],
+                    metrics["examples"],
+                    "all" if kind == "all" else "watch",
+                )
+            if line["round"]:
+                watcher.round_done(line["round"], line["seconds"], line["bytes_down"], line["bytes_up"])
+        watcher.final_table(lines, keeper.scores[0], keeper.scores[-1])
+        console.save_svg(str(picture), title="hfedmoe run")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
