@@ -179,10 +179,9 @@ class TrainConfig(Section):
     steps: Annotated[int, Field(ge=1, description="optimizer steps per client and round")] = 2
     batch_size: Annotated[int, Field(ge=1, description="rows per step")] = 8
     lr: Annotated[float, Field(gt=0, description="learning rate of AdamW")] = 2e-3
-    lr_schedule: Annotated[
-        Literal["constant", "linear"],
-        Field(description="over the rounds of the run; linear: from lr in the first down to lr / rounds in the last"),
-    ] = "constant"
+    lr_final_share: Annotated[
+        float, Field(gt=0, le=1, description="lr falls evenly over the rounds to this share of itself; 1: constant")
+    ] = 1.0
     weight_decay: Annotated[float, Field(ge=0, description="of AdamW")] = 0.0
     max_grad_norm: Annotated[
         float | None, Field(gt=0, description="gradients are scaled down to this norm; None: not")

@@ -67,6 +67,11 @@ class Device:
             return None
         return [budget_in_experts(activation, number) for number in self.model.num_experts]
 
+    def lr_factor(self, round: int) -> float:
+        """What is left of train.lr in this round: 1 in the first, `lr_final_share` in the last, evenly between."""
+        rounds = self.config.federation.rounds
+        return 1 - (1 - self.config.train.lr_final_share) * (round - 1) / max(1, rounds - 1)
+
     def plan(self, history: ClientHistory, round: int) -> list[Tensor]:
         """The experts to hold in this round: bool [E] per layer (eq. 15, with top-k at least in every layer)."""
         numbers, method = self.model.num_experts, self.config.method
@@ -107,7 +112,7 @@ class Device:
             self.activation_budget(),
             self.config.seed,
             self.number,
-            1.0 if self.config.train.lr_schedule == "constant" else 1 - (round - 1) / self.config.federation.rounds,
+            self.lr_factor(round),
             None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
         )
         return Update(
