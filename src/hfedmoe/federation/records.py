@@ -26,6 +26,7 @@ class RoundRecord:
     vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     missing: dict[int, tuple[str, str]] = field(default_factory=dict)
     seconds: float = 0.0
+    planning_seconds: float = 0.0
     evaluation_seconds: float = 0.0
 
     def sent(self, client: int, size: int) -> None:
@@ -72,6 +73,7 @@ class RoundRecord:
             "bytes_down": sum(self.bytes_down.values()),
             "bytes_up": sum(self.bytes_up.values()),
             "seconds": self.seconds,
+            "seconds_planning": self.planning_seconds,
             "seconds_training": sum(client.get("seconds", 0.0) for client in self.clients.values()),
             "seconds_evaluation": self.evaluation_seconds,
             "short": bool(self.missing),

@@ -131,6 +131,7 @@ class Server:
         self.watcher.round_started(round)
         log = RoundRecord(round)
         planned = list(self._plan(grid, self._sample(members, round), round, log))
+        log.planning_seconds = time.perf_counter() - started
         fold = Fold(self.tensors, self.config.method, self.config.train.lora == "exact", self.config.train.rank)
         requests = (self._train_request(member, round, log) for member in planned)
         by_node = {member.node: member for member in planned}
