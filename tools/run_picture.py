@@ -3,6 +3,7 @@
 python tools/run_picture.py runs/2026-11-22-r8-hfedmoe docs/demo.svg
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def main(run: Path, picture: Path) -> None:
             if line["round"]:
                 watcher.round_done(line["round"], line["seconds"], line["bytes_down"], line["bytes_up"])
         watcher.final_table(lines, keeper.scores[0], keeper.scores[-1])
-        console.save_svg(str(picture), title="hfedmoe run")
+        svg = console.export_svg(title="hfedmoe run")
+        # The reader's own monospace font will do: a picture in a README fetches nothing.
+        picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

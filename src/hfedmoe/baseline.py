@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hfedmoe.config import RunConfig
 from hfedmoe.data.encoding import Encoder
-from hfedmoe.data.tasks import load_task
+from hfedmoe.data.tasks import load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
 from hfedmoe.loading import load
@@ -27,7 +27,8 @@ def evaluate_model(name: str, config: RunConfig, watcher: Watcher) -> Metrics:
     if settings.name != name:
         settings = settings.model_copy(update={"name": name, "upcycle": None, "revision": None})
     watcher.phase("reading the data")
-    task = load_task(config.data, config.partition, config.seed)
+    # The rows that a run is tested on, so that the two figures can be compared.
+    task, _ = load_watched_task(config.data, config.partition, config.seed, config.evaluation.watch_rows)
     watcher.phase(f"loading {name}")
     loaded = load(settings, config.seed)
     encoder = Encoder.for_task(

@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except UserError as error:
         _say(f"error: {' '.join(str(error).split())}")
         code = 2
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        code = INTERRUPTED
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         code = 2

@@ -12,7 +12,7 @@ from hfedmoe.config import RunConfig, budget_in_experts
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.partition import partition
 from hfedmoe.data.rows import Example
-from hfedmoe.data.tasks import Task, load_task
+from hfedmoe.data.tasks import Task, load_watched_task
 from hfedmoe.device.allocator import keep_freed_memory
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
@@ -37,7 +37,6 @@ class Prepared:
     model: MoEModel
     encoder: Encoder
     task: Task
-    test: list[Example]
     watch: list[Example]
 
     def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
@@ -46,7 +45,7 @@ class Prepared:
         self.model.set_resident(None)
         put(self.model, tensors, everything)
         settings = self.config.evaluation
-        rows = self.test if kind == "all" else self.watch
+        rows = self.task.test if kind == "all" else self.watch
         return evaluate(self.model.model, rows, self.encoder, settings.batch_size, settings.scoring, on_batch)
 
 
@@ -60,15 +59,7 @@ def prepare(config: RunConfig, watcher: Watcher) -> Prepared:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     watcher.phase("reading the data")
-    # The watched rows are drawn beside the test rows, never from them: what they decide must not see the test.
-    wanted = config.data.test_rows
-    watch_rows = config.evaluation.watch_rows
-    data = config.data.model_copy(update={"test_rows": None if wanted is None else wanted + watch_rows})
-    task = load_task(data, config.partition, config.seed)
-    watched = min(watch_rows, len(task.test) // 5)
-    watch, test = task.test[:watched], task.test[watched:]
-    if not test:
-        raise UserError(f"data.source = {config.data.source}: no rows are left to test on; lower evaluation.watch_rows")
+    task, watch = load_watched_task(config.data, config.partition, config.seed, config.evaluation.watch_rows)
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed)
     model = wrap(loaded.model, config)
@@ -79,12 +70,22 @@ def prepare(config: RunConfig, watcher: Watcher) -> Prepared:
     if problem is not None:
         raise UserError(problem)
     check_budgets(config, model)
-    return Prepared(config, model, encoder, task, test, watch)
+    if (config.train.loss == "choices" or config.train.logit_adjustment) and not encoder.first_token_only:
+        raise UserError(
+            'train.loss = "choices" and train.logit_adjustment need labels that differ in their first token; '
+            "set data.label_words, or leave both settings out"
+        )
+    return Prepared(config, model, encoder, task, watch)
 
 
 def wrap(model: object, config: RunConfig) -> MoEModel:
     """Make a transformers model ready for training as configured. Raises UserError if it is not a usable MoE."""
     settings = config.train
+    if settings.experts == "full" and config.model.dtype != "float32":
+        raise UserError(
+            f'train.experts = "full" with model.dtype = "{config.model.dtype}": small updates would be rounded away; '
+            'use float32, or train.experts = "lora", whose adapters are float32'
+        )
     try:
         wrapped = MoEModel(
             model,
@@ -112,7 +113,7 @@ def check_budgets(config: RunConfig, model: MoEModel) -> None:
         return
     needed = max(layer.top_k for layer in model.layers) * len(model.layers)
     total = sum(model.num_experts)
-    for budget in config.clients.budgets:
+    for budget in config.clients.budgets[: config.clients.count]:
         number = budget_in_experts(budget, total)
         if number < needed:
             share = -(-100 * needed // total)
@@ -150,7 +151,7 @@ def resume(path: Path, watcher: Watcher) -> Path:
         round = None
         if folder.saved_rounds():
             round = folder.load_checkpoint("last").round
-            folder.rewind(round)
+        folder.rewind(-1 if round is None else round)
         _run(folder, prepared, _split(prepared, watcher), round, watcher)
         return folder.path
 
@@ -199,6 +200,7 @@ def _run(
         evaluate=lambda state, kind: prepared.measure(state, kind, watcher.evaluating),
         keeper=keeper,
         watcher=watcher,
+        watches=bool(prepared.watch),
         round=from_round or 0,
     )
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={}, series_id=0)

@@ -165,15 +165,18 @@ def bootstrap(
     scoring = method if forward_only else method.model_copy(update={"score": "ib"})
     scratch = history if forward_only else ClientHistory.new(model.num_experts)
     order = torch.randperm(len(examples), generator=generator(seed, "bootstrap", client)).tolist()
+    _choose_by_budget(model, scoring, scratch, None, generator(seed, "bootstrap", client))
     model.model.eval()
-    for start in range(0, min(len(order), method.bootstrap_batches * batch_size), batch_size):
-        rows = [examples[i] for i in order[start : start + batch_size]]
-        batch = encoder.training_batch(rows).to(model.device)
-        model.watch(_tokens(batch), NEEDS[scoring.score])
-        model.model(**batch.model_inputs())
-        for routing in model.routing:
-            _score(routing, scoring, scratch)
-    model.watch(None)
+    try:
+        for start in range(0, min(len(order), method.bootstrap_batches * batch_size), batch_size):
+            rows = [examples[i] for i in order[start : start + batch_size]]
+            batch = encoder.training_batch(rows).to(model.device)
+            model.watch(_tokens(batch), NEEDS[scoring.score])
+            model.model(**batch.model_inputs())
+            for routing in model.routing:
+                _score(routing, scoring, scratch)
+    finally:
+        model.watch(None)
     if not forward_only:
         history.prior = scratch.contribution()
 

@@ -156,6 +156,20 @@ def test_mask_and_carved_model_agree(family: str, experts: str) -> None:
         torch.testing.assert_close(router.grad, carved.routers[name].grad, atol=1e-6, rtol=1e-5)
 
 
+def test_one_resident_per_group_never_runs_an_absent_expert(family: str) -> None:
+    """Group-limited routers may be left without enough residents in the groups they pick."""
+    model = MoEModel(build(family), rank=RANK)
+    resident = []
+    for layer in model.layers:
+        keep = torch.zeros(layer.num_experts, dtype=torch.bool)
+        keep[:: max(1, layer.num_experts // max(layer.top_k, 4))] = True
+        resident.append(keep)
+    model.set_resident(resident)
+    loss_of(model.model(**inputs(model.model, batch=8)).logits).backward()
+    for flags, keep in zip(model.trained_now(), resident, strict=True):
+        assert not (torch.tensor(flags) & ~keep).any()
+
+
 def test_routing_goes_to_residents_only_and_statistics_do_not_see_the_mask(family: str) -> None:
     model = MoEModel(build(family), rank=RANK)
     x = inputs(model.model)

@@ -53,8 +53,9 @@ class Federation:
             num_experts=model.num_experts,
             top_k=[layer.top_k for layer in model.layers],
             evaluate=lambda tensors, kind: self.prepared.measure(tensors, kind, None),
-            keeper=Keeper(folder),
+            keeper=Keeper(folder, dict),
             watcher=watcher,
+            watches=bool(self.prepared.watch),
         )
 
     def run(self) -> None:

@@ -1,5 +1,6 @@
 """Whole rounds: what clients hold, train and send; and clients that fail."""
 
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord, Message, Metadata, RecordDict
 
 from hfedmoe.errors import UserError
 from hfedmoe.federation.client import Device
-from hfedmoe.federation.messages import Update
+from hfedmoe.federation.exchange import clean
+from hfedmoe.federation.messages import InvalidReplyError, Update, tensors_of
 from hfedmoe.moe.payload import expert_shapes
 from hfedmoe.report.live import ClientSummary, Silent
 from hfedmoe.runs import RunFolder
@@ -127,6 +130,11 @@ FAULTS: dict[str, tuple[Callable[[Device, Any, Update], Any], str, str]] = {
     ),
     "boastful": (lambda d, r, u: replace(u, examples=10**6), "invalid", "examples"),
     "usage": (lambda d, r, u: replace(u, usage=[x - 1 for x in u.usage]), "invalid", "usage is outside"),
+    "huge": (
+        lambda d, r, u: replace(u, tensors={n: t + 1e30 for n, t in u.tensors.items()}),
+        "invalid",
+        "has values over",
+    ),
     "losses": (lambda d, r, u: replace(u, losses=[float("inf")]), "invalid", "losses"),
 }
 
@@ -207,3 +215,26 @@ def test_sampling_is_seeded_and_takes_as_many_as_asked(federation: Make, tmp_pat
     ]
     assert all(len(clients) == 2 for clients in sampled)
     assert len({tuple(clients) for clients in sampled}) > 1
+
+
+def test_reasons_are_safe_to_print() -> None:
+    assert clean("\n \n") == "no reason given"
+    assert clean("first\x1b[31m red\nsecond") == "first[31m red"
+    assert len(clean("x" * 10_000)) == 300
+
+
+def test_a_crafted_blob_is_an_invalid_reply() -> None:
+    header = b'{"a":{"dtype":"F32","shape":[0,18446744073709551615],"data_offsets":[0,0]}}'
+    for blob in (b"", b"not safetensors", struct.pack("<Q", len(header)) + header):
+        content = RecordDict(
+            {"tensors": ArrayRecord({"safetensors": Array("uint8", (len(blob),), "safetensors", blob)})}
+        )
+        metadata = Metadata(1, "1", 1, 0, "", "", 0.0, 60.0, "train")
+        with pytest.raises(InvalidReplyError):
+            tensors_of(Message(content, metadata=metadata))
+
+
+def test_few_held_out_rows_leave_none_to_watch(federation: Make) -> None:
+    run = federation("data.test_rows=3", "evaluation.watch_rows=1", "federation.rounds=1")
+    run.run()
+    assert run.server.round == 1

@@ -104,6 +104,26 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
     return task
 
 
+def load_watched_task(
+    config: DataConfig, partition: PartitionConfig, seed: int, watch_rows: int
+) -> tuple[Task, list[Example]]:
+    """As `load_task`, and the rows that are watched during a run: a fifth of the held-out rows if these are few.
+
+    They are drawn beside `task.test`, never from it: what they decide must not have seen the test.
+
+    Raises:
+        UserError: as `load_task`, or no row is left to test on.
+    """
+    wanted = None if config.test_rows is None else config.test_rows + watch_rows
+    task = load_task(config.model_copy(update={"test_rows": wanted}), partition, seed)
+    enough = wanted is not None and len(task.test) >= wanted
+    watched = watch_rows if enough else min(watch_rows, len(task.test) // 5)
+    watch, task.test = task.test[:watched], task.test[watched:]
+    if not task.test:
+        raise UserError(f"{task.name}: no rows are held out to test on; set data.test, or raise data.test_share")
+    return task, watch
+
+
 def _read_test(config: DataConfig, wanted: set[str]) -> Rows | None:
     """The held-out rows that a file or split provides; None: they are to be drawn from the training rows."""
     if config.test is None:

@@ -1,4 +1,4 @@
-"""The two apps for Flower's own carriers: `flwr run` with a SuperLink and SuperNodes, or its simulation.
+"""The two apps for Flower's own carriers: `flwr run` with a SuperLink and SuperNodes.
 
 The app folder that Flower ships (examples/flower) only imports `server` and `client` from here, so every device
 runs the hfedmoe that is installed on it. The run's configuration travels as one text, in the TOML of a config file:
@@ -57,7 +57,7 @@ def _device(context: Context) -> Device:
     number = _number(context, config)
     own: Any = context.node_config.get("data")
     if own is not None:
-        data = config.data.model_copy(update={"source": str(own), "clients": None})
+        data = config.data.model_copy(update={"source": str(own), "clients": None, "test": None})
         config = config.model_copy(update={"data": data})
     prepared = _prepared(config.model_dump_json())
     examples = prepared.task.train
@@ -72,8 +72,8 @@ def _server(context: Context) -> Server:
     # A server app's output is a log, not a screen: plain lines, or nothing if Flower closed the stream.
     watcher: Watcher = Live()
     out = context.run_config.get("out")
-    folder = RunFolder.create(Path(str(out)), config) if out else None
     prepared = prepare(config, watcher)
+    folder = RunFolder.create(Path(str(out)), config) if out else None
     return Server(
         config=config,
         tensors=global_tensors(prepared.model),
@@ -82,6 +82,7 @@ def _server(context: Context) -> Server:
         evaluate=lambda tensors, kind: prepared.measure(tensors, kind, watcher.evaluating),
         keeper=Keeper(folder),
         watcher=watcher,
+        watches=bool(prepared.watch),
     )
 
 

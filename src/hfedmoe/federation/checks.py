@@ -19,6 +19,8 @@ from hfedmoe.federation.messages import (
 
 MAX_EXAMPLES = 10**9
 MAX_NAME = 80
+MAX_VALUE = 1e6
+"""No trained weight comes near it; larger values could overflow an average."""
 HEADER_ROOM = 1 << 20
 """Bytes that names and shapes may add to the tensors of an update."""
 
@@ -87,6 +89,8 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor]) ->
             raise InvalidReplyError(f"{name} is {tensors[name].dtype}, expected {dtype}")
         if not bool(tensors[name].isfinite().all()):
             raise InvalidReplyError(f"{name} is not finite")
+        if name not in VECTORS and tensors[name].numel() and float(tensors[name].abs().max()) > MAX_VALUE:
+            raise InvalidReplyError(f"{name} has values over {MAX_VALUE:g}")
     vectors = {name: list(tensors.pop(name).split(num_experts)) for name in VECTORS}
     for name, limit in (("usage", 1.001), ("importance", 1.001), ("tokens", 1e12)):
         if any(bool(((part < 0) | (part > limit)).any()) for part in vectors[name]):

@@ -9,9 +9,17 @@ from flwr.serverapp import Grid
 
 from hfedmoe.federation.inprocess import TOO_LATE, InProcessGrid
 
+MAX_REASON = 300
+
 POLL_S = 0.05
 GRACE_S = 5.0
 """How much longer than a message's time to live the server waits before it gives up on the carrier's own word."""
+
+
+def clean(text: str) -> str:
+    """A client's words, safe to print: one short line of printable characters."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return "".join(character for character in line.strip() if character.isprintable())[:MAX_REASON] or "no reason given"
 
 
 @dataclass
@@ -48,11 +56,12 @@ def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: flo
             continue
         waiting[message_id] = request.node
         if isinstance(grid, InProcessGrid):
-            yield from _arrived(grid, waiting)
+            yield from _arrived(grid, waiting, waiting)
     while waiting:
-        answers = list(_arrived(grid, waiting))
-        yield from answers
-        if waiting and not answers:
+        before = len(waiting)
+        for message_id in list(waiting):  # one by one, so that never more than one update is held
+            yield from _arrived(grid, {message_id: waiting[message_id]}, waiting)
+        if waiting and len(waiting) == before:
             if time.monotonic() > deadline:
                 for node in waiting.values():
                     yield Answer(node, None, "late", f"no reply within {timeout_s:g} s")
@@ -60,14 +69,14 @@ def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: flo
             time.sleep(POLL_S)
 
 
-def _arrived(grid: Grid, waiting: dict[str, int]) -> Iterator[Answer]:
-    for reply in grid.pull_messages(list(waiting)):
+def _arrived(grid: Grid, asked: dict[str, int], waiting: dict[str, int]) -> Iterator[Answer]:
+    for reply in grid.pull_messages(list(asked)):
         node = waiting.pop(reply.metadata.reply_to_message_id, None)
         if node is None:
             continue
         if reply.has_error():
             late = reply.error.code == TOO_LATE
-            yield Answer(node, None, "late" if late else "failed", (reply.error.reason or "no reason given").strip())
+            yield Answer(node, None, "late" if late else "failed", clean(reply.error.reason or ""))
         else:
             yield Answer(node, reply)
 

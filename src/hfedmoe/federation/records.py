@@ -99,6 +99,7 @@ class Keeper:
 
     def __init__(self, folder: RunFolder | None, save_clients: SaveClients | None = None) -> None:
         self.folder = folder
+        self._in_process = save_clients is not None
         self._save_clients = save_clients or (dict)
         self.lines: list[dict[str, Any]] = [] if folder is None else folder.read_rounds()
         self.scores: list[Score] = [
@@ -108,7 +109,12 @@ class Keeper:
 
     @property
     def resume_hint(self) -> str:
-        return "" if self.folder is None else f"; `hfedmoe resume {self.folder.path}` goes on from there"
+        # Without its clients' memory in the checkpoint a run cannot go on as it would have.
+        return (
+            ""
+            if self.folder is None or not self._in_process
+            else f"; `hfedmoe resume {self.folder.path}` goes on from there"
+        )
 
     def name_clients(self, names: dict[int, str]) -> None:
         """Remember the clients' names for the last table."""

@@ -14,7 +14,7 @@ from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics
 from hfedmoe.federation import checks
-from hfedmoe.federation.exchange import POLL_S, Answer, Request, exchange
+from hfedmoe.federation.exchange import POLL_S, Answer, Request, clean, exchange
 from hfedmoe.federation.fold import Fold
 from hfedmoe.federation.messages import (
     DESCRIBE,
@@ -60,6 +60,8 @@ class Server:
     evaluate: Evaluate
     keeper: Keeper
     watcher: Watcher
+    watches: bool = True
+    """Whether there are held-out rows to measure after every round."""
     round: int = 0
 
     def run(self, grid: Grid) -> None:
@@ -86,11 +88,16 @@ class Server:
             time.sleep(POLL_S)
         members: dict[int, Member] = {}
         requests = (Request(node, DESCRIBE, record({"version": 1})) for node in nodes)
-        for answer in exchange(grid, requests, "describe", settings.timeout_s):
+        for answer in exchange(grid, requests, "describe", min(settings.timeout_s, settings.connect_timeout_s)):
             try:
                 about = checks.description(_reply(answer), self.num_experts)
             except InvalidReplyError as error:
-                self.watcher.warning(f"a client on node {answer.node} is left out: {error}")
+                self.watcher.warning(f"a client on node {answer.node} is left out: {clean(str(error))}")
+                continue
+            if about.client >= self.config.clients.count:
+                self.watcher.warning(
+                    f"a client says it is number {about.client} of {self.config.clients.count}; left out"
+                )
                 continue
             if about.client in members:
                 self.watcher.warning(f"a second client says it is number {about.client}; it is left out")
@@ -149,7 +156,15 @@ class Server:
             log.received(member.about.client, update, member.resident, size)
             self.watcher.client_done(round, member.position, _summary(log, member, update, sum(self.num_experts)))
         self._require_enough(fold.clients, log)
-        self.tensors = fold.result()
+        folded = fold.result()
+        broken = [name for name, tensor in folded.items() if not bool(tensor.isfinite().all())]
+        if broken:
+            self.keeper.failed(log)
+            raise UserError(
+                f"round {round}: {broken[0]} is not finite after averaging; lower train.lr; "
+                f"the checkpoint of round {round - 1} is intact{self.keeper.resume_hint}"
+            )
+        self.tensors = folded
         self._close(round, log, started)
 
     def _sample(self, members: dict[int, Member], round: int) -> list[Member]:
@@ -191,7 +206,7 @@ class Server:
 
     def _leave_out(self, log: RoundRecord, member: Member, answer: Answer, reason: str) -> None:
         status = "invalid" if answer.status == "ok" else answer.status
-        reason = reason.splitlines()[0][:300]
+        reason = clean(reason)
         log.left_out(member.about.client, status, reason)
         self.watcher.client_done(log.round, member.position, ClientSummary(status=status, reason=reason))
         self.watcher.warning(f"round {log.round}: {member.about.name} is left out ({status}): {reason}")
@@ -211,7 +226,7 @@ class Server:
         settings = self.config.evaluation
         final = round == self.config.federation.rounds
         evaluating = time.perf_counter()
-        watched = self._measure("watch", round) if settings.watch_rows else None
+        watched = self._measure("watch", round) if self.watches else None
         whole = None
         if final or (settings.every and round % settings.every == 0):
             whole = self._measure("all", round)

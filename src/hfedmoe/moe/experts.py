@@ -100,12 +100,15 @@ class ExpertState:
         math = self.math()
         top_k = index.shape[1]
         experts = index.reshape(-1)
-        trainable = self.trainable
+        trainable, here = self.trainable, self.resident
         if self.local is not None:
             experts = self.local[experts]
             trainable = None if trainable is None else trainable[self.local[:-1] < self.num_local]
+            here = None  # what is absent has no place in the stacks
+        # Routers limited to groups may pick absent experts, with weight 0: they must not run in a masked model either.
+        chosen = here if trainable is None else trainable if here is None else trainable & here
         flat = weights.reshape(-1)
-        groups = group_pairs(experts, self.num_local, top_k, trainable)
+        groups = group_pairs(experts, self.num_local, top_k, chosen)
         if self.norms is None:
             out = self._grouped(math, hidden, flat, groups)
         else:
@@ -113,7 +116,7 @@ class ExpertState:
             self._report_norms(rows, groups, index.shape)
             out = hidden.new_zeros(hidden.shape).index_add(0, groups.token, rows)
         if trainable is not None and self.off_budget == "frozen":
-            rest = group_pairs(experts, self.num_local, top_k, ~trainable)
+            rest = group_pairs(experts, self.num_local, top_k, ~trainable if here is None else ~trainable & here)
             with torch.no_grad():
                 rows = self._pairs(math, hidden, rest)
             # The gate still learns from experts over the budget; they themselves and what lies below them do not.

@@ -161,7 +161,8 @@ class LayerRouting:
         assert self.evidence is not None
         assert self.batch is not None
         keep = self.batch.of(self.layer).to(norms.device).reshape(-1, 1)
-        self.evidence.activation = _per_expert(norms * keep, self._index, self.resident())
+        ran = self.resident() if self.state.trainable is None else self.resident() & self.state.trainable
+        self.evidence.activation = _per_expert(norms * keep, self._index, ran)
 
     def resident(self) -> Tensor:
         """bool [E]: experts that may be used."""
