@@ -65,6 +65,7 @@ def test_clients_hold_and_send_in_proportion_to_their_budget(federation: Make, t
         assert row["resident"] == budget
         assert row["trained"] <= budget
         assert row["peak_is"] == "predicted"
+        assert 0 < row["routing_consistency"] <= 1
         listed_down = gates + row["resident"] * row_bytes + 4
         listed_up = gates + row["trained"] * row_bytes + 3 * 32 * 4 + 2 * 4
         assert listed_down <= row["bytes_down"] <= 1.02 * listed_down + 4096  # names and shapes: fixed for a model

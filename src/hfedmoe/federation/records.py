@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hfedmoe.evaluation import Metrics
 from hfedmoe.federation.messages import Update
+from hfedmoe.method.aggregation import routing_consistency
 from hfedmoe.report.live import FinalLine, Score
 from hfedmoe.runs import RunFolder
 
@@ -60,6 +61,14 @@ class RoundRecord:
         """Note a client that gave no valid update."""
         self.missing[client] = (status, reason)
         self.clients[client] = {"status": status, "reason": reason}
+
+    def note_consistency(self, num_experts: list[int], tau: float) -> None:
+        """Note r(c) of eq. 18 for every client, the mean over the layers; it is reported and weighs nothing."""
+        clients = sorted(self.vectors)
+        layers = torch.stack([self.vectors[client]["usage"] for client in clients]).split(num_experts, dim=1)
+        shares = torch.stack([routing_consistency(usage, tau) for usage in layers]).mean(0)
+        for client, share in zip(clients, shares.tolist(), strict=True):
+            self.clients[client]["routing_consistency"] = share
 
     def line(self, watched: Metrics | None, whole: Metrics | None) -> dict[str, Any]:
         """The round's line in metrics.jsonl."""

@@ -232,6 +232,7 @@ class Server:
             whole = self._measure("all", round)
         now = time.perf_counter()
         log.seconds, log.evaluation_seconds = now - started, now - evaluating
+        log.note_consistency(self.num_experts, self.config.method.tau)
         self.keeper.save_round(log, self.tensors, self.num_experts, watched, whole)
         self.watcher.round_done(round, log.seconds, sum(log.bytes_down.values()), sum(log.bytes_up.values()))
 
