@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hfedmoe.config import RunConfig, Section, budget_in_experts, config_from_tree, load_config
+from hfedmoe.config import RunConfig, Section, config_from_tree, load_config
+from hfedmoe.device.budgets import in_experts
 from hfedmoe.errors import UserError
 from hfedmoe.shipped import NAMES, shipped_config
 
@@ -118,7 +119,7 @@ def test_unreadable_files(tmp_path):
     [("25%", 240, 60), ("100%", 7, 7), ("0.1%", 32, 1), ("33.3%", 32, 11), (12, 32, 12), (50, 32, 32)],
 )
 def test_budgets_in_experts(budget, total, experts):
-    assert budget_in_experts(budget, total) == experts
+    assert in_experts(budget, total) == experts
 
 
 # the files that ship

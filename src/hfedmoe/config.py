@@ -4,17 +4,14 @@ Every field documents itself; `hfedmoe run --show-config` prints the tree. Impor
 must not import torch, transformers or flwr.
 """
 
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hfedmoe.device.budgets import Budget, check_budget, is_count
 from hfedmoe.errors import UserError
-
-Budget = int | float | str
-SHARE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*%\s*$")
 
 
 class Section(BaseModel):
@@ -46,6 +43,12 @@ class ModelConfig(Section):
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], Field(description="of the frozen weights in memory")
     ] = "float32"
+    expert_dtype: Annotated[
+        Literal["same", "float32", "bfloat16", "float16", "8bit", "4bit"],
+        Field(
+            description="how frozen experts are stored: as `dtype`, or smaller; 8bit and 4bit (NF4) need bitsandbytes"
+        ),
+    ] = "same"
     device: Annotated[str, Field(description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")] = "auto"
     trust_remote_code: Annotated[bool, Field(description="run code shipped with the checkpoint")] = False
 
@@ -111,8 +114,20 @@ class ClientsConfig(Section):
     count: Annotated[int, Field(ge=1, description="number of clients")] = 8
     budgets: Annotated[
         list[Budget],
-        Field(min_length=1, description="per client, repeated in turn: a share (`25%`) or experts over all layers"),
+        Field(
+            min_length=1,
+            description="per client, repeated in turn: experts over all layers (`96`), a share of them (`25%`), memory "
+            "(`4GiB`), a device by name (`jetson-orin-nano-8gb`; `hfedmoe plan --presets`), or `auto`: this machine",
+        ),
     ] = ["25%", "50%", "100%"]
+    deadlines_s: Annotated[
+        list[float] | None,
+        Field(
+            min_length=1,
+            description="per client, repeated in turn: seconds of training per round; the client does fewer steps or "
+            "trains fewer experts per batch to keep it; None: no deadline",
+        ),
+    ] = None
     activation: Annotated[
         Budget | None,
         Field(description="experts per layer that a batch may train: a number or a share; None: all resident"),
@@ -126,14 +141,22 @@ class ClientsConfig(Section):
     @classmethod
     def _budgets_parse(cls, value: list[Budget]) -> list[Budget]:
         for budget in value:
-            _check_budget(budget)
+            check_budget(budget)
+        return value
+
+    @field_validator("deadlines_s")
+    @classmethod
+    def _deadlines_are_positive(cls, value: list[float] | None) -> list[float] | None:
+        for seconds in value or []:
+            if not seconds > 0:
+                raise ValueError(f"{seconds:g}: a deadline is more than 0 seconds")
         return value
 
     @field_validator("activation")
     @classmethod
     def _activation_parses(cls, value: Budget | None) -> Budget | None:
-        if value is not None:
-            _check_budget(value)
+        if value is not None and not is_count(value):
+            raise ValueError(f'"{value}": expected a share such as "25%" or a whole number of experts')
         return value
 
 
@@ -158,7 +181,11 @@ class MethodConfig(Section):
         "importance"
     )
     bootstrap: Annotated[
-        Literal["forward", "none"], Field(description="first scores: a forward pass over local data, or none (random)")
+        Literal["forward", "stream", "prior", "none"],
+        Field(
+            description="first scores: a forward pass over local data; the same with experts read from disk within the "
+            "budget; the federation's usage so far; or none (random)"
+        ),
     ] = "forward"
     bootstrap_batches: Annotated[int, Field(ge=1, description="batches of that forward pass")] = 2
 
@@ -253,29 +280,6 @@ class RunConfig(Section):
                 f"federation.min_clients={self.federation.min_clients} is more than the {sampled} clients of a round"
             )
         return self
-
-
-def _check_budget(budget: Budget) -> None:
-    """Raise ValueError unless the budget is a positive number of experts or a share in (0 %, 100 %]."""
-    if isinstance(budget, bool | float):
-        raise ValueError(f'{budget!r}: write a share as text ("25%") and a number of experts as a whole number')
-    if isinstance(budget, int):
-        if budget < 1:
-            raise ValueError(f"{budget}: a budget is at least one expert")
-        return
-    match = SHARE.match(budget)
-    if not match or not 0 < float(match[1]) <= 100:
-        raise ValueError(f'"{budget}": expected a share such as "25%" or a whole number of experts')
-
-
-def budget_in_experts(budget: Budget, total: int) -> int:
-    """A budget as a number of experts out of `total`; a share is rounded to the nearest expert, at least one."""
-    if isinstance(budget, str):
-        match = SHARE.match(budget)
-        if not match:
-            raise ValueError(f"not a share: {budget!r}")
-        return max(1, round(float(match[1]) / 100 * total))
-    return min(int(budget), total)
 
 
 def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:

@@ -8,12 +8,13 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
-from hfedmoe.config import RunConfig, budget_in_experts
+from hfedmoe.config import RunConfig
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.partition import partition
 from hfedmoe.data.rows import Example
 from hfedmoe.data.tasks import Task, load_watched_task
 from hfedmoe.device.allocator import keep_freed_memory
+from hfedmoe.device.budgets import in_experts
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
 from hfedmoe.federation.client import Device, client_app
@@ -114,7 +115,7 @@ def check_budgets(config: RunConfig, model: MoEModel) -> None:
     needed = max(layer.top_k for layer in model.layers) * len(model.layers)
     total = sum(model.num_experts)
     for budget in config.clients.budgets[: config.clients.count]:
-        number = budget_in_experts(budget, total)
+        number = in_experts(budget, total)
         if number < needed:
             share = -(-100 * needed // total)
             raise UserError(

@@ -10,9 +10,10 @@ from safetensors.torch import load as read_blob
 from safetensors.torch import save as write_blob
 from torch import Tensor
 
-from hfedmoe.config import RunConfig, budget_in_experts
+from hfedmoe.config import RunConfig
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.rows import Example
+from hfedmoe.device.budgets import in_experts
 from hfedmoe.device.memory import peak_process_bytes, sub_model_bytes
 from hfedmoe.federation.messages import (
     Description,
@@ -58,14 +59,14 @@ class Device:
     def budget(self) -> int:
         """Experts over all layers."""
         budgets = self.config.clients.budgets
-        return budget_in_experts(budgets[self.number % len(budgets)], sum(self.model.num_experts))
+        return in_experts(budgets[self.number % len(budgets)], sum(self.model.num_experts))
 
     def activation_budget(self) -> list[int] | None:
         """Experts per layer that one batch may train."""
         activation = self.config.clients.activation
         if activation is None:
             return None
-        return [budget_in_experts(activation, number) for number in self.model.num_experts]
+        return [in_experts(activation, number) for number in self.model.num_experts]
 
     def lr_factor(self, round: int) -> float:
         """What is left of train.lr in this round: 1 in the first, `lr_final_share` in the last, evenly between."""
