@@ -26,6 +26,7 @@ from hfedmoe.moe.anatomy import UnsupportedModelError
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
+from hfedmoe.moe.store import ExpertStore
 from hfedmoe.report.live import Watcher
 from hfedmoe.runs import RunFolder
 
@@ -50,8 +51,12 @@ class Prepared:
         return evaluate(self.model.model, rows, self.encoder, settings.batch_size, settings.scoring, on_batch)
 
 
-def prepare(config: RunConfig, watcher: Watcher) -> Prepared:
+def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepared:
     """Load the model and the data of a configuration and make them ready.
+
+    Args:
+        carve: for one device: experts stay on disk until they are resident, where there is a checkpoint to read them
+            from. Otherwise all experts are in memory, for the server or for all simulated clients.
 
     Raises:
         UserError: the model or the data cannot be used, or a budget is below what the model needs.
@@ -62,8 +67,8 @@ def prepare(config: RunConfig, watcher: Watcher) -> Prepared:
     watcher.phase("reading the data")
     task, watch = load_watched_task(config.data, config.partition, config.seed, config.evaluation.watch_rows)
     watcher.phase(f"loading {config.model.name}")
-    loaded = load(config.model, config.seed)
-    model = wrap(loaded.model, config)
+    loaded = load(config.model, config.seed, carve)
+    model = wrap(loaded.model, config, loaded.store, masked=not carve)
     encoder = Encoder.for_task(
         loaded.tokenizer, task, config.data.max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id
     )
@@ -79,9 +84,23 @@ def prepare(config: RunConfig, watcher: Watcher) -> Prepared:
     return Prepared(config, model, encoder, task, watch)
 
 
-def wrap(model: object, config: RunConfig) -> MoEModel:
-    """Make a transformers model ready for training as configured. Raises UserError if it is not a usable MoE."""
+def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, masked: bool = True) -> MoEModel:
+    """Make a transformers model ready for training as configured.
+
+    Args:
+        store: of its experts, if the model does not have them; `masked`: all of them are held and masked.
+
+    Raises:
+        UserError: it is not a usable MoE, or the settings contradict each other.
+    """
     settings = config.train
+    if settings.experts == "frozen" and not settings.router and not settings.attention:
+        raise UserError("nothing would be trained: set train.experts, train.router or train.attention")
+    if settings.experts == "full" and config.model.expert_dtype not in ("same", "float32"):
+        raise UserError(
+            f'train.experts = "full" with model.expert_dtype = "{config.model.expert_dtype}": small updates would be '
+            'rounded away; use "same", or train.experts = "lora"'
+        )
     if settings.experts == "full" and config.model.dtype != "float32":
         raise UserError(
             f'train.experts = "full" with model.dtype = "{config.model.dtype}": small updates would be rounded away; '
@@ -98,13 +117,13 @@ def wrap(model: object, config: RunConfig) -> MoEModel:
             attention=settings.attention,
             seed=config.seed,
             off_budget=config.clients.off_budget,
+            store=store,
+            masked=masked,
         )
     except UnsupportedModelError as error:
         raise UserError(f"model.name = {config.model.name}: {error}") from None
     if settings.gradient_checkpointing:
         wrapped.checkpoint_activations()
-    if not wrapped.parameters():
-        raise UserError("nothing would be trained: set train.experts, train.router or train.attention")
     return wrapped
 
 

@@ -20,10 +20,11 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 
 @dataclass
 class Loaded:
-    """A transformers model and its tokenizer."""
+    """A transformers model and its tokenizer; `store` holds its experts if the model does not (see `moe.store`)."""
 
     model: Any
     tokenizer: Any
+    store: Any = None
 
     @property
     def encoder_decoder(self) -> bool:
@@ -53,18 +54,32 @@ def device_of(name: str) -> Any:
     return device
 
 
-def load(config: ModelConfig, seed: int) -> Loaded:
+def load(config: ModelConfig, seed: int, carve: bool = False) -> Loaded:
     """Load the model that the configuration names, upcycle it where asked, and put it on its device.
 
     Args:
         seed: of fresh weights: upcycled routers, the tiny model.
+        carve: leave experts on disk until they are wanted, where there is a checkpoint to read them from.
 
     Raises:
         UserError: the model is unknown, unreachable, damaged, or cannot be upcycled.
     """
     import transformers
 
+    from hfedmoe import carving
+
     transformers.utils.logging.disable_progress_bar()
+    if carve or config.expert_dtype != "same":
+        folder = carving.checkpoint_folder(config)
+        if folder is not None:
+            return carving.open_model(config, folder)
+    loaded = _whole(config, seed)
+    if config.expert_dtype != "same":
+        loaded.store = carving.store_experts(loaded.model, config)
+    return loaded
+
+
+def _whole(config: ModelConfig, seed: int) -> Loaded:
     loaded = _tiny(seed, config.dtype) if config.name == "tiny" else _pretrained(config)
     device = device_of(config.device)
     if config.upcycle is not None:
@@ -90,7 +105,7 @@ def structure(config: ModelConfig) -> Any:
     if config.name == "tiny":
         model = _tiny(seed=0).model.to("meta")
     else:
-        source, options = _source(config)
+        source, options = source_of(config)
         try:
             described = AutoConfig.from_pretrained(source, **options)
             auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
@@ -99,7 +114,7 @@ def structure(config: ModelConfig) -> Any:
                     described, dtype=described.dtype or torch.float32, trust_remote_code=config.trust_remote_code
                 )
         except LOADING_ERRORS as error:
-            raise UserError(_explain(config, error)) from None
+            raise UserError(explain(config, error)) from None
     model.tie_weights()  # moving to the meta device parts what is one tensor
     return model if config.upcycle is None else _upcycled(model, config, seed=0)
 
@@ -131,20 +146,25 @@ def _pretrained(config: ModelConfig) -> Loaded:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    source, options = _source(config)
+    source, options = source_of(config)
     try:
         described = AutoConfig.from_pretrained(source, **options)
         auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
         model = auto.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        raise UserError(_explain(config, error)) from None
+        raise UserError(explain(config, error)) from None
+    return Loaded(model, with_padding(tokenizer))
+
+
+def with_padding(tokenizer: Any) -> Any:
+    """The tokenizer, which pads with its end of text if it has nothing else to pad with."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Loaded(model, tokenizer)
+    return tokenizer
 
 
-def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+def source_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """What to give to transformers: a path or hub id, and the options that go with it."""
     source, extra = _locate(config)
     options: dict[str, Any] = {**extra, "trust_remote_code": config.trust_remote_code}
@@ -173,7 +193,7 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     return config.name, {}
 
 
-def _explain(config: ModelConfig, error: Exception) -> str:
+def explain(config: ModelConfig, error: Exception) -> str:
     known = ", ".join(PACKAGED)
     text = first_line(error)
     if Path(config.name).expanduser().exists() or config.name in PACKAGED:

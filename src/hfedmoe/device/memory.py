@@ -18,8 +18,7 @@ def sub_model_bytes(model: MoEModel, resident: list[Tensor]) -> int:
     total += sum(3 * t.numel() * t.element_size() for t in trained)  # gradient and two moments
     for state, keep in zip(model.states, resident, strict=True):
         held = int(keep.sum())
-        base = sum(p.numel() * p.element_size() for p in state.layer.experts.parameters())
-        total += held * (base // state.num_local)
+        total += held * state.expert_bytes()
         if state.trained is not None:
             for name, stack in state.trained.stacks.items():
                 row = stack[0].numel() * stack.element_size()

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, is_stacked
-from hfedmoe.moe.base import ListedWeights, SeparateBase, base_of
+from hfedmoe.moe.base import ExpertBase, ListedWeights, SeparateBase, base_of
 from hfedmoe.moe.grouping import Groups, group_pairs
 from hfedmoe.moe.kernel import ExpertMath, experts_forward
+from hfedmoe.moe.store import ExpertStore, HeldBiases, HeldWeights
 from hfedmoe.moe.trained import TrainedExperts
 
 IMPLEMENTATION = "hfedmoe"
@@ -24,10 +25,15 @@ Observer = Callable[[Tensor, Tensor], None]
 class ExpertState:
     """One layer's experts on this device: which are here, which are trained, and how they compute."""
 
-    def __init__(self, layer: MoELayer) -> None:
+    def __init__(self, layer: MoELayer, store: ExpertStore | None = None) -> None:
         self.layer = layer
+        self.store = store
+        """Holds the base tensors if they are not parameters of the model."""
         self.stacked = is_stacked(layer.experts)
+        self.grouping: Callable[..., Groups] = group_pairs
         self.trained: TrainedExperts | None = None
+        self.begin: Callable[[Tensor], TrainedExperts] | None = None
+        """Fresh trained tensors for the experts with these indices, where a store reads experts as they are wanted."""
         self.resident: Tensor | None = None
         """bool [E]: experts that may be used; None means all."""
         self.local: Tensor | None = None
@@ -42,6 +48,8 @@ class ExpertState:
     @property
     def num_local(self) -> int:
         """Experts that are present in memory."""
+        if self.store is not None:
+            return len(self.store.present[self.layer.index])
         if self.stacked:
             return int(self.layer.experts.down_proj.shape[0])
         return len(self.layer.experts)
@@ -49,11 +57,19 @@ class ExpertState:
     def math(self) -> ExpertMath:
         """How the experts of this layer compute."""
         scale = 1.0 if self.trained is None else self.trained.scale
-        experts = self.layer.experts
-        return _stacked_math(experts, scale) if self.stacked else _listed_math(experts, scale)
+        experts, held = self.layer.experts, None
+        if self.store is not None:
+            held = self.store, self.layer.index
+        return _stacked_math(experts, scale, held) if self.stacked else _listed_math(experts, scale, held)
+
+    def expert_bytes(self) -> int:
+        """Bytes of the base tensors of one expert, as they are held."""
+        if self.store is not None:
+            return self.store.expert_bytes(self.layer.index)
+        return sum(p.numel() * p.element_size() for p in self.layer.experts.parameters()) // self.num_local
 
     def tensors(self) -> dict[str, Tensor]:
-        """The base tensors, stacked `[E, ...]`, under the names of kernel.FULL."""
+        """The base tensors, stacked `[E, ...]`, under the names of kernel.FULL; without contents if a store has any."""
         experts = self.layer.experts
         if not self.stacked:
             members = _members(experts)
@@ -108,7 +124,7 @@ class ExpertState:
         # Routers limited to groups may pick absent experts, with weight 0: they must not run in a masked model either.
         chosen = here if trainable is None else trainable if here is None else trainable & here
         flat = weights.reshape(-1)
-        groups = group_pairs(experts, self.num_local, top_k, chosen)
+        groups = self.grouping(experts, self.num_local, top_k, chosen)
         if self.norms is None:
             out = self._grouped(math, hidden, flat, groups)
         else:
@@ -116,7 +132,7 @@ class ExpertState:
             self._report_norms(rows, groups, index.shape)
             out = hidden.new_zeros(hidden.shape).index_add(0, groups.token, rows)
         if trainable is not None and self.off_budget == "frozen":
-            rest = group_pairs(experts, self.num_local, top_k, ~trainable if here is None else ~trainable & here)
+            rest = self.grouping(experts, self.num_local, top_k, ~trainable if here is None else ~trainable & here)
             with torch.no_grad():
                 rows = self._pairs(math, hidden, rest)
             # The gate still learns from experts over the budget; they themselves and what lies below them do not.
@@ -142,7 +158,7 @@ class ExpertState:
         self.norms(norms.view(shape))
 
 
-def attach(model: Any, layers: list[MoELayer]) -> list[ExpertState]:
+def attach(model: Any, layers: list[MoELayer], store: ExpertStore | None = None) -> list[ExpertState]:
     """Let every MoE layer of `model` compute with our experts forward; returns the state of each.
 
     Raises:
@@ -152,7 +168,7 @@ def attach(model: Any, layers: list[MoELayer]) -> list[ExpertState]:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _registered_forward)
     states = []
     for layer in layers:
-        state = ExpertState(layer)
+        state = ExpertState(layer, store)
         state.math()  # refuse now rather than in the first step
         object.__setattr__(layer.experts, STATE, state)
         if not state.stacked:
@@ -179,34 +195,47 @@ def _one_hot_forward(state: ExpertState) -> Callable[[Tensor, Tensor, Tensor], T
     return forward
 
 
-def _stacked_math(experts: Any, scale: float) -> ExpertMath:
+Held = tuple[ExpertStore, int]
+"""Where the base tensors of a layer are, if not in the model: the store, and the layer's index."""
+
+
+def _stacked_math(experts: Any, scale: float, held: Held | None) -> ExpertMath:
     name = type(experts).__name__
     if getattr(experts, "has_post_expert_norm", False):
         raise UnsupportedModelError(f"{name}: experts with a norm of their own are not supported")
     if not hasattr(experts, "is_transposed"):
         raise UnsupportedModelError(f"{name} does not use transformers' experts interface")
-    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    up_bias = down_bias = None
-    if experts.has_bias:
-        up_bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
-        down_bias = experts.down_proj_bias
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    biases: tuple[Any, Any] = (None, None)
+    if held is not None:
+        base = _held_base(held, experts.is_transposed)
+        if experts.has_bias:
+            biases = HeldBiases(*held, "up_bias"), HeldBiases(*held, "down_bias")
+    else:
+        base = base_of(getattr(experts, up_name).data, experts.down_proj.data, experts.is_transposed)
+        if experts.has_bias:
+            biases = getattr(experts, f"{up_name}_bias").data, experts.down_proj_bias.data
     plain = experts.has_gate and getattr(experts._apply_gate, "__name__", "") == "_default_apply_gate"
     return ExpertMath(
-        base=base_of(up.data, experts.down_proj.data, experts.is_transposed),
+        base=base,
         gate=experts._apply_gate if experts.has_gate else experts.act_fn,
         silu_gate=plain and _is_silu(experts.act_fn),
         scale=scale,
-        up_bias=None if up_bias is None else up_bias.data,
-        down_bias=None if down_bias is None else down_bias.data,
+        up_bias=biases[0],
+        down_bias=biases[1],
         transposed=experts.is_transposed,
     )
+
+
+def _held_base(held: Held, transposed: bool = False) -> ExpertBase:
+    return SeparateBase(HeldWeights(*held, "up", transposed), HeldWeights(*held, "down", transposed))
 
 
 def _is_silu(activation: Any) -> bool:
     return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
-def _listed_math(experts: nn.Module, scale: float) -> ExpertMath:
+def _listed_math(experts: nn.Module, scale: float, held: Held | None) -> ExpertMath:
     members = _members(experts)
     up, down = zip(*(_linears(member) for member in members), strict=True)
     first = members[0]
@@ -214,14 +243,38 @@ def _listed_math(experts: nn.Module, scale: float) -> ExpertMath:
     if activation is None or any(linear.bias is not None for linear in (*up, *down)):
         raise UnsupportedModelError(f"{type(first).__name__}: experts without an activation, or with biases")
     dropout = getattr(first, "dropout", None)
+    if held is not None:
+        base = _held_base(held)
+    else:
+        base = SeparateBase(
+            ListedWeights([one.weight.data for one in up]), ListedWeights([one.weight.data for one in down])
+        )
     return ExpertMath(
-        base=SeparateBase(
-            ListedWeights([linear.weight.data for linear in up]), ListedWeights([linear.weight.data for linear in down])
-        ),
+        base=base,
         gate=activation,
         scale=scale,
         dropout=dropout.p if isinstance(dropout, nn.Dropout) and first.training else 0.0,
     )
+
+
+def parameter_names(layer: MoELayer) -> list[dict[str, str]]:
+    """Names in the model of the base tensors of each expert, under the names of kernel.FULL.
+
+    One entry per expert; where experts are stacked, one entry for all of them.
+    """
+    attribute = next(name for name, child in layer.block.named_children() if child is layer.experts)
+    prefix, experts = f"{layer.name}.{attribute}", layer.experts
+    if is_stacked(experts):
+        up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+        names = {"up": up_name, "down": "down_proj"}
+        if experts.has_bias:
+            names |= {"up_bias": f"{up_name}_bias", "down_bias": "down_proj_bias"}
+        return [{kind: f"{prefix}.{name}" for kind, name in names.items()}]
+    entries = []
+    for key, member in experts.named_children():
+        linears = [name for name, child in member.named_children() if isinstance(child, nn.Linear)]
+        entries.append({kind: f"{prefix}.{key}.{n}.weight" for kind, n in zip(("up", "down"), linears, strict=True)})
+    return entries
 
 
 def _members(experts: nn.Module) -> list[nn.Module]:

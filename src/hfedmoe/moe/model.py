@@ -7,6 +7,9 @@ Trainable tensors have three kinds, and the names under which they travel say so
     shared.{name}            everything else that is trained, whole
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +18,9 @@ from torch import Tensor
 
 from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.experts import ExpertState, attach
-from hfedmoe.moe.residency import carve, mask
+from hfedmoe.moe.residency import carve, mask, reside
 from hfedmoe.moe.routing import Batch, LayerRouting
+from hfedmoe.moe.store import ExpertStore
 from hfedmoe.moe.trained import full_experts, lora_experts
 
 
@@ -32,6 +36,9 @@ class MoEModel:
         attention: LoRA (same rank and alpha) on the attention projections, through PEFT.
         seed: of the LoRA initialisation; must be the same on all devices.
         off_budget: what resident experts over the activation budget do: "frozen" (forward only) or "skip".
+        store: holds the base tensors of the experts, which then are no parameters of `model`. Until experts are made
+            resident there are none. Without it all experts are in `model`, and residency is a mask over them.
+        masked: also with a store, hold every expert and mask them.
 
     Raises:
         UnsupportedModelError: no MoE layers, or layers that the expert forward does not know.
@@ -48,17 +55,22 @@ class MoEModel:
         attention: bool = False,
         seed: int = 0,
         off_budget: str = "frozen",
+        store: ExpertStore | None = None,
+        masked: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self.store, self.masked = model, store, masked or store is None
+        self._whole = experts == "full"
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.layers: list[MoELayer] = find_moe_layers(model)
-        self.states: list[ExpertState] = attach(model, self.layers)
+        self.states: list[ExpertState] = attach(model, self.layers, store)
         self.routing = [LayerRouting(state) for state in self.states]
         self.shared = _add_attention_lora(model, rank, alpha, seed) if attention else {}
         for state in self.states:
             state.off_budget = off_budget
             self._train_experts(state, experts, rank, alpha, freeze_a, seed)
+        if store is not None and masked:
+            self._hold_all(store)
         self.routers: dict[str, Tensor] = {}
         if router:
             for layer in self.layers:
@@ -68,23 +80,20 @@ class MoEModel:
     def _train_experts(
         self, state: ExpertState, experts: str, rank: int, alpha: float, freeze_a: bool, seed: int
     ) -> None:
-        tensors = state.tensors()
-        device = tensors["up"].device
+        tensors, index = state.tensors(), state.layer.index
         if experts == "lora":
             up, down = tensors["up"].shape[1:], tensors["down"].shape[1:]
             if state.math().transposed:
                 up, down = up[::-1], down[::-1]
-            state.trained = lora_experts(
-                state.layer.num_experts,
-                (up[0], up[1]),
-                (down[0], down[1]),
-                rank,
-                alpha,
-                seed * 100_003 + state.layer.index,
-                device,
-                freeze_a,
+            number, own_seed = state.layer.num_experts, seed * 100_003 + index
+            begin = partial(
+                lora_experts, number, (up[0], up[1]), (down[0], down[1]), rank, alpha, own_seed, self.device, freeze_a
             )
-        elif experts == "full":
+            if self.masked:
+                state.trained = begin()
+            else:
+                state.begin = lambda present: begin().select(present.to(self.device))
+        elif experts == "full" and self.store is None:
             own = {name: tensor.contiguous() for name, tensor in tensors.items()}  # shared copies become real ones
             state.set_tensors(own)
             state.trained = full_experts(state.tensors() if state.stacked else own)
@@ -100,7 +109,8 @@ class MoEModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        devices = [parameter.device for parameter in self.model.parameters()]
+        return next((device for device in devices if device.type != "meta"), devices[0])
 
     def parameters(self) -> list[Tensor]:
         """Everything that is trained: routers, shared tensors, and one leaf per expert and kind."""
@@ -112,11 +122,50 @@ class MoEModel:
         self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def set_resident(self, resident: list[Tensor] | None) -> None:
-        """Mask the model to the resident experts (bool [E] per layer); None: all. Raises ValueError below top-k."""
-        mask(self.states, resident)
+        """Use only these experts (bool [E] per layer; None: all), by a mask or by reading and dropping them.
+
+        Raises:
+            ValueError: fewer than top-k in a layer.
+            CheckpointError: an expert cannot be read.
+        """
+        if self.store is None or self.masked:
+            mask(self.states, resident)
+        else:
+            reside(self.states, self.store, self._everything() if resident is None else resident, self._whole)
+
+    @contextmanager
+    def streaming(self, capacity: int) -> Iterator[None]:
+        """Every expert may be used in forward passes, with at most `capacity` of them in memory; base weights only.
+
+        Raises:
+            ValueError: the experts are in the model's own memory, or the capacity is below 1.
+        """
+        if self.store is None or self.masked:
+            raise ValueError("all experts of this model are in memory: there is nothing to stream")
+        before = [(state, state.resident, state.local, state.trained) for state in self.states]
+        for state in self.states:
+            state.resident = state.local = state.trained = None
+        try:
+            with torch.no_grad(), self.store.streaming(capacity):
+                yield
+        finally:
+            for state, resident, local, trained in before:
+                state.resident, state.local, state.trained = resident, local, trained
+
+    def _hold_all(self, store: ExpertStore) -> None:
+        if not self._whole:
+            store.reside(self._everything())
+            return
+        for state, stacks in zip(self.states, store.reside_stacked(self._everything()), strict=True):
+            state.trained = full_experts(stacks)
+
+    def _everything(self) -> list[Tensor]:
+        return [torch.ones(number, dtype=torch.bool) for number in self.num_experts]
 
     def carve(self, resident: list[Tensor]) -> None:
-        """Drop absent experts from memory for good. Raises ValueError below top-k."""
+        """Drop absent experts from memory for good. Raises ValueError below top-k, or if a store holds the experts."""
+        if self.store is not None:
+            raise ValueError("the experts of this model are in a store: set_resident reads and drops them")
         carve(self.states, resident)
 
     def watch(self, batch: Batch | None, measure: str | None = None) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hfedmoe.moe.experts import ExpertState
+from hfedmoe.moe.store import ExpertStore
+from hfedmoe.moe.trained import full_experts
 
 
 def check_resident(states: list[ExpertState], resident: list[Tensor]) -> None:
@@ -47,18 +49,49 @@ def carve(states: list[ExpertState], resident: list[Tensor]) -> None:
     """
     mask(states, resident)
     for state, keep in zip(states, resident, strict=True):
-        layer = state.layer
         index = keep.nonzero()[:, 0]
-        local = torch.full((layer.num_experts + 1,), len(index), dtype=torch.int64)
-        local[:-1][keep] = torch.arange(len(index))
         if state.stacked:
             _carve_stacks(state, index)
         else:
-            _drop_members(layer.experts, keep.tolist())
+            _drop_members(state.layer.experts, keep.tolist())
         if state.trained is not None:
             state.trained = state.trained.select(index.to(_device(state)))
-        state.resident = keep.to(_device(state))
-        state.local = local.to(_device(state))
+        _restrict(state, keep)
+
+
+def reside(states: list[ExpertState], store: ExpertStore, resident: list[Tensor], whole: bool = False) -> None:
+    """Hold exactly these experts (bool [E] per layer), reading and dropping the difference.
+
+    Trained tensors start anew: what a device trains in a round is what the server sends for it.
+
+    Args:
+        whole: the base tensors themselves are trained.
+
+    Raises:
+        ValueError: a layer would keep fewer than top-k experts.
+        CheckpointError: an expert cannot be read.
+    """
+    check_resident(states, resident)
+    for state in states:
+        state.trained = None
+    if whole:
+        for state, stacks in zip(states, store.reside_stacked(resident), strict=True):
+            state.trained = full_experts(stacks)
+    else:
+        store.reside(resident)
+    for state, keep in zip(states, resident, strict=True):
+        _restrict(state, keep)
+        if state.begin is not None:
+            state.trained = state.begin(keep.nonzero()[:, 0])
+
+
+def _restrict(state: ExpertState, keep: Tensor) -> None:
+    """Only these experts are in memory, in ascending order."""
+    held = int(keep.sum())
+    local = torch.full((len(keep) + 1,), held, dtype=torch.int64)
+    local[:-1][keep] = torch.arange(held)
+    state.resident = keep.to(_device(state))
+    state.local = local.to(_device(state))
 
 
 def _carve_stacks(state: ExpertState, index: Tensor) -> None:

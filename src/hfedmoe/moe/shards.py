@@ -1,0 +1,147 @@
+"""Read single tensors, or single rows of them, out of a safetensors checkpoint of one or many files.
+
+Files are read, not mapped: pages of a mapped file count as memory of the process that touched them, which is what a
+device with a budget must not have. A tensor is read straight into the memory where it stays.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100_000_000
+"""The format's own limit for the header of a file."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class CheckpointError(ValueError):
+    """The checkpoint is missing, damaged, or not what its model needs; the message names the file or tensor."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is: bytes [start, end) of a file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+class Shards:
+    """The tensors of a checkpoint folder by name, without reading any of them.
+
+    Raises:
+        CheckpointError: there is no safetensors checkpoint in the folder, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        for file in _files(folder):
+            self.entries |= dict(_header(file))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def __getitem__(self, name: str) -> Entry:
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: the checkpoint has no tensor {name}") from None
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored precision, in memory of its own."""
+        entry = self[name]
+        return _read(entry, entry.start, entry.shape)
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """`tensor[row]` of a tensor with at least two dimensions; only these bytes are read."""
+        entry = self[name]
+        if len(entry.shape) < 2 or not 0 <= row < entry.shape[0]:
+            raise CheckpointError(f"{entry.file.name}: {name} of shape {list(entry.shape)} has no row {row}")
+        size = entry.nbytes // entry.shape[0]
+        return _read(entry, entry.start + row * size, entry.shape[1:])
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({str(file) for file in places.values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not an index of a sharded checkpoint ({error})") from None
+        if any(Path(name).name != name for name in names):  # an index must not lead out of its folder
+            raise CheckpointError(f"{index}: names files outside its folder")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}")
+
+
+def _header(file: Path) -> Iterator[tuple[str, Entry]]:
+    """Names and places of the tensors of one file, checked against its size."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            size = os.fstat(stream.fileno()).st_size
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise CheckpointError(f"{file}: not a safetensors file, or cut off")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name, described in header.items():
+            dtype = _DTYPES.get(described["dtype"])
+            if dtype is None:
+                raise CheckpointError(f"{file}: {name} is stored as {described['dtype']}, which cannot be read yet")
+            start, end = (8 + length + int(offset) for offset in described["data_offsets"])
+            shape = tuple(int(number) for number in described["shape"])
+            if end - start != prod(shape) * dtype.itemsize or not 8 + length <= start <= end <= size:
+                raise CheckpointError(f"{file}: {name} does not lie within the file; it is damaged or cut off")
+            yield name, Entry(file, dtype, shape, start, end)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file, though the checkpoint's index names it") from None
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors ({error})") from None
+
+
+def _read(entry: Entry, start: int, shape: tuple[int, ...]) -> Tensor:
+    tensor = torch.empty(shape, dtype=entry.dtype)
+    if tensor.numel() == 0:
+        return tensor
+    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        done = 0
+        while done < len(view):
+            count = stream.readinto(view[done:])
+            if not count:
+                raise CheckpointError(f"{entry.file}: ends in the middle of a tensor; it is damaged or cut off")
+            done += count
+    return tensor
