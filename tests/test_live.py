@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,7 @@ from hfedmoe.report.live import (
     ClientSummary,
     FinalLine,
     Live,
+    PaceLine,
     Score,
     Silent,
     Watcher,
@@ -106,6 +108,39 @@ def test_plain_lines_word_for_word():
     assert "after  (round 5): accuracy 83.1 %, macro-F1 0.800, loss 0.500 (400 rows)\n" in table
     for word in ("client [1]", "14/56", "1.0 GiB", "8.0 GiB", "700.0 MiB", "1:06:40", "predicted"):
         assert word in table
+
+
+PACE = PaceLine(steps=2, steps_wanted=3, activation=3.04, activation_wanted=8.0, deadline_s=4.0)
+
+
+def test_plain_lines_say_what_a_deadline_cost_and_why_memory_was_short():
+    out = io.StringIO()
+    with Live(Console(file=out), Clock()) as live:
+        live.start("x", 2, 1, CLIENTS)
+        live.client_done(1, 0, replace(OK, pace=PACE))
+        live.client_done(1, 1, ClientSummary(status="out of memory", reason="with 16 experts; it holds 14 next round"))
+        live.final_table([replace(FINAL[0], pace=PACE), FINAL[1]], None, None)
+    lines = out.getvalue().splitlines()
+    assert lines[3].endswith("peak 700.0 MiB; 2 of 3 steps in 4.0 s (deadline 4 s), 3 of 8 experts per layer trained")
+    assert lines[4] == "  client 1: out of memory: with 16 experts; it holds 14 next round"
+    columns = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines[6:]]
+    assert [column[-3:] for column in columns if column[0].startswith("client")] == [
+        ["deadline", "steps", "per layer"],
+        ["4 s", "2/3", "3/8"],
+        ["-", "-", "-"],
+    ]
+
+
+def test_the_screen_has_columns_for_deadlines_only_where_there_are_any():
+    live = screen()
+    live.start("x", 2, 1, CLIENTS)
+    live.client_done(1, 0, OK)
+    assert "per layer" not in drawn(live)
+    live.client_done(1, 1, replace(OK, pace=PACE))
+    shown = drawn(live)
+    assert "per layer" in shown
+    assert "2/3" in shown
+    assert "3/8" in shown
 
 
 def test_a_run_that_goes_on_says_from_where():

@@ -43,6 +43,13 @@ class ModelConfig(Section):
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], Field(description="of the frozen weights in memory")
     ] = "float32"
+    compute: Annotated[
+        Literal["auto", "float32", "same"],
+        Field(
+            description="precision of the arithmetic with 16-bit weights: float32, the same as `dtype`, or auto: "
+            "float32 on processors without 16-bit products"
+        ),
+    ] = "auto"
     expert_dtype: Annotated[
         Literal["same", "float32", "bfloat16", "float16", "8bit", "4bit"],
         Field(

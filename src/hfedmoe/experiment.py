@@ -8,21 +8,22 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
+from hfedmoe.budgeting import budgets_in_experts
 from hfedmoe.config import RunConfig
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.partition import partition
 from hfedmoe.data.rows import Example
 from hfedmoe.data.tasks import Task, load_watched_task
-from hfedmoe.device.allocator import keep_freed_memory
-from hfedmoe.device.budgets import in_experts
+from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
 from hfedmoe.federation.client import Device, client_app
 from hfedmoe.federation.inprocess import InProcessGrid, restore_contexts, save_contexts
 from hfedmoe.federation.records import Keeper
 from hfedmoe.federation.server import Server, server_app
-from hfedmoe.loading import load
+from hfedmoe.loading import device_of, load
 from hfedmoe.moe.anatomy import UnsupportedModelError
+from hfedmoe.moe.compact import compute_in_float32, multiplies_16_bit
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
@@ -40,6 +41,8 @@ class Prepared:
     encoder: Encoder
     task: Task
     watch: list[Example]
+    budgets: list[int] | None = None
+    """Experts over all layers of every client; None: unlimited, or a device that plans for itself."""
 
     def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
         """The model with these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""
@@ -61,7 +64,10 @@ def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepare
     Raises:
         UserError: the model or the data cannot be used, or a budget is below what the model needs.
     """
-    keep_freed_memory()
+    if carve:
+        give_back_freed_memory()
+    else:
+        keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     watcher.phase("reading the data")
@@ -75,13 +81,16 @@ def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepare
     problem = model.router_gradient_problem()
     if problem is not None:
         raise UserError(problem)
-    check_budgets(config, model)
+    budgets = None
+    if config.method.residency == "budget" and not carve:
+        top_k = [layer.top_k for layer in model.layers]
+        budgets = budgets_in_experts(config, model.num_experts, top_k, str(model.device))
     if (config.train.loss == "choices" or config.train.logit_adjustment) and not encoder.first_token_only:
         raise UserError(
             'train.loss = "choices" and train.logit_adjustment need labels that differ in their first token; '
             "set data.label_words, or leave both settings out"
         )
-    return Prepared(config, model, encoder, task, watch)
+    return Prepared(config, model, encoder, task, watch, budgets)
 
 
 def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, masked: bool = True) -> MoEModel:
@@ -106,7 +115,12 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
             f'train.experts = "full" with model.dtype = "{config.model.dtype}": small updates would be rounded away; '
             'use float32, or train.experts = "lora", whose adapters are float32'
         )
+    dtype = getattr(torch, config.model.dtype)
     try:
+        if config.model.compute == "float32" or (
+            config.model.compute == "auto" and not multiplies_16_bit(device_of(config.model.device), dtype)
+        ):
+            compute_in_float32(model)
         wrapped = MoEModel(
             model,
             experts=settings.experts,
@@ -125,22 +139,6 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
     if settings.gradient_checkpointing:
         wrapped.checkpoint_activations()
     return wrapped
-
-
-def check_budgets(config: RunConfig, model: MoEModel) -> None:
-    """Raise UserError if a client's budget cannot hold top-k experts in every layer."""
-    if config.method.residency == "all":
-        return
-    needed = max(layer.top_k for layer in model.layers) * len(model.layers)
-    total = sum(model.num_experts)
-    for budget in config.clients.budgets[: config.clients.count]:
-        number = in_experts(budget, total)
-        if number < needed:
-            share = -(-100 * needed // total)
-            raise UserError(
-                f"clients.budgets: {budget!r} is {number} of {total} experts, but top-{model.layers[0].top_k} routing "
-                f'in {len(model.layers)} layers needs at least {needed} ("{share}%")'
-            )
 
 
 def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
@@ -249,6 +247,7 @@ def make_devices(
             config=prepared.config,
             initial=initial,
             on_step=on_step,
+            budget_experts=None if prepared.budgets is None else prepared.budgets[number],
         )
         for number, indices in enumerate(parts)
     ]

@@ -1,10 +1,11 @@
-"""What a client remembers between rounds: its running scores, and where it is in its data."""
+"""What a client remembers between rounds: its running scores, where it is in its data, and what it can do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from hfedmoe.device.pace import StepTimes
 from hfedmoe.method.scores import RunningScore
 
 
@@ -18,6 +19,10 @@ class ClientHistory:
     """Per layer [E], what the bootstrap suggests as long as nothing is observed."""
     examples_seen: int = 0
     rounds: int = 0
+    step_times: StepTimes = field(default_factory=StepTimes)
+    """How long steps took, where there is a deadline."""
+    limit: int | None = None
+    """Experts over all layers that it holds at most since it ran out of memory; 0: not even the fewest possible."""
 
     @classmethod
     def new(cls, num_experts: list[int]) -> "ClientHistory":
@@ -44,6 +49,10 @@ class ClientHistory:
         }
         if self.prior is not None:
             tensors["prior"] = torch.cat(self.prior)
+        if self.step_times.measured:
+            tensors["step_times"] = torch.tensor(self.step_times.sums, dtype=torch.float64)
+        if self.limit is not None:
+            tensors["limit"] = torch.tensor([self.limit])
         return tensors
 
     @classmethod
@@ -58,4 +67,6 @@ class ClientHistory:
         ]
         prior = [part.clone() for part in tensors["prior"].split(num_experts)] if "prior" in tensors else None
         seen, rounds = tensors["counters"].tolist()
-        return cls(scores, prior, seen, rounds)
+        times = StepTimes(tensors["step_times"].tolist()) if "step_times" in tensors else StepTimes()
+        limit = int(tensors["limit"].item()) if "limit" in tensors else None
+        return cls(scores, prior, seen, rounds, times, limit)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hfedmoe.config import MethodConfig, TrainConfig
 from hfedmoe.data.encoding import IGNORED, Batch, Encoder
 from hfedmoe.data.rows import Example
+from hfedmoe.device.pace import Pace
 from hfedmoe.history import ClientHistory
 from hfedmoe.method.importance import importance
 from hfedmoe.method.scores import NEEDS, RunningMean, score
@@ -23,6 +24,10 @@ from hfedmoe.seeds import derive, generator
 
 class TrainingError(RuntimeError):
     """The local training cannot give a usable update; the message says why."""
+
+
+class OutOfTimeError(TrainingError):
+    """Not even one step can be done anywhere near the deadline; what that showed is in the client's history."""
 
 
 @dataclass
@@ -39,6 +44,10 @@ class LocalUpdate:
     """Per layer bool [E], experts that received at least one optimizer step."""
     losses: list[float]
     seconds: float
+    steps: int
+    steps_wanted: int
+    activation: float | None
+    """Experts per layer that a step could train, the mean over layers and steps; None: all resident ones."""
 
 
 class _Statistics:
@@ -83,8 +92,12 @@ def train(
     client: int,
     lr_factor: float = 1.0,
     on_step: Callable[[int, float], None] | None = None,
+    pace: Pace | None = None,
 ) -> LocalUpdate:
     """Train the model's trainable tensors in place; updates the client's history.
+
+    The same seed and history give the same bits, unless there is a pace: what its clock shows decides how many steps
+    are done and how many experts they train, so a run with deadlines is repeated or resumed only approximately.
 
     Args:
         examples: the client's own rows.
@@ -92,11 +105,16 @@ def train(
         seed: of the run; the client's own draws are derived from it, its number and its round.
         lr_factor: what the round's schedule leaves of train.lr.
         on_step: called with (step, loss) after every step.
+        pace: keeps a deadline; None: all steps are done, each within the activation budget.
 
     Raises:
         TrainingError: the loss is not finite, or nothing that should train received a gradient.
+        OutOfTimeError: the pace has given the round up.
     """
-    started = time.perf_counter()
+    clock = time.perf_counter if pace is None else pace.clock
+    started = clock()
+    if pace is not None:
+        pace.begin()
     torch.manual_seed(derive(seed, "train", client, history.rounds))
     parameters = model.parameters()
     optimizer = torch.optim.AdamW(
@@ -104,11 +122,18 @@ def train(
     )
     adjustment = _label_adjustment(examples, settings.logit_adjustment)
     statistics, losses = _Statistics(model), []
-    _choose_by_budget(model, method, history, activation_budget, generator(seed, "activation", client, history.rounds))
+    draws = generator(seed, "activation", client, history.rounds)
+    _choose_by_budget(model, method, history, activation_budget, draws)
     model.model.train()
     batches = _batches(examples, settings.batch_size, history, seed, client)
     try:
         for step in range(1, settings.steps + 1):
+            if pace is not None:
+                allowed = pace.next()
+                if allowed is None:
+                    break
+                limited = activation_budget if allowed == pace.most else allowed
+                _choose_by_budget(model, method, history, limited, draws)
             batch = encoder.training_batch(next(batches)).to(model.device)
             model.watch(_tokens(batch), NEEDS[method.score])
             loss = answer_loss(
@@ -117,6 +142,10 @@ def train(
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise TrainingError(f"the loss is {losses[-1]} in step {step}; lower train.lr (now {settings.lr:g})")
+            if pace is not None and (taken := pace.give_up()) is not None:
+                raise OutOfTimeError(
+                    f"the forward pass of its first step took {taken:.1f} s, and its deadline is {pace.deadline_s:g} s"
+                )
             loss.backward()
             if step == 1:
                 _check_gradients(model)
@@ -130,6 +159,10 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             if on_step is not None:
                 on_step(step, losses[-1])
+            if pace is not None:
+                if model.device.type != "cpu":
+                    torch.accelerator.synchronize(model.device)
+                pace.done()
     finally:
         model.watch(None)
         for parameter in parameters:
@@ -142,7 +175,10 @@ def train(
         tokens=[tokens.cpu() for tokens in statistics.tokens],
         trained=statistics.trained,
         losses=losses,
-        seconds=time.perf_counter() - started,
+        seconds=clock() - started,
+        steps=len(losses),
+        steps_wanted=settings.steps,
+        activation=_mean_activation(activation_budget) if pace is None else pace.mean_level,
     )
 
 
@@ -247,6 +283,10 @@ def _choose_by_budget(
 
     for routing in model.routing:
         routing.choose = choose
+
+
+def _mean_activation(budget: list[int] | None) -> float | None:
+    return None if budget is None else sum(budget) / len(budget)
 
 
 def _check_gradients(model: MoEModel) -> None:

@@ -136,7 +136,7 @@ def test_precisions_are_those_of_transformers(family, dtype, tmp_path):
     """Some families keep some tensors in float32 whatever the rest is."""
     saved(family, tmp_path)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    carved = opened(tmp_path, dtype=dtype)
+    carved = opened(tmp_path, dtype=dtype, router=False)  # trained routers become float32
     ours = carved.model.state_dict()
     layers = [f"{layer.name}." for layer in carved.layers]
     for name, tensor in expected.state_dict().items():

@@ -1,7 +1,8 @@
-"""Let the C library keep freed memory for the next step instead of giving it back to the system.
+"""What the C library does with freed memory: keep it for the next step, or give it back at once.
 
 A training step frees and takes the same large buffers over and over. By default glibc maps each of them anew, and
-every page is faulted in and cleared again: a quarter of a step's time on the CPU was measured.
+every page is faulted in and cleared again: a quarter of a step's time on the CPU was measured. Kept memory is cut up in
+time, though, so that a process takes more than it uses; where a budget must hold, freed memory is given back.
 """
 
 import ctypes
@@ -12,11 +13,22 @@ _LIMIT = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Raise glibc's thresholds; returns whether that was possible (Linux with glibc only)."""
+    """For speed: raise glibc's thresholds; returns whether that was possible (Linux with glibc only)."""
+    return _set({_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: _LIMIT, _TOP_PAD: 1 << 26})
+
+
+def give_back_freed_memory() -> bool:
+    """For a budget: every buffer of 1 MiB or more has pages of its own; returns whether that was possible.
+
+    Left alone, glibc raises the threshold to the largest buffer that was ever freed, up to 32 MiB.
+    """
+    return _set({_MMAP_THRESHOLD: 1 << 20, _TRIM_THRESHOLD: 1 << 20, _TOP_PAD: 1 << 17})
+
+
+def _set(settings: dict[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    settings = ((_MMAP_THRESHOLD, 1 << 30), (_TRIM_THRESHOLD, _LIMIT), (_TOP_PAD, 1 << 26))
-    return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+    return all(mallopt(parameter, value) == 1 for parameter, value in settings.items())

@@ -5,27 +5,36 @@ runs the hfedmoe that is installed on it. The run's configuration travels as one
 
     flwr run examples/flower CONNECTION --run-config run.toml        # run.toml: config = "..."  out = "runs/federated"
 
-A SuperNode says which client it is, and may keep data of its own:
+A SuperNode says which client it is, and may keep data of its own and say what it has room for:
 
-    flower-supernode ... --node-config "partition-id=0 data='/data/hospital.csv'"
+    flower-supernode ... --node-config "partition-id=0 data='/data/hospital.csv' budget='4GiB'"
 """
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context
 
+from hfedmoe.budgeting import experts_of, memory_of, planner_of
 from hfedmoe.config import RunConfig, config_from_text
 from hfedmoe.data.partition import partition
+from hfedmoe.device.budgets import AUTO, Budget, check_budget
+from hfedmoe.device.limits import hold_process_to
 from hfedmoe.errors import UserError
 from hfedmoe.experiment import Prepared, prepare
 from hfedmoe.federation.client import Device, client_app
 from hfedmoe.federation.records import Keeper
 from hfedmoe.federation.server import Server, server_app
+from hfedmoe.loading import device_of
 from hfedmoe.moe.payload import global_tensors
+from hfedmoe.packaged import cache_folder
 from hfedmoe.report.live import Live, Silent, Watcher
 from hfedmoe.runs import RunFolder
+
+
+PLANNED = "planned"
 
 
 def config_of(context: Context) -> RunConfig:
@@ -48,8 +57,8 @@ def _number(context: Context, config: RunConfig) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _prepared(document: str) -> Prepared:
-    """The model and data of a configuration: one per process, as a device has one model."""
-    return prepare(RunConfig.model_validate_json(document), Silent())
+    """The model and data of a configuration: one per process, as a device has one model; its experts stay on disk."""
+    return prepare(RunConfig.model_validate_json(document), Silent(), carve=True)
 
 
 def _device(context: Context) -> Device:
@@ -59,12 +68,54 @@ def _device(context: Context) -> Device:
     if own is not None:
         data = config.data.model_copy(update={"source": str(own), "clients": None, "test": None})
         config = config.model_copy(update={"data": data})
+    budget = _budget(context, config, number)
+    place = device_of(config.model.device)
+    memory = memory_of(budget, str(place)) if config.method.residency == "budget" else None
+    if memory is not None and place.type == "cpu" and budget != AUTO:
+        hold_process_to(memory)
     prepared = _prepared(config.model_dump_json())
     examples = prepared.task.train
     if own is None:
         parts = partition(prepared.task, config.partition, config.clients.count, config.seed)
         examples = [examples[i] for i in parts[number]]
-    return Device(number, f"client {number}", prepared.model, prepared.encoder, examples, config)
+    return Device(
+        number,
+        f"client {number}",
+        prepared.model,
+        prepared.encoder,
+        examples,
+        config,
+        budget_experts=_experts(context, config, budget, prepared, str(place)),
+        notes=cache_folder() / "devices" / f"{context.node_id}.json",
+    )
+
+
+def _budget(context: Context, config: RunConfig, number: int) -> Budget:
+    """What the node says that it has, or else what the configuration gives its number. Raises UserError."""
+    own = context.node_config.get("budget")
+    if own is None:
+        budgets = config.clients.budgets
+        return budgets[number % len(budgets)]
+    try:
+        check_budget(own)
+    except ValueError as error:
+        raise UserError(f"this node's budget: {error}") from None
+    return own
+
+
+def _experts(context: Context, config: RunConfig, budget: Budget, prepared: Prepared, device: str) -> int | None:
+    """The node's budget in experts; planned once, as every message may come to a new process. None: unlimited."""
+    if config.method.residency == "all":
+        return None
+    asked = hashlib.sha256(f"{budget!r} {config.model_dump_json()}".encode()).hexdigest()
+    kept = context.state.config_records.get(PLANNED)
+    if kept is not None and kept["asked"] == asked:
+        return int(kept["experts"])  # type: ignore[arg-type]
+    model = prepared.model
+    top_k = [layer.top_k for layer in model.layers]
+    experts = experts_of(budget, model.num_experts, top_k, planner_of(config), device)
+    context.state[PLANNED] = ConfigRecord({"asked": asked, "experts": experts})
+    return experts
 
 
 def _server(context: Context) -> Server:

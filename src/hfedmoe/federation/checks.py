@@ -16,13 +16,34 @@ from hfedmoe.federation.messages import (
     tensors_of,
     unpack_bits,
 )
+from hfedmoe.federation.trouble import OUT_OF_MEMORY, OUT_OF_TIME
 
 MAX_EXAMPLES = 10**9
 MAX_NAME = 80
+MAX_STEPS = 10**9
 MAX_VALUE = 1e6
 """No trained weight comes near it; larger values could overflow an average."""
 HEADER_ROOM = 1 << 20
 """Bytes that names and shapes may add to the tensors of an update."""
+
+
+class TroubleError(InvalidReplyError):
+    """The client says that it ran out of memory or time; `status` is which, in words."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def trouble(message: Message) -> None:
+    """Raise TroubleError if the reply says that its sender could not do its part. Raises InvalidReplyError."""
+    facts = facts_of(message)
+    if "status" not in facts:
+        return
+    status, reason = facts["status"], facts.get("reason")
+    if status not in (OUT_OF_MEMORY, OUT_OF_TIME) or not isinstance(reason, str):
+        raise InvalidReplyError("its status is not one of those known")
+    raise TroubleError(str(status).replace("_", " "), reason)
 
 
 def description(message: Message, num_experts: list[int]) -> Description:
@@ -101,6 +122,13 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor]) ->
     seconds = facts.get("seconds")
     if not isinstance(seconds, float) or not 0 <= seconds < 1e9:
         raise InvalidReplyError("its training time is not a number of seconds")
+    steps_wanted = _whole(facts, "steps_wanted", 1, MAX_STEPS)
+    steps = _whole(facts, "steps", 1, steps_wanted)
+    if len(losses) != steps:
+        raise InvalidReplyError(f"sends {len(losses)} losses of {steps} steps")
+    activation, deadline_s = _positive(facts, "activation", max(num_experts)), _positive(facts, "deadline_s", 1e9)
+    if deadline_s is not None and activation is None:
+        raise InvalidReplyError("has a deadline, but does not say what its steps trained")
     return Update(
         tensors=tensors,
         trained=trained,
@@ -109,6 +137,10 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor]) ->
         seconds=seconds,
         peak_bytes=_whole(facts, "peak_bytes", 0, 1 << 60),
         peak_is_measured=facts.get("peak_is_measured") is True,
+        steps=steps,
+        steps_wanted=steps_wanted,
+        activation=activation,
+        deadline_s=deadline_s,
         **vectors,
     )
 
@@ -121,4 +153,13 @@ def _whole(facts: ConfigRecord, key: str, low: int, high: int) -> int:
     value: Any = facts.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise InvalidReplyError(f"{key} is not a whole number in [{low}, {high}]")
+    return value
+
+
+def _positive(facts: ConfigRecord, key: str, high: float) -> float | None:
+    value: Any = facts.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, float) or not 0 < value <= high:
+        raise InvalidReplyError(f"{key} is not a number in (0, {high:g}]")
     return value

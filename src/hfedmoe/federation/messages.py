@@ -2,11 +2,13 @@
 
 describe (query)  down: nothing
                   up:   client number, name, examples, budget in experts, experts per layer of its model
-plan (query)      down: round
+plan (query)      down: round; with method.bootstrap = "prior" the federation's usage so far, float32 [sum E_l]
                   up:   resident bits [sum E_l]
 train             down: round, resident bits; gates, shared tensors, rows of the resident experts
                   up:   trained bits [sum E_l]; gates, shared tensors, rows of the trained experts; usage, importance
-                        and tokens float32 [sum E_l]; number of examples, losses, seconds, peak bytes
+                        and tokens float32 [sum E_l]; number of examples, losses, seconds, peak bytes; steps done and
+                        wanted, and where they apply the deadline and the experts per layer that a step could train
+plan and train    up:   instead, from a client that cannot: status "out_of_memory" or "out_of_time", and the reason
 
 Tensors travel as one safetensors blob per message (`TENSORS`), whatever their number and precision: no pickle, and one
 object instead of hundreds for Flower to move. Everything else is scalars and bytes in one record (`FACTS`).
@@ -20,6 +22,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from safetensors.torch import load, save
 from torch import Tensor
+
+from hfedmoe.federation.trouble import Trouble
 
 DESCRIBE, PLAN, TRAIN = "query.describe", "query.plan", "train"
 TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
@@ -58,9 +62,15 @@ class Update:
     seconds: float = 0.0
     peak_bytes: int = 0
     peak_is_measured: bool = False
+    steps: int = 0
+    steps_wanted: int = 0
+    activation: float | None = None
+    """Experts per layer that a step could train, the mean over layers and steps; None: all resident ones."""
+    deadline_s: float | None = None
 
 
 VECTORS = ("usage", "importance", "tokens")
+USAGE = "usage"
 
 
 def pack_bits(masks: list[Tensor]) -> bytes:
@@ -140,6 +150,29 @@ def describe_reply(description: Description) -> RecordDict:
     )
 
 
+def plan_request(round: int, usage: Tensor | None = None) -> RecordDict:
+    return record({"round": round}, None if usage is None else {USAGE: usage})
+
+
+def usage_of(message: Message, num_experts: list[int]) -> list[Tensor] | None:
+    """The federation's usage in a plan request, float32 [E] per layer; None if it has none.
+
+    Raises:
+        InvalidReplyError: it is not one finite number per expert.
+    """
+    if TENSORS not in message.content.array_records:
+        return None
+    total = sum(num_experts)
+    usage = tensors_of(message, max_bytes=4 * total + 4096).get(USAGE)
+    if usage is None or usage.shape != (total,) or usage.dtype != torch.float32 or not bool(usage.isfinite().all()):
+        raise InvalidReplyError(f"the federation's usage is not {total} finite numbers")
+    return [part.clone() for part in usage.split(num_experts)]
+
+
+def trouble_reply(trouble: Trouble) -> RecordDict:
+    return record({"status": trouble.status, "reason": trouble.reason})
+
+
 def train_request(round: int, resident: list[Tensor], tensors: dict[str, Tensor]) -> RecordDict:
     return record({"round": round, "resident": pack_bits(resident)}, tensors)
 
@@ -154,6 +187,13 @@ def train_reply(update: Update) -> RecordDict:
             "seconds": update.seconds,
             "peak_bytes": update.peak_bytes,
             "peak_is_measured": update.peak_is_measured,
+            "steps": update.steps,
+            "steps_wanted": update.steps_wanted,
+            **{
+                name: value
+                for name, value in (("activation", update.activation), ("deadline_s", update.deadline_s))
+                if value is not None  # a record has no null
+            },
         },
         update.tensors | vectors,
     )

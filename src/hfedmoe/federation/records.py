@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hfedmoe.evaluation import Metrics
 from hfedmoe.federation.messages import Update
+from hfedmoe.federation.prior import UsageMean
 from hfedmoe.method.aggregation import routing_consistency
-from hfedmoe.report.live import FinalLine, Score
+from hfedmoe.report.live import FinalLine, PaceLine, Score
 from hfedmoe.runs import RunFolder
 
 SaveClients = Callable[[], dict[str, Tensor]]
@@ -34,8 +35,10 @@ class RoundRecord:
         """Count bytes sent to a client."""
         self.bytes_down[client] = self.bytes_down.get(client, 0) + size
 
-    def received(self, client: int, update: Update, resident: list[Tensor], size: int) -> None:
-        """Note a valid update, but none of its tensors."""
+    def received(
+        self, client: int, update: Update, resident: list[Tensor], size: int, activation_wanted: float
+    ) -> None:
+        """Note a valid update, but none of its tensors; the last argument is what a deadline may have lowered."""
         self.bytes_up[client] = self.bytes_up.get(client, 0) + size
         held = torch.cat(resident)
         self.clients[client] = {
@@ -48,6 +51,11 @@ class RoundRecord:
             "seconds": update.seconds,
             "peak_bytes": update.peak_bytes,
             "peak_is": "measured" if update.peak_is_measured else "predicted",
+            "steps": update.steps,
+            "steps_wanted": update.steps_wanted,
+            "activation": update.activation,
+            "activation_wanted": activation_wanted,
+            "deadline_s": update.deadline_s,
             "status": "ok",
         }
         self.vectors[client] = {
@@ -115,6 +123,16 @@ class Keeper:
             _score(line["round"], line["evaluation"]["all"]) for line in self.lines if "all" in line["evaluation"]
         ]
         self._names: dict[int, str] = {}
+        self.usage = UsageMean()
+        """Of the federation, over all complete rounds."""
+        if folder is not None and folder.config.method.bootstrap == "prior":
+            self._recall_usage(folder)
+
+    def _recall_usage(self, folder: RunFolder) -> None:
+        history = folder.read_experts()
+        if history is not None:
+            rows = ((line["round"], row) for line in self.lines for row in line["clients"] if row["status"] == "ok")
+            self.usage.add_rounds(history, {(round, row["client"]): row["examples"] for round, row in rows})
 
     @property
     def resume_hint(self) -> str:
@@ -151,8 +169,10 @@ class Keeper:
         whole: Metrics | None,
     ) -> None:
         """Everything about a complete round; the checkpoint comes last, because it vouches for the rest."""
+        clients = sorted(log.vectors)
+        for client in clients:
+            self.usage.add(log.vectors[client]["usage"], log.clients[client]["examples"])
         if self.folder is not None:
-            clients = sorted(log.vectors)
             rows = {
                 key: torch.stack([log.vectors[client][key] for client in clients])
                 for key in ("usage", "importance", "resident", "trained")
@@ -189,6 +209,7 @@ class Keeper:
                     bytes_up=sum(row["bytes_up"] for row in rows),
                     peak_bytes=max(measured, default=None),
                     seconds=sum(row["seconds"] for row in done),
+                    pace=_pace(done),
                 )
             )
         return lines
@@ -216,3 +237,17 @@ class Keeper:
 
 def _score(round: int, metrics: dict[str, Any]) -> Score:
     return Score(round, metrics["accuracy"], metrics["macro_f1"], metrics["loss"], metrics["examples"])
+
+
+def _pace(rows: list[dict[str, Any]]) -> PaceLine | None:
+    """What the deadline left of a client's rounds: sums of the steps, means over the rounds."""
+    under = [row for row in rows if row.get("deadline_s") is not None]
+    if not under:
+        return None
+    return PaceLine(
+        steps=sum(row["steps"] for row in under),
+        steps_wanted=sum(row["steps_wanted"] for row in under),
+        activation=sum(row["activation"] for row in under) / len(under),
+        activation_wanted=sum(row["activation_wanted"] for row in under) / len(under),
+        deadline_s=under[-1]["deadline_s"],
+    )

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from hfedmoe.config import RunConfig
+from hfedmoe.device.budgets import in_experts
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics
 from hfedmoe.federation import checks
@@ -23,13 +24,14 @@ from hfedmoe.federation.messages import (
     Description,
     InvalidReplyError,
     Update,
+    plan_request,
     record,
     train_request,
     wire_bytes,
 )
 from hfedmoe.federation.records import Keeper, RoundRecord
 from hfedmoe.moe.payload import pack
-from hfedmoe.report.live import ClientLine, ClientSummary, Watcher
+from hfedmoe.report.live import ClientLine, ClientSummary, PaceLine, Watcher
 from hfedmoe.seeds import generator
 
 Evaluate = Callable[[dict[str, Tensor], str], Metrics]
@@ -149,12 +151,14 @@ class Server:
                 if update.examples != member.about.examples:
                     raise InvalidReplyError(f"says it has {update.examples} examples, but had {member.about.examples}")
             except InvalidReplyError as error:
-                self._leave_out(log, member, answer, str(error))
+                self._leave_out(log, member, answer, error)
                 continue
             size = wire_bytes(answer.reply.content)  # type: ignore[union-attr]
             fold.add(update)
-            log.received(member.about.client, update, member.resident, size)
-            self.watcher.client_done(round, member.position, _summary(log, member, update, sum(self.num_experts)))
+            wanted = self._activation_wanted(member)
+            log.received(member.about.client, update, member.resident, size, wanted)
+            summary = _summary(log, member, update, sum(self.num_experts), wanted)
+            self.watcher.client_done(round, member.position, summary)
         self._require_enough(fold.clients, log)
         folded = fold.result()
         broken = [name for name, tensor in folded.items() if not bool(tensor.isfinite().all())]
@@ -179,9 +183,10 @@ class Server:
         """Ask the sampled clients what they want to hold; those with a valid answer go on."""
         by_node = {member.node: member for member in sampled}
         budget_free = self.config.method.residency == "all"
+        usage = self.keeper.usage.value() if self.config.method.bootstrap == "prior" else None
         requests = []
         for member in sampled:
-            content = record({"round": round})
+            content = plan_request(round, usage)
             log.sent(member.about.client, wire_bytes(content))
             requests.append(Request(member.node, PLAN, content))
         planned = []
@@ -194,7 +199,7 @@ class Server:
                 log.bytes_up[member.about.client] = wire_bytes(reply.content)
                 planned.append(member)
             except InvalidReplyError as error:
-                self._leave_out(log, member, answer, str(error))
+                self._leave_out(log, member, answer, error)
         # Always in the same order, so that a run does not depend on who answers first.
         yield from sorted(planned, key=lambda member: member.about.client)
 
@@ -204,9 +209,19 @@ class Server:
         self.watcher.client_started(round, member.position, self.config.train.steps)
         return Request(member.node, TRAIN, content)
 
-    def _leave_out(self, log: RoundRecord, member: Member, answer: Answer, reason: str) -> None:
+    def _activation_wanted(self, member: Member) -> float:
+        """Experts per layer (mean over the layers) that a step of the client would train without a deadline."""
+        held = [int(keep.sum()) for keep in member.resident]
+        limit = self.config.clients.activation
+        if limit is not None:
+            held = [min(h, in_experts(limit, number)) for h, number in zip(held, self.num_experts, strict=True)]
+        return sum(held) / len(held)
+
+    def _leave_out(self, log: RoundRecord, member: Member, answer: Answer, error: InvalidReplyError) -> None:
         status = "invalid" if answer.status == "ok" else answer.status
-        reason = clean(reason)
+        if isinstance(error, checks.TroubleError):
+            status = error.status
+        reason = clean(str(error))
         log.left_out(member.about.client, status, reason)
         self.watcher.client_done(log.round, member.position, ClientSummary(status=status, reason=reason))
         self.watcher.warning(f"round {log.round}: {member.about.name} is left out ({status}): {reason}")
@@ -238,13 +253,14 @@ class Server:
 
 
 def _reply(answer: Answer) -> Any:
-    """The reply's message. Raises InvalidReplyError with the reason where there is none."""
+    """The reply's message. Raises InvalidReplyError with the reason where there is none, or where it is only that."""
     if answer.reply is None:
         raise InvalidReplyError(answer.reason)
+    checks.trouble(answer.reply)
     return answer.reply
 
 
-def _summary(log: RoundRecord, member: Member, update: Update, total: int) -> ClientSummary:
+def _summary(log: RoundRecord, member: Member, update: Update, total: int, wanted: float) -> ClientSummary:
     return ClientSummary(
         resident=sum(int(keep.sum()) for keep in member.resident),
         trained=sum(int(flags.sum()) for flags in update.trained),
@@ -254,7 +270,14 @@ def _summary(log: RoundRecord, member: Member, update: Update, total: int) -> Cl
         loss=update.losses[-1] if update.losses else None,
         seconds=update.seconds,
         peak_bytes=update.peak_bytes,
+        pace=_pace(update, wanted),
     )
+
+
+def _pace(update: Update, wanted: float) -> PaceLine | None:
+    if update.deadline_s is None or update.activation is None:
+        return None
+    return PaceLine(update.steps, update.steps_wanted, update.activation, wanted, update.deadline_s)
 
 
 def server_app(server_of: Callable[[Context], Server]) -> ServerApp:

@@ -75,6 +75,7 @@ class MoEModel:
         if router:
             for layer in self.layers:
                 for name, parameter in layer.router.named_parameters():
+                    parameter.data = parameter.data.float()  # in 16 bit, small updates would be rounded away
                     self.routers[f"router.{layer.index}.{name}"] = parameter.requires_grad_(True)
 
     def _train_experts(
@@ -227,6 +228,9 @@ def _add_attention_lora(model: Any, rank: int, alpha: float, seed: int) -> dict[
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
     inject_adapter_in_model(settings, model)
     torch.random.set_rng_state(state)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # PEFT casts its inputs; in 16 bit, small updates would be lost
     return {
         f"shared.{name}": parameter.requires_grad_(True)
         for name, parameter in model.named_parameters()

@@ -95,10 +95,13 @@ class LayerRouting:
         self._measure = measure if batch is not None else None
         self.state.norms = self._activation if self._measure == "activation" else None
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any) -> Any:
         resident = self.state.resident
         self._tap = _LogitTap(self.layer.num_experts, None if resident is None else ~resident)
         self._tap.__enter__()
+        # A trained router is float32 in a 16-bit model too, and its weights are cast by the experts forward.
+        dtype = next(module.parameters()).dtype
+        return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._tap is not None:

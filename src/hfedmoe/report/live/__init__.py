@@ -21,7 +21,7 @@ from rich.console import Console
 
 from hfedmoe.report.live.lines import Lines
 from hfedmoe.report.live.screen import OnScreen
-from hfedmoe.report.live.watcher import ClientLine, ClientSummary, FinalLine, Score, Silent, Watcher
+from hfedmoe.report.live.watcher import ClientLine, ClientSummary, FinalLine, PaceLine, Score, Silent, Watcher
 from hfedmoe.report.live.words import human_bytes, human_seconds
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "ClientSummary",
     "FinalLine",
     "Live",
+    "PaceLine",
     "Score",
     "Silent",
     "Watcher",

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from hfedmoe.report.live.tracker import Tracker
 from hfedmoe.report.live.watcher import ClientLine, ClientSummary, Score
-from hfedmoe.report.live.words import budget, decimal, describe, human_bytes, human_seconds
+from hfedmoe.report.live.words import budget, deadline_cost, decimal, describe, human_bytes, human_seconds
 
 HEARTBEAT_S = 60.0  # long work shows a sign of life this often
 
@@ -56,6 +56,7 @@ class Lines(Tracker):
             f"  {name}: held {summary.resident}/{summary.total_experts} experts, trained {summary.trained}, "
             f"received {human_bytes(summary.bytes_down)}, sent {human_bytes(summary.bytes_up)}, "
             f"loss {decimal(summary.loss)}, {human_seconds(summary.seconds)}, peak {human_bytes(summary.peak_bytes)}"
+            + ("" if summary.pace is None else f"; {deadline_cost(summary.pace, summary.seconds)}")
         )
 
     def evaluating(self, done: int, total: int) -> None:

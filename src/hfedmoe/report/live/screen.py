@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hfedmoe.report.live.tracker import Row, Tracker
 from hfedmoe.report.live.watcher import ClientSummary
-from hfedmoe.report.live.words import budget, decimal, human_bytes, human_seconds, percent
+from hfedmoe.report.live.words import activation, budget, decimal, human_bytes, human_seconds, percent, steps
 
 Cell = Callable[[Row], str]
 
@@ -32,6 +32,11 @@ COLUMNS: list[tuple[str, int, Cell]] = [
     ("sent", 80, _of_summary(lambda done: human_bytes(done.bytes_up))),
     ("peak", 100, _of_summary(lambda done: human_bytes(done.peak_bytes))),
     ("loss", 0, lambda row: "" if row.loss is None else decimal(row.loss)),
+]
+# the same, shown only if a client has a deadline
+DEADLINE_COLUMNS: list[tuple[str, int, Cell]] = [
+    ("steps", 60, _of_summary(lambda done: steps(done.pace))),
+    ("per layer", 100, _of_summary(lambda done: activation(done.pace))),
 ]
 STYLES = {"waiting": "dim", "training": "cyan", "ok": "green"}
 OTHER_LINES = 10  # what the screen needs besides the rows of the table
@@ -123,7 +128,9 @@ class OnScreen(Tracker):
     def _clients(self) -> list[RenderableType]:
         if not self.rows:
             return []
-        columns = [column for column in COLUMNS if self.console.width >= column[1]]
+        deadlines = any(row.summary is not None and row.summary.pace is not None for row in self.rows)
+        known = COLUMNS + (DEADLINE_COLUMNS if deadlines else [])
+        columns = [column for column in known if self.console.width >= column[1]]
         table = Table(box=None, header_style="bold", padding=(0, 1))
         table.add_column("client", no_wrap=True, overflow="ellipsis", max_width=max(8, self.console.width // 4))
         for heading, _, _ in columns:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hfedmoe.report.live.watcher import ClientLine, ClientSummary, FinalLine, Score, Watcher
-from hfedmoe.report.live.words import describe, human_bytes, human_seconds
+from hfedmoe.report.live.words import activation, describe, human_bytes, human_seconds, steps
 
 
 @dataclass
@@ -117,6 +117,9 @@ class Tracker(Watcher):
         table.add_column("client", overflow="fold")
         for heading in ("held", "predicted", "trained", "received", "sent", "peak", "time"):
             table.add_column(heading, justify="right", overflow="fold")
+        deadlines = any(line.pace is not None for line in clients)
+        for heading in ("deadline", "steps", "per layer") if deadlines else ():
+            table.add_column(heading, justify="right", overflow="fold")
         for line in clients:
             table.add_row(
                 escape(line.name),
@@ -127,6 +130,7 @@ class Tracker(Watcher):
                 human_bytes(line.bytes_up),
                 human_bytes(line.peak_bytes),
                 human_seconds(line.seconds),
+                *(_pace_cells(line) if deadlines else ()),
             )
         self.console.print(table)
         for when, score in (("before", before), ("after", after)):
@@ -138,3 +142,8 @@ class Tracker(Watcher):
         encoding = self.console.encoding
         line = line.encode(encoding, "replace").decode(encoding)
         self.console.print(line, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _pace_cells(line: FinalLine) -> tuple[str, str, str]:
+    pace = line.pace
+    return ("-" if pace is None else f"{pace.deadline_s:g} s", steps(pace), activation(pace))

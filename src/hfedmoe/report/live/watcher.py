@@ -16,6 +16,17 @@ class ClientLine:
 
 
 @dataclass(frozen=True)
+class PaceLine:
+    """What a deadline (seconds per round) left of a client's work; `activation` counts experts per layer and step."""
+
+    steps: int
+    steps_wanted: int
+    activation: float
+    activation_wanted: float
+    deadline_s: float
+
+
+@dataclass(frozen=True)
 class ClientSummary:
     """What one client did in one round. `status` is "ok", or a word such as "late", which `reason` explains."""
 
@@ -29,6 +40,7 @@ class ClientSummary:
     peak_bytes: int | None = None
     status: str = "ok"
     reason: str = ""
+    pace: PaceLine | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class FinalLine:
     bytes_up: int
     peak_bytes: int | None
     seconds: float | None
+    pace: PaceLine | None = None
 
 
 class Watcher:

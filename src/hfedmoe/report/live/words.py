@@ -1,6 +1,6 @@
 """Numbers as people read them. What is not known is a dash."""
 
-from hfedmoe.report.live.watcher import ClientLine, Score
+from hfedmoe.report.live.watcher import ClientLine, PaceLine, Score
 
 
 def human_bytes(count: int | None) -> str:
@@ -39,6 +39,24 @@ def decimal(value: float | None) -> str:
 def budget(line: ClientLine) -> str:
     """A budget as experts and share."""
     return f"{line.budget} ({100 * line.budget_share:.0f} %)"
+
+
+def steps(pace: PaceLine | None) -> str:
+    """Steps done of those wanted."""
+    return "-" if pace is None else f"{pace.steps}/{pace.steps_wanted}"
+
+
+def activation(pace: PaceLine | None) -> str:
+    """Experts per layer that a step trained, of those it would have."""
+    return "-" if pace is None else f"{round(pace.activation, 1):g}/{round(pace.activation_wanted, 1):g}"
+
+
+def deadline_cost(pace: PaceLine, seconds: float | None) -> str:
+    """A client's round under a deadline: `2 of 3 steps in 4.0 s (deadline 4 s), 3 of 8 experts per layer trained`."""
+    return (
+        f"{pace.steps} of {pace.steps_wanted} steps in {human_seconds(seconds)} (deadline {pace.deadline_s:g} s), "
+        f"{activation(pace).replace('/', ' of ')} experts per layer trained"
+    )
 
 
 def describe(score: Score) -> str:

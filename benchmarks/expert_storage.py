@@ -1,0 +1,254 @@
+"""Frozen experts stored in 32, 16, 8 and 4 bit: bytes, time of a LoRA training step, and what the accuracy loses.
+
+    python -m benchmarks.expert_storage [--rounds 3] [--json FILE]
+
+Memory and time: a stack of 4 layers with 16 experts each, all of the shape of OLMoE-1B-7B's (hidden 2048, intermediate
+1024), random weights that exist only in the stored form, top-8, LoRA rank 8; the pass computes in float32 throughout,
+and a step is forward, backward and AdamW. A batch has 8 x 64 tokens (256 per expert); the small batch has 64 (32 per
+expert), where dequantising weighs most. Every variant lives in a process of its own; the processes take their steps in
+turn. Peak memory is the operating system's figure for the whole process.
+
+Accuracy: how far the stack's output moves, and the packaged SmolLM2-135M-Instruct with its feed-forward matrices stored
+as experts would be: the language-modelling loss on Reuters-R8 test documents, and its increase in per cent against
+float32. (The package carries that model in 4 bit already, of another kind; "float32" is what they stand for.)
+
+In the summary "16bit" is bfloat16; `memory` compares whole processes, `time` medians; `loss_increase` is in per cent.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import in_own_process, parser, peak_bytes, report
+
+MODULE = "benchmarks.expert_storage"
+LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, RANK = 4, 16, 2048, 1024, 8, 8
+TOKENS, FEW_TOKENS = 512, 64
+DOCUMENTS, LENGTH, BATCH = 16, 128, 4
+STORAGES = ("float32", "bfloat16", "float16", "8bit", "4bit")
+SIXTEEN = "bfloat16"
+
+
+class Stack:
+    """Expert layers one after the other, x + experts(norm(x)), with routing drawn once and for all."""
+
+    def __init__(self, storage: str) -> None:
+        import torch
+
+        from hfedmoe.moe.base import SeparateBase
+        from hfedmoe.moe.kernel import ExpertMath
+        from hfedmoe.moe.storage import Stored, StoredWeights, relative_error, store_as
+        from hfedmoe.moe.trained import lora_experts
+
+        up_shape, down_shape = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
+        generator = torch.Generator().manual_seed(0)
+        experts: list[Stored] = []
+        errors = []
+
+        def drawn(shape: tuple[int, int]) -> Stored:
+            weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+            stored = store_as(weight, storage, torch.float32)
+            if len(experts) < 4:  # all are drawn alike
+                errors.append(relative_error(weight, stored))
+            experts.append(stored)
+            return stored
+
+        self.layers, self.trained = [], []
+        for layer in range(LAYERS):
+            up = StoredWeights([drawn(up_shape) for _ in range(EXPERTS)])
+            down = StoredWeights([drawn(down_shape) for _ in range(EXPERTS)])
+            trained = lora_experts(EXPERTS, up_shape, down_shape, RANK, 2 * RANK, layer, torch.device("cpu"))
+            self.layers.append(ExpertMath(SeparateBase(up, down), _silu_gate, silu_gate=True, scale=trained.scale))
+            self.trained.append(trained)
+        self.bytes_per_expert = sum(stored.nbytes for stored in experts) / (LAYERS * EXPERTS)
+        self.weight_error = statistics.mean(errors)
+        leaves = [leaf for trained in self.trained for leaf in trained.parameters()]
+        self.optimizer = torch.optim.AdamW(leaves, lr=1e-4, fused=True)
+
+    def __call__(self, tokens: int) -> Any:
+        """What the layers add to their input, [tokens, HIDDEN]."""
+        import torch
+
+        from hfedmoe.moe.grouping import group_pairs
+        from hfedmoe.moe.kernel import experts_forward
+
+        generator = torch.Generator().manual_seed(1)
+        x = start = torch.randn(tokens, HIDDEN, generator=generator)
+        for math, trained in zip(self.layers, self.trained, strict=True):
+            weights, index = torch.rand(tokens, EXPERTS, generator=generator).topk(TOP_K)
+            groups = group_pairs(index.reshape(-1), EXPERTS, TOP_K)
+            leaves = trained.of([expert for expert, _, _ in groups.spans])
+            normed = torch.nn.functional.rms_norm(x, (HIDDEN,))
+            gates = (weights / weights.sum(1, keepdim=True)).reshape(-1)
+            x = x + experts_forward(math, normed, gates, groups, trained.names, leaves)
+        return x - start
+
+    def step(self, tokens: int) -> float:
+        """Seconds of one training step."""
+        start = time.perf_counter()
+        self(tokens).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+def _silu_gate(u: Any) -> Any:
+    import torch
+
+    gate, up = u.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def worker(storage: str, output: Path) -> None:
+    """Builds the stack, writes its output to a file and says so; then takes a step for every number of tokens read."""
+    import torch
+    from safetensors.torch import save_file
+
+    from hfedmoe.device.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as every client does
+    stack = Stack(storage)
+    with torch.no_grad():
+        save_file({"output": stack(TOKENS)}, output)
+    print(json.dumps({"bytes": stack.bytes_per_expert, "error": stack.weight_error}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps({"seconds": stack.step(int(line)), "peak_bytes": peak_bytes()}), flush=True)
+
+
+class Worker:
+    """A worker process, and what it answered."""
+
+    def __init__(self, storage: str, output: Path) -> None:
+        command = [sys.executable, "-m", MODULE, "--worker", storage, str(output)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.built = self._answer()
+        self.seconds: dict[int, list[float]] = {TOKENS: [], FEW_TOKENS: []}
+        self.peak_bytes = 0
+
+    def step(self, tokens: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{tokens}\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.peak_bytes = answer["peak_bytes"]
+        return float(answer["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.process.args)} exited with {self.process.wait()}")  # type: ignore[arg-type]
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def language_losses() -> dict[str, float]:
+    """Mean loss per token of SmolLM2 on Reuters documents, by how its feed-forward matrices are stored."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hfedmoe.data.sources import read
+    from hfedmoe.moe.storage import store_as
+    from hfedmoe.packaged import smollm2_folder
+
+    folder = smollm2_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = (tokenizer(text)["input_ids"] for text in read("reuters-r8", ["text"], "test").columns["text"])
+    long = [tokens[:LENGTH] for tokens in documents if len(tokens) >= LENGTH][:DOCUMENTS]
+    batches = torch.tensor(long).split(BATCH)
+    original = [
+        (layer.mlp, torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]), layer.mlp.down_proj.weight)
+        for layer in model.model.layers
+    ]
+    losses = {}
+    with torch.no_grad():
+        for storage in STORAGES:
+            for mlp, up, down in original:
+                gate_up = store_as(up, storage, torch.float32)(torch.float32)
+                mlp.gate_proj.weight, mlp.up_proj.weight = map(torch.nn.Parameter, gate_up.chunk(2))
+                mlp.down_proj.weight = torch.nn.Parameter(store_as(down, storage, torch.float32)(torch.float32))
+            found = [model(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in batches]
+            losses[storage] = statistics.mean(found)
+    return losses
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=3, help="timed steps of every variant, taken in turn")
+    options = arguments.parse_args()
+    losses = in_own_process(MODULE, ["--losses"])
+    workers: dict[str, Worker] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {storage: Path(folder) / f"{storage}.safetensors" for storage in STORAGES}
+        try:
+            for storage, file in files.items():
+                workers[storage] = Worker(storage, file)
+            for number in range(options.rounds + 1):
+                for tokens in (TOKENS, FEW_TOKENS):
+                    for one in workers.values():
+                        seconds = one.step(tokens)
+                        if number:  # the first round warms up
+                            one.seconds[tokens].append(seconds)
+        finally:
+            for one in workers.values():
+                one.close()
+        changes = output_changes(files)
+    exact = losses["float32"]
+    rows = [
+        {
+            "stored": storage,
+            "MB/expert": one.built["bytes"] / 1e6,
+            "peak MB": one.peak_bytes / 1e6,
+            "s/step min": min(one.seconds[TOKENS]),
+            "s/step median": statistics.median(one.seconds[TOKENS]),
+            "small batch min": min(one.seconds[FEW_TOKENS]),
+            "small batch median": statistics.median(one.seconds[FEW_TOKENS]),
+            "weight error %": 100 * one.built["error"],
+            "output change %": 100 * changes[storage],
+            "SmolLM2 loss": losses[storage],
+            "increase %": 100 * (losses[storage] - exact) / exact,
+        }
+        for storage, one in workers.items()
+    ]
+    by_storage = {str(row["stored"]): row for row in rows}
+    columns = {
+        "bytes": "MB/expert",
+        "memory": "peak MB",
+        "time": "s/step median",
+        "small_batch_time": "small batch median",
+    }
+    summary: dict[str, Any] = {
+        f"{key}_{small}_vs_16bit": by_storage[small][column] / by_storage[SIXTEEN][column]
+        for small in ("4bit", "8bit")
+        for key, column in columns.items()
+    }
+    summary |= {f"loss_increase_{small}": by_storage[small]["increase %"] for small in ("4bit", "8bit")}
+    report(rows, summary, options.json)
+
+
+def output_changes(files: dict[str, Path]) -> dict[str, float]:
+    """||y - y of float32|| / ||y of float32|| of the untrained stacks' outputs."""
+    from safetensors.torch import load_file
+
+    outputs = {storage: load_file(file)["output"] for storage, file in files.items()}
+    exact = outputs["float32"]
+    return {storage: ((output - exact).norm() / exact.norm()).item() for storage, output in outputs.items()}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2], Path(sys.argv[3]))
+    elif sys.argv[1:2] == ["--losses"]:
+        print(json.dumps(language_losses()))
+    else:
+        main()

@@ -1,0 +1,89 @@
+"""From what a device has to how many experts it holds: the budgets of a configuration, in experts."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hfedmoe.config import RunConfig
+from hfedmoe.device.budgets import AUTO, Budget, in_bytes, in_experts, is_count
+from hfedmoe.device.presets import PRESETS
+from hfedmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from hfedmoe.device.planner import Planner
+
+Plan = Callable[[], "Planner"]
+
+
+def planner_of(config: RunConfig) -> Plan:
+    """A planner that is made when the first budget needs it: budgets in experts and shares do not."""
+
+    @functools.cache
+    def plan() -> "Planner":
+        from hfedmoe.device.planner import Planner
+
+        return Planner(config)
+
+    return plan
+
+
+def memory_of(budget: Budget, device: str) -> int | None:
+    """Bytes that a budget stands for on a device (as torch names it); None for a number or share of experts."""
+    if budget == AUTO:
+        from hfedmoe.device.probe import available_memory
+
+        return available_memory(device)[0]
+    return in_bytes(budget)
+
+
+def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: Plan, device: str) -> int:
+    """Experts over all layers that a budget allows.
+
+    Args:
+        num_experts, top_k: of the model, per layer.
+        device: that the memory belongs to, as torch names it.
+
+    Raises:
+        UserError: the budget cannot hold top-k experts in every layer; the message says what would.
+    """
+    total, layers = sum(num_experts), len(num_experts)
+    needed = max(top_k) * layers
+    if is_count(budget):
+        number = in_experts(budget, total)
+        if number < needed:
+            share = -(-100 * needed // total)
+            raise UserError(
+                f"clients.budgets: {budget!r} is {number} of {total} experts, but top-{top_k[0]} routing in {layers} "
+                f'layers needs at least {needed} ("{share}%")'
+            )
+        return number
+    memory = memory_of(budget, device)
+    assert memory is not None
+    planner = plan()
+    workload = planner.workload
+    if budget in PRESETS:
+        workload = replace(workload, device=PRESETS[str(budget)].device)
+    fit = planner.fit(memory, workload)
+    if fit.fits:
+        return fit.residents
+    change = planner.smallest_change(memory, workload)
+    way_out = "no change of settings is enough: take a smaller model" if change is None else f"it would with {change}"
+    raise UserError(
+        f"clients.budgets: {budget!r} ({_gib(memory)}) cannot hold the {needed} experts that top-{top_k[0]} routing in "
+        f"{layers} layers needs: that takes {_gib(fit.needed_bytes)}; {way_out}"
+    )
+
+
+def budgets_in_experts(config: RunConfig, num_experts: list[int], top_k: list[int], device: str) -> list[int]:
+    """Experts over all layers of every client of a configuration; equal budgets are planned once. Raises UserError."""
+    plan, known = planner_of(config), dict[Budget, int]()
+    budgets = config.clients.budgets
+    for budget in budgets[: config.clients.count]:
+        if budget not in known:
+            known[budget] = experts_of(budget, num_experts, top_k, plan, device)
+    return [known[budgets[number % len(budgets)]] for number in range(config.clients.count)]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,89 @@
+"""A note on the device's disk, so that a process killed for its memory is noticed when it starts again.
+
+The system's out-of-memory killer leaves no time to report. So a device writes down what it attempts before it does
+(one small JSON file, `{"task": "...", "doing": "train", "experts": 16}`), and deletes the note when that ended in any
+way that the process itself saw. A note found later means: that attempt was killed.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hfedmoe.runs.disk import replacing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a device was doing: `doing` is "plan" or "train", `experts` what it was to hold over all layers."""
+
+    task: str
+    """Names model and workload; a note of another task says nothing about this one."""
+    doing: str
+    experts: int
+
+
+class Note:
+    """The note of one device; None as its path: nothing is written or found.
+
+    A note that cannot be read or written is a warning, never an error: the device then learns nothing from a kill.
+    """
+
+    def __init__(self, path: Path | None, task: str) -> None:
+        self.path, self.task = path, task
+
+    @contextmanager
+    def attempting(self, doing: str, experts: int) -> Iterator[None]:
+        """The note lies on the disk as long as the block runs."""
+        if self.path is not None:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self.path) as file:
+                    file.write(json.dumps(asdict(Attempt(self.task, doing, experts))).encode())
+            except OSError as error:
+                logger.warning("%s: cannot be written (%s); a kill would not be noticed", self.path, error)
+        try:
+            yield
+        finally:
+            self._clear()
+
+    def take_killed(self) -> Attempt | None:
+        """The attempt that was killed, if one was; the note is gone afterwards."""
+        if self.path is None:
+            return None
+        try:
+            attempt = _parse(self.path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            logger.warning("%s: cannot be read and is ignored (%s)", self.path, error)
+            attempt = None
+        self._clear()
+        if attempt is not None and attempt.task != self.task:
+            logger.warning("%s: left by another task and ignored", self.path)
+            return None
+        return attempt
+
+    def _clear(self) -> None:
+        if self.path is None:
+            return
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s: cannot be deleted (%s)", self.path, error)
+
+
+def _parse(data: bytes) -> Attempt:
+    """Raises ValueError."""
+    tree = json.loads(data)
+    if not isinstance(tree, dict) or set(tree) != set(Attempt.__dataclass_fields__):
+        raise ValueError("not a note of an attempt")
+    attempt = Attempt(**tree)
+    whole = isinstance(attempt.experts, int) and not isinstance(attempt.experts, bool) and attempt.experts > 0
+    if not whole or attempt.doing not in ("plan", "train") or not isinstance(attempt.task, str):
+        raise ValueError("not a note of an attempt")
+    return attempt

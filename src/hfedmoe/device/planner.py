@@ -1,0 +1,252 @@
+"""From a model's configuration alone: what a client's training takes, and how many experts fit into its memory.
+
+Weights, adapters and optimizer state are counted from shapes (`weights`); activations, gradients, logits and FLOPs
+come from running the real step on fake tensors (`rehearsal`). Nothing is downloaded but the configuration.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from hfedmoe.config import RunConfig
+from hfedmoe.device.forecast import KINDS, Change, Fit, Forecast
+from hfedmoe.device.rehearsal import GROUPS, Rehearsed, rehearse
+from hfedmoe.device.weights import Weights, blob_bytes
+from hfedmoe.device.workload import Workload
+from hfedmoe.errors import UserError
+from hfedmoe.loading import structure
+from hfedmoe.moe.anatomy import UnsupportedModelError
+
+MARGIN = 1.05
+"""`fit` leaves so much room: predictions were within a few per cent of what was measured."""
+FRAMEWORK_BYTES = {"cpu": 526 << 20, "cuda": 600 << 20, "mps": 526 << 20}
+"""A client's process without a model: libraries, their first use, a tokenizer of 49,152 tokens and a few rows of data.
+Measured on the CPU (x86-64, torch 2.13, transformers 5.23) with `python -m benchmarks.planner_accuracy --framework`;
+assumed for CUDA, where it is the context in the card's memory, and for MPS."""
+RECEIVED_COPIES = 2
+"""The server's message is in memory while the client trains: the blob, and the tensors read from it."""
+UPDATE_COPIES = 3
+"""Afterwards the update is: rows taken from the model, their bytes one by one, and the blob."""
+_BYTES_OF_FACTS = 1024
+_VECTORS = 3
+
+
+class Planner:
+    """Forecasts for one configuration.
+
+    Args:
+        config: of the run. Its model is read from its configuration only.
+
+    Raises:
+        UserError: the model is unknown, unreachable, or no usable MoE.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.workload = Workload.of(config)
+        try:
+            self._weights = Weights(structure(config.model))
+        except UnsupportedModelError as error:
+            raise UserError(f"model.name = {config.model.name}: {error}") from None
+        self._rehearsed: dict[Workload, Rehearsed] = {}
+
+    @property
+    def num_experts(self) -> list[int]:
+        """Experts per MoE layer."""
+        return [layer.num_experts for layer in self._weights.layers]
+
+    @property
+    def top_k(self) -> list[int]:
+        """Experts that a token uses, per MoE layer."""
+        return [layer.top_k for layer in self._weights.layers]
+
+    @property
+    def smallest(self) -> int:
+        """The fewest experts over all layers that a client can train with: top-k in every layer."""
+        return sum(self._at_least())
+
+    def _at_least(self) -> list[int]:
+        most = max(self.top_k)  # as `selection.select` is asked to leave in every layer
+        return [min(most, number) for number in self.num_experts]
+
+    def spread(self, experts: int) -> list[int]:
+        """So many experts over the layers as evenly as their sizes allow."""
+        rest, counts = min(experts, sum(self.num_experts)), [0] * len(self.num_experts)
+        while rest > 0:
+            open_layers = [i for i, number in enumerate(self.num_experts) if counts[i] < number]
+            share, more = divmod(rest, len(open_layers))
+            for place, index in enumerate(open_layers):
+                added = min(share + (place < more), self.num_experts[index] - counts[index])
+                counts[index] += added
+                rest -= added
+        return counts
+
+    def forecast(self, residents: int | list[int], workload: Workload | None = None) -> Forecast:
+        """What training takes with these experts: a number over all layers, spread evenly, or one per layer."""
+        workload = workload or self.workload
+        counts = self.spread(residents) if isinstance(residents, int) else list(residents)
+        held = self._held(counts, workload)
+        travelling = self._weights.travelling(counts, workload)
+        down, loaded = blob_bytes(travelling) + _BYTES_OF_FACTS, travelling.nbytes
+        up = down + _VECTORS * 4 * sum(self.num_experts)
+        received = RECEIVED_COPIES * down
+        whole = self._weights.whole(workload).nbytes
+        trained = whole + sum(
+            number * layer.trained_bytes(workload) for layer, number in zip(self._weights.layers, counts, strict=True)
+        )
+        rehearsed = self._rehearse(workload)
+        step = _by_kind(rehearsed.step.peak({"expert_gradients": self._expert_share(counts, workload)}))
+        moments = [
+            held | step | {"optimizer": 2 * trained if workload.steps > 1 else 0, "buffers": received},
+            held | {"gradients": trained, "optimizer": 2 * trained, "buffers": received},
+            held | {"buffers": received + UPDATE_COPIES * up},
+        ]
+        kinds = max(moments, key=lambda kinds: sum(kinds.values()))
+        base = sum(held.values()) - held["adapters"]
+        forward = sum(rehearsed.forward.peak().values())
+        return Forecast(
+            residents=counts,
+            kinds={kind: kinds.get(kind, 0) for kind in KINDS},
+            flops=rehearsed.flops,
+            loading_peak=sum(held.values()) + self._while_loading(counts, workload),
+            bootstrap_peak=base + forward,
+            bytes_down=down,
+            bytes_up=up,
+        )
+
+    def _held(self, counts: list[int], workload: Workload) -> dict[str, int]:
+        """What stays in memory from step to step, but for optimizer and messages."""
+        layers = list(zip(self._weights.layers, counts, strict=True))
+        return {
+            "framework": FRAMEWORK_BYTES.get(workload.device, FRAMEWORK_BYTES["cpu"]),
+            **self._weights.base(workload),
+            "experts": sum(number * layer.base_bytes(workload) for layer, number in layers),
+            "adapters": sum(number * layer.adapter_bytes(workload) for layer, number in layers)
+            + self._weights.shared_bytes(workload),
+        }
+
+    def _while_loading(self, counts: list[int], workload: Workload) -> int:
+        """The tensor that is being read; adapters of a whole layer, of which the residents' stay; stacks to train."""
+        layers = list(zip(self._weights.layers, counts, strict=True))
+        fresh = max(layer.num_experts * layer.adapter_bytes(workload) for layer, _ in layers)
+        stacked = max(number * layer.base_bytes(workload) for layer, number in layers)
+        return max(self._weights.largest_bytes(workload), fresh, stacked if workload.experts == "full" else 0)
+
+    def _expert_share(self, counts: list[int], workload: Workload) -> float:
+        """Gradients of the residents over those of the experts in a rehearsal."""
+        sizes = [layer.trained_bytes(workload) for layer in self._weights.layers]
+        there = sum(sizes) * GROUPS
+        return sum(size * number for size, number in zip(sizes, counts, strict=True)) / there if there else 0.0
+
+    def _rehearse(self, workload: Workload) -> Rehearsed:
+        key = replace(workload, steps=2)
+        if key not in self._rehearsed:
+            self._rehearsed[key] = rehearse(self._weights.model(key), key)
+        return self._rehearsed[key]
+
+    def fit(self, memory_bytes: int, workload: Workload | None = None, margin: float = MARGIN) -> Fit:
+        """The most experts with which the process stays within `memory_bytes`, at least top-k in every layer.
+
+        Args:
+            margin: the predicted peak times this must fit.
+        """
+
+        def needs(forecast: Forecast) -> int:
+            return round(forecast.highest * margin)
+
+        low, high = self.smallest, sum(self.num_experts)
+        best = self.forecast(low, workload)
+        if needs(best) > memory_bytes:
+            return Fit(memory_bytes, 0, best, needs(best))
+        while low < high:
+            middle = (low + high + 1) // 2
+            forecast = self.forecast(middle, workload)
+            if needs(forecast) <= memory_bytes:
+                low, best = middle, forecast
+            else:
+                high = middle - 1
+        return Fit(memory_bytes, low, best, needs(best))
+
+    def smallest_change(
+        self, memory_bytes: int, workload: Workload | None = None, margin: float = MARGIN
+    ) -> Change | None:
+        """The least change of settings with which top-k experts per layer fit; None if no two together are enough.
+
+        Shorter text comes first, then smaller batches, checkpointing, fewer bits, lower rank; then pairs of them.
+        """
+        workload = workload or self.workload
+        ladders = self._ladders(workload)
+        for number in (1, 2):
+            for chosen in combinations(ladders, number):
+                settings = self._least(workload, chosen, memory_bytes, margin)
+                if settings is not None:
+                    changed = replace(workload, **settings)
+                    needed = round(self.forecast(self.smallest, changed).highest * margin)
+                    return Change({_SETTINGS[key]: value for key, value in settings.items()}, needed)
+        return None
+
+    def _ladders(self, workload: Workload) -> list[tuple[str, list[Any]]]:
+        """(field, values from the mildest change to the strongest), for fields that can be changed."""
+        ladders: list[tuple[str, list[Any]]] = [
+            ("length", [length for length in _shorter(workload.length)]),
+            ("batch_size", [size for size in _halves(workload.batch_size)]),
+            ("gradient_checkpointing", [] if workload.gradient_checkpointing else [True]),
+        ]
+        bits = {"8bit": ["4bit"], "4bit": []}.get(workload.expert_dtype, ["8bit", "4bit"])
+        ladders.append(("expert_dtype", bits if workload.experts != "full" else []))
+        ladders.append(("rank", list(_halves(workload.rank)) if workload.experts == "lora" else []))
+        return [ladder for ladder in ladders if ladder[1]]
+
+    def _least(
+        self, workload: Workload, ladders: tuple[tuple[str, list[Any]], ...], memory_bytes: int, margin: float
+    ) -> dict[str, Any] | None:
+        """The mildest values on some ladders that fit: the last is eased first, then the one before it."""
+
+        def fits(settings: dict[str, Any]) -> bool:
+            changed = replace(workload, **settings)
+            # Weights alone often say no, at no cost.
+            if sum(self._held(self._at_least(), changed).values()) * margin > memory_bytes:
+                return False
+            return self.forecast(self.smallest, changed).highest * margin <= memory_bytes
+
+        settings = {field: values[-1] for field, values in ladders}
+        if not fits(settings):
+            return None
+        for field, values in reversed(ladders):
+            for value in values[:-1]:
+                if fits(settings | {field: value}):
+                    settings[field] = value
+                    break
+        return settings
+
+
+_SETTINGS = {
+    "length": "data.max_tokens",
+    "batch_size": "train.batch_size",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "expert_dtype": "model.expert_dtype",
+    "rank": "train.rank",
+}
+_SHORTEST = 16
+"""Tokens: a template and a little text."""
+
+
+def _halves(value: int) -> Iterator[int]:
+    while value > 1:
+        value //= 2
+        yield value
+
+
+def _shorter(length: int) -> Iterator[int]:
+    """Three quarters, half, three eighths, a quarter ... of the length."""
+    while length // 2 >= _SHORTEST:
+        yield length * 3 // 4
+        length //= 2
+        yield length
+
+
+def _by_kind(peak: dict[str, int]) -> dict[str, int]:
+    """A rehearsal's kinds under the names of `KINDS`."""
+    gradients = peak.get("gradients", 0) + peak.get("expert_gradients", 0)
+    return {"activations": peak.get("activations", 0), "logits": peak.get("logits", 0), "gradients": gradients}

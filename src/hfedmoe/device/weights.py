@@ -1,0 +1,203 @@
+"""Bytes of a model's weights, and of what is trained and travels, counted from its structure without weights."""
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hfedmoe.device.workload import Workload
+from hfedmoe.moe.compact import compute_in_float32
+from hfedmoe.moe.model import MoEModel
+from hfedmoe.moe.storage import stored_bytes
+
+BASE = ("embeddings_head", "attention", "other_base", "routers")
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The experts of one MoE layer; shapes are of one expert."""
+
+    num_experts: int
+    top_k: int
+    base: dict[str, tuple[int, ...]]
+    """Of the base tensors, under the names of kernel.FULL."""
+
+    def trained(self, workload: Workload) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is trained of one expert, fixed matrices not among them."""
+        if workload.experts == "full":
+            return self.base
+        if workload.experts == "frozen":
+            return {}
+        return {name: shape for name, shape in self._lora(workload).items() if not _fixed(name, workload)}
+
+    def _lora(self, workload: Workload) -> dict[str, tuple[int, ...]]:
+        rank, (up, down) = workload.rank, (self.base["up"], self.base["down"])
+        # Families store matrices [out, in] or [in, out]: a factor of each side in any case.
+        return {"up_a": (rank, up[1]), "up_b": (up[0], rank), "down_a": (rank, down[1]), "down_b": (down[0], rank)}
+
+    def adapter_bytes(self, workload: Workload) -> int:
+        """Of the LoRA pairs of one expert, fixed matrices too; they are float32."""
+        return _numel(self._lora(workload)) * 4 if workload.experts == "lora" else 0
+
+    def trained_bytes(self, workload: Workload) -> int:
+        """Of what is trained of one expert."""
+        size = workload.torch_dtype.itemsize if workload.experts == "full" else 4
+        return _numel(self.trained(workload)) * size
+
+    def base_bytes(self, workload: Workload) -> int:
+        """Of the base tensors of one expert, as they are held."""
+        dtype = workload.torch_dtype
+        return sum(stored_bytes(shape, workload.expert_dtype, dtype) for shape in self.base.values())
+
+    def largest_bytes(self) -> int:
+        """Of the largest tensor of one expert as it may be read, float32."""
+        return max(math.prod(shape) for shape in self.base.values()) * 4
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Some named tensors."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+
+class Weights:
+    """The weights of a model.
+
+    Args:
+        structure: the model on the meta device; it is not changed.
+    """
+
+    def __init__(self, structure: Any) -> None:
+        self.structure = structure
+        self._main = next(p.dtype for p in structure.parameters() if p.dim() > 1)
+        moe = MoEModel(copy.deepcopy(structure), experts="frozen", router=False)
+        self.layers = [
+            LayerWeights(
+                state.layer.num_experts,
+                state.layer.top_k,
+                {name: tuple(stack.shape[1:]) for name, stack in state.tensors().items()},
+            )
+            for state in moe.states
+        ]
+        self._prepared: dict[Workload, _Prepared] = {}
+
+    def model(self, workload: Workload) -> Any:
+        """A copy of the structure in the precisions of the workload."""
+        model = copy.deepcopy(self.structure)
+        for parameter in model.parameters():
+            if parameter.dtype == self._main:
+                parameter.data = parameter.data.to(workload.torch_dtype)
+        if workload.compute_float32:
+            compute_in_float32(model)
+        return model
+
+    def _prepare(self, workload: Workload) -> "_Prepared":
+        key = Workload(
+            dtype=workload.dtype,
+            compute_float32=workload.compute_float32,
+            router=workload.router,
+            attention=workload.attention,
+            rank=workload.rank if workload.attention else 1,
+        )
+        if key not in self._prepared:
+            moe = MoEModel(
+                self.model(key), experts="frozen", router=key.router, attention=key.attention, rank=key.rank
+            )
+            whole = moe.routers | moe.shared
+            self._prepared[key] = _Prepared(
+                _kinds(moe),
+                Tensors({n: tuple(t.shape) for n, t in whole.items()}, {n: t.dtype for n, t in whole.items()}),
+                sum(tensor.nbytes for tensor in moe.shared.values()),
+            )
+        return self._prepared[key]
+
+    def base(self, workload: Workload) -> dict[str, int]:
+        """Bytes by kind (`BASE`) of all weights but the experts'; tied tensors count once."""
+        sizes = dict.fromkeys(BASE, 0)
+        for kind, tensor in self._prepare(workload).base:
+            sizes[kind] += tensor.nbytes
+        return sizes
+
+    def largest_bytes(self, workload: Workload) -> int:
+        """Of the largest tensor that is read while loading, as float32."""
+        rest = max(tensor.numel() for _, tensor in self._prepare(workload).base) * 4
+        return max(rest, *(layer.largest_bytes() for layer in self.layers))
+
+    def whole(self, workload: Workload) -> Tensors:
+        """What is trained and travels whole: routers, and LoRA on the attention."""
+        return self._prepare(workload).whole
+
+    def shared_bytes(self, workload: Workload) -> int:
+        """Of LoRA on the attention."""
+        return self._prepare(workload).shared_bytes
+
+    def travelling(self, residents: list[int], workload: Workload) -> Tensors:
+        """What is sent to a client that holds so many experts per layer, and comes back if it trains them all."""
+        whole = self.whole(workload)
+        shapes, dtypes = dict(whole.shapes), dict(whole.dtypes)
+        dtype = workload.torch_dtype if workload.experts == "full" else torch.float32
+        for index, (layer, number) in enumerate(zip(self.layers, residents, strict=True)):
+            for name, shape in layer.trained(workload).items():
+                shapes[f"experts.{index}.{name}"], dtypes[f"experts.{index}.{name}"] = (number, *shape), dtype
+        return Tensors(shapes, dtypes)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    base: list[tuple[str, torch.Tensor]]
+    """(kind, tensor on the meta device) of all that stays as it is."""
+    whole: Tensors
+    shared_bytes: int
+
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+def blob_bytes(tensors: Tensors) -> int:
+    """Size of a safetensors file with these tensors."""
+    header, offset = {}, 0
+    # The format sorts by precision, widest first, and then by name: the offsets' digits depend on it.
+    for name in sorted(tensors.shapes, key=lambda name: (-tensors.dtypes[name].itemsize, name)):
+        shape, dtype = tensors.shapes[name], tensors.dtypes[name]
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + math.ceil(length / 8) * 8 + offset
+
+
+def _kinds(moe: MoEModel) -> list[tuple[str, torch.Tensor]]:
+    """(kind, tensor) of all tensors of the model but the experts' and LoRA's."""
+    model = moe.model
+    owner = dict.fromkeys(map(id, moe.shared.values()), "adapters")
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            owner |= {id(parameter): "embeddings_head" for parameter in module.parameters()}
+    for layer in moe.layers:
+        owner |= {id(parameter): "other_base" for parameter in layer.block.parameters()}  # shared experts
+        owner |= {id(parameter): "experts" for parameter in layer.experts.parameters()}
+        owner |= {id(parameter): "routers" for parameter in layer.router.parameters()}
+    found = []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        attention = any("att" in part.lower() and "norm" not in part for part in name.split(".")[:-1])
+        kind = owner.get(id(tensor), "attention" if attention else "other_base")
+        if kind in BASE:
+            found.append((kind, tensor))
+    return found
+
+
+def _fixed(name: str, workload: Workload) -> bool:
+    return workload.freeze_a and name.endswith("_a")
+
+
+def _numel(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))

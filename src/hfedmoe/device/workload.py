@@ -1,0 +1,76 @@
+"""What one training step of a client is, as far as memory and time depend on it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hfedmoe.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training step. Defaults are those of the configuration."""
+
+    batch_size: int = 8
+    length: int = 64
+    """Tokens of the prompt, padded."""
+    answer_tokens: int = 1
+    """Tokens that are predicted, `A`."""
+    steps: int = 2
+    experts: str = "lora"
+    rank: int = 8
+    freeze_a: bool = False
+    router: bool = True
+    attention: bool = False
+    gradient_checkpointing: bool = False
+    dtype: str = "float32"
+    compute_float32: bool = False
+    """Weights of 16 bit are cast to float32 for the arithmetic."""
+    expert_dtype: str = "same"
+    device: str = "cpu"
+    """Device type."""
+    measures_activation: bool = False
+    """The score needs the norm of every expert's output."""
+
+    @classmethod
+    def of(cls, config: RunConfig, device: str = "cpu") -> "Workload":
+        """The step of a configuration, with prompts as long as they may be.
+
+        Answers are one token in classification; where the format leaves it open they are taken to be. Completions and
+        choices may be as long as the prompt.
+
+        Args:
+            device: type of the device where the configuration says "auto".
+        """
+        from hfedmoe.moe.compact import multiplies_16_bit
+
+        train, model = config.train, config.model
+        device = model.device.partition(":")[0] if model.device != "auto" else device
+        compute = model.compute == "float32"
+        if model.compute == "auto":
+            compute = not multiplies_16_bit(torch.device(device), getattr(torch, model.dtype))
+        long = config.data.format in ("choices", "completion")
+        return cls(
+            batch_size=train.batch_size,
+            length=config.data.max_tokens,
+            answer_tokens=config.data.max_tokens if long else 1,
+            steps=train.steps,
+            experts=train.experts,
+            rank=train.rank,
+            freeze_a=train.lora == "freeze_a",
+            router=train.router,
+            attention=train.attention,
+            gradient_checkpointing=train.gradient_checkpointing,
+            dtype=model.dtype,
+            compute_float32=compute and model.dtype != "float32",
+            expert_dtype=model.expert_dtype,
+            device=device,
+            measures_activation=config.method.score == "activation",
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the frozen weights."""
+        dtype: Any = getattr(torch, self.dtype)
+        return dtype  # type: ignore[no-any-return]

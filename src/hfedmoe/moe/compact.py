@@ -1,0 +1,94 @@
+"""Frozen weights in 16 bit, arithmetic in float32: for processors that multiply 16-bit matrices slowly or not at all.
+
+Matrices stay in 16 bit and are cast when they are used, a block of rows at a time, so that memory is that of a 16-bit
+model and time that of a float32 one. Everything that is small (norms, routers, biases) becomes float32: what is trained
+then has full precision.
+"""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfedmoe.moe.anatomy import find_moe_layers
+
+CPUINFO = Path("/proc/cpuinfo")
+BLOCK_ELEMENTS = 1 << 22
+"""Weights cast at once: 16 MB in float32. A vocabulary's head is far larger than any other matrix."""
+
+
+def multiplies_16_bit(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device has instructions for products in `dtype`; accelerators do, processors say so."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return True
+    if not CPUINFO.exists():
+        return False
+    lines = [line for line in CPUINFO.read_text().splitlines() if line.startswith(("flags", "Features"))]
+    flags = set(lines[0].split()) if lines else set()
+    if platform.machine() in ("aarch64", "arm64"):
+        return dtype == torch.bfloat16 and "bf16" in flags
+    wanted = {"avx512_bf16", "amx_bf16"} if dtype == torch.bfloat16 else {"avx512_fp16", "amx_fp16"}
+    return bool(wanted & flags)
+
+
+def compute_in_float32(model: Any) -> None:
+    """Change a 16-bit model in place so that it computes in float32; its experts are left to the expert kernel.
+
+    Raises:
+        UnsupportedModelError: the model has no MoE layers.
+    """
+    experts = {id(p) for layer in find_moe_layers(model) for p in layer.experts.parameters()}
+    routers = {id(p) for layer in find_moe_layers(model) for p in layer.router.parameters()}
+    compact: set[int] = set()
+    for module in model.modules():
+        plain = type(module) in (nn.Linear, nn.Embedding)
+        if plain and id(module.weight) not in experts | routers and module.weight.dtype.itemsize == 2:
+            # The same object with another forward: references to it, tied weights and hooks stay valid.
+            module.__class__ = _CompactLinear if isinstance(module, nn.Linear) else _CompactEmbedding
+            compact.add(id(module.weight))
+    for parameter in model.parameters():
+        if id(parameter) not in experts | compact and parameter.dtype.itemsize == 2:
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and buffer.dtype.itemsize == 2:
+                module._buffers[name] = buffer.float()
+    model.config.dtype = torch.float32  # what masks and caches are made in
+
+
+class _CompactLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        out = _CastProduct.apply(x.float(), self.weight)
+        return out if self.bias is None else out + self.bias
+
+
+class _CompactEmbedding(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens).float()
+
+
+class _CastProduct(torch.autograd.Function):
+    """x [..., in] @ weight' for a frozen 16-bit weight [out, in]; keeps no float32 copy of it for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        blocks = _blocks(weight)
+        if len(blocks) == 1:
+            return x @ weight.float().t()
+        return torch.cat([x @ block.float().t() for block in blocks], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        blocks = _blocks(ctx.weight)
+        parts = grads[0].split([len(block) for block in blocks], dim=-1)
+        out = parts[0] @ blocks[0].float()
+        for part, block in zip(parts[1:], blocks[1:], strict=True):
+            out += part @ block.float()
+        return out, None
+
+
+def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
+    return weight.split(max(1, BLOCK_ELEMENTS // weight.shape[1]))
