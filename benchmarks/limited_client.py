@@ -1,4 +1,4 @@
-"""One client in a process of its own, for measurements under a memory limit: carves, plans, trains and answers.
+"""One client in a process of its own, for measurements under a memory limit: plans, carves, trains and answers.
 
 It is the client that a SuperNode would start, with a folder in place of the network: for every message the server puts
 NAME.request into the folder, and the client puts NAME.reply. Contents are Flower's own serialisation.
@@ -6,22 +6,33 @@ NAME.request into the folder, and the client puts NAME.reply. Contents are Flowe
 
 import argparse
 import json
+import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
+from torch import Tensor
 
-from hfedmoe.config import load_config
+from hfedmoe.budgeting import budgets_in_experts
+from hfedmoe.carving import checkpoint_folder, open_model
+from hfedmoe.config import RunConfig, load_config
+from hfedmoe.device.limits import LimitedRun, run_limited
 from hfedmoe.device.memory import peak_process_bytes
-from hfedmoe.experiment import prepare
+from hfedmoe.experiment import prepare, wrap
+from hfedmoe.federation import checks
 from hfedmoe.federation.client import Device, client_app
 from hfedmoe.federation.inprocess import InProcessGrid
-from hfedmoe.federation.messages import DESCRIBE, PLAN, TRAIN
+from hfedmoe.federation.messages import DESCRIBE, PLAN, TRAIN, Update, facts_of, record, train_request
+from hfedmoe.moe.payload import global_tensors, pack
 from hfedmoe.report.live import Silent
 
-PATIENCE_S = 600.0
+PATIENCE_S = 900.0
 
 
 def put(file: Path, content: RecordDict) -> None:
@@ -41,13 +52,18 @@ def take(file: Path) -> RecordDict:
     return recorddict_from_proto(Proto.FromString(file.read_bytes()))
 
 
-def main(folder: Path, carve: bool) -> None:
-    """Answer a description, a plan and a training request; print what it took as JSON."""
+def client(folder: Path, carve: bool) -> None:
+    """Answer a description, a plan and a training request; print what each took as JSON."""
     started = time.perf_counter()
     config = load_config(folder / "client.toml")
     prepared = prepare(config, Silent(), carve=carve)
-    device = Device(0, "limited", prepared.model, prepared.encoder, prepared.task.train, config)
-    seconds, peaks = {"load": time.perf_counter() - started}, {"load": peak_process_bytes()}
+    model = prepared.model
+    top_k = [layer.top_k for layer in model.layers]
+    (experts,) = budgets_in_experts(config, model.num_experts, top_k, str(model.device))
+    device = Device(
+        0, "limited", model, prepared.encoder, prepared.task.train, config, budget_experts=experts if carve else None
+    )
+    took = {"load": {"seconds": time.perf_counter() - started, "peak_bytes": peak_process_bytes()}}
     grid = InProcessGrid(client_app(lambda _: device), 1)
     for kind in (DESCRIBE, PLAN, TRAIN):
         request = grid.create_message(take(folder / f"{kind}.request"), kind, 1, "")
@@ -57,8 +73,88 @@ def main(folder: Path, carve: bool) -> None:
             raise RuntimeError(f"{kind}: {reply.error.reason}")
         put(folder / f"{kind}.reply", reply.content)
         del request, reply
-        seconds[kind], peaks[kind] = time.perf_counter() - began, peak_process_bytes()
-    print(json.dumps({"seconds": seconds, "peaks": peaks}))
+        took[kind] = {"seconds": time.perf_counter() - began, "peak_bytes": peak_process_bytes()}
+    held = {} if model.store is None else {"experts": len(model.store), "bytes": model.store.nbytes}
+    print(json.dumps({"took": took, "held": held}))
+
+
+@dataclass
+class Round:
+    """What came of one round with one client."""
+
+    run: LimitedRun
+    """How its process went."""
+    update: Update | None = None
+    """Checked as a server does; None if the process ended before it could answer."""
+    resident: list[Tensor] | None = None
+    took: dict[str, Any] | None = None
+    """Seconds and peak bytes of the process by the end of every stage."""
+    held: dict[str, int] | None = None
+
+
+def one_round(folder: Path, limit_bytes: int, how: str = "auto", whole: bool = False) -> Round:
+    """Play the server for a client that runs under a memory limit. Its configuration is `folder/client.toml`.
+
+    Args:
+        how: see `device.limits.run_limited`.
+        whole: the client loads the whole model, as it would without carving.
+
+    Raises:
+        InvalidReplyError: an answer is not what it must be.
+    """
+    for old in (*folder.glob("*.request"), *folder.glob("*.reply")):
+        old.unlink()
+    command = [sys.executable, "-m", "benchmarks.limited_client", str(folder), *(["--whole"] if whole else [])]
+    done: list[LimitedRun] = []
+    process = threading.Thread(
+        target=lambda: done.append(run_limited(command, limit_bytes, timeout_s=PATIENCE_S, how=how))
+    )
+    process.start()
+
+    def ask(kind: str, content: RecordDict) -> RecordDict | None:
+        put(folder / f"{kind}.request", content)
+        while process.is_alive() and not (folder / f"{kind}.reply").exists():
+            time.sleep(0.05)
+        return take(folder / f"{kind}.reply") if (folder / f"{kind}.reply").exists() else None
+
+    try:
+        described = ask(DESCRIBE, record({"version": 1}))
+        planned = None if described is None else ask(PLAN, record({"round": 1}))
+        if planned is None:
+            process.join()
+            return Round(done[0])
+        config = load_config(folder / "client.toml")
+        tensors, num_experts, top_k = _state(config)
+        budget = sum(num_experts)
+        resident = checks.resident_set(_message(planned), num_experts, top_k, budget)
+        answer = ask(TRAIN, train_request(1, resident, pack(tensors, resident)))
+    finally:
+        process.join()
+    if answer is None:
+        return Round(done[0], None, resident)
+    update = checks.update(_message(answer), resident, tensors)
+    report = json.loads(done[0].stdout.strip().splitlines()[-1])
+    return Round(done[0], update, resident, report["took"], report["held"])
+
+
+def _state(config: RunConfig) -> tuple[dict[str, Tensor], list[int], list[int]]:
+    """What the server keeps: everything that is trained, over all experts; no expert's base weights are read."""
+    folder = checkpoint_folder(config.model)
+    if folder is None:
+        raise ValueError(f"{config.model.name} has no checkpoint to carve")
+    loaded = open_model(config.model, folder)
+    model = wrap(loaded.model, config, loaded.store, masked=False)
+    for state in model.states:
+        if state.begin is not None:
+            state.trained = state.begin(torch.arange(state.layer.num_experts))
+    return global_tensors(model), model.num_experts, [layer.top_k for layer in model.layers]
+
+
+def _message(content: RecordDict) -> Any:
+    grid = InProcessGrid(client_app(lambda _: None), 1)  # type: ignore[arg-type,return-value]
+    message = grid.create_message(content, TRAIN, 1, "")
+    facts_of(message)
+    return message
 
 
 if __name__ == "__main__":
@@ -66,4 +162,4 @@ if __name__ == "__main__":
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--whole", action="store_true", help="load the whole model instead of carving it")
     given = arguments.parse_args()
-    main(given.folder, carve=not given.whole)
+    client(given.folder, carve=not given.whole)

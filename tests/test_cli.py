@@ -82,6 +82,10 @@ def test_user_errors_are_one_line_and_exit_code_2(here, capfd):
         (["upcycle", "tiny", wrong / "below"], "cannot be written"),
         (["upcycle", "tiny", here / "d", "--dtype", "int8"], "expected float32"),
         (["upcycle", "tiny", here / "d", "--top-k", "9"], "is more than"),
+        (["plan", "tiny", "--device", "4 bananas"], '--device "4 bananas": expected a share'),
+        (["plan", "tiny", "--device", "0"], "--device 0: a budget is at least one expert"),
+        (["plan", "--model", here / "gone"], "no such folder"),
+        (["plan", "--model", "smollm2"], "no Mixture-of-Experts layers"),
         # the parser's own
         (["nonsense"], "No such command"),
         (["run", "--nonsense"], "No such option"),
@@ -259,6 +263,41 @@ def test_inspect(capsys):
     tree = json.loads(capsys.readouterr().out)
     assert "4 MoE layers, 32 experts" in text
     assert tree["num_experts"] == 32
+
+
+def test_plan(capsys, monkeypatch):
+    from hfedmoe.report import plan
+
+    made = []
+
+    def once(settings, devices, plan_for=plan.plan_for):
+        made.append(made[0] if made else plan_for(settings, devices))  # rehearsing takes seconds
+        return made[-1]
+
+    monkeypatch.setattr(plan, "plan_for", once)
+    arguments = ["plan", "--model", "tiny", "--device", "16GiB", "--device", "5"]  # demo's model is upcycled, this not
+    assert hfedmoe(*arguments) == 0
+    text = capsys.readouterr().out
+    assert hfedmoe(*arguments, "--json") == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert "tiny: 4 MoE layers, 32 experts, top-2" in text
+    assert tree["num_experts"] == [8, 8, 8, 8]
+    assert [device["fits"] for device in tree["devices"]] == [True, False]
+    assert tree["devices"][0]["forecast"]["num_residents"] == 32
+
+
+def test_presets_are_listed_without_torch():
+    code = """
+import sys
+from hfedmoe.cli import main
+try:
+    main(["plan", "--presets"])
+except SystemExit as done:
+    sys.exit("torch" in sys.modules or done.code or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "jetson-orin-nano-8gb" in done.stdout
 
 
 def test_doctor(capsys):

@@ -105,6 +105,46 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folde
 
 
 @app.command()
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(help="A TOML file, or the name of a shipped one (demo, tiny); none: demo.")
+    ] = None,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device",
+            metavar="BUDGET",
+            help="Memory (4GiB), a device by name, auto, a share (25%) or a number of experts; may be repeated. "
+            "None: the budgets of the config's clients.",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Another model than the config's: a hub id or a folder, not upcycled.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="List the devices known by name and stop.")] = False,
+) -> None:
+    """Show which devices could take part, with how many experts, in what memory and time. Loads no weights."""
+    if presets:
+        from hfedmoe.report import presets as listed
+
+        typer.echo(listed.to_json() if as_json else listed.as_text())
+        return
+    settings = _load(config, overrides)
+    if model is not None:
+        changed = settings.model.model_copy(update={"name": model, "upcycle": None})
+        settings = settings.model_copy(update={"model": changed})
+    from hfedmoe.report.plan import plan_for, to_json
+    from hfedmoe.report.plan_text import as_text
+
+    planned = plan_for(settings, devices)
+    typer.echo(to_json(planned) if as_json else as_text(planned))
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A packaged model (smollm2, tiny), a hub id or a folder.")],
     upcycle_experts: Annotated[

@@ -1,0 +1,268 @@
+"""What would take part in a federation, and with what: the planner's answers for a list of devices."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from hfedmoe.config import RunConfig
+from hfedmoe.device.budgets import AUTO, Budget, check_budget, in_bytes, in_experts, is_count
+from hfedmoe.device.forecast import Change, Forecast
+from hfedmoe.device.planner import MARGIN, Planner
+from hfedmoe.device.presets import PRESETS
+from hfedmoe.device.probe import probe
+from hfedmoe.device.rehearsal import Rehearsed
+from hfedmoe.device.workload import Workload
+from hfedmoe.errors import UserError
+from hfedmoe.loading import PACKAGED, device_of
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A budget to be planned for."""
+
+    budget: Budget
+    clients: int | None = None
+    """Clients of the configuration that have it; None for a device that was asked about."""
+    deadlines_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A round of local training against a deadline."""
+
+    deadline_s: float
+    steps: int | None
+    """Steps that fit at full size, at least the one that is always done; None where the speed is unknown."""
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What a device would do."""
+
+    budget: Budget
+    clients: int | None
+    memory_bytes: int | None
+    """None for a number or share of experts."""
+    limit: str | None
+    """What sets the memory, where it was measured."""
+    device_type: str
+    fits: bool | None
+    """None: the budget is a number of experts, which says nothing about memory."""
+    asked: int | None
+    """Experts over all layers, where the budget says so."""
+    forecast: Forecast
+    """With the experts it would hold; with the fewest that can train where it cannot take part."""
+    otherwise: Forecast
+    """The same with gradient checkpointing, or without it if the configuration has it."""
+    rehearsed_on: str
+    """Device type on which the step was rehearsed; not the device's own where torch lacks that here."""
+    flops_per_second: float | None
+    seconds_per_step: float | None
+    seconds_per_round: float | None
+    """Of the configured steps; without messages and the first pass over the data."""
+    deadlines: list[Deadline]
+    change: Change | None
+    """The least change of settings with which it could take part."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the forecast needs at any time, safety margin included."""
+        return round(self.forecast.highest * MARGIN)
+
+    @property
+    def name(self) -> str:
+        """The budget in words."""
+        if isinstance(self.budget, int):
+            return f"{self.budget} expert{'s' if self.budget > 1 else ''}"
+        return str(self.budget).strip()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer for a model and some devices."""
+
+    config: RunConfig
+    workload: Workload
+    num_experts: list[int]
+    top_k: list[int]
+    smallest: int
+    """The fewest experts over all layers that can train."""
+    devices: list[DevicePlan]
+
+    @property
+    def carved(self) -> bool:
+        """Whether devices can read single experts: from a safetensors checkpoint, as far as the name tells."""
+        model = self.config.model
+        return model.upcycle is None and model.name not in PACKAGED and not model.name.endswith(".gguf")
+
+    @property
+    def first_pass_exceeds(self) -> bool:
+        """Whether the first scores take a pass over all experts at once, on a device with room for fewer."""
+        method = self.config.method
+        return (
+            method.bootstrap == "forward"
+            and method.score != "random"
+            and any(d.fits and d.forecast.num_residents < sum(self.num_experts) for d in self.devices)
+        )
+
+
+def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:
+    """Plan for some devices, each written as a budget; none: for the budgets of the configuration's clients.
+
+    Raises:
+        UserError: the model cannot be planned for, or a device is no budget.
+    """
+    entries = _asked(config, devices) if devices else _configured(config)
+    planner = _PlannerHere(config)
+    return Plan(
+        config=config,
+        workload=planner.workload,
+        num_experts=planner.num_experts,
+        top_k=planner.top_k,
+        smallest=planner.smallest,
+        devices=[_device_plan(entry, planner) for entry in entries],
+    )
+
+
+def to_json(plan: Plan) -> str:
+    """Everything, for programs."""
+    tree = {
+        "model": plan.config.model.name,
+        "num_experts": plan.num_experts,
+        "top_k": plan.top_k,
+        "smallest": plan.smallest,
+        "margin": MARGIN,
+        "workload": asdict(plan.workload),
+        "steps_per_round": plan.config.train.steps,
+        "devices": [_device_tree(device) for device in plan.devices],
+    }
+    return json.dumps(tree, indent=2)
+
+
+def _device_tree(device: DevicePlan) -> dict[str, Any]:
+    tree = asdict(device)
+    tree["forecast"] = _forecast_tree(device.forecast)
+    tree["otherwise"] = _forecast_tree(device.otherwise)
+    return tree | {"needed_bytes": device.needed_bytes}
+
+
+def _forecast_tree(forecast: Forecast) -> dict[str, Any]:
+    extra = {"num_residents": forecast.num_residents, "peak": forecast.peak, "highest": forecast.highest}
+    return asdict(forecast) | extra
+
+
+def _asked(config: RunConfig, devices: list[str]) -> list[Entry]:
+    deadlines = tuple(sorted(set(config.clients.deadlines_s or [])))
+    return [Entry(_budget(text), None, deadlines) for text in dict.fromkeys(devices)]
+
+
+def _budget(text: str) -> Budget:
+    """A budget from the command line, where a number has no type."""
+    digits = text.strip()
+    budget: Budget = int(digits) if digits.removeprefix("-").isdecimal() else text
+    try:
+        check_budget(budget)
+    except ValueError as error:
+        raise UserError(f"--device {error}") from None
+    return budget
+
+
+def _configured(config: RunConfig) -> list[Entry]:
+    """The distinct budgets of the clients, in order, with the deadlines of those who have them."""
+    clients = config.clients
+    found: dict[Budget, list[int]] = {}
+    for number in range(clients.count):
+        found.setdefault(clients.budgets[number % len(clients.budgets)], []).append(number)
+    entries = []
+    for budget, numbers in found.items():
+        deadlines = clients.deadlines_s
+        own = {deadlines[number % len(deadlines)] for number in numbers} if deadlines else set()
+        entries.append(Entry(budget, len(numbers), tuple(sorted(own))))
+    return entries
+
+
+class _PlannerHere(Planner):
+    """Rehearses on the CPU what torch cannot rehearse here: a GPU's step on a machine without one."""
+
+    def _rehearse(self, workload: Workload) -> Rehearsed:
+        return super()._rehearse(replace(workload, device=_rehearsable(workload.device)))
+
+
+def _rehearsable(device: str) -> str:
+    missing = (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not torch.backends.mps.is_available()
+    )
+    return "cpu" if missing else device
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What a budget means."""
+
+    workload: Workload
+    memory_bytes: int | None = None
+    limit: str | None = None
+    flops: float | None = None
+
+
+def _offer(budget: Budget, planner: Planner) -> _Offer:
+    config = planner.config
+    if budget == AUTO:
+        device = device_of(config.model.device)
+        found = probe(str(device))
+        return _Offer(_workload_on(device.type, config), found.memory_bytes, found.limit, found.flops)
+    if budget in PRESETS:
+        preset = PRESETS[str(budget)]
+        return _Offer(_workload_on(preset.device, config), preset.memory_bytes, None, preset.flops)
+    return _Offer(planner.workload, in_bytes(budget))
+
+
+def _workload_on(device: str, config: RunConfig) -> Workload:
+    """The configured step on a device of another type: it also decides in what precision is computed."""
+    model = config.model.model_copy(update={"device": device})
+    return Workload.of(config.model_copy(update={"model": model}))
+
+
+def _device_plan(entry: Entry, planner: Planner) -> DevicePlan:
+    budget = entry.budget
+    offer = _offer(budget, planner)
+    workload, memory = offer.workload, offer.memory_bytes
+    asked, change = None, None
+    fits: bool | None
+    if memory is None:
+        assert is_count(budget)
+        asked = in_experts(budget, sum(planner.num_experts))
+        fits = None if asked >= planner.smallest else False
+        forecast = planner.forecast(max(asked, planner.smallest), workload)
+    else:
+        fit = planner.fit(memory, workload)
+        fits, forecast = fit.fits, fit.forecast
+        change = None if fits else planner.smallest_change(memory, workload)
+    other = replace(workload, gradient_checkpointing=not workload.gradient_checkpointing)
+    steps = planner.config.train.steps
+    step_s = None if offer.flops is None else forecast.seconds_per_step(offer.flops)
+    return DevicePlan(
+        budget=budget,
+        clients=entry.clients,
+        memory_bytes=memory,
+        limit=offer.limit,
+        device_type=workload.device,
+        fits=fits,
+        asked=asked,
+        forecast=forecast,
+        otherwise=planner.forecast(forecast.residents, other),
+        rehearsed_on=_rehearsable(workload.device),
+        flops_per_second=offer.flops,
+        seconds_per_step=step_s,
+        seconds_per_round=None if step_s is None else step_s * steps,
+        deadlines=[Deadline(seconds, _steps_in(seconds, step_s, steps)) for seconds in entry.deadlines_s],
+        change=change,
+    )
+
+
+def _steps_in(deadline_s: float, step_s: float | None, steps: int) -> int | None:
+    if step_s is None:
+        return None
+    return min(steps, max(1, int(deadline_s / step_s)))
