@@ -33,6 +33,8 @@ from hfedmoe.moe.payload import global_tensors, pack
 from hfedmoe.report.live import Silent
 
 PATIENCE_S = 900.0
+STOP = "stop"
+"""A file that tells the client that nothing more will come."""
 
 
 def put(file: Path, content: RecordDict) -> None:
@@ -46,7 +48,7 @@ def take(file: Path) -> RecordDict:
     """Wait for a message's content. Raises TimeoutError."""
     deadline = time.monotonic() + PATIENCE_S
     while not file.exists():
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or (file.parent / STOP).exists():
             raise TimeoutError(f"{file.name} did not come")
         time.sleep(0.05)
     return recorddict_from_proto(Proto.FromString(file.read_bytes()))
@@ -101,8 +103,9 @@ def one_round(folder: Path, limit_bytes: int, how: str = "auto", whole: bool = F
 
     Raises:
         InvalidReplyError: an answer is not what it must be.
+        TroubleError: the client says that it ran out of memory.
     """
-    for old in (*folder.glob("*.request"), *folder.glob("*.reply")):
+    for old in (*folder.glob("*.request"), *folder.glob("*.reply"), *folder.glob(STOP)):
         old.unlink()
     command = [sys.executable, "-m", "benchmarks.limited_client", str(folder), *(["--whole"] if whole else [])]
     done: list[LimitedRun] = []
@@ -125,13 +128,16 @@ def one_round(folder: Path, limit_bytes: int, how: str = "auto", whole: bool = F
             return Round(done[0])
         config = load_config(folder / "client.toml")
         tensors, num_experts, top_k = _state(config)
+        checks.trouble(_message(planned))
         budget = sum(num_experts)
         resident = checks.resident_set(_message(planned), num_experts, top_k, budget)
         answer = ask(TRAIN, train_request(1, resident, pack(tensors, resident)))
     finally:
+        (folder / STOP).touch()
         process.join()
     if answer is None:
         return Round(done[0], None, resident)
+    checks.trouble(_message(answer))
     update = checks.update(_message(answer), resident, tensors)
     report = json.loads(done[0].stdout.strip().splitlines()[-1])
     return Round(done[0], update, resident, report["took"], report["held"])

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfedmoe.config import RunConfig
@@ -60,10 +59,12 @@ def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: P
         return number
     memory = memory_of(budget, device)
     assert memory is not None
+    from hfedmoe.device.workload import Workload
+
     planner = plan()
-    workload = planner.workload
-    if budget in PRESETS:
-        workload = replace(workload, device=PRESETS[str(budget)].device)
+    # What is planned for is the device that has the memory, not the machine that plans.
+    kind = PRESETS[str(budget)].device if budget in PRESETS else device.partition(":")[0]
+    workload = Workload.of(planner.config, kind)
     fit = planner.fit(memory, workload)
     if fit.fits:
         return fit.residents

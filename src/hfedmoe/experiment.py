@@ -14,7 +14,7 @@ from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.partition import partition
 from hfedmoe.data.rows import Example
 from hfedmoe.data.tasks import Task, load_watched_task
-from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory
+from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, trim
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
 from hfedmoe.federation.client import Device, client_app
@@ -90,6 +90,8 @@ def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepare
             'train.loss = "choices" and train.logit_adjustment need labels that differ in their first token; '
             "set data.label_words, or leave both settings out"
         )
+    if carve:
+        trim()
     return Prepared(config, model, encoder, task, watch, budgets)
 
 

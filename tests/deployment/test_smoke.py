@@ -9,6 +9,7 @@ from hfedmoe.experiment import run
 from hfedmoe.report.live import Silent
 from hfedmoe.runs import RunFolder
 from hfedmoe.runs.settings import run_config_toml
+from hfedmoe.tiny import tiny_model, tiny_tokenizer
 from tests.deployment.harness import deployment
 from tests.federation.conftest import tiny_config
 
@@ -17,9 +18,21 @@ APP = Path(__file__).parents[2] / "examples" / "flower"
 
 @pytest.mark.slow
 def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Path) -> None:
-    config = tiny_config("federation.rounds=1", "clients.count=2", "federation.min_clients=2")
+    """In process the whole model is masked; the nodes carve theirs from a checkpoint, and one says what it holds."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer), seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = tiny_config(
+        f"model.name={tmp_path / 'model'}",
+        "federation.rounds=1",
+        "clients.count=2",
+        "clients.budgets=['25%', 12]",
+        "federation.min_clients=2",
+        "method.bootstrap=stream",
+    )
     run(config, tmp_path / "inprocess", Silent())
-    nodes: list[dict[str, bool | int | float | str]] = [{"partition-id": number} for number in range(2)]
+    nodes: list[dict[str, bool | int | float | str]] = [{"partition-id": 0}, {"partition-id": 1, "budget": 12}]
+    config = config.model_copy(update={"clients": config.clients.model_copy(update={"budgets": ["25%"]})})
     with deployment(APP, nodes, env={"OMP_NUM_THREADS": "1"}) as flower:
         document = run_config_toml(config).decode()
         result = flower.run({"config": document, "out": str(tmp_path / "deployed")}, timeout=400)
@@ -29,8 +42,8 @@ def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Pa
     assert got.round == expected.round == 1
     assert got.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
-        # Two clients may answer in either order, which changes a mean by rounding.
-        torch.testing.assert_close(got.tensors[name], tensor, atol=1e-6, rtol=1e-5)
+        # Threads and the order of answers change sums by rounding, which Adam magnifies where a gradient is almost 0.
+        torch.testing.assert_close(got.tensors[name], tensor, atol=1e-5, rtol=1e-4)
     start = ours.load_checkpoint(0)
     assert any((tensor != start.tensors[name]).any() for name, tensor in got.tensors.items())
     one, other = (folder.read_rounds()[1]["clients"] for folder in (ours, theirs))

@@ -20,9 +20,21 @@ def keep_freed_memory() -> bool:
 def give_back_freed_memory() -> bool:
     """For a budget: every buffer of 1 MiB or more has pages of its own; returns whether that was possible.
 
-    Left alone, glibc raises the threshold to the largest buffer that was ever freed, up to 32 MiB.
+    Left alone, glibc raises the threshold to the largest buffer that was ever freed, up to 32 MiB. pyarrow's own
+    allocator, which reserves a gigabyte at once, is replaced by the system's.
     """
+    import pyarrow
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     return _set({_MMAP_THRESHOLD: 1 << 20, _TRIM_THRESHOLD: 1 << 20, _TOP_PAD: 1 << 17})
+
+
+def trim() -> None:
+    """Give back what is free now, after the many small objects of reading data and building a model."""
+    if sys.platform.startswith("linux"):
+        release = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if release is not None:
+            release(0)
 
 
 def _set(settings: dict[int, int]) -> bool:

@@ -20,10 +20,12 @@ from hfedmoe.moe.anatomy import UnsupportedModelError
 
 MARGIN = 1.05
 """`fit` leaves so much room: predictions were within a few per cent of what was measured."""
-FRAMEWORK_BYTES = {"cpu": 526 << 20, "cuda": 600 << 20, "mps": 526 << 20}
+FRAMEWORK_BYTES = {"cpu": 500 << 20, "cuda": 600 << 20, "mps": 500 << 20}
 """A client's process without a model: libraries, their first use, a tokenizer of 49,152 tokens and a few rows of data.
 Measured on the CPU (x86-64, torch 2.13, transformers 5.23) with `python -m benchmarks.planner_accuracy --framework`;
 assumed for CUDA, where it is the context in the card's memory, and for MPS."""
+PARQUET_BYTES = 56 << 20
+"""Libraries that read Parquet, where the data are packaged, on the hub or in such a file; measured in the same way."""
 RECEIVED_COPIES = 2
 """The server's message is in memory while the client trains: the blob, and the tensors read from it."""
 UPDATE_COPIES = 3
@@ -88,7 +90,7 @@ class Planner:
         counts = self.spread(residents) if isinstance(residents, int) else list(residents)
         held = self._held(counts, workload)
         travelling = self._weights.travelling(counts, workload)
-        down, loaded = blob_bytes(travelling) + _BYTES_OF_FACTS, travelling.nbytes
+        down = blob_bytes(travelling) + _BYTES_OF_FACTS
         up = down + _VECTORS * 4 * sum(self.num_experts)
         received = RECEIVED_COPIES * down
         whole = self._weights.whole(workload).nbytes
@@ -109,29 +111,43 @@ class Planner:
             residents=counts,
             kinds={kind: kinds.get(kind, 0) for kind in KINDS},
             flops=rehearsed.flops,
-            loading_peak=sum(held.values()) + self._while_loading(counts, workload),
+            loading_peak=self._loading_peak(counts, held, workload),
             bootstrap_peak=base + forward,
             bytes_down=down,
             bytes_up=up,
         )
 
+    def _framework(self, workload: Workload) -> int:
+        known = FRAMEWORK_BYTES.get(workload.device, FRAMEWORK_BYTES["cpu"])
+        if workload.device == "cuda":  # the card's memory holds none of the data
+            return known
+        plain = (".jsonl", ".json", ".csv", ".tsv")
+        sources = self.config.data.clients or [self.config.data.source]
+        return known + (0 if all(source.endswith(plain) for source in sources) else PARQUET_BYTES)
+
     def _held(self, counts: list[int], workload: Workload) -> dict[str, int]:
         """What stays in memory from step to step, but for optimizer and messages."""
         layers = list(zip(self._weights.layers, counts, strict=True))
         return {
-            "framework": FRAMEWORK_BYTES.get(workload.device, FRAMEWORK_BYTES["cpu"]),
+            "framework": self._framework(workload),
             **self._weights.base(workload),
             "experts": sum(number * layer.base_bytes(workload) for layer, number in layers),
             "adapters": sum(number * layer.adapter_bytes(workload) for layer, number in layers)
             + self._weights.shared_bytes(workload),
         }
 
-    def _while_loading(self, counts: list[int], workload: Workload) -> int:
-        """The tensor that is being read; adapters of a whole layer, of which the residents' stay; stacks to train."""
+    def _loading_peak(self, counts: list[int], held: dict[str, int], workload: Workload) -> int:
+        """First all but the experts is read, then these; a tensor is in memory twice where its precision changes.
+
+        Adapters are made for a whole layer, of which the residents' stay. Experts to be trained are stacked, layer by
+        layer.
+        """
+        base, expert = self._weights.largest_bytes(workload)
         layers = list(zip(self._weights.layers, counts, strict=True))
         fresh = max(layer.num_experts * layer.adapter_bytes(workload) for layer, _ in layers)
         stacked = max(number * layer.base_bytes(workload) for layer, number in layers)
-        return max(self._weights.largest_bytes(workload), fresh, stacked if workload.experts == "full" else 0)
+        total, experts = sum(held.values()), held["experts"] + held["adapters"]
+        return max(total - experts + base, total + max(expert, fresh, stacked if workload.experts == "full" else 0))
 
     def _expert_share(self, counts: list[int], workload: Workload) -> float:
         """Gradients of the residents over those of the experts in a rehearsal."""
@@ -189,8 +205,8 @@ class Planner:
     def _ladders(self, workload: Workload) -> list[tuple[str, list[Any]]]:
         """(field, values from the mildest change to the strongest), for fields that can be changed."""
         ladders: list[tuple[str, list[Any]]] = [
-            ("length", [length for length in _shorter(workload.length)]),
-            ("batch_size", [size for size in _halves(workload.batch_size)]),
+            ("length", list(_shorter(workload.length))),
+            ("batch_size", list(_halves(workload.batch_size))),
             ("gradient_checkpointing", [] if workload.gradient_checkpointing else [True]),
         ]
         bits = {"8bit": ["4bit"], "4bit": []}.get(workload.expert_dtype, ["8bit", "4bit"])

@@ -63,7 +63,9 @@ def rehearse(model: Any, workload: Workload, reduce: bool = True) -> Rehearsed:
         step, forward = _trace(moe, workload, stacks, True), _trace(moe, workload, stacks, False)
     segments = list(_expanded(step, stacks))
     return Rehearsed(
-        step.timeline(segments), forward.timeline(_expanded(forward, stacks)), sum(segment.flops for segment in segments)
+        step.timeline(segments),
+        forward.timeline(_expanded(forward, stacks)),
+        sum(segment.flops for segment in segments),
     )
 
 
@@ -81,7 +83,7 @@ def _plain_conversion() -> Iterator[None]:
                     tensor.data = converted
         return module
 
-    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    nn.Module._apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -129,13 +131,13 @@ def _reduce_lists(config: Any, number: int, kept: list[int]) -> None:
 
 
 def _signature(layer: nn.Module, index: int, config: Any) -> Any:
-    lists = {key: value[index] for key, value in vars(config).items() if isinstance(value, list) and len(value) > index}
-    parts = tuple(
-        (name, type(module).__name__, tuple(tuple(p.shape) for p in module.parameters(recurse=False)))
-        + tuple(str(getattr(module, key, None)) for key in ("sliding_window", "layer_type", "attention_type"))
-        for name, module in layer.named_modules()
-    )
-    return parts, str(lists.get("layer_types"))
+    """Equal for layers that do the same: modules, shapes, and what sets their kind of attention."""
+    kinds = getattr(config, "layer_types", None)
+    parts = [str(kinds[index]) if kinds else ""]
+    for name, module in layer.named_modules():
+        shapes = [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
+        parts.append(f"{name} {type(module).__name__} {shapes} {getattr(module, 'sliding_window', None)}")
+    return tuple(parts)
 
 
 def _has_experts(layer: nn.Module) -> bool:
@@ -150,9 +152,9 @@ def _stacks(model: nn.Module) -> list[nn.ModuleList]:
     names = [block.name for block in blocks]
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and any(block.startswith(name + ".") for block in names):
-            if not any(name.startswith(outer + ".") for outer in found):
-                found[name] = module
+        holds = isinstance(module, nn.ModuleList) and any(block.startswith(name + ".") for block in names)
+        if holds and not any(name.startswith(outer + ".") for outer in found):
+            found[name] = module
     return list(found.values())
 
 

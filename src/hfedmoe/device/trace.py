@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _LIKE = {
@@ -81,9 +81,9 @@ class Trace(TorchDispatchMode):
         self.segments = [Segment(None)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked more often than anything is computed
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.prim.device.default:
-            return out
         for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
@@ -139,8 +139,3 @@ class Trace(TorchDispatchMode):
             np.array([place[self._storages[number].kind] for number, _ in events], dtype=np.int64),
             np.array([change for _, change in events], dtype=np.int64),
         )
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors of nested lists, tuples and dictionaries."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -52,9 +52,10 @@ class LayerWeights:
         dtype = workload.torch_dtype
         return sum(stored_bytes(shape, workload.expert_dtype, dtype) for shape in self.base.values())
 
-    def largest_bytes(self) -> int:
-        """Of the largest tensor of one expert as it may be read, float32."""
-        return max(math.prod(shape) for shape in self.base.values()) * 4
+    @property
+    def largest(self) -> int:
+        """Values of the largest tensor of one expert."""
+        return max(math.prod(shape) for shape in self.base.values())
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,7 @@ class Weights:
             rank=workload.rank if workload.attention else 1,
         )
         if key not in self._prepared:
-            moe = MoEModel(
-                self.model(key), experts="frozen", router=key.router, attention=key.attention, rank=key.rank
-            )
+            moe = MoEModel(self.model(key), experts="frozen", router=key.router, attention=key.attention, rank=key.rank)
             whole = moe.routers | moe.shared
             self._prepared[key] = _Prepared(
                 _kinds(moe),
@@ -127,10 +126,10 @@ class Weights:
             sizes[kind] += tensor.nbytes
         return sizes
 
-    def largest_bytes(self, workload: Workload) -> int:
-        """Of the largest tensor that is read while loading, as float32."""
-        rest = max(tensor.numel() for _, tensor in self._prepare(workload).base) * 4
-        return max(rest, *(layer.largest_bytes() for layer in self.layers))
+    def largest_bytes(self, workload: Workload) -> tuple[int, int]:
+        """Of the largest tensor as the checkpoint has it: outside of the experts, and of an expert."""
+        base = max(tensor.numel() for _, tensor in self._prepare(workload).base)
+        return base * self._main.itemsize, max(layer.largest for layer in self.layers) * self._main.itemsize
 
     def whole(self, workload: Workload) -> Tensors:
         """What is trained and travels whole: routers, and LoRA on the attention."""

@@ -73,4 +73,4 @@ class Workload:
     def torch_dtype(self) -> torch.dtype:
         """Of the frozen weights."""
         dtype: Any = getattr(torch, self.dtype)
-        return dtype  # type: ignore[no-any-return]
+        return dtype

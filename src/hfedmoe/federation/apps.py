@@ -33,7 +33,6 @@ from hfedmoe.packaged import cache_folder
 from hfedmoe.report.live import Live, Silent, Watcher
 from hfedmoe.runs import RunFolder
 
-
 PLANNED = "planned"
 
 

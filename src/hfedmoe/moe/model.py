@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
@@ -214,6 +213,8 @@ def _router_learns(layer: MoELayer, weight: Tensor) -> bool:
 
 def _add_attention_lora(model: Any, rank: int, alpha: float, seed: int) -> dict[str, Tensor]:
     """PEFT's LoRA on every linear map of the attention; the adapters' parameters under their travelling names."""
+    from peft import LoraConfig, inject_adapter_in_model  # here, because importing it takes 70 MB of a small device
+
     targets = sorted(
         {
             name.rsplit(".", 1)[-1]
