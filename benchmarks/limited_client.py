@@ -61,10 +61,10 @@ def client(folder: Path, carve: bool) -> None:
     prepared = prepare(config, Silent(), carve=carve)
     model = prepared.model
     top_k = [layer.top_k for layer in model.layers]
-    (experts,) = budgets_in_experts(config, model.num_experts, top_k, str(model.device))
-    device = Device(
-        0, "limited", model, prepared.encoder, prepared.task.train, config, budget_experts=experts if carve else None
-    )
+    experts = sum(model.num_experts)
+    if carve:
+        (experts,) = budgets_in_experts(config, model.num_experts, top_k, str(model.device))
+    device = Device(0, "limited", model, prepared.encoder, prepared.task.train, config, budget_experts=experts)
     took = {"load": {"seconds": time.perf_counter() - started, "peak_bytes": peak_process_bytes()}}
     grid = InProcessGrid(client_app(lambda _: device), 1)
     for kind in (DESCRIBE, PLAN, TRAIN):

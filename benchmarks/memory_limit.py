@@ -72,6 +72,8 @@ def main() -> None:
         predicted = _predicted(folder)
     if carved.update is None:
         raise SystemExit(f"the client did not finish: {carved.run}")
+    if carved.run.peak_bytes > limit:
+        raise SystemExit(f"{carved.run.peak_bytes} bytes were taken of {limit}")
     report(_rows(carved, whole), _summary(carved, whole, limit, predicted), given.json)
 
 
@@ -88,9 +90,16 @@ def _rows(carved: Round, whole: Round | None) -> list[dict[str, Any]]:
     assert carved.took is not None
     rows = [{"process": "carved", "stage": stage, **took} for stage, took in carved.took.items()]
     if whole is not None:
-        end = "killed" if whole.run.killed else f"exit code {whole.run.returncode}"
-        rows.append({"process": "whole model", "stage": end, "seconds": None, "peak_bytes": whole.run.peak_bytes})
+        row = {"stage": _ending(whole), "seconds": None, "peak_bytes": whole.run.peak_bytes}
+        rows.append({"process": "whole model", **row})
     return rows
+
+
+def _ending(whole: Round) -> str:
+    if whole.run.killed:
+        return "killed"
+    last = whole.run.stderr.strip().splitlines()[-1:] or [""]
+    return "finished" if whole.update is not None else f"exit code {whole.run.returncode}: {last[0][:80]}"
 
 
 def _summary(carved: Round, whole: Round | None, limit: int, predicted: dict[str, int]) -> dict[str, Any]:
@@ -110,7 +119,7 @@ def _summary(carved: Round, whole: Round | None, limit: int, predicted: dict[str
         "update_bytes": sum(tensor.nbytes for tensor in update.tensors.values()),
         "losses": [round(loss, 3) for loss in update.losses],
         "how": carved.run.how,
-        "whole_model_finished": None if whole is None else whole.update is not None,
+        "whole_model": None if whole is None else _ending(whole),
     }
 
 

@@ -64,7 +64,7 @@ def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: P
     planner = plan()
     # What is planned for is the device that has the memory, not the machine that plans.
     kind = PRESETS[str(budget)].device if budget in PRESETS else device.partition(":")[0]
-    workload = Workload.of(planner.config, kind)
+    workload = Workload.on(kind, planner.config)
     fit = planner.fit(memory, workload)
     if fit.fits:
         return fit.residents

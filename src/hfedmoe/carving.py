@@ -41,7 +41,12 @@ def checkpoint_folder(config: ModelConfig) -> Path | None:
             return None
         folder = Path(source)
         if not folder.is_dir():
-            folder = Path(snapshot_download(source, revision=config.revision, allow_patterns=_FILES))
+            wanted = [*_FILES, "*.py"] if config.trust_remote_code else _FILES
+            folder = Path(
+                snapshot_download(
+                    source, revision=config.revision, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]
+                )
+            )
     except LOADING_ERRORS as error:
         raise UserError(explain(config, error)) from None
     return folder if (folder / INDEX).is_file() or (folder / SINGLE).is_file() else None

@@ -155,8 +155,8 @@ class ClientsConfig(Section):
     @classmethod
     def _deadlines_are_positive(cls, value: list[float] | None) -> list[float] | None:
         for seconds in value or []:
-            if not seconds > 0:
-                raise ValueError(f"{seconds:g}: a deadline is more than 0 seconds")
+            if not 0 < seconds <= 1e9:
+                raise ValueError(f"{seconds:g}: a deadline is more than 0 and at most 1e9 seconds")
         return value
 
     @field_validator("activation")
@@ -190,8 +190,8 @@ class MethodConfig(Section):
     bootstrap: Annotated[
         Literal["forward", "stream", "prior", "none"],
         Field(
-            description="first scores: a forward pass over local data; the same with experts read from disk within the "
-            "budget; the federation's usage so far; or none (random)"
+            description="first scores: a forward pass over local data (a stream of experts from disk, within the "
+            "budget, on devices that carve); the federation's usage so far; or none (random)"
         ),
     ] = "forward"
     bootstrap_batches: Annotated[int, Field(ge=1, description="batches of that forward pass")] = 2

@@ -27,6 +27,7 @@ from hfedmoe.moe.compact import compute_in_float32, multiplies_16_bit
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
+from hfedmoe.moe.shards import CheckpointError
 from hfedmoe.moe.store import ExpertStore
 from hfedmoe.report.live import Watcher
 from hfedmoe.runs import RunFolder
@@ -136,7 +137,7 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
             store=store,
             masked=masked,
         )
-    except UnsupportedModelError as error:
+    except (UnsupportedModelError, CheckpointError) as error:
         raise UserError(f"model.name = {config.model.name}: {error}") from None
     if settings.gradient_checkpointing:
         wrapped.checkpoint_activations()

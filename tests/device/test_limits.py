@@ -234,3 +234,24 @@ def test_a_limit_inside_a_limit() -> None:
     inner = f"from hfedmoe.device.limits import run_limited; r = run_limited([{sys.executable!r}, '-c', {ALLOCATE!r}], "
     run = python(inner + "400 << 20, how='cgroup'); print(r.killed, r.returncode)", 100 * MB, "cgroup")
     assert run.stdout == "True -9\n"  # 400 MB would do, but the outer limit still holds
+
+
+HELD = """
+import torch
+from hfedmoe.device.limits import hold_process_to
+from hfedmoe.federation.trouble import OUT_OF_MEMORY, Trouble, attempt
+
+assert hold_process_to(600 << 20)
+kept = attempt(lambda: torch.ones(50 << 20, dtype=torch.uint8))
+refused = attempt(lambda: torch.ones(600 << 20, dtype=torch.uint8))
+assert not isinstance(kept, Trouble), kept
+assert isinstance(refused, Trouble), refused
+assert refused.status == OUT_OF_MEMORY
+print(refused.reason)
+"""
+
+
+def test_a_process_held_to_its_budget_runs_out_of_memory_inside():
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "memory" in done.stdout

@@ -75,3 +75,6 @@ def test_the_whole_model_is_killed_or_refused(folder: Path) -> None:
     done = one_round(folder, LIMIT, whole=True)
     assert done.update is None
     assert done.run.killed or "memory" in done.run.stderr.lower(), done.run
+    unlimited = one_round(folder, 4 * LIMIT, whole=True)
+    assert unlimited.update is not None, unlimited.run
+    assert unlimited.run.peak_bytes > LIMIT

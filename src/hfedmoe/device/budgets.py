@@ -65,7 +65,10 @@ def parse_bytes(text: str) -> int:
     match = _MEMORY.match(text)
     if match is None:
         raise ValueError(f'"{text}": expected memory with its unit, such as "4GiB" or "500MB"')
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if not size < 2**63:
+        raise ValueError(f'"{text}": more memory than any device has')
+    return int(size)
 
 
 def in_bytes(budget: Budget) -> int | None:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from hfedmoe.moe.model import MoEModel
@@ -26,6 +27,13 @@ def sub_model_bytes(model: MoEModel, resident: list[Tensor]) -> int:
                 own = 0 if name in ("up", "down", "up_bias", "down_bias") else 1  # full training trains the base itself
                 total += held * row * (own + (3 if name in state.trained.travelling else 0))
     return total
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory of this process so far on the device where it trains: of the accelerator, or resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return peak_process_bytes()
 
 
 def peak_process_bytes() -> int:

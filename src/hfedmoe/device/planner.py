@@ -9,6 +9,8 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+import torch
+
 from hfedmoe.config import RunConfig
 from hfedmoe.device.forecast import KINDS, Change, Fit, Forecast
 from hfedmoe.device.rehearsal import GROUPS, Rehearsed, rehearse
@@ -32,6 +34,14 @@ UPDATE_COPIES = 3
 """Afterwards the update is: rows taken from the model, their bytes one by one, and the blob."""
 _BYTES_OF_FACTS = 1024
 _VECTORS = 3
+
+
+def rehearsable(device: str) -> str:
+    """The device type on which a step for this type is rehearsed: the CPU, where torch lacks the device's kind here."""
+    missing = (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not torch.backends.mps.is_available()
+    )
+    return "cpu" if missing else device
 
 
 class Planner:
@@ -157,6 +167,7 @@ class Planner:
 
     def _rehearse(self, workload: Workload) -> Rehearsed:
         key = replace(workload, steps=2)
+        key = replace(key, device=rehearsable(key.device))
         if key not in self._rehearsed:
             self._rehearsed[key] = rehearse(self._weights.model(key), key)
         return self._rehearsed[key]

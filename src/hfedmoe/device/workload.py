@@ -69,6 +69,12 @@ class Workload:
             measures_activation=config.method.score == "activation",
         )
 
+    @classmethod
+    def on(cls, device: str, config: RunConfig) -> "Workload":
+        """The configured step on a device of this type, whatever the configuration says about devices."""
+        model = config.model.model_copy(update={"device": device})
+        return cls.of(config.model_copy(update={"model": model}))
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """Of the frozen weights."""

@@ -73,6 +73,12 @@ def _device(context: Context) -> Device:
     if memory is not None and place.type == "cpu" and budget != AUTO:
         hold_process_to(memory)
     prepared = _prepared(config.model_dump_json())
+    if memory is not None and prepared.model.masked:
+        raise UserError(
+            f"clients.budgets: {budget!r}: {config.model.name} cannot be read expert by expert, so a device holds all "
+            "of it; use a folder or hub id with a safetensors checkpoint (`hfedmoe upcycle` writes one), or give the "
+            "budget in experts"
+        )
     examples = prepared.task.train
     if own is None:
         parts = partition(prepared.task, config.partition, config.clients.count, config.seed)
@@ -85,7 +91,8 @@ def _device(context: Context) -> Device:
         examples,
         config,
         budget_experts=_experts(context, config, budget, prepared, str(place)),
-        notes=cache_folder() / "devices" / f"{context.node_id}.json",
+        # By its number: a SuperNode that is started again may be given another node id.
+        notes=cache_folder() / "devices" / f"client-{number}.json",
     )
 
 

@@ -20,7 +20,7 @@ from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.rows import Example
 from hfedmoe.device.budgets import in_experts
 from hfedmoe.device.learned import Note
-from hfedmoe.device.memory import peak_process_bytes, sub_model_bytes
+from hfedmoe.device.memory import peak_bytes, sub_model_bytes
 from hfedmoe.device.pace import Clock, Pace
 from hfedmoe.federation.messages import (
     Description,
@@ -153,9 +153,8 @@ class Device:
 
     @property
     def _streams(self) -> bool:
-        """Whether its bootstrap reads experts as they are needed; nothing is saved where all are in memory anyway."""
-        in_memory = self.model.store is None or self.model.masked
-        return self.config.method.bootstrap == "stream" and not in_memory
+        """Whether its first pass reads experts as they are needed: where not all of them are in memory anyway."""
+        return self.model.store is not None and not self.model.masked
 
     def _bootstrap(self, history: ClientHistory) -> None:
         everything = [torch.ones(number, dtype=torch.bool) for number in self.model.num_experts]
@@ -206,7 +205,7 @@ class Device:
             examples=len(self.examples),
             losses=local.losses,
             seconds=local.seconds,
-            peak_bytes=sub_model_bytes(self.model, resident) if self.simulated else peak_process_bytes(),
+            peak_bytes=sub_model_bytes(self.model, resident) if self.simulated else peak_bytes(self.model.device),
             peak_is_measured=not self.simulated,
             steps=local.steps,
             steps_wanted=local.steps_wanted,
@@ -223,13 +222,13 @@ class Device:
         """
         if trouble.status != OUT_OF_MEMORY:
             return Trouble(trouble.status, f"{trouble.reason}; it trains fewer experts per step next round")
-        if doing == "plan" and not self._streams:
+        if doing == "plan" and not self._streams and self.config.method.bootstrap == "forward":
             # Decision: a pass over all experts says nothing about the budget, so it is not tried again.
             history.prior = self._draw(0)
             return Trouble(
                 trouble.status,
                 f"{trouble.reason}, in its first pass over all {sum(self.model.num_experts)} experts; it begins with "
-                'random ones next round (method.bootstrap = "stream" needs only its budget)',
+                "random ones next round (a safetensors checkpoint could be read expert by expert)",
             )
         history.limit = smaller(held, self.smallest)
         then = f"it holds {history.limit} next round" if history.limit else _cannot(self)
@@ -248,9 +247,18 @@ def client_app(device_of: Callable[[Context], Device]) -> ClientApp:
     """The ClientApp whose clients `device_of` makes (or keeps ready) from Flower's context."""
     app = ClientApp()
 
+    def open_device(context: Context) -> Device | Trouble:
+        """The device, or that its model does not even open."""
+        opened = attempt(lambda: device_of(context))
+        if isinstance(opened, Trouble):
+            return Trouble(opened.status, f"{opened.reason}, while it opened the model")
+        return opened
+
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
-        device = device_of(context)
+        device = open_device(context)
+        if isinstance(device, Trouble):
+            return Message(trouble_reply(device), reply_to=message)
         limit = _remember(context, device).limit
         budget = device.budget if limit is None else max(1, min(device.budget, limit))
         description = Description(device.number, device.name, len(device.examples), budget, device.model.num_experts)
@@ -258,7 +266,9 @@ def client_app(device_of: Callable[[Context], Device]) -> ClientApp:
 
     @app.query("plan")
     def plan(message: Message, context: Context) -> Message:
-        device = device_of(context)
+        device = open_device(context)
+        if isinstance(device, Trouble):
+            return Message(trouble_reply(device), reply_to=message)
         history = _remember(context, device)
         if history.limit == 0:
             return Message(trouble_reply(Trouble(OUT_OF_MEMORY, _cannot(device))), reply_to=message)
@@ -273,7 +283,9 @@ def client_app(device_of: Callable[[Context], Device]) -> ClientApp:
 
     @app.train()
     def train_round(message: Message, context: Context) -> Message:
-        device = device_of(context)
+        device = open_device(context)
+        if isinstance(device, Trouble):
+            return Message(trouble_reply(device), reply_to=message)
         history = _remember(context, device)
         facts = facts_of(message)
         resident = unpack_bits(facts["resident"], device.model.num_experts)
@@ -294,6 +306,7 @@ def _try(
     with device.note.attempting(doing, held):
         done = attempt(work)
     if isinstance(done, Trouble):
+        device.model.release()
         before = _read_history(context, device)
         before.step_times = history.step_times
         history = before

@@ -19,7 +19,14 @@ OUT_OF_MEMORY, OUT_OF_TIME = "out_of_memory", "out_of_time"
 """The status in such a reply; people read it without the underscores."""
 
 MAX_WORDS = 120
-_ALLOCATOR = ("can't allocate memory", "not enough memory", "out of memory")
+_ALLOCATOR = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "alloc_failed",
+)
 T = TypeVar("T")
 
 

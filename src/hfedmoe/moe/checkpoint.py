@@ -75,7 +75,10 @@ class Checkpoint:
         converter = deepcopy(source.converter)
         for pattern, stored in names.items():
             converter.collected_tensors[pattern] = [read(one) for one in stored]
-        made = converter.convert(name, model=self.model, config=self.model.config)
+        try:
+            made = converter.convert(name, model=self.model, config=self.model.config)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.shards.folder}: cannot make {name} of {source.first} ({error})") from None
         made = {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
         if name not in made:
             raise CheckpointError(f"{self.shards.folder}: cannot make {name} of {source.first}")
@@ -106,15 +109,16 @@ class CheckpointExperts:
 
     def read(self, layer: int, expert: int) -> dict[str, Tensor]:
         """The tensors of one expert in the precision they are stored in. Raises CheckpointError."""
-        names = self._names[layer]
+        names, number = self._names[layer], self.layers[layer].num_experts
+        own = names[expert] if len(names) > 1 else names[0]
         if len(names) > 1:
-            return {kind: self.checkpoint.read(name)[name] for kind, name in names[expert].items()}
-        number = self.layers[layer].num_experts
-        read = {kind: self.checkpoint.read_expert(name, expert, number) for kind, name in names[0].items()}
+            read = {kind: self.checkpoint.read(name)[name] for kind, name in own.items()}
+        else:
+            read = {kind: self.checkpoint.read_expert(name, expert, number) for kind, name in own.items()}
         for kind, tensor in read.items():
             if tuple(tensor.shape) != self._shapes[layer][kind]:
                 raise CheckpointError(
-                    f"{self.checkpoint.shards.folder}: {names[0][kind]} has experts of shape {list(tensor.shape)}, but "
+                    f"{self.checkpoint.shards.folder}: {own[kind]} has experts of shape {list(tensor.shape)}, but "
                     f"the model's have {list(self._shapes[layer][kind])}"
                 )
         return read

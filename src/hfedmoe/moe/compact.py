@@ -75,10 +75,12 @@ class _CastProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
+        rows = x.reshape(-1, x.shape[-1])
+        out = rows.new_empty(rows.shape[0], weight.shape[0])
         blocks = _blocks(weight)
-        if len(blocks) == 1:
-            return x @ weight.float().t()
-        return torch.cat([x @ block.float().t() for block in blocks], dim=-1)
+        for block, columns in zip(blocks, out.split([len(block) for block in blocks], dim=1), strict=True):
+            torch.mm(rows, block.float().t(), out=columns)
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:

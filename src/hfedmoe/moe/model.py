@@ -152,6 +152,13 @@ class MoEModel:
             for state, resident, local, trained in before:
                 state.resident, state.local, state.trained = resident, local, trained
 
+    def release(self) -> None:
+        """Drop the experts that a store reads when they are wanted, with what is trained of them."""
+        if self.store is not None and not self.masked:
+            self.store.clear()
+            for state in self.states:
+                state.trained = None
+
     def _hold_all(self, store: ExpertStore) -> None:
         if not self._whole:
             store.reside(self._everything())

@@ -135,6 +135,14 @@ def _read(entry: Entry, start: int, shape: tuple[int, ...]) -> Tensor:
     tensor = torch.empty(shape, dtype=entry.dtype)
     if tensor.numel() == 0:
         return tensor
+    try:
+        _fill(tensor, entry, start)
+    except OSError as error:
+        raise CheckpointError(f"{entry.file}: cannot be read ({error.strerror or error})") from None
+    return tensor
+
+
+def _fill(tensor: Tensor, entry: Entry, start: int) -> None:
     view = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(start)
@@ -144,4 +152,3 @@ def _read(entry: Entry, start: int, shape: tuple[int, ...]) -> Tensor:
             if not count:
                 raise CheckpointError(f"{entry.file}: ends in the middle of a tensor; it is damaged or cut off")
             done += count
-    return tensor

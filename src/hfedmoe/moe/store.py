@@ -66,10 +66,6 @@ class ExpertStore:
         """Bytes of all experts in memory."""
         return sum(self.expert_bytes(layer) for layer, _ in self._held)
 
-    @property
-    def is_streaming(self) -> bool:
-        return self._capacity is not None
-
     def expert_bytes(self, layer: int) -> int:
         """Bytes that one expert of a layer takes, as it is held."""
         return sum(stored_bytes(shape, self.expert_dtype, self.dtype) for shape in self.source.shapes(layer).values())
@@ -83,6 +79,11 @@ class ExpertStore:
         for key in sorted(keys - set(self._held)):
             self._held[key] = self._read(*key)
         self.present = wanted
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._held.clear()
+        self.present = [[] for _ in self.num_experts]
 
     def reside_stacked(self, resident: list[Tensor]) -> list[dict[str, Tensor]]:
         """As `reside`, with the experts of each layer in stacks [n, ...] of the model's dtype, to train them whole.
@@ -118,11 +119,14 @@ class ExpertStore:
         self.present = [list(range(number)) for number in self.num_experts]
         try:
             yield
+        except BaseException:
+            self.clear()  # reading residents back could fail for the same reason
+            raise
         finally:
             self._capacity = None
-            self.present = before
-            if any(before):
-                self.reside([_mask(experts, n) for experts, n in zip(before, self.num_experts, strict=True)])
+        self.present = before
+        if any(before):
+            self.reside([_mask(experts, n) for experts, n in zip(before, self.num_experts, strict=True)])
 
     def get(self, layer: int, expert: int) -> dict[str, Stored]:
         """The tensors of one expert, which is read now if the store is streaming."""
@@ -140,7 +144,7 @@ class ExpertStore:
     def _read(self, layer: int, expert: int) -> dict[str, Stored]:
         self.reads += 1
         read, held = self.source.read(layer, expert), {}
-        while read:  # one tensor at a time is in memory twice
+        while read:  # each tensor of the expert goes as soon as it is held
             name, tensor = read.popitem()
             held[name] = store_as(tensor.to(self.device), self.expert_dtype, self.dtype)
             del tensor

@@ -4,15 +4,12 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from hfedmoe.config import RunConfig
 from hfedmoe.device.budgets import AUTO, Budget, check_budget, in_bytes, in_experts, is_count
 from hfedmoe.device.forecast import Change, Forecast
-from hfedmoe.device.planner import MARGIN, Planner
+from hfedmoe.device.planner import MARGIN, Planner, rehearsable
 from hfedmoe.device.presets import PRESETS
 from hfedmoe.device.probe import probe
-from hfedmoe.device.rehearsal import Rehearsed
 from hfedmoe.device.workload import Workload
 from hfedmoe.errors import UserError
 from hfedmoe.loading import PACKAGED, device_of
@@ -97,16 +94,6 @@ class Plan:
         model = self.config.model
         return model.upcycle is None and model.name not in PACKAGED and not model.name.endswith(".gguf")
 
-    @property
-    def first_pass_exceeds(self) -> bool:
-        """Whether the first scores take a pass over all experts at once, on a device with room for fewer."""
-        method = self.config.method
-        return (
-            method.bootstrap == "forward"
-            and method.score != "random"
-            and any(d.fits and d.forecast.num_residents < sum(self.num_experts) for d in self.devices)
-        )
-
 
 def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:
     """Plan for some devices, each written as a budget; none: for the budgets of the configuration's clients.
@@ -115,7 +102,7 @@ def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:
         UserError: the model cannot be planned for, or a device is no budget.
     """
     entries = _asked(config, devices) if devices else _configured(config)
-    planner = _PlannerHere(config)
+    planner = Planner(config)
     return Plan(
         config=config,
         workload=planner.workload,
@@ -183,20 +170,6 @@ def _configured(config: RunConfig) -> list[Entry]:
     return entries
 
 
-class _PlannerHere(Planner):
-    """Rehearses on the CPU what torch cannot rehearse here: a GPU's step on a machine without one."""
-
-    def _rehearse(self, workload: Workload) -> Rehearsed:
-        return super()._rehearse(replace(workload, device=_rehearsable(workload.device)))
-
-
-def _rehearsable(device: str) -> str:
-    missing = (device == "cuda" and not torch.cuda.is_available()) or (
-        device == "mps" and not torch.backends.mps.is_available()
-    )
-    return "cpu" if missing else device
-
-
 @dataclass(frozen=True)
 class _Offer:
     """What a budget means."""
@@ -212,17 +185,11 @@ def _offer(budget: Budget, planner: Planner) -> _Offer:
     if budget == AUTO:
         device = device_of(config.model.device)
         found = probe(str(device))
-        return _Offer(_workload_on(device.type, config), found.memory_bytes, found.limit, found.flops)
+        return _Offer(Workload.on(device.type, config), found.memory_bytes, found.limit, found.flops)
     if budget in PRESETS:
         preset = PRESETS[str(budget)]
-        return _Offer(_workload_on(preset.device, config), preset.memory_bytes, None, preset.flops)
-    return _Offer(planner.workload, in_bytes(budget))
-
-
-def _workload_on(device: str, config: RunConfig) -> Workload:
-    """The configured step on a device of another type: it also decides in what precision is computed."""
-    model = config.model.model_copy(update={"device": device})
-    return Workload.of(config.model_copy(update={"model": model}))
+        return _Offer(Workload.on(preset.device, config), preset.memory_bytes, None, preset.flops)
+    return _Offer(Workload.on(device_of(config.model.device).type, config), in_bytes(budget))
 
 
 def _device_plan(entry: Entry, planner: Planner) -> DevicePlan:
@@ -253,7 +220,7 @@ def _device_plan(entry: Entry, planner: Planner) -> DevicePlan:
         asked=asked,
         forecast=forecast,
         otherwise=planner.forecast(forecast.residents, other),
-        rehearsed_on=_rehearsable(workload.device),
+        rehearsed_on=rehearsable(workload.device),
         flops_per_second=offer.flops,
         seconds_per_step=step_s,
         seconds_per_round=None if step_s is None else step_s * steps,

@@ -164,12 +164,6 @@ def _notes(plan: Plan) -> Iterator[str]:
             "A device can leave experts on disk only where the model is a safetensors checkpoint, and this one is not"
             f"{way_out}: until then a device of its own holds all experts. Simulated clients share one model anyway."
         )
-    if plan.first_pass_exceeds:
-        yield from _wrapped(
-            'method.bootstrap = "forward": in the first round a device of its own passes over all experts at once, for '
-            "which those that hold fewer have no room. This keeps the budget:"
-        )
-        yield "  --set method.bootstrap=stream"
     if plan.config.method.residency == "all":
         yield from _wrapped('method.residency = "all": a run with these settings ignores budgets.')
 
