@@ -13,7 +13,7 @@ from transformers import MixtralConfig
 
 from hfedmoe.config import RunConfig, load_config
 from hfedmoe.device.forecast import KINDS
-from hfedmoe.device.planner import FRAMEWORK_BYTES, Planner
+from hfedmoe.device.planner import FRAMEWORK_BYTES, PARQUET_BYTES, Planner
 from hfedmoe.device.rehearsal import Rehearsed
 from hfedmoe.device.trace import Timeline
 from hfedmoe.device.weights import Tensors, blob_bytes
@@ -79,7 +79,7 @@ def test_the_workload_is_the_configurations(folder: Path) -> None:
 def test_bytes_of_a_tiny_model_are_what_its_shapes_say(planner: Planner) -> None:
     kinds = planner.forecast(6).kinds
     assert tuple(kinds) == KINDS
-    assert kinds["framework"] == FRAMEWORK_BYTES["cpu"]
+    assert kinds["framework"] == FRAMEWORK_BYTES["cpu"] + PARQUET_BYTES  # the packaged data
     assert kinds["embeddings_head"] == 2 * V * H * 4
     assert kinds["attention"] == L * (2 * H * H + 2 * H * H // 2) * 4
     assert kinds["routers"] == L * E * H * 4

@@ -11,7 +11,7 @@ from torch import nn
 from hfedmoe.config import ModelConfig, UpcycleConfig
 from hfedmoe.errors import UserError
 from hfedmoe.loading import structure
-from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError
+from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.report.live.words import human_bytes, percent
 
@@ -73,11 +73,11 @@ def anatomy_of(name: str, experts: int | None = None, top_k: int = 2) -> Anatomy
     upcycle = None if experts is None else UpcycleConfig(experts=experts, top_k=top_k)
     model = structure(ModelConfig(name=name, upcycle=upcycle))
     try:
+        parts = _parts(model, find_moe_layers(model))  # before routers become float32 to be trained
         moe = MoEModel(model, experts="frozen")
     except UnsupportedModelError as error:
         hint = "; --upcycle-experts 8 shows how it would look" if experts is None else ""
         raise UserError(f"{name}: {error}{hint}") from None
-    parts = _parts(model, moe.layers)
     dtype = next(model.parameters()).dtype
     layers = [
         Layer(
