@@ -12,7 +12,15 @@ from hfedmoe.cli import app
 from hfedmoe.config import config_from_tree
 
 ROOT = Path(__file__).parents[1]
-PAPERS = ("README.md", "CONTRIBUTING.md", "docs/configuration.md", "docs/method.md", "CHANGELOG.md")
+PAPERS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/configuration.md",
+    "docs/method.md",
+    "docs/budgets.md",
+    "docs/deployment.md",
+    "CHANGELOG.md",
+)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

@@ -28,6 +28,8 @@ Measured on the CPU (x86-64, torch 2.13, transformers 5.23) with `python -m benc
 assumed for CUDA, where it is the context in the card's memory, and for MPS."""
 PARQUET_BYTES = 56 << 20
 """Libraries that read Parquet, where the data are packaged, on the hub or in such a file; measured in the same way."""
+QUANTISER_BYTES = 44 << 20
+"""bitsandbytes, where experts are stored in 8 or 4 bit."""
 RECEIVED_COPIES = 2
 """The server's message is in memory while the client trains: the blob, and the tensors read from it."""
 UPDATE_COPIES = 3
@@ -131,6 +133,8 @@ class Planner:
         known = FRAMEWORK_BYTES.get(workload.device, FRAMEWORK_BYTES["cpu"])
         if workload.device == "cuda":  # the card's memory holds none of the data
             return known
+        if workload.expert_dtype in ("8bit", "4bit"):
+            known += QUANTISER_BYTES
         plain = (".jsonl", ".json", ".csv", ".tsv")
         sources = self.config.data.clients or [self.config.data.source]
         return known + (0 if all(source.endswith(plain) for source in sources) else PARQUET_BYTES)
