@@ -11,6 +11,7 @@ from hfedmoe.errors import UserError
 
 if TYPE_CHECKING:
     from hfedmoe.device.planner import Planner
+    from hfedmoe.device.workload import Workload
 
 Plan = Callable[[], "Planner"]
 
@@ -36,6 +37,13 @@ def memory_of(budget: Budget, device: str) -> int | None:
     return in_bytes(budget)
 
 
+def workload_for(budget: Budget, config: RunConfig, device: str) -> "Workload":
+    """The configured step on what has the budget: a named device, or else `device` (as torch names it)."""
+    from hfedmoe.device.workload import Workload
+
+    return Workload.on(PRESETS[str(budget)].device if budget in PRESETS else device.partition(":")[0], config)
+
+
 def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: Plan, device: str) -> int:
     """Experts over all layers that a budget allows.
 
@@ -59,12 +67,8 @@ def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: P
         return number
     memory = memory_of(budget, device)
     assert memory is not None
-    from hfedmoe.device.workload import Workload
-
     planner = plan()
-    # What is planned for is the device that has the memory, not the machine that plans.
-    kind = PRESETS[str(budget)].device if budget in PRESETS else device.partition(":")[0]
-    workload = Workload.on(kind, planner.config)
+    workload = workload_for(budget, planner.config, device)
     fit = planner.fit(memory, workload)
     if fit.fits:
         return fit.residents

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
-from hfedmoe.loading import LOADING_ERRORS, Loaded, device_of, explain, source_of, with_padding
+from hfedmoe.loading import LOADING_ERRORS, PACKAGED, Loaded, device_of, explain, source_of, with_padding
 from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.experts import ExpertState
 from hfedmoe.moe.shards import INDEX, SINGLE, CheckpointError, Shards
@@ -27,7 +27,7 @@ def checkpoint_folder(config: ModelConfig) -> Path | None:
     Raises:
         UserError: the model cannot be found or reached.
     """
-    if config.upcycle is not None or config.name in ("tiny", "smollm2"):
+    if config.upcycle is not None or config.name in PACKAGED:
         return None
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig

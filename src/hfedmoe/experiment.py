@@ -23,7 +23,7 @@ from hfedmoe.federation.records import Keeper
 from hfedmoe.federation.server import Server, server_app
 from hfedmoe.loading import device_of, load
 from hfedmoe.moe.anatomy import UnsupportedModelError
-from hfedmoe.moe.compact import compute_in_float32, multiplies_16_bit
+from hfedmoe.moe.compact import compute_in_float32, wants_float32
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
@@ -120,9 +120,7 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
         )
     dtype = getattr(torch, config.model.dtype)
     try:
-        if config.model.compute == "float32" or (
-            config.model.compute == "auto" and not multiplies_16_bit(device_of(config.model.device), dtype)
-        ):
+        if wants_float32(config.model.compute, device_of(config.model.device), dtype):
             compute_in_float32(model)
         wrapped = MoEModel(
             model,

@@ -182,12 +182,17 @@ def hold_process_to(limit_bytes: int) -> bool:
     """
     if not sys.platform.startswith("linux"):
         return False
+    _limit_data(limit_bytes, for_good=False)
+    return True
+
+
+def _limit_data(limit_bytes: int, for_good: bool) -> None:
+    """Set RLIMIT_DATA of this process, never above what it may have; `for_good`: it cannot raise it again."""
     import resource
 
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     limit = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-    return True
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit if for_good else hard))
 
 
 def run_limited(
@@ -338,11 +343,7 @@ def _become(command: list[str], folder: Path | None, limit_bytes: int) -> NoRetu
         if folder is not None:
             (folder / "cgroup.procs").write_text(str(os.getpid()))
         else:
-            import resource
-
-            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            limit = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+            _limit_data(limit_bytes, for_good=True)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec would hand that on
             signal.signal(number, signal.SIG_DFL)
         os.execvp(command[0], command)

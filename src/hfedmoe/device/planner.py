@@ -170,8 +170,7 @@ class Planner:
         return sum(size * number for size, number in zip(sizes, counts, strict=True)) / there if there else 0.0
 
     def _rehearse(self, workload: Workload) -> Rehearsed:
-        key = replace(workload, steps=2)
-        key = replace(key, device=rehearsable(key.device))
+        key = replace(workload, steps=2, device=rehearsable(workload.device))
         if key not in self._rehearsed:
             self._rehearsed[key] = rehearse(self._weights.model(key), key)
         return self._rehearsed[key]

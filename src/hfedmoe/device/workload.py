@@ -43,13 +43,11 @@ class Workload:
         Args:
             device: type of the device where the configuration says "auto".
         """
-        from hfedmoe.moe.compact import multiplies_16_bit
+        from hfedmoe.moe.compact import wants_float32
 
         train, model = config.train, config.model
         device = model.device.partition(":")[0] if model.device != "auto" else device
-        compute = model.compute == "float32"
-        if model.compute == "auto":
-            compute = not multiplies_16_bit(torch.device(device), getattr(torch, model.dtype))
+        compute = wants_float32(model.compute, torch.device(device), getattr(torch, model.dtype))
         long = config.data.format in ("choices", "completion")
         return cls(
             batch_size=train.batch_size,

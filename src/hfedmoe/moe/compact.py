@@ -33,6 +33,11 @@ def multiplies_16_bit(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(wanted & flags)
 
 
+def wants_float32(compute: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """What `model.compute` ("auto", "float32" or "same") means for weights of this precision on this device."""
+    return compute == "float32" or (compute == "auto" and not multiplies_16_bit(device, dtype))
+
+
 def compute_in_float32(model: Any) -> None:
     """Change a 16-bit model in place so that it computes in float32; its experts are left to the expert kernel.
 

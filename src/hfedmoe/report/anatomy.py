@@ -14,6 +14,7 @@ from hfedmoe.loading import structure
 from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.report.live.words import human_bytes, percent
+from hfedmoe.report.table import table
 
 LORA_RANK = 8
 KINDS = ("embeddings, head", "attention", "routers", "experts", "shared experts", "other")
@@ -118,7 +119,7 @@ def as_text(anatomy: Anatomy) -> str:
     lines = [
         f"{anatomy.model}: {anatomy.architecture}, {len(anatomy.layers)} MoE layers, {anatomy.num_experts} experts",
         "",
-        *_table(
+        *table(
             ["MoE layers", "experts", "top-k", "router", "one expert", f"LoRA r={LORA_RANK} on it"],
             [
                 [
@@ -133,7 +134,7 @@ def as_text(anatomy: Anatomy) -> str:
             ],
         ),
         "",
-        *_table(
+        *table(
             ["kind", "parameters", f"bytes ({anatomy.dtype})", "share"],
             [
                 [kind, f"{part.parameters:,}", human_bytes(part.bytes), percent(part.bytes / anatomy.total.bytes)]
@@ -156,18 +157,6 @@ def _runs(layers: list[Layer]) -> Iterator[tuple[int, int, Layer]]:
         if following is None or replace(following, name=layer.name) != layer:
             yield first, index, layer
             first = index + 1
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Columns as wide as they must be; the first is flush left, numbers are flush right."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    ]
 
 
 def _parts(model: Any, layers: list[MoELayer]) -> dict[str, Part]:

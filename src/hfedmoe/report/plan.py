@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hfedmoe.budgeting import workload_for
 from hfedmoe.config import RunConfig
 from hfedmoe.device.budgets import AUTO, Budget, check_budget, in_bytes, in_experts, is_count
 from hfedmoe.device.forecast import Change, Forecast
@@ -182,14 +183,13 @@ class _Offer:
 
 def _offer(budget: Budget, planner: Planner) -> _Offer:
     config = planner.config
+    device = str(device_of(config.model.device))
+    workload = workload_for(budget, config, device)
     if budget == AUTO:
-        device = device_of(config.model.device)
-        found = probe(str(device))
-        return _Offer(Workload.on(device.type, config), found.memory_bytes, found.limit, found.flops)
-    if budget in PRESETS:
-        preset = PRESETS[str(budget)]
-        return _Offer(Workload.on(preset.device, config), preset.memory_bytes, None, preset.flops)
-    return _Offer(Workload.on(device_of(config.model.device).type, config), in_bytes(budget))
+        found = probe(device)
+        return _Offer(workload, found.memory_bytes, found.limit, found.flops)
+    flops = PRESETS[str(budget)].flops if budget in PRESETS else None
+    return _Offer(workload, in_bytes(budget), None, flops)
 
 
 def _device_plan(entry: Entry, planner: Planner) -> DevicePlan:
