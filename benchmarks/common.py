@@ -40,8 +40,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
-def report(rows: list[dict[str, Any]], summary: dict[str, Any], file: Path | None) -> None:
-    """Print the rows as a table and the summary below it; write both with the machine to `file` if one is given."""
+def report(
+    rows: list[dict[str, Any]], summary: dict[str, Any], file: Path | None, more: dict[str, Any] | None = None
+) -> None:
+    """Print the rows as a table and the summary below it; write both with the machine to `file` if one is given.
+
+    Args:
+        more: further tables for the file.
+    """
     where = machine()
     print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
     if rows:
@@ -53,7 +59,9 @@ def report(rows: list[dict[str, Any]], summary: dict[str, Any], file: Path | Non
     for key, value in summary.items():
         print(f"{key}: {_cell(value)}")
     if file is not None:
-        file.write_text(json.dumps({"machine": where, "rows": rows, "summary": summary}, indent=2) + "\n")
+        file.write_text(
+            json.dumps({"machine": where, "rows": rows, **(more or {}), "summary": summary}, indent=2) + "\n"
+        )
 
 
 def _cell(value: Any) -> str:

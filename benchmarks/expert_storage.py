@@ -88,7 +88,7 @@ class Stack:
             leaves = trained.of([expert for expert, _, _ in groups.spans])
             normed = torch.nn.functional.rms_norm(x, (HIDDEN,))
             gates = (weights / weights.sum(1, keepdim=True)).reshape(-1)
-            x = x + experts_forward(math, normed, gates, groups, trained.names, leaves)
+            x = x + experts_forward(math, normed, gates, groups, trained.stacks, leaves)
         return x - start
 
     def step(self, tokens: int) -> dict[str, float]:

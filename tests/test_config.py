@@ -37,6 +37,7 @@ def refused(tree) -> str:
         ({"model": {"dtype": "int8"}}, "model.dtype: "),
         ({"model": {"upcycle": {"experts": 4, "top_k": 5}}}, "top_k=5 is more than experts=4"),
         ({"data": {"template": "no place"}}, "must contain {text} exactly once"),
+        ({"data": {"format": "pica"}}, "'piqa', 'hellaswag', 'mmlu'"),
         ({"data": {"clients": ["a.csv"]}}, "data.clients names 1 files but clients.count is 8"),
         ({"clients": {"budgets": []}}, "clients.budgets: "),
         ({"clients": {"budgets": ["0%"]}}, '"0%"'),

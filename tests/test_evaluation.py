@@ -1,7 +1,9 @@
 """Evaluation against naive loops, one sequence at a time and without padding."""
 
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,14 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
+from hfedmoe.cli import main
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.rows import Example
 from hfedmoe.errors import UserError
-from hfedmoe.evaluation import evaluate, macro_f1
+from hfedmoe.evaluation import Metrics, evaluate, macro_f1
+from hfedmoe.report.scores import as_text, to_json
 
+FIXTURES = Path(__file__).parent / "data" / "fixtures"
 WORDS = ["<pad>", "</s>", "<unk>", "say", "so", "big", "small", "red", "green", "blue", "sky", "sea", "sun", "moon"]
 
 
@@ -102,8 +107,8 @@ def naive(model, encoder, rows, first_token):
     return hits / len(rows), predictions, loss / tokens
 
 
-def encoder_for(name, tokenizer):
-    return Encoder(tokenizer, "say {text} so", 6, name == "switch", 0)
+def encoder_for(name, tokenizer, first_token_only=False):
+    return Encoder(tokenizer, "say {text} so", 6, name == "switch", 0, first_token_only)
 
 
 @pytest.mark.parametrize("name", ["llama", "switch"])
@@ -111,13 +116,16 @@ def encoder_for(name, tokenizer):
     ("choices", "scoring", "first_token"),
     [
         (FIRST, "auto", True),
+        (FIRST, "auto", False),
         (FIRST, "first_token", True),
         (FIRST, "loglikelihood", False),
         (WHOLE, "auto", False),
     ],
 )
 def test_choices_against_a_naive_loop(request, tokenizer, name, choices, scoring, first_token):
-    model, encoder, rows = request.getfixturevalue(name), encoder_for(name, tokenizer), examples(choices)
+    # auto does what training does
+    encoder = encoder_for(name, tokenizer, first_token_only=scoring == "auto" and first_token)
+    model, rows = request.getfixturevalue(name), examples(choices)
     accuracy, predictions, loss = naive(model, encoder, rows, first_token)
     metrics = evaluate(model, rows, encoder, batch_size=5, scoring=scoring)
     assert metrics.accuracy == accuracy
@@ -125,6 +133,27 @@ def test_choices_against_a_naive_loop(request, tokenizer, name, choices, scoring
     assert metrics.loss == pytest.approx(loss, rel=1e-5)
     assert metrics.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
     assert metrics.examples == len(rows)
+    assert (metrics.accuracy_norm is None) == first_token
+
+
+def test_acc_norm_divides_by_characters_and_choices_share_a_forward_pass(llama, tokenizer):
+    encoder = encoder_for("llama", tokenizer)
+    rows = [
+        Example("sun", choices, 1) for choices in (("red sky", "red sea"), ("red sky", "blue sea moon"), ("so",) * 2)
+    ]
+    sizes = []
+    hook = llama.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    metrics = [evaluate(llama, [row], encoder, 4) for row in rows]
+    hook.remove()
+    assert sizes == [1, 2, 1]  # "red sky" and "red sea" differ in their last token only
+    for row, measured in zip(rows, metrics, strict=True):
+        scores = [-evaluate(llama, [Example(row.text, row.choices, j)], encoder, 1).loss for j in (0, 1)]
+        totals = [score * len(tokens) for score, tokens in zip(scores, encoder.choices(row), strict=True)]
+        shares = [total / len(choice) for total, choice in zip(totals, row.choices, strict=True)]
+        assert measured.accuracy == (totals[1] > totals[0])
+        assert measured.accuracy_norm == (shares[1] > shares[0])
 
 
 def test_the_order_of_examples_does_not_matter(llama, tokenizer):
@@ -154,7 +183,7 @@ def test_completions_have_loss_and_perplexity_per_token(llama, tokenizer):
 def test_rows_with_choices_of_their_own(llama, tokenizer):
     encoder = encoder_for("llama", tokenizer)
     rows = examples(("sun", "moon"), 6) + examples(("red sky", "blue", "big", "small sea"), 6)
-    metrics = evaluate(llama, rows, encoder, 5)
+    metrics = evaluate(llama, rows, encoder, 5, scoring="first_token")
     expected = naive(llama, encoder, rows, first_token=True)
     assert metrics.accuracy == expected[0]
     assert metrics.loss == pytest.approx(expected[2], rel=1e-5)
@@ -196,7 +225,7 @@ def test_a_broken_model_is_reported_as_such(llama, tokenizer):
 def test_only_the_logits_of_the_answers_are_built(llama, tokenizer):
     widths = []
     hook = llama.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
-    evaluate(llama, examples(FIRST), encoder_for("llama", tokenizer), 4)
+    evaluate(llama, examples(FIRST), encoder_for("llama", tokenizer), 4, scoring="first_token")
     hook.remove()
     assert set(widths) == {1}
 
@@ -212,3 +241,70 @@ def test_bad_requests(llama, tokenizer):
         evaluate(llama, [], encoder, 4)
     with pytest.raises(UserError, match=r"evaluation\.scoring=first_token: .* use loglikelihood or auto"):
         evaluate(llama, examples(WHOLE), encoder, 4, scoring="first_token")
+
+
+def test_figures_as_text_and_json():
+    whole = Metrics(0.5, None, 2.0, 4, math.exp(2), 0.25)
+    assert as_text(whole) == "acc 50.0 %, acc_norm 25.0 %, loss 2, perplexity 7.389 on 4 rows"
+    first = Metrics(0.5, 0.3, math.nan, 4, math.inf)
+    assert as_text(first) == "accuracy 50.0 %, macro-F1 0.300, loss nan, perplexity inf on 4 rows"
+    assert json.loads(to_json(first)) == {
+        "accuracy": 0.5,
+        "macro_f1": 0.3,
+        "loss": None,
+        "examples": 4,
+        "perplexity": None,
+        "accuracy_norm": None,
+    }
+
+
+def hfedmoe(*arguments):
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    return exit.value.code or 0
+
+
+def test_evaluate_a_model_on_a_task(capsys):
+    rows = FIXTURES / "arc-easy.jsonl"
+    assert hfedmoe("evaluate", "tiny", "--task", "arc-easy", "--rows", rows, "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["examples"] == 3
+    assert {whole["accuracy"], whole["accuracy_norm"]} <= {0, 1 / 3, 2 / 3, 1}
+    assert hfedmoe("evaluate", "tiny", "--task", "arc-easy", "--rows", rows, "--limit", 2) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("acc ")
+    assert "acc_norm" in line
+    assert line.endswith("on 2 rows")
+
+
+def test_evaluate_a_run_on_a_task(tmp_path, capsys):
+    folder, rows = tmp_path / "run", FIXTURES / "piqa.jsonl"
+    small = ["federation.rounds=1", "clients.count=2", "train.steps=1", "data.train_rows=40", "data.test_rows=4"]
+    small += ["evaluation.watch_rows=0", "train.loss=choices"]
+    config = Path(__file__).parents[1] / "configs" / "tiny.toml"
+    assert hfedmoe("run", config, "--out", folder, *(part for key in small for part in ("--set", key))) == 0
+    capsys.readouterr()
+    figures = []
+    for target in ([folder, "--checkpoint", 0], [folder, "--checkpoint", "last"], ["tiny"]):
+        assert hfedmoe("evaluate", *target, "--task", "piqa", "--rows", rows, "--json") == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    start, end, model = figures
+    assert start["examples"] == 4
+    assert start["accuracy_norm"] == model["accuracy_norm"]
+    assert start["loss"] == pytest.approx(model["loss"], rel=1e-5)  # nothing was trained yet
+    assert end["loss"] != pytest.approx(start["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "pica"], "--task pica: not a data set known by name; known: ag-news, 20newsgroups"),
+        (["--limit", "3"], "--limit: goes with --task"),
+        (["--rows", "rows.jsonl"], "--rows: goes with --task"),
+        (["--task", "piqa", "--rows", "gone.jsonl"], "gone.jsonl: no such file"),
+    ],
+)
+def test_bad_requests_on_the_command_line(capsys, arguments, message):
+    assert hfedmoe("evaluate", "tiny", *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error

@@ -227,7 +227,7 @@ def test_a_damaged_line_is_left_out_with_a_warning(run, caplog):
     assert "line 2 is damaged" in caplog.text
 
 
-# experts.npz
+# experts.npy
 
 
 def test_experts_pad_layers_and_absent_clients(run):
@@ -258,8 +258,8 @@ def test_experts_of_the_same_round_are_replaced(run):
 
 
 def test_damaged_experts_are_a_user_error(run):
-    (run.path / "experts.npz").write_bytes(b"PK broken")
-    with pytest.raises(UserError, match=r"experts.npz: damaged"):
+    (run.path / "experts.npy").write_bytes(b"PK broken")
+    with pytest.raises(UserError, match=r"experts.npy: damaged"):
         run.read_experts()
 
 
@@ -517,7 +517,7 @@ def test_a_full_disk_is_a_user_error_and_harms_nothing(run):
     with child(SMALL_DISK, run.path) as process:
         out, err = process.communicate(timeout=120)
     assert err == ""
-    names = ["checkpoints", "checkpoints", "metrics.jsonl", "experts.npz"]
+    names = ["checkpoints", "checkpoints", "metrics.jsonl", "experts.npy"]
     assert out.splitlines() == [
         f"{run.path / name}: cannot be written (File too large); "
         f"free some space, then `hfedmoe resume {run.path}`"
@@ -569,3 +569,73 @@ def test_a_folder_that_vanished_is_a_user_error(run):
 def test_importing_is_cheap():
     code = "import sys, hfedmoe.runs; print(sorted({'torch', 'safetensors', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+# clients of a checkpoint
+
+
+def client_tensors(round: int, *names: str) -> dict[str, torch.Tensor]:
+    return {name: torch.full((2,), float(round)) for name in names}
+
+
+def values(checkpoint) -> dict[str, float]:
+    return {name: tensor[0].item() for name, tensor in sorted(checkpoint.clients.items())}
+
+
+def test_a_checkpoint_links_what_its_clients_did_not_change(run):
+    run.save_checkpoint(0, tensors(0), {}, {})
+    run.save_checkpoint(1, tensors(1), {}, client_tensors(1, "a", "b", "c"), since=0)
+    run.save_checkpoint(2, tensors(2), {}, client_tensors(2, "b"), since=1)
+    run.save_checkpoint(3, tensors(3), {}, client_tensors(3, "d"), since=2)
+    assert run.saved_rounds() == [2, 3]  # the files of round 1 are gone from there, and still linked
+    assert values(run.load_checkpoint(2)) == {"a": 1, "b": 2, "c": 1}
+    assert values(run.load_checkpoint(3)) == {"a": 1, "b": 2, "c": 1, "d": 3}
+    names = sorted(path.name for path in (run.path / "checkpoints/round-0003").glob("clients*"))
+    assert names == ["clients-0001.safetensors", "clients-0002.safetensors", "clients.safetensors"]
+
+
+def test_what_is_out_of_date_is_not_linked_for_ever(run):
+    run.save_checkpoint(1, tensors(1), {}, client_tensors(1, "a", "b"))
+    for round in range(2, 30):
+        run.save_checkpoint(round, tensors(round), {}, client_tensors(round, "a"), since=round - 1)
+        assert values(run.load_checkpoint(round)) == {"a": round, "b": 1}
+        assert len(list((run.path / f"checkpoints/round-{round:04d}").glob("clients*"))) <= 3
+    run.save_checkpoint(30, tensors(30), {}, client_tensors(30, "a", "b"), since=29)
+    assert [path.name for path in (run.path / "checkpoints/round-0030").glob("clients*")] == ["clients.safetensors"]
+
+
+def test_a_damaged_link_is_noticed(run):
+    run.save_checkpoint(1, tensors(1), {}, client_tensors(1, "a"))
+    run.save_checkpoint(2, tensors(2), {}, client_tensors(2, "b"), since=1)
+    path = run.path / "checkpoints/round-0002/clients-0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match=r"clients-0001.safetensors has another checksum"):
+        run.load_checkpoint(2)
+
+
+# rows that come one by one
+
+
+def test_expert_rows_of_a_round_that_fails_are_forgotten(run):
+    run.append_experts(1, [2], [0], [[1, 2]], [[0, 0]], [[1, 1]], [[1, 0]])
+    before = (run.path / "experts.npy").read_bytes()
+
+    def fail() -> None:
+        with run.expert_rows(2, [2]) as add:
+            add(0, [1, 2], [0, 0], [1, 1], [1, 0])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (run.path / "experts.npy").read_bytes() == before
+    rows = np.load(run.path / "experts.npy")
+    assert rows["usage"].tolist() == [[[1, 2]]]
+
+
+def test_clients_of_a_line_may_come_one_by_one(run):
+    run.append_round({"round": 1, "loss": float("nan")}, iter([{"client": 0}, {"client": 1, "x": None}]))
+    run.append_round({"round": 2}, iter([]))
+    assert run.read_rounds() == [
+        {"round": 1, "loss": None, "clients": [{"client": 0}, {"client": 1, "x": None}]},
+        {"round": 2, "clients": []},
+    ]

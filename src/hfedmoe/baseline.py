@@ -1,14 +1,22 @@
-"""Measure a model as it is, without a run: the figure that fine-tuning has to beat."""
+"""Measure a model as it is, without a run: the figure that fine-tuning has to beat.
+
+Either on the held-out rows of a configuration, or on a data set known by name, as lm-evaluation-harness does.
+"""
 
 from pathlib import Path
 
-from hfedmoe.config import RunConfig
+import torch
+
+from hfedmoe.config import DataConfig, ModelConfig, RunConfig
 from hfedmoe.data.encoding import Encoder
-from hfedmoe.data.tasks import load_watched_task
+from hfedmoe.data.known import KNOWN
+from hfedmoe.data.tasks import Task, load_test, load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
-from hfedmoe.loading import load
+from hfedmoe.experiment import Prepared, wrap
+from hfedmoe.loading import Loaded, load
 from hfedmoe.report.live import Watcher
+from hfedmoe.runs import RunFolder
 
 
 def evaluate_model(name: str, config: RunConfig, watcher: Watcher) -> Metrics:
@@ -20,25 +28,89 @@ def evaluate_model(name: str, config: RunConfig, watcher: Watcher) -> Metrics:
     Raises:
         UserError: the model or the data cannot be loaded.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{name}: neither a run folder (no config.toml) nor a model (no config.json)")
-    settings = config.model
-    if settings.name != name:
-        settings = settings.model_copy(update={"name": name, "upcycle": None, "revision": None})
+    settings = _settings_of(name, config.model)
     watcher.phase("reading the data")
     # The rows that a run is tested on, so that the two figures can be compared.
     task, _ = load_watched_task(config.data, config.partition, config.seed, config.evaluation.watch_rows)
-    watcher.phase(f"loading {name}")
-    loaded = load(settings, config.seed)
-    encoder = Encoder.for_task(
-        loaded.tokenizer, task, config.data.max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id
+    return _evaluate(settings, task, config, watcher)
+
+
+def evaluate_model_on(name: str, data: DataConfig, config: RunConfig, watcher: Watcher) -> Metrics:
+    """Evaluate the model `name` on the rows of a data set known by name, in their own order.
+
+    Raises:
+        UserError: the model or the data cannot be loaded.
+    """
+    settings = _settings_of(name, config.model)
+    watcher.phase("reading the data")
+    return _evaluate(settings, load_test(data), config, watcher)
+
+
+def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) -> Metrics:
+    """Evaluate a checkpoint ("last", "best" or a round's number) of a run on a data set known by name.
+
+    Raises:
+        UserError: not a run folder, no such checkpoint, or the data cannot be loaded.
+    """
+    with RunFolder.open(path) as folder:
+        if which not in ("last", "best") and not which.isdigit():
+            raise UserError(f'checkpoint "{which}": expected last, best or the number of a round')
+        checkpoint = folder.load_checkpoint(int(which) if which.isdigit() else which)  # type: ignore[arg-type]
+        config = folder.config
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    watcher.phase("reading the data")
+    task = load_test(data)
+    watcher.phase(f"loading {config.model.name}")
+    loaded = load(config.model, config.seed)
+    model = wrap(loaded.model, config, loaded.store)
+    prepared = Prepared(config, model, _encoder(loaded, task, data.max_tokens), task, watch=[])
+    try:
+        return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: does not fit the model ({error})") from None
+
+
+def task_data(task: str, config: RunConfig, limit: int | None = None, rows: Path | None = None) -> DataConfig:
+    """The data settings of `hfedmoe evaluate --task NAME[:SUBSET] --limit N --rows FILE`.
+
+    Raises:
+        UserError: no data set has that name.
+    """
+    name, _, subset = task.partition(":")
+    if name not in KNOWN:
+        raise UserError(f"--task {task}: not a data set known by name; known: {', '.join(KNOWN)}")
+    return DataConfig.model_validate(
+        {
+            "source": name if rows is None else str(rows),
+            "format": name,
+            "subset": subset or None,
+            "test_rows": limit,
+            "max_tokens": config.data.max_tokens,
+            "chat": config.data.chat,
+        }
     )
+
+
+def _settings_of(name: str, own: ModelConfig) -> ModelConfig:
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{name}: neither a run folder (no config.toml) nor a model (no config.json)")
+    return own if own.name == name else own.model_copy(update={"name": name, "upcycle": None, "revision": None})
+
+
+def _evaluate(settings: ModelConfig, task: Task, config: RunConfig, watcher: Watcher) -> Metrics:
+    watcher.phase(f"loading {settings.name}")
+    loaded = load(settings, config.seed)
     return evaluate(
         loaded.model,
         task.test,
-        encoder,
+        _encoder(loaded, task, config.data.max_tokens),
         config.evaluation.batch_size,
         config.evaluation.scoring,
         on_batch=watcher.evaluating,
     )
+
+
+def _encoder(loaded: Loaded, task: Task, max_tokens: int) -> Encoder:
+    return Encoder.for_task(loaded.tokenizer, task, max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id)

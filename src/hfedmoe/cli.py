@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -171,25 +171,68 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option(help="For a model: the config whose test rows are used; none: demo.")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:SUBSET]",
+            help="A data set by name instead (piqa, mmlu:anatomy, ...), scored as lm-evaluation-harness does.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --task: only the first so many rows.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="With --task: a file with its rows, instead of the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a checkpoint of a run, or a model as it is, on held-out rows."""
-    from hfedmoe import baseline
-    from hfedmoe.report.live import Live
-    from hfedmoe.report.scores import as_text
+    """Measure a checkpoint of a run, or a model as it is, on held-out rows or on a data set known by name."""
+    of_run = (Path(target) / "config.toml").is_file()
+    if of_run and config is not None:
+        raise UserError("--config: a run folder has its own config; leave the option out")
+    if not of_run and checkpoint is not None:
+        raise UserError(f"--checkpoint: {target} is not a run folder (it has no config.toml); only runs have them")
+    if task is None and (limit is not None or rows is not None):
+        raise UserError(f"--{'rows' if limit is None else 'limit'}: goes with --task; a config has data.test_rows")
+    from hfedmoe import baseline, experiment
+    from hfedmoe.config import load_config
+    from hfedmoe.report.live import Live, Silent
+    from hfedmoe.report.scores import as_text, to_json
 
-    if (Path(target) / "config.toml").is_file():
-        if config is not None:
-            raise UserError("--config: a run folder has its own config; leave the option out")
-        from hfedmoe import experiment
-
-        with Live() as live:
+    with nullcontext(Silent()) if as_json else Live() as live:
+        if task is not None:
+            # Without a config the model is taken as it is: the demo would upcycle it.
+            settings = load_config(Path(target) / "config.toml" if of_run else config)
+            data = baseline.task_data(task, settings, limit, rows)
+            if of_run:
+                metrics = baseline.evaluate_run_on(Path(target), checkpoint or "best", data, live)
+            else:
+                metrics = baseline.evaluate_model_on(target, data, settings, live)
+        elif of_run:
             metrics = experiment.evaluate_run(Path(target), checkpoint or "best", live)
-    else:
-        if checkpoint is not None:
-            raise UserError(f"--checkpoint: {target} is not a run folder (it has no config.toml); only runs have them")
-        with Live() as live:
+        else:
             metrics = baseline.evaluate_model(target, _load(config, None), live)
-    typer.echo(as_text(metrics))
+    typer.echo(to_json(metrics) if as_json else as_text(metrics))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist or be empty.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            metavar="FORM",
+            help="merged: a transformers checkpoint; adapter: PEFT; client: a client's sub-model, with fewer experts.",
+        ),
+    ] = "merged",
+    client: Annotated[int | None, typer.Option(help="For --as client: the client's number.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="best, last or the number of a round.")] = "best",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; none: the model's, float32 for an adapter.")
+    ] = None,
+) -> None:
+    """Write a result of a run as something that transformers or PEFT loads, with a model card."""
+    from hfedmoe.export.run import export_run
+
+    typer.echo(export_run(run, out, form, client, checkpoint, dtype))
 
 
 @app.command()

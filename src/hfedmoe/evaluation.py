@@ -1,19 +1,26 @@
-"""Measure a model on held-out examples: accuracy over choices, macro-F1, loss and perplexity."""
+"""Measure a model on held-out examples: accuracy over choices, macro-F1, loss and perplexity.
+
+Whole choices are scored as EleutherAI's lm-evaluation-harness does, so that figures can be compared: `accuracy` is its
+`acc`, `accuracy_norm` its `acc_norm`.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hfedmoe.data.encoding import IGNORED, Encoder
-from hfedmoe.data.rows import Example
+from hfedmoe.data.rows import Example, short
 from hfedmoe.errors import UserError
 
 Scoring = Literal["auto", "first_token", "loglikelihood"]
+
+UNLIMITED = 10**18
+"""Tokenizers that know no limit say 10^30."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class Metrics:
     first tokens under first-token scoring, else of all of them. `perplexity` is its exponential. Both may be
     infinite or NaN: a broken model is reported as such. `accuracy` is None for completions. `macro_f1` is None unless
     all examples have the same choices (classification); labels that are neither true nor predicted anywhere are left
-    out of its mean.
+    out of its mean. `accuracy_norm` divides the log-probability of a choice by its length in characters; None unless
+    whole choices are compared.
     """
 
     accuracy: float | None
@@ -32,21 +40,25 @@ class Metrics:
     loss: float
     examples: int
     perplexity: float
+    accuracy_norm: float | None = None
 
 
 @dataclass(frozen=True)
 class _Request:
-    """One prompt with one continuation to score; `row` and `choice` say whose."""
+    """One prompt with the continuations to score behind it; `row` and `choices` say whose.
+
+    All continuations have the same tokens but the last, so that one forward pass serves them all.
+    """
 
     row: int
-    choice: int
+    choices: list[int]
     prompt: list[int]
-    answer: list[int]
+    answers: list[list[int]]
 
     @property
     def sort_key(self) -> tuple[int, list[int], list[int]]:
         """Length first, against padding; then the tokens, so that batches do not depend on the examples' order."""
-        return len(self.prompt) + len(self.answer), self.prompt, self.answer
+        return len(self.prompt) + len(self.answers[0]), self.prompt, self.answers[0]
 
 
 def evaluate(
@@ -56,6 +68,7 @@ def evaluate(
     batch_size: int,
     scoring: Scoring = "auto",
     on_batch: Callable[[int, int], None] | None = None,
+    max_length: int | None = None,
 ) -> Metrics:
     """Score every example; the order of the examples does not change the result.
 
@@ -63,12 +76,15 @@ def evaluate(
         model: a transformers model; its training modes are restored afterwards.
         examples: all with choices, or all with completions.
         encoder: of the model's tokenizer and the task's template.
-        batch_size: sequences per forward pass; loglikelihood needs one sequence per choice.
+        batch_size: sequences per forward pass; loglikelihood needs one sequence per choice, or per group of choices
+            that differ in their last token only.
         scoring: `first_token` compares the logits of the choices' first tokens, one forward pass per example;
-            `loglikelihood` compares the summed log-probability of every whole choice (`acc` of lm-evaluation-harness),
-            the lower index winning ties; `auto` takes first tokens if they tell the choices of every example apart.
-            Completions are never compared.
+            `loglikelihood` compares the summed log-probability of every whole choice, the lower index winning ties;
+            `auto` takes first tokens where training does (classification whose labels they tell apart), else whole
+            choices. Completions are never compared.
         on_batch: called after every batch with the sequences done and the sequences in all.
+        max_length: of multiple choice under loglikelihood, whose prompts are cut in front to fit; None: as long as the
+            model takes.
 
     Raises:
         UserError: there are no examples, an answer is too long, or first tokens do not tell the choices apart.
@@ -76,21 +92,17 @@ def evaluate(
     if not examples:
         raise UserError("there are no held-out rows to evaluate on; raise data.test_rows or data.test_share")
     completions = not examples[0].choices
-    distinct = not completions and encoder.distinct_first_tokens(examples)
-    if scoring == "first_token" and not distinct and not completions:
-        raise UserError(
-            "evaluation.scoring=first_token: some choices begin with the same token; use loglikelihood or auto"
-        )
-    first_token = distinct and scoring != "loglikelihood"
-
-    requests = []
-    for row, (example, prompt) in enumerate(zip(examples, encoder.prompts(examples), strict=True)):
-        if completions or first_token:
-            requests.append(
-                _Request(row, example.answer, prompt, encoder.answer(example)[: 1 if first_token else None])
-            )
-        else:
-            requests += [_Request(row, j, prompt, answer) for j, answer in enumerate(encoder.choices(example))]
+    first_token = not completions and _by_first_token(examples, encoder, scoring)
+    if completions or first_token:
+        end = 1 if first_token else None
+        prompts = encoder.prompts(examples)
+        requests = [
+            _Request(row, [example.answer], prompt, [encoder.answer(example)[:end]])
+            for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True))
+        ]
+    else:
+        longest = max_length or longest_input(model, encoder.tokenizer)
+        requests = _choice_requests(examples, encoder, longest)
     requests.sort(key=lambda request: request.sort_key)
 
     losses: list[float] = []  # per right answer, summed over its tokens
@@ -100,18 +112,20 @@ def evaluate(
         device = next(model.parameters()).device
         for start in range(0, len(requests), batch_size):
             chunk = requests[start : start + batch_size]
-            batch = encoder.collate([r.prompt for r in chunk], [r.answer for r in chunk]).to(device)
+            batch = encoder.collate([r.prompt for r in chunk], [r.answers[0] for r in chunk]).to(device)
             logits = model(**batch.model_inputs()).logits[:, -batch.targets.shape[1] :].float()  # [B, A, V]
-            sums = answer_log_probs(logits, batch.targets).tolist()  # [B]
+            sums = _sums(logits, batch.targets, chunk, encoder)
             for index, request in enumerate(chunk):
                 example = examples[request.row]
                 if first_token:
                     scores[request.row] = logits[index, -1, encoder.first_tokens(example)].tolist()
-                elif not completions:
-                    scores[request.row][request.choice] = sums[index]
-                if completions or request.choice == example.answer:
-                    losses.append(-sums[index])
-                    tokens += len(request.answer)
+                for choice, answer in zip(request.choices, request.answers, strict=True):
+                    total = next(sums)
+                    if not completions and not first_token:
+                        scores[request.row][choice] = total
+                    if completions or choice == example.answer:
+                        losses.append(-total)
+                        tokens += len(answer)
             if on_batch is not None:
                 on_batch(start + len(chunk), len(requests))
 
@@ -123,11 +137,101 @@ def evaluate(
     if completions:
         return Metrics(None, None, loss, len(examples), perplexity)
     truth = [example.answer for example in examples]
-    # max returns the first of equals, so ties go to the lower index
-    predicted = [max(range(len(row)), key=row.__getitem__) for row in scores]
-    accuracy = sum(t == p for t, p in zip(truth, predicted, strict=True)) / len(examples)
+    predicted = [_best(row) for row in scores]
     same_choices = all(example.choices == examples[0].choices for example in examples)
-    return Metrics(accuracy, macro_f1(truth, predicted) if same_choices else None, loss, len(examples), perplexity)
+    normed = None
+    if not first_token:
+        lengths = [[len(choice) for choice in example.choices] for example in examples]
+        shares = [[s / n for s, n in zip(*row, strict=True)] for row in zip(scores, lengths, strict=True)]
+        normed = _hit_rate(truth, [_best(row) for row in shares])
+    return Metrics(
+        accuracy=_hit_rate(truth, predicted),
+        macro_f1=macro_f1(truth, predicted) if same_choices else None,
+        loss=loss,
+        examples=len(examples),
+        perplexity=perplexity,
+        accuracy_norm=normed,
+    )
+
+
+def longest_input(model: nn.Module, tokenizer: Any) -> int:
+    """The tokens that fit into one input, found where lm-evaluation-harness looks: config, tokenizer, else 2048."""
+    config: Any = model.config
+    config = getattr(config, "text_config", None) or config
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    length = tokenizer.model_max_length
+    return int(length) if length < UNLIMITED else 2048
+
+
+def _by_first_token(examples: Sequence[Example], encoder: Encoder, scoring: Scoring) -> bool:
+    if scoring == "loglikelihood" or (scoring == "auto" and not encoder.first_token_only):
+        return False
+    distinct = encoder.distinct_first_tokens(examples)
+    if scoring == "first_token" and not distinct:
+        raise UserError(
+            "evaluation.scoring=first_token: some choices begin with the same token; use loglikelihood or auto"
+        )
+    return distinct
+
+
+def _choice_requests(examples: Sequence[Example], encoder: Encoder, longest: int) -> list[_Request]:
+    """One request for every choice, choices that differ in their last token in one."""
+    if encoder.whole_prompts:
+        pairs = [
+            [_fitted(*pair, example, encoder, longest) for pair in row]
+            for example, row in zip(examples, encoder.pairs(examples), strict=True)
+        ]
+    else:
+        prompts = encoder.prompts(examples)
+        pairs = [
+            [(prompt, answer) for answer in encoder.choices(example)]
+            for example, prompt in zip(examples, prompts, strict=True)
+        ]
+    requests: list[_Request] = []
+    for row, choices in enumerate(pairs):
+        groups: dict[tuple[tuple[int, ...], tuple[int, ...]], _Request] = {}
+        for choice, (prompt, answer) in enumerate(choices):
+            key = (tuple(prompt), tuple(answer[:-1]))
+            request = groups.setdefault(key, _Request(row, [], prompt, []))
+            request.choices.append(choice)
+            request.answers.append(answer)
+        requests += groups.values()
+    return requests
+
+
+def _fitted(
+    prompt: list[int], answer: list[int], example: Example, encoder: Encoder, longest: int
+) -> tuple[list[int], list[int]]:
+    """Prompt and answer with the prompt cut in front, so that the model's input has at most `longest` tokens."""
+    if not answer or len(answer) > longest:
+        raise UserError(
+            f"example {short(example.text)}: a choice has {len(answer)} tokens behind its prompt, but may have 1 to "
+            f"{longest}; change the choice or data.template"
+        )
+    # The last token of the answer is predicted, not put in.
+    room = longest if encoder.encoder_decoder else longest + 1 - len(answer)
+    return prompt[-room:], answer
+
+
+def _sums(logits: Tensor, targets: Tensor, chunk: Sequence[_Request], encoder: Encoder) -> Iterator[float]:
+    """The log-probability of every answer of the chunk, from logits `[B, A, V]`; `targets`: of the first answers."""
+    if any(len(request.answers) > 1 for request in chunk):
+        owners = [index for index, request in enumerate(chunk) for _ in request.answers]
+        answers = [answer for request in chunk for answer in request.answers]
+        logits = logits[owners]
+        targets = encoder.collate(answers, answers).targets.to(logits.device)
+    return iter(answer_log_probs(logits, targets).tolist())
+
+
+def _best(scores: Sequence[float]) -> int:
+    """The index of the highest; max returns the first of equals, so ties go to the lower index."""
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def _hit_rate(truth: Sequence[int], predicted: Sequence[int]) -> float:
+    return sum(t == p for t, p in zip(truth, predicted, strict=True)) / len(truth)
 
 
 def answer_log_probs(logits: Tensor, targets: Tensor) -> Tensor:

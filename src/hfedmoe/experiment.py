@@ -18,7 +18,7 @@ from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, 
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
 from hfedmoe.federation.client import Device, client_app
-from hfedmoe.federation.inprocess import InProcessGrid, restore_contexts, save_contexts
+from hfedmoe.federation.inprocess import InProcessGrid, changed_contexts, restore_contexts
 from hfedmoe.federation.records import Keeper
 from hfedmoe.federation.server import Server, server_app
 from hfedmoe.loading import device_of, load
@@ -205,7 +205,7 @@ def _run(
     initial = global_tensors(model)
     devices = make_devices(prepared, parts, initial, watcher)
     grid = InProcessGrid(client_app(lambda context: devices[int(context.node_config["partition-id"])]), len(devices))
-    keeper = Keeper(folder, lambda: _to_tensors(save_contexts(grid)))
+    keeper = Keeper(folder, lambda: _to_tensors(changed_contexts(grid)), from_round)
     tensors = initial
     if from_round is not None:
         checkpoint = folder.load_checkpoint(from_round)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from hfedmoe.data.encoding import Batch
 from hfedmoe.device.rehearsal import rehearse
@@ -13,7 +13,7 @@ from hfedmoe.device.trace import Trace
 from hfedmoe.device.workload import Workload
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.training import answer_loss
-from tests.families.table import FAMILIES
+from tests.families.table import config_of
 
 KB = 1024
 
@@ -73,7 +73,7 @@ def test_flops_of_products_in_place_and_into_given_memory() -> None:
 
 
 def _structure(family: str, layers: int = 2, **changes: Any) -> Any:
-    config = CONFIG_MAPPING[family](**{**FAMILIES[family], "num_hidden_layers": layers, **changes})
+    config = config_of(family, **{"num_hidden_layers": layers, **changes})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
@@ -87,7 +87,7 @@ def test_a_rehearsed_step_holds_and_computes_what_the_real_one_does(experts: str
     workload = Workload(batch_size=6, length=40, answer_tokens=2, experts=experts, gradient_checkpointing=checkpointing)
     rehearsed = rehearse(_structure("mixtral", **size), workload)
 
-    config = CONFIG_MAPPING["mixtral"](**{**FAMILIES["mixtral"], **size})
+    config = config_of("mixtral", **size)
     model = AutoModelForCausalLM.from_config(config).train()
     moe = MoEModel(model, experts=experts)
     if checkpointing:

@@ -8,7 +8,7 @@ import torch
 from hfedmoe.moe import compact
 from hfedmoe.moe.compact import compute_in_float32
 from hfedmoe.moe.model import MoEModel
-from tests.families.table import FAMILIES, build, inputs
+from tests.families.table import CORE, build, inputs
 
 
 def rounded(family, dtype):
@@ -23,7 +23,7 @@ def rounded(family, dtype):
     return model, exact
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_outputs_and_gradients_are_those_of_float32(family):
     small, exact = rounded(family, torch.bfloat16)
     compute_in_float32(small)
@@ -59,7 +59,7 @@ def test_a_large_matrix_is_cast_in_blocks(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(blocks.sum(), embedded)[0], gradient, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_what_is_trained_in_a_16_bit_model_is_float32(family):
     model, _ = rounded(family, torch.bfloat16)
     batch = inputs(model)

@@ -59,7 +59,8 @@ def ours(p: dict[str, Tensor], scale: float, silu: bool, keep: Tensor | None = N
     math = ExpertMath(base_of(p["up"].detach(), p["down"].detach()), gate, silu_gate=silu, scale=scale)
     groups = group_pairs(p["index"].reshape(-1), E, K, keep)
     leaves = [p[name][e] for e, _, _ in groups.spans for name in LORA]
-    return experts_forward(math, p["x"], p["weights"].reshape(-1), groups, LORA, leaves)
+    stacks = {name: p[name].detach() for name in LORA}
+    return experts_forward(math, p["x"], p["weights"].reshape(-1), groups, stacks, leaves)
 
 
 @pytest.mark.parametrize("silu", [True, False])

@@ -219,9 +219,10 @@ def run(up: Any, down: Any, dtype: torch.dtype) -> list[Tensor]:
     groups = group_pairs(index.reshape(-1), E, K)
     x, weights = draw(T, H), draw(T * K)
     shape = {"up_a": (R, H), "up_b": (2 * WIDTH, R), "down_a": (R, WIDTH), "down_b": (H, R)}
-    leaves = [draw(*shape[name]) for _ in groups.spans for name in LORA]
+    stacks = {name: draw(E, *shape[name]) for name in LORA}
+    leaves = [stacks[name][expert].detach().requires_grad_() for expert, _, _ in groups.spans for name in LORA]
     math = ExpertMath(SeparateBase(up, down), gate, silu_gate=True, scale=1.5)
-    out = experts_forward(math, x, weights, groups, LORA, leaves)
+    out = experts_forward(math, x, weights, groups, {n: s.detach() for n, s in stacks.items()}, leaves)
     return [out, *torch.autograd.grad((out.float() * torch.arange(H)).sum(), [x, weights, *leaves])]
 
 

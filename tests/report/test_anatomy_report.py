@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.families.table import FAMILIES, build
+from tests.families.table import CORE, build
 
 from hfedmoe.errors import UserError
 from hfedmoe.report.anatomy import anatomy_of, as_text, to_json
@@ -30,7 +30,7 @@ def test_tiny_by_hand():
     assert anatomy.router_problem is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_parts_add_up_to_the_model(family, tmp_path):
     folder, parameters = saved(family, tmp_path)
     anatomy = anatomy_of(folder)

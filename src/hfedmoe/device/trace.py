@@ -26,6 +26,11 @@ _LIKE = {
 """Operations that torch's own FLOP counter passes over, and those that compute the same."""
 
 
+def _grouped_flops(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    """Of rows by expert [S, K] x [E, K, N] and of outer products [M, S] x [S, N]."""
+    return 2 * left.numel() * right.shape[-1]
+
+
 @dataclass
 class Timeline:
     """Bytes taken and given back, in order, each under the number of a kind."""
@@ -88,7 +93,8 @@ class Trace(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
         packet = func._overloadpacket
-        count = flop_registry.get(_LIKE.get(packet, packet))
+        grouped = packet is torch.ops.aten._grouped_mm
+        count = _grouped_flops if grouped else flop_registry.get(_LIKE.get(packet, packet))
         if count is not None:
             self.segments[-1].flops += int(count(*args, **(kwargs or {}), out_val=out))
         return out

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hfedmoe.config import RunConfig
+from hfedmoe.data.known import known_set
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Workload:
         train, model = config.train, config.model
         device = model.device.partition(":")[0] if model.device != "auto" else device
         compute = wants_float32(model.compute, torch.device(device), getattr(torch, model.dtype))
-        long = config.data.format in ("choices", "completion")
+        named = known_set(config.data)
+        long = (config.data.format if named is None else named.kind) in ("choices", "completion")
         return cls(
             batch_size=train.batch_size,
             length=config.data.max_tokens,

@@ -108,10 +108,12 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor]) ->
             raise InvalidReplyError(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}")
         if tensors[name].dtype != dtype:
             raise InvalidReplyError(f"{name} is {tensors[name].dtype}, expected {dtype}")
-        if not bool(tensors[name].isfinite().all()):
-            raise InvalidReplyError(f"{name} is not finite")
-        if name not in VECTORS and tensors[name].numel() and float(tensors[name].abs().max()) > MAX_VALUE:
-            raise InvalidReplyError(f"{name} has values over {MAX_VALUE:g}")
+        if tensors[name].numel():
+            low, high = (float(extreme) for extreme in torch.aminmax(tensors[name]))  # one pass, no temporary
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise InvalidReplyError(f"{name} is not finite")
+            if name not in VECTORS and max(-low, high) > MAX_VALUE:
+                raise InvalidReplyError(f"{name} has values over {MAX_VALUE:g}")
     vectors = {name: list(tensors.pop(name).split(num_experts)) for name in VECTORS}
     for name, limit in (("usage", 1.001), ("importance", 1.001), ("tokens", 1e12)):
         if any(bool(((part < 0) | (part > limit)).any()) for part in vectors[name]):

@@ -56,6 +56,7 @@ def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: flo
             continue
         waiting[message_id] = request.node
         if isinstance(grid, InProcessGrid):
+            del request  # its payload is delivered
             yield from _arrived(grid, waiting, waiting)
     while waiting:
         before = len(waiting)

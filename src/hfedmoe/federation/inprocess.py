@@ -27,19 +27,24 @@ class InProcessGrid(Grid):
 
     def __init__(self, app: ClientApp, num_clients: int) -> None:
         self._app = app
+        self.num_clients = num_clients
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Message] = {}
-        self.contexts = {
-            node: Context(
-                run_id=1,
-                node_id=node,
-                node_config={"partition-id": node - 1, "num-partitions": num_clients},
-                state=RecordDict(),
-                run_config={},
-                series_id=0,
-            )
-            for node in range(1, num_clients + 1)
-        }
+        self.contexts: dict[int, Context] = {}
+        """Of the nodes that keep anything: most of many clients are never drawn."""
+        self.changed: set[int] = set()
+        """Nodes whose state is another than when `changed_contexts` was last asked."""
+
+    def context(self, node: int) -> Context:
+        """What a node keeps, or a fresh context of which it keeps nothing yet."""
+        return self.contexts.get(node) or Context(
+            run_id=1,
+            node_id=node,
+            node_config={"partition-id": node - 1, "num-partitions": self.num_clients},
+            state=RecordDict(),
+            run_config={},
+            series_id=0,
+        )
 
     def set_run(self, run: Run) -> None:
         """There is one run only."""
@@ -67,7 +72,7 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """All clients: they are always there."""
-        return list(self.contexts)
+        return range(1, self.num_clients + 1)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages; each is delivered when it is pulled."""
@@ -92,11 +97,18 @@ class InProcessGrid(Grid):
         started = time.monotonic()
         # The reply's time to live is what is left of the request's, and waiting in the queue does not count.
         message.metadata.created_at = time.time()
+        node = message.metadata.dst_node_id
+        context = self.context(node)
+        before = _kept(context)
         try:
-            reply = self._app(message, self.contexts[message.metadata.dst_node_id])
+            reply = self._app(message, context)
         except Exception as error:  # a client's failure of any kind must not end the others' run
             log.debug("client on node %d failed", message.metadata.dst_node_id, exc_info=True)
             return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
+        finally:
+            if _kept(context) != before:
+                self.contexts[node] = context
+                self.changed.add(node)
         if time.monotonic() - started > message.metadata.ttl:
             return Message(Error(TOO_LATE, f"no reply within {message.metadata.ttl:g} s"), reply_to=message)
         return reply
@@ -104,19 +116,29 @@ class InProcessGrid(Grid):
 
 def save_contexts(grid: InProcessGrid) -> dict[str, bytes]:
     """The state of every client, as bytes per node (`state.*` records of `client.py`)."""
-    saved = {}
-    for node, context in grid.contexts.items():
-        for key, value in context.state.config_records.items():
-            for name, data in value.items():
-                if isinstance(data, bytes):
-                    saved[f"{node}/{key}/{name}"] = data
-    return saved
+    return {f"{node}/{path}": data for node, state in grid.contexts.items() for path, data in _kept(state).items()}
+
+
+def changed_contexts(grid: InProcessGrid) -> dict[str, bytes]:
+    """As `save_contexts`, of the clients whose state has changed since this was last asked."""
+    nodes, grid.changed = sorted(grid.changed), set()
+    return {f"{node}/{path}": data for node in nodes for path, data in _kept(grid.contexts[node]).items()}
 
 
 def restore_contexts(grid: InProcessGrid, saved: dict[str, bytes]) -> None:
     """The inverse of `save_contexts`."""
     for path, data in saved.items():
         node, key, name = path.split("/")
-        state = grid.contexts[int(node)].state
+        state = grid.contexts.setdefault(int(node), grid.context(int(node))).state
         known = state.config_records.get(key)
         state[key] = ConfigRecord({**(dict(known) if known is not None else {}), name: data})
+
+
+def _kept(context: Context) -> dict[str, bytes]:
+    """The bytes in a client's state, by record and name."""
+    return {
+        f"{key}/{name}": data
+        for key, record in context.state.config_records.items()
+        for name, data in record.items()
+        if isinstance(data, bytes)
+    }

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from safetensors.torch import load, save
 from torch import Tensor
 
 from hfedmoe.federation.trouble import Trouble
+from hfedmoe.runs.blob import dumps, loads
 
 DESCRIBE, PLAN, TRAIN = "query.describe", "query.plan", "train"
 TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
@@ -91,7 +91,7 @@ def record(facts: dict[str, object], tensors: dict[str, Tensor] | None = None) -
     """A message's content."""
     content = RecordDict({FACTS: ConfigRecord(facts)})  # type: ignore[arg-type]
     if tensors is not None:
-        blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        blob = dumps(tensors)
         content[TENSORS] = ArrayRecord({BLOB: Array("uint8", (len(blob),), BLOB, blob)})
     return content
 
@@ -105,7 +105,7 @@ def facts_of(message: Message) -> ConfigRecord:
 
 
 def tensors_of(message: Message, max_bytes: int | None = None) -> dict[str, Tensor]:
-    """The tensors of a message.
+    """The tensors of a message: views of it, to be read and not written.
 
     Raises:
         InvalidReplyError: there are none, they are larger than `max_bytes`, or they are not safetensors.
@@ -117,7 +117,7 @@ def tensors_of(message: Message, max_bytes: int | None = None) -> dict[str, Tens
     if max_bytes is not None and len(array.data) > max_bytes:
         raise InvalidReplyError(f"{len(array.data)} bytes of tensors where at most {max_bytes} are expected")
     try:
-        return load(array.data)
+        return loads(array.data)
     except Exception as error:  # whatever a crafted header makes the reader raise, the message is at fault
         raise InvalidReplyError(f"the tensors cannot be read ({error})") from None
 

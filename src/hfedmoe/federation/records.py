@@ -1,7 +1,10 @@
 """What is written down of every round: the line in metrics.jsonl, the expert vectors, and the checkpoint."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import torch
@@ -9,27 +12,42 @@ from torch import Tensor
 
 from hfedmoe.evaluation import Metrics
 from hfedmoe.federation.messages import Update
+from hfedmoe.federation.phases import Phases
 from hfedmoe.federation.prior import UsageMean
-from hfedmoe.method.aggregation import routing_consistency
+from hfedmoe.method.aggregation import passes
 from hfedmoe.report.live import FinalLine, PaceLine, Score
 from hfedmoe.runs import RunFolder
 
 SaveClients = Callable[[], dict[str, Tensor]]
+AddRow = Callable[..., None]
+
+IN_MEMORY = 1 << 20
+"""Bytes of what is noted of a round's clients; more goes to a temporary file."""
+REASONS = 5
+"""Clients left out of a round of which the reason is remembered for the error message."""
 
 
-@dataclass
 class RoundRecord:
-    """One round as it goes on. Dictionaries are per client number."""
+    """One round as it goes on. What is noted of a client leaves memory, but for the bytes it received and sent.
 
-    round: int
-    bytes_down: dict[int, int] = field(default_factory=dict)
-    bytes_up: dict[int, int] = field(default_factory=dict)
-    clients: dict[int, dict[str, Any]] = field(default_factory=dict)
-    vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    missing: dict[int, tuple[str, str]] = field(default_factory=dict)
-    seconds: float = 0.0
-    planning_seconds: float = 0.0
-    evaluation_seconds: float = 0.0
+    Args:
+        num_experts: E_l of every layer.
+        tau: of the method; decides who uses an expert (eq. 18).
+        add_row: takes a client's number and vectors (`RoundRows.add`).
+    """
+
+    def __init__(self, round: int, num_experts: list[int], tau: float, add_row: AddRow) -> None:
+        self.round = round
+        self.bytes_down: dict[int, int] = {}
+        self.bytes_up: dict[int, int] = {}
+        self.missing: dict[int, str] = {}
+        self.num_missing = 0
+        self.seconds = self.planning_seconds = self.evaluation_seconds = self.training_seconds = 0.0
+        self.phases = Phases()
+        self._tau, self._add_row = tau, add_row
+        self._used = [torch.zeros(number, dtype=torch.bool) for number in num_experts]
+        self._notes = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (it lives as long as the round)
+        self._at: dict[int, int] = {}
 
     def sent(self, client: int, size: int) -> None:
         """Count bytes sent to a client."""
@@ -40,46 +58,55 @@ class RoundRecord:
     ) -> None:
         """Note a valid update, but none of its tensors; the last argument is what a deadline may have lowered."""
         self.bytes_up[client] = self.bytes_up.get(client, 0) + size
-        held = torch.cat(resident)
-        self.clients[client] = {
-            "examples": update.examples,
-            "resident": int(held.sum()),
-            "trained": sum(int(flags.sum()) for flags in update.trained),
-            "tokens": sum(float(tokens.sum()) for tokens in update.tokens),
-            "first_loss": update.losses[0] if update.losses else None,
-            "last_loss": update.losses[-1] if update.losses else None,
-            "seconds": update.seconds,
-            "peak_bytes": update.peak_bytes,
-            "peak_is": "measured" if update.peak_is_measured else "predicted",
-            "steps": update.steps,
-            "steps_wanted": update.steps_wanted,
-            "activation": update.activation,
-            "activation_wanted": activation_wanted,
-            "deadline_s": update.deadline_s,
-            "status": "ok",
-        }
-        self.vectors[client] = {
-            "usage": torch.cat(update.usage),
-            "importance": torch.cat(update.importance),
-            "resident": held,
-            "trained": torch.cat(update.trained),
-        }
+        self.training_seconds += update.seconds
+        held, trained = torch.cat(resident), torch.cat(update.trained)
+        uses = [passes(usage, self._tau) for usage in update.usage]
+        for used, here in zip(self._used, uses, strict=True):
+            used |= here
+        self._note(
+            client,
+            {
+                "examples": update.examples,
+                "resident": int(held.sum()),
+                "trained": int(trained.sum()),
+                "tokens": sum(float(tokens.sum()) for tokens in update.tokens),
+                "first_loss": update.losses[0] if update.losses else None,
+                "last_loss": update.losses[-1] if update.losses else None,
+                "seconds": update.seconds,
+                "peak_bytes": update.peak_bytes,
+                "peak_is": "measured" if update.peak_is_measured else "predicted",
+                "steps": update.steps,
+                "steps_wanted": update.steps_wanted,
+                "activation": update.activation,
+                "activation_wanted": activation_wanted,
+                "deadline_s": update.deadline_s,
+                "status": "ok",
+                "routing_consistency": [int(here.sum()) for here in uses],
+            },
+        )
+        self._add_row(client, torch.cat(update.usage), torch.cat(update.importance), held, trained)
 
     def left_out(self, client: int, status: str, reason: str) -> None:
         """Note a client that gave no valid update."""
-        self.missing[client] = (status, reason)
-        self.clients[client] = {"status": status, "reason": reason}
+        self.num_missing += 1
+        if len(self.missing) < REASONS:
+            self.missing[client] = reason
+        self._note(client, {"status": status, "reason": reason})
 
-    def note_consistency(self, num_experts: list[int], tau: float) -> None:
-        """Note r(c) of eq. 18 for every client, the mean over the layers; it is reported and weighs nothing."""
-        clients = sorted(self.vectors)
-        layers = torch.stack([self.vectors[client]["usage"] for client in clients]).split(num_experts, dim=1)
-        shares = torch.stack([routing_consistency(usage, tau) for usage in layers]).mean(0)
-        for client, share in zip(clients, shares.tolist(), strict=True):
-            self.clients[client]["routing_consistency"] = share
+    def clients(self) -> Iterator[dict[str, Any]]:
+        """What is noted of every client, by its number."""
+        in_use = torch.tensor([int(used.sum()) for used in self._used]).clamp_min(1).float()
+        for client in sorted(self._at):
+            self._notes.seek(self._at[client])
+            facts: dict[str, Any] = json.loads(self._notes.readline())
+            if "routing_consistency" in facts:
+                # r(c) of eq. 18, the mean over the layers; S_c is a part of S, so |S_c| is all it needs of a client.
+                facts["routing_consistency"] = (torch.tensor(facts["routing_consistency"]) / in_use).mean().item()
+            down, up = self.bytes_down.get(client, 0), self.bytes_up.get(client, 0)
+            yield {"client": client, **facts, "bytes_down": down, "bytes_up": up}
 
     def line(self, watched: Metrics | None, whole: Metrics | None) -> dict[str, Any]:
-        """The round's line in metrics.jsonl."""
+        """The round's line in metrics.jsonl, without the clients."""
         shown = whole or watched
         return {
             "round": self.round,
@@ -91,48 +118,115 @@ class RoundRecord:
             "bytes_up": sum(self.bytes_up.values()),
             "seconds": self.seconds,
             "seconds_planning": self.planning_seconds,
-            "seconds_training": sum(client.get("seconds", 0.0) for client in self.clients.values()),
+            "seconds_training": self.training_seconds,
             "seconds_evaluation": self.evaluation_seconds,
-            "short": bool(self.missing),
-            "clients": [
-                {
-                    "client": number,
-                    **facts,
-                    "bytes_down": self.bytes_down.get(number, 0),
-                    "bytes_up": self.bytes_up.get(number, 0),
-                }
-                for number, facts in sorted(self.clients.items())
-            ],
+            "seconds_by_phase": self.phases.seconds,
+            "short": bool(self.num_missing),
         }
+
+    def _note(self, client: int, facts: dict[str, Any]) -> None:
+        self._at[client] = self._notes.seek(0, 2)
+        self._notes.write(json.dumps(facts).encode() + b"\n")
+
+
+@dataclass(slots=True)
+class ClientTotals:
+    """One client over the rounds that it completed; `steps` to `deadline_s` over those under a deadline."""
+
+    rounds: int = 0
+    resident: int = 0
+    trained: int = 0
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    paced: int = 0
+    steps: int = 0
+    steps_wanted: int = 0
+    activation: float = 0.0
+    activation_wanted: float = 0.0
+    deadline_s: float = 0.0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Count a client's entry in a line of metrics.jsonl."""
+        self.bytes_down += row["bytes_down"]
+        self.bytes_up += row["bytes_up"]
+        if row["status"] != "ok":
+            return
+        self.rounds += 1
+        self.resident, self.trained = row["resident"], row["trained"]
+        self.seconds += row["seconds"]
+        if row["peak_is"] == "measured":
+            self.measured_bytes = max(self.measured_bytes or 0, row["peak_bytes"])
+        else:
+            self.predicted_bytes = max(self.predicted_bytes or 0, row["peak_bytes"])
+        if row.get("deadline_s") is not None:
+            self.paced += 1
+            self.steps += row["steps"]
+            self.steps_wanted += row["steps_wanted"]
+            self.activation += row["activation"]
+            self.activation_wanted += row["activation_wanted"]
+            self.deadline_s = row["deadline_s"]
+
+    def pace(self) -> PaceLine | None:
+        """What the deadline left of its rounds: sums of the steps, means over the rounds."""
+        if not self.paced:
+            return None
+        wanted = self.activation_wanted / self.paced
+        return PaceLine(self.steps, self.steps_wanted, self.activation / self.paced, wanted, self.deadline_s)
 
 
 class Keeper:
     """Writes a federation's progress into its run folder, and knows it when the run is resumed.
 
     Args:
-        folder: of the run; None keeps records in memory only (a server app without a folder).
-        save_clients: what the clients of this process remember, to be saved with each checkpoint.
+        folder: of the run; None keeps only sums in memory (a server app without a folder).
+        save_clients: what those clients of this process remember that changed since it was last called, to be saved
+            with each checkpoint.
+        from_round: of the checkpoint from which the run goes on.
     """
 
-    def __init__(self, folder: RunFolder | None, save_clients: SaveClients | None = None) -> None:
+    def __init__(
+        self, folder: RunFolder | None, save_clients: SaveClients | None = None, from_round: int | None = None
+    ) -> None:
         self.folder = folder
         self._in_process = save_clients is not None
         self._save_clients = save_clients or (dict)
-        self.lines: list[dict[str, Any]] = [] if folder is None else folder.read_rounds()
-        self.scores: list[Score] = [
-            _score(line["round"], line["evaluation"]["all"]) for line in self.lines if "all" in line["evaluation"]
-        ]
+        self._last_saved = from_round
+        self.scores: list[Score] = []
+        self.totals: dict[int, ClientTotals] = {}
+        """Of the clients that took part so far."""
         self._names: dict[int, str] = {}
+        self._total_experts = 0
         self.usage = UsageMean()
         """Of the federation, over all complete rounds."""
-        if folder is not None and folder.config.method.bootstrap == "prior":
-            self._recall_usage(folder)
+        if folder is not None:
+            self._recall(folder)
 
-    def _recall_usage(self, folder: RunFolder) -> None:
-        history = folder.read_experts()
-        if history is not None:
-            rows = ((line["round"], row) for line in self.lines for row in line["clients"] if row["status"] == "ok")
-            self.usage.add_rounds(history, {(round, row["client"]): row["examples"] for round, row in rows})
+    def _recall(self, folder: RunFolder) -> None:
+        rows = folder.read_expert_rows()
+        if rows is not None and len(rows):
+            self._total_experts = int((rows["usage"][0] == rows["usage"][0]).sum())  # NaN pads layers
+        prior = folder.config.method.bootstrap == "prior" and rows is not None
+        for line in folder.iter_rounds():
+            if "all" in line["evaluation"]:
+                self.scores.append(_score(line["round"], line["evaluation"]["all"]))
+            examples = {row["client"]: row["examples"] for row in line["clients"] if row["status"] == "ok"}
+            if prior:
+                self.usage.add_round(rows[rows["round"] == line["round"]], examples)
+            for row in line["clients"] if "bytes_down" in line else ():
+                self.totals.setdefault(row["client"], ClientTotals()).add(row)
+
+    @contextmanager
+    def recording(self, round: int, num_experts: list[int], tau: float) -> Iterator[RoundRecord]:
+        """The record of a round; the expert vectors that it took count when the block ends well."""
+        self._total_experts = sum(num_experts)
+        if self.folder is None:
+            yield RoundRecord(round, num_experts, tau, lambda *_: None)
+            return
+        with self.folder.expert_rows(round, num_experts) as add:
+            yield RoundRecord(round, num_experts, tau, add)
 
     @property
     def resume_hint(self) -> str:
@@ -164,21 +258,11 @@ class Keeper:
         self,
         log: RoundRecord,
         tensors: dict[str, Tensor],
-        num_experts: list[int],
         watched: Metrics | None,
         whole: Metrics | None,
     ) -> None:
         """Everything about a complete round; the checkpoint comes last, because it vouches for the rest."""
-        clients = sorted(log.vectors)
-        for client in clients:
-            self.usage.add(log.vectors[client]["usage"], log.clients[client]["examples"])
-        if self.folder is not None:
-            rows = {
-                key: torch.stack([log.vectors[client][key] for client in clients])
-                for key in ("usage", "importance", "resident", "trained")
-            }
-            self.folder.append_experts(log.round, num_experts, clients, **rows)
-        self._append(log.line(watched, whole))
+        self._append(log.line(watched, whole), self._counted(log))
         if whole is not None:
             self.scores.append(_score(log.round, vars(whole)))
         # Decision: the best checkpoint is chosen on the watched rows, which the final figures never use.
@@ -186,42 +270,38 @@ class Keeper:
 
     def failed(self, log: RoundRecord) -> None:
         """A round that too few clients completed: its line says so; the checkpoint before it stays the last."""
-        self._append({**log.line(None, None), "failed": True})
+        self._append({**log.line(None, None), "failed": True}, self._counted(log))
 
     def final_lines(self) -> list[FinalLine]:
         """Per client, what it held at last, and what it trained, moved and used over the run."""
-        lines = []
-        for client in sorted(self._names):
-            rows = [row for line in self.lines for row in line["clients"] if row["client"] == client]
-            done = [row for row in rows if row["status"] == "ok"]
-            if not done:
-                continue
-            predicted = [row["peak_bytes"] for row in done if row["peak_is"] == "predicted"]
-            measured = [row["peak_bytes"] for row in done if row["peak_is"] == "measured"]
-            lines.append(
-                FinalLine(
-                    name=self._names[client],
-                    resident=done[-1]["resident"],
-                    total_experts=self._total_experts(),
-                    predicted_bytes=max(predicted, default=None),
-                    trained=done[-1]["trained"],
-                    bytes_down=sum(row["bytes_down"] for row in rows),
-                    bytes_up=sum(row["bytes_up"] for row in rows),
-                    peak_bytes=max(measured, default=None),
-                    seconds=sum(row["seconds"] for row in done),
-                    pace=_pace(done),
-                )
+        return [
+            FinalLine(
+                name=self._names[client],
+                resident=done.resident,
+                total_experts=self._total_experts,
+                predicted_bytes=done.predicted_bytes,
+                trained=done.trained,
+                bytes_down=done.bytes_down,
+                bytes_up=done.bytes_up,
+                peak_bytes=done.measured_bytes,
+                seconds=done.seconds,
+                pace=done.pace(),
             )
-        return lines
+            for client, done in sorted(self.totals.items())
+            if done.rounds and client in self._names
+        ]
 
-    def _total_experts(self) -> int:
-        history = None if self.folder is None else self.folder.read_experts()
-        return 0 if history is None else int(sum(history.num_experts))
+    def _counted(self, log: RoundRecord) -> Iterator[dict[str, Any]]:
+        """The entries of a round's clients, each counted as it is written."""
+        for row in log.clients():
+            self.totals.setdefault(row["client"], ClientTotals()).add(row)
+            yield row
 
-    def _append(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
+    def _append(self, line: dict[str, Any], clients: Iterator[dict[str, Any]] | None = None) -> None:
         if self.folder is not None:
-            self.folder.append_round(line)
+            self.folder.append_round(line, clients)
+        for _ in clients or ():
+            pass  # without a folder they are still to be counted
 
     def _checkpoint(
         self, round: int, tensors: dict[str, Tensor], judged: Metrics | None, whole: Metrics | None
@@ -232,22 +312,9 @@ class Keeper:
         if judged is not None:
             score, metric = (judged.accuracy, "accuracy") if judged.accuracy is not None else (-judged.loss, "-loss")
         state = {"evaluation": None if whole is None else vars(whole)}
-        self.folder.save_checkpoint(round, tensors, state, self._save_clients(), score, metric)
+        self.folder.save_checkpoint(round, tensors, state, self._save_clients(), score, metric, self._last_saved)
+        self._last_saved = round
 
 
 def _score(round: int, metrics: dict[str, Any]) -> Score:
     return Score(round, metrics["accuracy"], metrics["macro_f1"], metrics["loss"], metrics["examples"])
-
-
-def _pace(rows: list[dict[str, Any]]) -> PaceLine | None:
-    """What the deadline left of a client's rounds: sums of the steps, means over the rounds."""
-    under = [row for row in rows if row.get("deadline_s") is not None]
-    if not under:
-        return None
-    return PaceLine(
-        steps=sum(row["steps"] for row in under),
-        steps_wanted=sum(row["steps_wanted"] for row in under),
-        activation=sum(row["activation"] for row in under) / len(under),
-        activation_wanted=sum(row["activation_wanted"] for row in under) / len(under),
-        deadline_s=under[-1]["deadline_s"],
-    )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from hfedmoe.federation.messages import (
     Description,
     InvalidReplyError,
     Update,
+    pack_bits,
     plan_request,
     record,
     train_request,
+    unpack_bits,
     wire_bytes,
 )
 from hfedmoe.federation.records import Keeper, RoundRecord
@@ -38,14 +40,20 @@ Evaluate = Callable[[dict[str, Tensor], str], Metrics]
 """(global tensors, "all" or "watch") -> the global model measured on all held-out rows, or on the watched ones."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Member:
     """A client as the server knows it."""
 
     node: int
     about: Description
     position: int
-    resident: list[Tensor] = field(default_factory=list)
+    resident_bits: bytes = b""
+    """What it planned to hold in this round; a few bytes, because there may be many thousands of members."""
+
+    @property
+    def resident(self) -> list[Tensor]:
+        """bool [E] per layer."""
+        return unpack_bits(self.resident_bits, self.about.num_experts)
 
 
 @dataclass
@@ -138,38 +146,52 @@ class Server:
     def _one_round(self, grid: Grid, members: dict[int, Member], round: int) -> None:
         started = time.perf_counter()
         self.watcher.round_started(round)
-        log = RoundRecord(round)
-        planned = list(self._plan(grid, self._sample(members, round), round, log))
-        log.planning_seconds = time.perf_counter() - started
-        fold = Fold(self.tensors, self.config.method, self.config.train.lora == "exact", self.config.train.rank)
-        requests = (self._train_request(member, round, log) for member in planned)
-        by_node = {member.node: member for member in planned}
-        for answer in exchange(grid, requests, f"train-{round}", self.config.federation.timeout_s):
-            member = by_node[answer.node]
-            try:
-                update = checks.update(_reply(answer), member.resident, self.tensors)
-                if update.examples != member.about.examples:
-                    raise InvalidReplyError(f"says it has {update.examples} examples, but had {member.about.examples}")
-            except InvalidReplyError as error:
-                self._leave_out(log, member, answer, error)
-                continue
-            size = wire_bytes(answer.reply.content)  # type: ignore[union-attr]
+        with self.keeper.recording(round, self.num_experts, self.config.method.tau) as log:
+            planned = self._plan(grid, self._sample(members, round), round, log)
+            log.planning_seconds = time.perf_counter() - started
+            fold = Fold(self.tensors, self.config.method, self.config.train.lora == "exact", self.config.train.rank)
+            requests = (self._train_request(member, round, log) for member in planned)
+            by_node = {member.node: member for member in planned}
+            for answer in exchange(grid, requests, f"train-{round}", self.config.federation.timeout_s):
+                self._take(answer, by_node[answer.node], fold, log)
+                answer.reply = None  # folded in: the next client works without it in memory
+            self._require_enough(fold.clients, log)
+            with log.phases("average"):
+                self.tensors = self._averaged(fold, log)
+        self._close(round, log, started)
+
+    def _take(self, answer: Answer, member: Member, fold: Fold, log: RoundRecord) -> None:
+        """Check a client's answer, fold its update in and note it, or leave the client out."""
+        resident = member.resident
+        try:
+            with log.phases("check"):
+                update = checks.update(_reply(answer), resident, self.tensors)
+            if update.examples != member.about.examples:
+                raise InvalidReplyError(f"says it has {update.examples} examples, but had {member.about.examples}")
+        except InvalidReplyError as error:
+            self._leave_out(log, member, answer, error)
+            return
+        size = wire_bytes(answer.reply.content)  # type: ignore[union-attr]
+        with log.phases("fold"):
             fold.add(update)
-            wanted = self._activation_wanted(member)
-            log.received(member.about.client, update, member.resident, size, wanted)
-            summary = _summary(log, member, update, sum(self.num_experts), wanted)
-            self.watcher.client_done(round, member.position, summary)
-        self._require_enough(fold.clients, log)
+        with log.phases("note"):
+            wanted = self._activation_wanted(resident)
+            log.received(member.about.client, update, resident, size, wanted)
+            self.keeper.usage.add(torch.cat(update.usage), update.examples)
+            summary = _summary(log, member.about.client, resident, update, sum(self.num_experts), wanted)
+            self.watcher.client_done(log.round, member.position, summary)
+
+    def _averaged(self, fold: Fold, log: RoundRecord) -> dict[str, Tensor]:
+        """The new global tensors. Raises UserError if one is not finite."""
         folded = fold.result()
         broken = [name for name, tensor in folded.items() if not bool(tensor.isfinite().all())]
         if broken:
             self.keeper.failed(log)
             raise UserError(
-                f"round {round}: {broken[0]} is not finite after averaging; lower train.lr; "
-                f"the checkpoint of round {round - 1} is intact{self.keeper.resume_hint}"
+                f"round {log.round}: {broken[0]} is not finite after averaging; lower train.lr; "
+                f"the checkpoint of round {log.round - 1} is intact{self.keeper.resume_hint}"
             )
-        self.tensors = folded
-        self._close(round, log, started)
+        return folded
 
     def _sample(self, members: dict[int, Member], round: int) -> list[Member]:
         wanted = self.config.federation.clients_per_round
@@ -179,39 +201,43 @@ class Server:
         order = torch.randperm(len(everyone), generator=generator(self.config.seed, "sample", round)).tolist()
         return [everyone[i] for i in sorted(order[:wanted])]
 
-    def _plan(self, grid: Grid, sampled: list[Member], round: int, log: RoundRecord) -> Iterator[Member]:
-        """Ask the sampled clients what they want to hold; those with a valid answer go on."""
+    def _plan(self, grid: Grid, sampled: list[Member], round: int, log: RoundRecord) -> list[Member]:
+        """Ask the sampled clients what they want to hold; those with a valid answer go on, in the order of numbers."""
         by_node = {member.node: member for member in sampled}
         budget_free = self.config.method.residency == "all"
         usage = self.keeper.usage.value() if self.config.method.bootstrap == "prior" else None
-        requests = []
-        for member in sampled:
-            content = plan_request(round, usage)
-            log.sent(member.about.client, wire_bytes(content))
-            requests.append(Request(member.node, PLAN, content))
+
+        def requests() -> Iterator[Request]:
+            for member in sampled:
+                content = plan_request(round, usage)
+                log.sent(member.about.client, wire_bytes(content))
+                yield Request(member.node, PLAN, content)
+
         planned = []
-        for answer in exchange(grid, requests, f"plan-{round}", self.config.federation.timeout_s):
+        for answer in exchange(grid, requests(), f"plan-{round}", self.config.federation.timeout_s):
             member = by_node[answer.node]
             budget = sum(self.num_experts) if budget_free else member.about.budget
             try:
                 reply = _reply(answer)
-                member.resident = checks.resident_set(reply, self.num_experts, self.top_k, budget)
+                resident = checks.resident_set(reply, self.num_experts, self.top_k, budget)
+                member.resident_bits = pack_bits(resident)
                 log.bytes_up[member.about.client] = wire_bytes(reply.content)
                 planned.append(member)
             except InvalidReplyError as error:
                 self._leave_out(log, member, answer, error)
         # Always in the same order, so that a run does not depend on who answers first.
-        yield from sorted(planned, key=lambda member: member.about.client)
+        return sorted(planned, key=lambda member: member.about.client)
 
     def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
-        content = train_request(round, member.resident, pack(self.tensors, member.resident))
+        with log.phases("pack"):
+            content = train_request(round, member.resident, pack(self.tensors, member.resident))
         log.sent(member.about.client, wire_bytes(content))
         self.watcher.client_started(round, member.position, self.config.train.steps)
         return Request(member.node, TRAIN, content)
 
-    def _activation_wanted(self, member: Member) -> float:
+    def _activation_wanted(self, resident: list[Tensor]) -> float:
         """Experts per layer (mean over the layers) that a step of the client would train without a deadline."""
-        held = [int(keep.sum()) for keep in member.resident]
+        held = [int(keep.sum()) for keep in resident]
         limit = self.config.clients.activation
         if limit is not None:
             held = [min(h, in_experts(limit, number)) for h, number in zip(held, self.num_experts, strict=True)]
@@ -230,7 +256,9 @@ class Server:
         needed = self.config.federation.min_clients
         if valid < needed:
             self.keeper.failed(log)
-            missing = "; ".join(f"client {client} {reason}" for client, (_, reason) in log.missing.items())
+            missing = "; ".join(f"client {client} {reason}" for client, reason in log.missing.items())
+            if log.num_missing > len(log.missing):
+                missing += f"; and {log.num_missing - len(log.missing)} more"
             raise UserError(
                 f"round {log.round}: {valid} valid updates, fewer than federation.min_clients = {needed} ({missing}); "
                 f"the checkpoint of round {log.round - 1} is intact{self.keeper.resume_hint}"
@@ -247,8 +275,7 @@ class Server:
             whole = self._measure("all", round)
         now = time.perf_counter()
         log.seconds, log.evaluation_seconds = now - started, now - evaluating
-        log.note_consistency(self.num_experts, self.config.method.tau)
-        self.keeper.save_round(log, self.tensors, self.num_experts, watched, whole)
+        self.keeper.save_round(log, self.tensors, watched, whole)
         self.watcher.round_done(round, log.seconds, sum(log.bytes_down.values()), sum(log.bytes_up.values()))
 
 
@@ -260,13 +287,15 @@ def _reply(answer: Answer) -> Any:
     return answer.reply
 
 
-def _summary(log: RoundRecord, member: Member, update: Update, total: int, wanted: float) -> ClientSummary:
+def _summary(
+    log: RoundRecord, client: int, resident: list[Tensor], update: Update, total: int, wanted: float
+) -> ClientSummary:
     return ClientSummary(
-        resident=sum(int(keep.sum()) for keep in member.resident),
+        resident=sum(int(keep.sum()) for keep in resident),
         trained=sum(int(flags.sum()) for flags in update.trained),
         total_experts=total,
-        bytes_down=log.bytes_down[member.about.client],
-        bytes_up=log.bytes_up[member.about.client],
+        bytes_down=log.bytes_down[client],
+        bytes_up=log.bytes_up[client],
         loss=update.losses[-1] if update.losses else None,
         seconds=update.seconds,
         peak_bytes=update.peak_bytes,

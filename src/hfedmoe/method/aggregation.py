@@ -14,7 +14,7 @@ The server folds in one client at a time and keeps nothing of it. A round reads:
 Everything else that is trained (attention LoRA, norms, heads) is a `MeanAverage` with weights |D_c|.
 """
 
-from hfedmoe.method.averaging import MeanAverage, RowAverage
+from hfedmoe.method.averaging import MeanAverage, RowAverage, StacksAverage
 from hfedmoe.method.gates import (
     gate_alpha_numerator,
     gate_row_weights,
@@ -30,6 +30,7 @@ __all__ = [
     "MeanAverage",
     "ProductAverage",
     "RowAverage",
+    "StacksAverage",
     "expert_weights",
     "gate_alpha_numerator",
     "gate_row_weights",

@@ -8,15 +8,24 @@ Transformers), and a *router* that scores `E` experts for each token. Neither is
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+
+from hfedmoe.moe.families import UNSUPPORTED
 
 STACKED_DOWN = "down_proj"
 STACKED_UP = ("gate_up_proj", "up_proj")
+CARVED_FROM = "_hfedmoe_num_experts"
+"""Attribute of carved stacks: how many experts there were."""
+CORRECTION_BIASES = ("correction_bias", "expert_bias")
+"""In the names of tensors that shift the choice of experts without passing through the logits (as in DeepSeek-V3)."""
 
 
 class UnsupportedModelError(ValueError):
-    """The model has no MoE layers, or MoE layers of a build that is not supported; the message says which."""
+    """The model has MoE layers of a build that is not supported; the message names its type and what is missing."""
+
+
+class DenseModelError(UnsupportedModelError):
+    """The model has no MoE layers."""
 
 
 @dataclass
@@ -39,15 +48,48 @@ class MoELayer:
         """Weights of one expert."""
         return sum(parameter.numel() for parameter in self.experts.parameters()) // self.num_experts
 
+    @property
+    def num_logits(self) -> int:
+        """Logits of the router: one per expert, and more where it scores shared or identity experts as well."""
+        weight = _scoring_weight(self.router, self.num_experts)
+        assert weight is not None
+        return weight.shape[0]
+
+    @property
+    def fixed_routing(self) -> bool:
+        """Whether experts are looked up by token and only their weights are learned (hash layers of DeepSeek-V4)."""
+        return any(
+            not table.is_floating_point() and table.dim() == 2 and table.shape[1] == self.top_k
+            for table in self.router.buffers()
+        )
+
+    def correction_biases(self) -> list[tuple[nn.Module, str]]:
+        """Owner and attribute of the tensors that shift the choice of experts without passing through the logits."""
+        return [
+            (owner, name)
+            for owner in self.block.modules()
+            for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
+            if any(part in name for part in CORRECTION_BIASES) and tensor.numel() in (self.num_experts, self.num_logits)
+        ]
+
+    def router_parameters(self) -> dict[str, nn.Parameter]:
+        """What a router learns by gradients: its parameters without correction biases."""
+        fixed = {id(getattr(owner, name)) for owner, name in self.correction_biases()}
+        return {name: tensor for name, tensor in self.router.named_parameters() if id(tensor) not in fixed}
+
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of `model`, in the order in which they appear.
 
     Raises:
-        UnsupportedModelError: there is none, or a layer's router cannot be found or read.
+        DenseModelError: there is none.
+        UnsupportedModelError: the family is refused by name, or a layer's router cannot be found or read.
     """
     layers: list[MoELayer] = []
     config = getattr(model, "config", None)
+    family, lonely = model_type(model), ""
+    if family in UNSUPPORTED:
+        raise UnsupportedModelError(f"{family}: {UNSUPPORTED[family]}")
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     for name, block in model.named_modules():
         experts = _experts_of(block)
@@ -56,9 +98,10 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         num_experts = _count(experts)
         router = _router_of(block, experts, num_experts)
         if router is None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: layer {name} has {num_experts} experts but no router that scores them"
-            )
+            lonely = f"{family}: layer {name} has {num_experts} experts but no router that scores them"
+            if is_stacked(experts):
+                raise UnsupportedModelError(lonely)
+            continue  # a list of alike feed-forward networks is not always one of experts
         layers.append(
             MoELayer(
                 index=len(layers),
@@ -67,15 +110,22 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
                 router=router,
                 experts=experts,
                 num_experts=num_experts,
-                top_k=_top_k(block, router, config, name),
+                top_k=_top_k(block, router, config, f"{family}: layer {name}"),
                 in_decoder=not encoder_decoder or "decoder" in name.split("."),
             )
         )
+    if not layers and lonely:
+        raise UnsupportedModelError(lonely)
     if not layers:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no Mixture-of-Experts layers; `hfedmoe upcycle` makes some from a dense model"
+        raise DenseModelError(
+            f"{family} has no Mixture-of-Experts layers; `hfedmoe upcycle` makes some from a dense model"
         )
     return layers
+
+
+def model_type(model: nn.Module) -> str:
+    """What transformers calls the model's family; the class's name where there is no configuration."""
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
 
 
 def text_config(config: Any) -> Any:
@@ -86,12 +136,12 @@ def text_config(config: Any) -> Any:
 def is_stacked(experts: nn.Module) -> bool:
     """Whether the experts are one module of weights stacked along the first dimension."""
     down = getattr(experts, STACKED_DOWN, None)
-    return isinstance(down, torch.Tensor) and down.dim() == 3
+    return isinstance(down, Tensor) and down.dim() == 3
 
 
 def _experts_of(block: nn.Module) -> nn.Module | None:
     for child in block.children():
-        if is_stacked(child) and any(isinstance(getattr(child, name, None), torch.Tensor) for name in STACKED_UP):
+        if is_stacked(child) and any(isinstance(getattr(child, name, None), Tensor) for name in STACKED_UP):
             return child
         if isinstance(child, nn.ModuleDict | nn.ModuleList) and len(child) > 1 and _alike_feed_forwards(child):
             return child
@@ -113,26 +163,32 @@ def _alike_feed_forwards(container: nn.ModuleDict | nn.ModuleList) -> bool:
 
 def _count(experts: Any) -> int:
     if is_stacked(experts):
-        return int(getattr(experts, "total_experts", experts.down_proj.shape[0]))
+        return int(getattr(experts, CARVED_FROM, experts.down_proj.shape[0]))
     return len(experts)
 
 
 def _router_of(block: nn.Module, experts: nn.Module, num_experts: int) -> nn.Module | None:
     for child in block.children():
-        if child is experts:
-            continue
-        for parameter in child.parameters():
-            if parameter.dim() == 2 and parameter.shape[0] == num_experts and _is_small(child, parameter):
-                return child
+        if child is not experts and _scoring_weight(child, num_experts) is not None:
+            return child
     return None
 
 
-def _is_small(module: nn.Module, weight: torch.Tensor) -> bool:
+def _scoring_weight(module: nn.Module, num_experts: int) -> Tensor | None:
+    """The matrix that makes logits [T, num_experts], or more if `module` says that it routes `num_experts` experts."""
+    most = 2 * num_experts if getattr(module, "num_experts", None) == num_experts else num_experts
+    for parameter in module.parameters():
+        if parameter.dim() == 2 and num_experts <= parameter.shape[0] <= most and _is_small(module, parameter):
+            return parameter
+    return None
+
+
+def _is_small(module: nn.Module, weight: Tensor) -> bool:
     """A router is little more than its weight; a shared expert that happens to have a fitting shape is not."""
-    return sum(parameter.numel() for parameter in module.parameters()) <= weight.numel() + 2 * weight.shape[0]
+    return sum(parameter.numel() for parameter in module.parameters()) <= weight.numel() + 2 * sum(weight.shape)
 
 
-def _top_k(block: nn.Module, router: nn.Module, config: Any, name: str) -> int:
+def _top_k(block: nn.Module, router: nn.Module, config: Any, where: str) -> int:
     for owner in (router, block):
         value = getattr(owner, "top_k", None)
         if isinstance(value, int):
@@ -144,4 +200,4 @@ def _top_k(block: nn.Module, router: nn.Module, config: Any, name: str) -> int:
             return value
     if hasattr(router, "expert_capacity"):  # Switch routing: one expert per token, up to a capacity
         return 1
-    raise UnsupportedModelError(f"layer {name}: cannot tell how many experts a token uses (no top_k)")
+    raise UnsupportedModelError(f"{where}: cannot tell how many experts a token uses (no top_k)")

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hfedmoe.moe import grouped
 from hfedmoe.moe.grouping import Groups
 
 
@@ -48,6 +49,13 @@ class Weights(Protocol):
 
 def add_product(rows: Tensor | None, left: Tensor, weights: Weights, groups: Groups, *, t: bool) -> Tensor:
     """rows[s:e] += left[s:e] @ W_expert (or its transpose) for every group; allocates `rows` where it is None."""
+    stack = weights.whole(left.dtype) if isinstance(weights, StackedWeights) else None
+    if stack is not None:
+        stack = stack.transpose(1, 2) if t else stack
+        if rows is None:
+            return grouped.product(left, stack, groups)
+        grouped.add_product(rows, left, stack, groups)
+        return rows
     fresh = rows is None
     if rows is None:
         rows = left.new_empty(groups.size, weights.rows if t else weights.columns)
@@ -72,6 +80,12 @@ class StackedWeights:
     def __call__(self, expert: int, dtype: torch.dtype) -> Tensor:
         weight = self.stack[expert].to(dtype)
         return weight.t() if self.transposed else weight
+
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        """All matrices [E, rows, columns], if they are stored in this precision."""
+        if self.stack.dtype != dtype:
+            return None
+        return self.stack.transpose(1, 2) if self.transposed else self.stack
 
 
 class ListedWeights:

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from hfedmoe.moe.anatomy import MoELayer
-from hfedmoe.moe.experts import parameter_names
+from hfedmoe.moe.layouts import layout_of
 from hfedmoe.moe.shards import CheckpointError, Shards
 from hfedmoe.moe.store import MATRICES
 
@@ -56,7 +56,7 @@ class Checkpoint:
         source = self._source(name)
         if source.converter is None:
             return self.shards.read_row(source.first, expert)
-        if any(len(names) not in (1, num_experts) for names in source.names.values()):
+        if any(1 < len(names) < num_experts for names in source.names.values()):
             raise CheckpointError(f"{self.shards.folder}: {name} is not stored by expert ({source.first}, ...)")
         own: dict[str, list[str]] = {
             pattern: names if len(names) == 1 else [names[expert]] for pattern, names in source.names.items()
@@ -96,7 +96,7 @@ class CheckpointExperts:
 
     def __init__(self, checkpoint: Checkpoint, layers: list[MoELayer]) -> None:
         self.checkpoint, self.layers = checkpoint, layers
-        self._names = [parameter_names(layer) for layer in layers]
+        self._names = [layout_of(layer).names() for layer in layers]
         wanted = checkpoint.model.state_dict()
         self._shapes = [
             {kind: tuple(wanted[name].shape[-2 if kind in MATRICES else -1 :]) for kind, name in names[0].items()}

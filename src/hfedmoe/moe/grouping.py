@@ -1,6 +1,7 @@
 """Sort (token, expert) pairs by expert, so that each expert works on one contiguous group of rows."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,12 +21,23 @@ class Groups:
     """int64 [S]: the pair's place in the flattened `[T, K]` routing tensors."""
     spans: list[tuple[int, int, int]]
     """(expert, start, end) for every expert with at least one pair, in rows of the sorted pairs."""
+    num_experts: int
     places: Tensor | None = None
     """int64 [T, K]: where each token's pairs are among the sorted ones, if no pair is missing."""
 
     @property
     def size(self) -> int:
         return self.token.shape[0]
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """int32 [E]: where the rows of each expert end, in rows of the sorted pairs; for torch's grouped products."""
+        ends, last = [0] * self.num_experts, 0
+        for expert, _, end in self.spans:
+            ends[expert] = end
+        for expert, end in enumerate(ends):
+            last = ends[expert] = max(last, end)
+        return torch.tensor(ends, dtype=torch.int32, device=self.token.device)
 
     def sum_per_token(self, rows: Tensor) -> Tensor:
         """Add up the rows [S, D] of all pairs per token: [T, D], in the same order every time."""
@@ -67,4 +79,4 @@ def group_pairs(experts: Tensor, num_experts: int, top_k: int, keep: Tensor | No
         places = torch.empty_like(pair)
         places[pair] = torch.arange(num_pairs, device=pair.device)
         places = places.view(-1, top_k)
-    return Groups(num_tokens=num_pairs // top_k, token=pair // top_k, pair=pair, spans=spans, places=places)
+    return Groups(num_pairs // top_k, pair // top_k, pair, spans, num_experts, places)

@@ -10,7 +10,7 @@ The backward pass keeps only `x`, `u` and the rank-R products. It needs no exper
 because <dL/dy, f(x)> = <W_down' dL/dy, gate(u)>, which the backward pass computes anyway.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.moe.base import ExpertBase
+from hfedmoe.moe.grouped import add_product, outer, product, write_product
 from hfedmoe.moe.grouping import Groups
 
 LORA = ("up_a", "up_b", "down_a", "down_b")
@@ -44,33 +45,38 @@ class ExpertMath:
 
 
 def experts_forward(
-    math: ExpertMath, x: Tensor, weights: Tensor, groups: Groups, names: Sequence[str], leaves: list[Tensor]
+    math: ExpertMath, x: Tensor, weights: Tensor, groups: Groups, stacks: Mapping[str, Tensor], leaves: list[Tensor]
 ) -> Tensor:
     """Outputs [T, H] of the grouped pairs, differentiable in x, weights and leaves.
 
     Args:
         x: [T, H].
         weights: [T * K] gate weights, in the order of the flattened routing.
-        names: which tensors `leaves` holds per group: LORA, a part of FULL, or nothing (frozen experts).
-        leaves: for every group in turn, one tensor per name.
+        stacks: the trained tensors [E, ...] by name: LORA, a part of FULL, or nothing (frozen experts).
+        leaves: for every group in turn, its row of each stack: what receives the gradients.
     """
-    return _GroupedExperts.apply(math, groups, tuple(names), x, weights, *leaves)
+    return _GroupedExperts.apply(math, groups, stacks, x, weights, *leaves)
 
 
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, math: ExpertMath, groups: Groups, names: tuple[str, ...], x: Tensor, weights: Tensor, *leaves: Tensor
+        ctx: Any,
+        math: ExpertMath,
+        groups: Groups,
+        stacks: Mapping[str, Tensor],
+        x: Tensor,
+        weights: Tensor,
+        *leaves: Tensor,
     ) -> Tensor:
         w = weights[groups.pair].to(x.dtype)[:, None]
-        leaf = _Leaves(names, leaves, x.dtype)
+        trained = _Trained(stacks, x.dtype)
         rows = x.index_select(0, groups.token)
         u = math.base.up(x, rows, groups)
         low_up = low_down = None
-        if leaf.lora:
-            low_up = _low(groups, rows, leaf.all("up_a"), math.scale)
-            for own, low, b in zip(groups.split(u), groups.split(low_up), leaf.all("up_b"), strict=True):
-                own.addmm_(low, b.t())
+        if trained.lora:
+            low_up = product(rows, trained["up_a"].transpose(1, 2), groups).mul_(math.scale)
+            add_product(u, low_up, trained["up_b"].transpose(1, 2), groups)
         _add_bias(groups, u, math.up_bias)
         a, mask = _gate(math, u), None
         if math.dropout > 0:
@@ -78,30 +84,29 @@ class _GroupedExperts(torch.autograd.Function):
             a *= mask
         a *= w
         extra = None
-        if leaf.lora:
-            low_down = _low(groups, a, leaf.all("down_a"), math.scale)
-            extra = rows  # whose contents are no longer needed
-            for own, low, b in zip(groups.split(extra), groups.split(low_down), leaf.all("down_b"), strict=True):
-                torch.mm(low, b.t(), out=own)
+        if trained.lora:
+            low_down = product(a, trained["down_a"].transpose(1, 2), groups).mul_(math.scale)
+            # Into rows, whose contents are no longer needed.
+            extra = write_product(rows, low_down, trained["down_b"].transpose(1, 2), groups)
         if math.down_bias is not None:
             extra = rows.zero_() if extra is None else extra
             _add_bias(groups, extra, math.down_bias, w)
-        ctx.math, ctx.groups, ctx.names, ctx.weights_like = math, groups, names, (weights.shape, weights.dtype)
-        ctx.save_for_backward(x, w, u, low_up, low_down, mask, *leaves)
+        ctx.math, ctx.groups, ctx.stacks, ctx.weights_like = math, groups, stacks, (weights.shape, weights.dtype)
+        ctx.save_for_backward(x, w, u, low_up, low_down, mask)
         return math.base.down(a, groups, extra)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         math, groups = ctx.math, ctx.groups
-        x, w, u, low_up, low_down, mask, *leaves = ctx.saved_tensors
-        leaf = _Leaves(ctx.names, leaves, x.dtype, ctx.needs_input_grad[5:])
+        x, w, u, low_up, low_down, mask = ctx.saved_tensors
+        trained = _Trained(ctx.stacks, x.dtype, ctx.needs_input_grad[5:])
         grad = grads[0].contiguous()
         rows = grad.index_select(0, groups.token)
         d_a = math.base.down_t(grad, rows, groups)
-        a = _gate(math, u)
+        a, d_u = _gate_again(math, u)
         if mask is not None:
             a *= mask
-        _down_backward(math, groups, leaf, rows, a, w, low_down, d_a)
+        _down_backward(math, groups, trained, rows, a, w, low_down, d_a)
         d_weights = None
         if ctx.needs_input_grad[4]:
             shape, dtype = ctx.weights_like
@@ -110,59 +115,42 @@ class _GroupedExperts(torch.autograd.Function):
         d_a *= w
         if mask is not None:
             d_a *= mask
-        d_u = _gate_backward(math, u, d_a, a)
-        extra = _up_backward(math, groups, leaf, x, low_up, d_u, rows)
+        d_u = _gate_backward(math, u, d_a, d_u)
+        extra = _up_backward(math, groups, trained, x, low_up, d_u, rows)
         d_x = math.base.up_t(d_u, groups, extra) if ctx.needs_input_grad[3] else None
-        return (None, None, None, d_x, d_weights, *leaf.grads)
+        return (None, None, None, d_x, d_weights, *trained.grads)
 
 
-class _Leaves:
-    """The trained tensors of each group, cast to the precision of the pass, and their gradients."""
+class _Trained:
+    """The trained stacks in the precision of the pass, and the gradients of their rows."""
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        leaves: Sequence[Tensor],
-        dtype: torch.dtype,
-        wanted: Sequence[bool] | None = None,
-    ) -> None:
-        self._slots = {name: slot for slot, name in enumerate(names)}
-        self._leaves, self._dtype, self._wanted = leaves, dtype, wanted
-        self.grads: list[Tensor | None] = [None] * len(leaves)
-        self.lora = "up_a" in names and len(leaves) > 0
+    def __init__(self, stacks: Mapping[str, Tensor], dtype: torch.dtype, wanted: Sequence[bool] = ()) -> None:
+        self._slots = {name: slot for slot, name in enumerate(stacks)}
+        self._stacks, self._dtype, self._wanted = stacks, dtype, wanted
+        self.grads: list[Tensor | None] = [None] * len(wanted)
+        self.lora = "up_a" in stacks
 
-    def all(self, name: str) -> list[Tensor]:
-        """One tensor per group."""
-        return [leaf.to(self._dtype) for leaf in self._leaves[self._slots[name] :: len(self._slots)]]
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stacks[name].to(self._dtype)
 
     def wants(self, name: str) -> bool:
         """Whether gradients of `name` are asked for: all experts are trained alike."""
-        return (
-            name in self._slots
-            and self._wanted is not None
-            and any(self._wanted[self._slots[name] :: len(self._slots)])
-        )
+        return name in self._slots and any(self._wanted[self._slots[name] :: len(self._slots)])
 
     def put(self, name: str, grads: Sequence[Tensor]) -> None:
-        """The gradients of `name`, one per group."""
-        slot = self._slots[name]
-        for position, grad in enumerate(grads):
-            place = position * len(self._slots) + slot
-            self.grads[place] = grad.to(self._leaves[place].dtype)
+        """The gradients of `name`, one per group, in the precision of the stacks."""
+        self.grads[self._slots[name] :: len(self._slots)] = grads
 
+    def put_outer(self, name: str, left: Tensor, right: Tensor, groups: Groups, flip: bool = False) -> None:
+        """left' @ right for every group (right' @ left where `flip`): the gradient of a matrix from its two sides.
 
-def _low(groups: Groups, rows: Tensor, factors: list[Tensor], scale: float) -> Tensor:
-    """scale * rows @ factor' for every group: [S, D] with factors [R, D] -> [S, R]."""
-    out = rows.new_empty(groups.size, factors[0].shape[0])
-    for own, factor, target in zip(groups.split(rows), factors, groups.split(out), strict=True):
-        torch.mm(own, factor.t(), out=target)
-    return out.mul_(scale)
-
-
-def _outer(groups: Groups, left: Tensor, right: Tensor, flip: bool = False) -> list[Tensor]:
-    """left' @ right for every group (right' @ left where `flip`): the gradient of a matrix from its two sides."""
-    pairs = zip(groups.split(left), groups.split(right), strict=True)
-    return [b.t() @ a if flip else a.t() @ b for a, b in pairs]
+        The gradient of B is laid out in memory as its transpose, as B is: several times faster where one side is thin.
+        """
+        dtype = self._stacks[name].dtype
+        if name in ("up_b", "down_b"):
+            self.put(name, [grad.t() for grad in outer(right, left, groups, dtype)])
+        else:
+            self.put(name, outer(right, left, groups, dtype) if flip else outer(left, right, groups, dtype))
 
 
 def _add_bias(groups: Groups, rows: Tensor, bias: Sequence[Tensor] | None, w: Tensor | None = None) -> None:
@@ -175,54 +163,64 @@ def _add_bias(groups: Groups, rows: Tensor, bias: Sequence[Tensor] | None, w: Te
 
 
 def _down_backward(
-    math: ExpertMath, groups: Groups, leaf: _Leaves, rows: Tensor, a: Tensor, w: Tensor, low: Tensor | None, d_a: Tensor
+    math: ExpertMath,
+    groups: Groups,
+    trained: _Trained,
+    rows: Tensor,
+    a: Tensor,
+    w: Tensor,
+    low: Tensor | None,
+    d_a: Tensor,
 ) -> None:
     """Gradients of the trained tensors of the down projection; adds the low-rank part to d_a [S, I] in place.
 
     Args:
         rows: gradient of the output, a row per pair [S, H].
     """
-    if leaf.lora:
+    if trained.lora:
         assert low is not None
-        d_low = _low(groups, rows, [b.t() for b in leaf.all("down_b")], math.scale)
-        for own, d, factor in zip(groups.split(d_a), groups.split(d_low), leaf.all("down_a"), strict=True):
-            own.addmm_(d, factor)
-        if leaf.wants("down_b"):
-            leaf.put("down_b", _outer(groups, rows, low))
-        if leaf.wants("down_a"):
-            leaf.put("down_a", _outer(groups, d_low * w, a))
-    if leaf.wants("down"):
-        leaf.put("down", _outer(groups, rows * w, a, flip=math.transposed))
-    if leaf.wants("down_bias"):
-        leaf.put("down_bias", [own.sum(0) for own in groups.split(rows * w)])
+        d_low = product(rows, trained["down_b"], groups).mul_(math.scale)
+        add_product(d_a, d_low, trained["down_a"], groups)
+        if trained.wants("down_b"):
+            trained.put_outer("down_b", rows, low, groups)
+        if trained.wants("down_a"):
+            trained.put_outer("down_a", d_low * w, a, groups)
+    if trained.wants("down"):
+        trained.put_outer("down", rows * w, a, groups, flip=math.transposed)
+    if trained.wants("down_bias"):
+        trained.put("down_bias", [own.sum(0) for own in groups.split(rows * w)])
 
 
 def _up_backward(
-    math: ExpertMath, groups: Groups, leaf: _Leaves, x: Tensor, low: Tensor | None, d_u: Tensor, spare: Tensor
+    math: ExpertMath,
+    groups: Groups,
+    trained: _Trained,
+    x: Tensor,
+    low: Tensor | None,
+    d_u: Tensor,
+    spare: Tensor,
 ) -> Tensor | None:
     """Gradients of the trained tensors of the up projection; returns the low-rank part of the gradient of x [S, H].
 
     Args:
         spare: memory [S, H] whose contents are no longer needed.
     """
-    if not leaf.grads:
+    if not trained.grads:
         return None
     rows = torch.index_select(x, 0, groups.token, out=spare)
-    if leaf.wants("up"):
-        leaf.put("up", _outer(groups, d_u, rows, flip=math.transposed))
-    if leaf.wants("up_bias"):
-        leaf.put("up_bias", [own.sum(0) for own in groups.split(d_u)])
-    if not leaf.lora:
+    if trained.wants("up"):
+        trained.put_outer("up", d_u, rows, groups, flip=math.transposed)
+    if trained.wants("up_bias"):
+        trained.put("up_bias", [own.sum(0) for own in groups.split(d_u)])
+    if not trained.lora:
         return None
     assert low is not None
-    d_low = _low(groups, d_u, [b.t() for b in leaf.all("up_b")], math.scale)
-    if leaf.wants("up_b"):
-        leaf.put("up_b", _outer(groups, d_u, low))
-    if leaf.wants("up_a"):
-        leaf.put("up_a", _outer(groups, d_low, rows))
-    for own, d, factor in zip(groups.split(rows), groups.split(d_low), leaf.all("up_a"), strict=True):
-        torch.mm(d, factor, out=own)
-    return rows
+    d_low = product(d_u, trained["up_b"], groups).mul_(math.scale)
+    if trained.wants("up_b"):
+        trained.put_outer("up_b", d_u, low, groups)
+    if trained.wants("up_a"):
+        trained.put_outer("up_a", d_low, rows, groups)
+    return write_product(rows, d_low, trained["up_a"], groups)
 
 
 def _weight_gradient(math: ExpertMath, groups: Groups, rows: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
@@ -242,18 +240,28 @@ def _gate(math: ExpertMath, u: Tensor) -> Tensor:
     return math.gate(u)
 
 
-def _gate_backward(math: ExpertMath, u: Tensor, d_a: Tensor, spare: Tensor) -> Tensor:
-    """Gradient of the gate with respect to u [S, U], given the gradient of its output d_a [S, I].
+def _gate_again(math: ExpertMath, u: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As `_gate` for the backward pass; also memory for the gradient [S, U], with silu(gate) in its first half."""
+    if not math.silu_gate:
+        return math.gate(u), None
+    gate, up = u.chunk(2, dim=-1)
+    d_u = torch.empty_like(u)
+    silu = torch.ops.aten.silu.out(gate, out=d_u.chunk(2, dim=-1)[0])
+    return silu * up, d_u
 
-    Overwrites d_a, and `spare` [S, I].
+
+def _gate_backward(math: ExpertMath, u: Tensor, d_a: Tensor, d_u: Tensor | None) -> Tensor:
+    """Gradient of the gate with respect to u [S, U], given the gradient of its output d_a [S, I], which is overwritten.
+
+    Args:
+        d_u: of `_gate_again`, where it gave any; becomes the gradient.
     """
-    if math.silu_gate:
-        gate, up = u.chunk(2, dim=-1)
-        d_u = torch.empty_like(u)
-        d_gate, d_up = d_u.chunk(2, dim=-1)
-        torch.mul(d_a, torch.ops.aten.silu.out(gate, out=spare), out=d_up)
-        torch.ops.aten.silu_backward.grad_input(d_a.mul_(up), gate, grad_input=d_gate)
-        return d_u
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
-        return torch.autograd.grad(math.gate(u), u, d_a)[0]
+    if d_u is None:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            return torch.autograd.grad(math.gate(u), u, d_a)[0]
+    gate, up = u.chunk(2, dim=-1)
+    d_gate, d_up = d_u.chunk(2, dim=-1)
+    torch.mul(d_a, d_gate, out=d_up)
+    torch.ops.aten.silu_backward.grad_input(d_a.mul_(up), gate, grad_input=d_gate)
+    return d_u

@@ -73,7 +73,7 @@ class MoEModel:
         self.routers: dict[str, Tensor] = {}
         if router:
             for layer in self.layers:
-                for name, parameter in layer.router.named_parameters():
+                for name, parameter in layer.router_parameters().items():
                     parameter.data = parameter.data.float()  # in 16 bit, small updates would be rounded away
                     self.routers[f"router.{layer.index}.{name}"] = parameter.requires_grad_(True)
 
@@ -96,7 +96,7 @@ class MoEModel:
         elif experts == "full" and self.store is None:
             own = {name: tensor.contiguous() for name, tensor in tensors.items()}  # shared copies become real ones
             state.set_tensors(own)
-            state.trained = full_experts(state.tensors() if state.stacked else own)
+            state.trained = full_experts(state.tensors() if state.layout.stacked else own)
 
     @property
     def config(self) -> Any:
@@ -201,15 +201,20 @@ class MoEModel:
 
 def _router_learns(layer: MoELayer, weight: Tensor) -> bool:
     """Run the router alone on random states and see whether its gate weights have a gradient."""
+    if layer.fixed_routing:  # it wants tokens, and its weights are of all experts
+        return layer.top_k > 1
     generator = torch.Generator().manual_seed(982_451_653)  # no seed that weights are drawn with
-    states = torch.randn(1, 8, weight.shape[1], generator=generator).to(weight)
-    with torch.enable_grad():
-        outputs = layer.router(states)
+    states = torch.randn(1, 64, weight.shape[1], generator=generator).to(weight)
+    # Some blocks keep the correction bias of their router and hand it over.
+    biases = [getattr(owner, name) for owner, name in layer.correction_biases() if owner is layer.block]
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some routers sample
+        outputs = layer.router(states, *biases)
         if isinstance(outputs, Tensor):  # logits only: the weights are made by the block
             return layer.top_k > 1 or not getattr(layer.block, "norm_topk_prob", False)
-        scores = [
-            out for out in outputs if out.is_floating_point() and out.shape[-1] == layer.top_k and out.requires_grad
-        ]
+        floats = [out for out in outputs if out.is_floating_point() and out.requires_grad]
+        # Weights of the chosen experts, or else scores of all, which come before the logits.
+        scores = [out for out in floats if out.shape[-1] == layer.top_k] or floats[:1]
         if not scores:
             return False
         mix = torch.rand(scores[0].shape, generator=generator).to(scores[0])

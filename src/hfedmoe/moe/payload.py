@@ -44,7 +44,8 @@ def pack(tensors: dict[str, Tensor], experts: list[Tensor]) -> dict[str, Tensor]
     packed = {}
     for name, tensor in tensors.items():
         kind, layer, _ = (*name.split(".", 2), "")[:3]
-        packed[name] = tensor[experts[int(layer)].to(tensor.device)] if kind == "experts" else tensor
+        whole = kind != "experts" or bool(experts[int(layer)].all())
+        packed[name] = tensor if whole else tensor[experts[int(layer)].to(tensor.device)]
     return packed
 
 

@@ -7,6 +7,7 @@ measures with them what it would use if it could.
 import torch
 from torch import Tensor, nn
 
+from hfedmoe.moe.anatomy import CARVED_FROM
 from hfedmoe.moe.experts import ExpertState
 from hfedmoe.moe.store import ExpertStore
 from hfedmoe.moe.trained import full_experts
@@ -50,7 +51,7 @@ def carve(states: list[ExpertState], resident: list[Tensor]) -> None:
     mask(states, resident)
     for state, keep in zip(states, resident, strict=True):
         index = keep.nonzero()[:, 0]
-        if state.stacked:
+        if state.layout.stacked:
             _carve_stacks(state, index)
         else:
             _drop_members(state.layer.experts, keep.tolist())
@@ -96,7 +97,7 @@ def _restrict(state: ExpertState, keep: Tensor) -> None:
 
 def _carve_stacks(state: ExpertState, index: Tensor) -> None:
     layer = state.layer
-    layer.experts.total_experts = layer.num_experts
+    setattr(layer.experts, CARVED_FROM, layer.num_experts)
     tensors = state.tensors()
     shared = tensors["up"].stride(0) == 0  # copies of one matrix stay one matrix
     index = index.to(tensors["up"].device)

@@ -20,6 +20,7 @@ from hfedmoe.moe.experts import ExpertState
 
 _LINEAR = {torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _SIGMOID = {torch.sigmoid, Tensor.sigmoid, torch.nn.functional.sigmoid, torch.special.expit}
+_SOFTPLUS = {torch.nn.functional.softplus}
 _ABSENT_BIAS = -1e4
 """Added to the correction bias of absent experts; finite, so that a group with one resident beats an empty one."""
 
@@ -43,21 +44,25 @@ class Batch:
 class _LogitTap(TorchFunctionMode):
     """Inside a router's forward: notes its raw logits, masks absent experts in them, and sees how it scores."""
 
-    def __init__(self, num_experts: int, absent: Tensor | None) -> None:
+    def __init__(self, layer: MoELayer, absent: Tensor | None) -> None:
         super().__init__()
-        self.num_experts, self.absent = num_experts, absent
+        self._num_logits, self._num_experts, self._top_k = layer.num_logits, layer.num_experts, layer.top_k
+        self._absent = None if absent is None else _widened(absent, self._num_logits)
         self.logits: Tensor | None = None
+        """[T, E]: of the experts, before masking."""
         self.kind = "softmax"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.logits is None:
-            if func in _LINEAR and out.shape[-1] == self.num_experts:
-                self.logits = out.detach().reshape(-1, self.num_experts)
-                if self.absent is not None:
-                    out = out.masked_fill(self.absent.to(out.device), float("-inf"))
-        elif func in _SIGMOID and out.shape[-1] == self.num_experts:
+            if func in _LINEAR and out.shape[-1] == self._num_logits:
+                self.logits = out.detach().reshape(-1, self._num_logits)[:, : self._num_experts]
+                if self._absent is not None:
+                    out = out.masked_fill(self._absent.to(out.device), float("-inf"))
+        elif func in _SIGMOID and out.shape[-1] in (self._num_logits, self._num_experts, self._top_k):
             self.kind = "sigmoid"
+        elif func in _SOFTPLUS and out.shape[-1] == self._num_logits:
+            self.kind = "sqrtsoftplus"
         return out
 
 
@@ -76,13 +81,22 @@ class LayerRouting:
         self._measure: str | None = None
         self._index = torch.empty(0, dtype=torch.int64)
         self._tap: _LogitTap | None = None
-        self._biases = _correction_biases(self.layer)
+        self._wanted: Tensor | None = None
+        """int64 [T, K]: what the router would choose among all experts for the watched batch; None if it is silent."""
+        self._biases = self.layer.correction_biases()
+        self._dtype = torch.float32
+        """Of the block, whatever the router computes in."""
         router, block = self.layer.router, self.layer.block
         router.register_forward_pre_hook(self._enter)
         router.register_forward_hook(self._leave, always_call=True)
         block.register_forward_pre_hook(self._mask_biases)
         block.register_forward_hook(self._restore_biases, always_call=True)
         state.observer = self._observe
+
+    @property
+    def scoring(self) -> str:
+        """How the router turned logits into scores in its last pass: "softmax", "sigmoid" or "sqrtsoftplus"."""
+        return "softmax" if self._tap is None else self._tap.kind
 
     def watch(self, batch: Batch | None, measure: str | None = None) -> None:
         """Gather evidence from the next forward (and backward) pass; None stops watching.
@@ -96,26 +110,60 @@ class LayerRouting:
         self.state.norms = self._activation if self._measure == "activation" else None
 
     def _enter(self, module: nn.Module, args: Any) -> Any:
-        resident = self.state.resident
-        self._tap = _LogitTap(self.layer.num_experts, None if resident is None else ~resident)
-        self._tap.__enter__()
         # A trained router is float32 in a 16-bit model too, and its weights are cast by the experts forward.
         dtype = next(module.parameters()).dtype
-        return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        self._dtype = args[0].dtype
+        args = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        resident = self.state.resident
+        if resident is not None and self.batch is not None and self.evidence is None:
+            self._wanted = self._unmasked_choice(module, args)
+        self._tap = _LogitTap(self.layer, None if resident is None else ~resident)
+        self._tap.__enter__()
+        return args
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._tap is not None:
             self._tap.__exit__(None, None, None)
+        if isinstance(output, tuple) and len(output) > 3:
+            # What follows logits, weights and indices goes to other modules, such as the weights of shared experts.
+            return (*output[:3], *(out.to(self._dtype) if isinstance(out, Tensor) else out for out in output[3:]))
+        return None
+
+    def _unmasked_choice(self, router: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
+        """The experts [T, K] that the router would choose among all, by its own rules; None if it does not say."""
+        masks = {(owner, name): owner.__dict__.pop(name, None) for owner, name in self._biases}
+        plain = [self._unmask(a) if isinstance(a, Tensor) else a for a in args]
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(self._device)):
+            outputs = router.forward(*plain)
+        for (owner, name), masked in masks.items():
+            if masked is not None:
+                owner.__dict__[name] = masked
+        return _indices(outputs, self.layer.top_k)
+
+    def _unmask(self, argument: Tensor) -> Tensor:
+        """A router's argument, which is its correction bias where the block keeps that."""
+        for owner, name in self._biases:
+            bias = getattr(owner, name)
+            if owner is self.layer.block and argument.shape == bias.shape:
+                return bias.to(argument.dtype)
+        return argument
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.layer.router.parameters()).device
 
     def _mask_biases(self, module: nn.Module, args: Any) -> None:
         resident = self.state.resident
         if resident is not None:
-            for owner, name, bias in self._biases:
-                owner._buffers[name] = bias + _ABSENT_BIAS * (~resident).to(bias).view_as(bias)
+            for owner, name in self._biases:
+                bias = getattr(owner, name)
+                absent = _widened(~resident, bias.numel()).to(bias).view_as(bias)
+                # Seen before the parameter or buffer of that name, which stays as it is.
+                owner.__dict__[name] = bias.detach() + _ABSENT_BIAS * absent
 
     def _restore_biases(self, module: nn.Module, args: Any, output: Any) -> None:
-        for owner, name, bias in self._biases:
-            owner._buffers[name] = bias
+        for owner, name in self._biases:
+            owner.__dict__.pop(name, None)
 
     def _observe(self, index: Tensor, weights: Tensor) -> None:
         if self.batch is None or self.evidence is not None:  # recomputed under gradient checkpointing: once is enough
@@ -130,7 +178,7 @@ class LayerRouting:
             raise RuntimeError(
                 f"layer {self.layer.name}: {index.shape[0]} tokens routed, but the mask has {keep.shape[0]}"
             )
-        probabilities = routing_probabilities(tap.logits, tap.kind)
+        probabilities = self._shares(index) if self.layer.fixed_routing else _probabilities(tap.logits, tap.kind)
         if self.token_level:
             g = probabilities[keep]
         else:
@@ -140,7 +188,8 @@ class LayerRouting:
         if self.state.resident is None:
             demanded = used
         else:
-            demanded = _count(probabilities.topk(index.shape[1], dim=-1).indices, keep, num_experts)
+            wanted = probabilities.topk(index.shape[1], dim=-1).indices if self._wanted is None else self._wanted
+            demanded = _count(wanted, keep, num_experts)
             used = used * self.state.resident
         self.evidence = Evidence(g=g, routed=demanded)
         self.tokens, self.hit, self._index = used, used > 0, index
@@ -150,6 +199,11 @@ class LayerRouting:
                 self._watch_gradient(weights, keep)
         if self.choose is not None:
             self.state.trainable = self.choose(self.layer.index, self.evidence, self.hit)
+
+    def _shares(self, index: Tensor) -> Tensor:
+        """[T, E]: an equal share for each expert that a token is bound to."""
+        shares = torch.zeros(index.shape[0], self.layer.num_experts, device=index.device)
+        return shares.scatter_(1, index, 1 / index.shape[1])
 
     def _watch_gradient(self, weights: Tensor, keep: Tensor) -> None:
         evidence, index, present, values = self.evidence, self._index, self.resident(), weights.detach().float()
@@ -163,6 +217,7 @@ class LayerRouting:
     def _activation(self, norms: Tensor) -> None:
         assert self.evidence is not None
         assert self.batch is not None
+        norms = norms.view(self._index.shape)  # where experts scale their input, every pair is a token of its own
         keep = self.batch.of(self.layer).to(norms.device).reshape(-1, 1)
         ran = self.resident() if self.state.trainable is None else self.resident() & self.state.trainable
         self.evidence.activation = _per_expert(norms * keep, self._index, ran)
@@ -191,11 +246,25 @@ def _per_expert(values: Tensor, index: Tensor, present: Tensor) -> Tensor:
     return total[:num_experts].masked_fill(~present, float("nan"))
 
 
-def _correction_biases(layer: MoELayer) -> list[tuple[nn.Module, str, Tensor]]:
-    """Buffers that shift the choice of experts without passing through the logits (DeepSeek-V3 and its kin)."""
-    return [
-        (owner, name, buffer)
-        for owner in layer.block.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None and "correction_bias" in name and buffer.numel() == layer.num_experts
-    ]
+def _probabilities(logits: Tensor, kind: str) -> Tensor:
+    """`routing_probabilities`, with one kind more: the square root of softplus, normalised (DeepSeek-V4)."""
+    if kind == "sqrtsoftplus":
+        return routing_probabilities(0.5 * torch.nn.functional.softplus(logits.float()).log(), "softmax")
+    return routing_probabilities(logits, kind)
+
+
+def _indices(outputs: Any, top_k: int) -> Tensor | None:
+    """The chosen experts among a router's outputs."""
+    for out in outputs if isinstance(outputs, tuple) else (outputs,):
+        if isinstance(out, Tensor) and not out.is_floating_point() and out.dim() == 2 and out.shape[-1] == top_k:
+            return out
+    return None
+
+
+def _widened(flags: Tensor, width: int) -> Tensor:
+    """bool [E] -> [width]: what a router scores beside the experts is never absent."""
+    return torch.nn.functional.pad(flags, (0, width - flags.shape[0]))
+
+
+def _cuda_devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

@@ -11,7 +11,7 @@ from torch import nn
 from hfedmoe.config import ModelConfig, UpcycleConfig
 from hfedmoe.errors import UserError
 from hfedmoe.loading import structure
-from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
+from hfedmoe.moe.anatomy import DenseModelError, MoELayer, UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.report.live.words import human_bytes, percent
 from hfedmoe.report.table import table
@@ -77,7 +77,8 @@ def anatomy_of(name: str, experts: int | None = None, top_k: int = 2) -> Anatomy
         parts = _parts(model, find_moe_layers(model))  # before routers become float32 to be trained
         moe = MoEModel(model, experts="frozen")
     except UnsupportedModelError as error:
-        hint = "; --upcycle-experts 8 shows how it would look" if experts is None else ""
+        dense = isinstance(error, DenseModelError)
+        hint = "; --upcycle-experts 8 shows how it would look" if dense and experts is None else ""
         raise UserError(f"{name}: {error}{hint}") from None
     dtype = next(model.parameters()).dtype
     layers = [

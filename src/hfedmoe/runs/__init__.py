@@ -3,7 +3,7 @@
 ```
 RUN/config.toml              the resolved config, with versions and seed: enough to run it again
 RUN/metrics.jsonl            one line per round
-RUN/experts.npz              usage, importance, resident, trained per round, client, layer, expert
+RUN/experts.npy              usage, importance, resident, trained per round, client, layer, expert
 RUN/checkpoints/round-0003/  model.safetensors, clients.safetensors, state.json; written whole or not at all
 RUN/best.json                which checkpoint is the best, and by what
 ```

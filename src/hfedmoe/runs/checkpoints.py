@@ -2,9 +2,13 @@
 
 ```
 checkpoints/round-0003/model.safetensors
-                       clients.safetensors   only if the clients keep tensors
+                       clients.safetensors   only if the clients keep tensors: those that changed in this round
+                       clients-0002.safetensors   what has not changed since round 2, a hard link into its checkpoint
                        state.json            {"round", "score", "metric", "files": {name: {"bytes", "sha256"}}, "state"}
 ```
+A round writes what its clients changed, whatever the number of clients; every checkpoint still has all of them, and
+any other can be deleted. Once half of what is linked is out of date, everything is written anew.
+
 A checkpoint is written under another name and renamed when it is on the disk, so a process killed at any moment
 leaves the earlier ones as they were. The sizes and sums tell a whole checkpoint from one damaged later.
 """
@@ -17,12 +21,12 @@ import os
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hfedmoe.errors import UserError
-from hfedmoe.runs.disk import UNFINISHED, discard, sync, sync_file, sync_folder
+from hfedmoe.runs.disk import FULL, UNFINISHED, discard, sync, sync_file, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,13 +85,16 @@ def write(
     clients: dict[str, "Tensor"] | None,
     score: float | None,
     metric: str,
+    since: int | None = None,
 ) -> Path:
     """Write one checkpoint, whole or not at all. A checkpoint of the same round is replaced.
 
+    With `since`, the clients that `clients` does not name are as in the checkpoint of that round.
     `state` must be JSON (tuples come back as lists; NaN and infinity come back as they were).
     Raises OSError or SafetensorError on a failed write, and leaves nothing behind then.
     """
     root.mkdir(exist_ok=True)
+    earlier = [] if since is None or clients is None else _earlier(root, since, set(clients))
     for leftover in root.glob(UNFINISHED + "*"):
         shutil.rmtree(leftover)
     folder = folder_of(root, round)
@@ -95,8 +102,13 @@ def write(
     unfinished.mkdir()
     try:
         files = {MODEL: _write_tensors(unfinished / MODEL, tensors)}
+        if clients is not None and 2 * len(_names(earlier) | set(clients)) < _entries(earlier) + len(clients):
+            clients, earlier = _merged([part.path for part in reversed(earlier)]) | clients, []
         if clients is not None:
             files[CLIENTS] = _write_tensors(unfinished / CLIENTS, clients)
+        for part in earlier:
+            _link(part.path, unfinished / part.name)
+            files[part.name] = part.entry
         score = score if score is not None and math.isfinite(score) else None
         manifest = {"round": round, "score": score, "metric": metric, "files": files, "state": state}
         with (unfinished / STATE).open("wb") as file:
@@ -205,32 +217,106 @@ def _load(manifest: Manifest) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    loaded = {}
+    tensors: dict[str, Tensor] = {}
     for name, entry in manifest.files.items():
         path = manifest.path / name
         try:
             if _sha256(path) != entry.get("sha256"):
                 raise Damaged(f"{name} has another checksum")
-            loaded[name] = load_file(path)
+            if name == MODEL:
+                tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise Damaged(f"{name}: {error}") from None
-    return Checkpoint(manifest.round, loaded[MODEL], loaded.get(CLIENTS), manifest.state, manifest.score, manifest.path)
+    clients = None
+    if CLIENTS in manifest.files:
+        try:
+            clients = _merged([part.path for part in reversed(_client_parts(manifest))])
+        except (OSError, SafetensorError) as error:
+            raise Damaged(f"{CLIENTS}: {error}") from None
+    return Checkpoint(manifest.round, tensors, clients, manifest.state, manifest.score, manifest.path)
+
+
+@dataclass(frozen=True)
+class _ClientPart:
+    """A file with clients' tensors: where it is, its name in a later checkpoint, its entry in the manifest."""
+
+    path: Path
+    name: str
+    entry: dict[str, Any]
+    names: frozenset[str] = frozenset()
+
+
+def _client_parts(manifest: Manifest) -> list[_ClientPart]:
+    """The files with clients' tensors, the newest first: what an older one says of the same client is out of date."""
+    older = sorted(
+        (name for name in manifest.files if re.fullmatch(r"clients-\d{4,}\.safetensors", name)), key=_written
+    )
+    parts = [_ClientPart(manifest.path / name, name, manifest.files[name]) for name in reversed(older)]
+    if CLIENTS in manifest.files:
+        own = f"clients-{manifest.round:04d}.safetensors"
+        parts.insert(0, _ClientPart(manifest.path / CLIENTS, own, manifest.files[CLIENTS]))
+    return parts
+
+
+def _written(name: str) -> int:
+    return int(name.removeprefix("clients-").removesuffix(".safetensors"))
+
+
+def _earlier(root: Path, since: int, newer: set[str]) -> list[_ClientPart]:
+    """The files of an earlier checkpoint that hold clients which are not among the `newer`, the newest file first."""
+    from safetensors import safe_open
+
+    path = folder_of(root, since)
+    try:
+        parts, seen, needed = _client_parts(read_manifest(path)), set(newer), []
+        for part in parts:
+            with safe_open(part.path, "pt") as file:
+                names = frozenset(file.keys())
+            if names - seen:
+                needed.append(replace(part, names=names))
+            seen |= names
+    except Damaged as damage:
+        raise UserError(f"{path}: damaged while the run went on ({damage}); start the run again") from None
+    return needed
+
+
+def _names(parts: list[_ClientPart]) -> set[str]:
+    return {name for part in parts for name in part.names}
+
+
+def _entries(parts: list[_ClientPart]) -> int:
+    return sum(len(part.names) for part in parts)
+
+
+def _merged(paths: list[Path]) -> dict[str, "Tensor"]:
+    """The tensors of several files, of which later ones take precedence."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        shutil.copyfile(source, target)  # a file system without hard links
+        sync_file(target)
 
 
 def _write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> dict[str, Any]:
-    from safetensors.torch import save_file
+    """Write a safetensors file, summing up while writing: what is as large as the model is read once."""
+    from hfedmoe.runs.blob import chunks
 
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if storage in seen else tensor  # tied: safetensors wants each for itself
-        seen.add(storage)
-    save_file(plain, path)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private; follow the umask like the rest
-    sync_file(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    total, checksum = 0, hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in chunks(tensors):
+            file.write(chunk)
+            checksum.update(chunk)
+            total += len(chunk)
+        sync(file)
+    return {"bytes": total, "sha256": checksum.hexdigest()}
 
 
 def _sha256(path: Path) -> str:

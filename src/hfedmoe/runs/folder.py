@@ -3,7 +3,7 @@
 import datetime
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -94,14 +94,21 @@ class RunFolder:
 
     # rounds
 
-    def append_round(self, record: dict[str, Any]) -> None:
-        """Add the line of a round to metrics.jsonl; `record["round"]` is its number, NaN and infinity become null."""
+    def append_round(self, record: dict[str, Any], clients: Iterable[dict[str, Any]] | None = None) -> None:
+        """Add the line of a round to metrics.jsonl; `record["round"]` is its number, NaN and infinity become null.
+
+        `clients` may come one by one instead of as `record["clients"]`, so that no list of them is in memory.
+        """
         with self._writing("metrics.jsonl") as path:
-            rounds.append(path, record)
+            rounds.append(path, record, clients)
 
     def read_rounds(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; one torn by a kill is left out."""
         return rounds.read(self.path / "metrics.jsonl")
+
+    def iter_rounds(self) -> Iterator[dict[str, Any]]:
+        """As `read_rounds`, one line at a time."""
+        return rounds.iterate(self.path / "metrics.jsonl")
 
     def append_experts(
         self,
@@ -113,19 +120,41 @@ class RunFolder:
         resident: Any,
         trained: Any,
     ) -> None:
-        """Add a round to experts.npz.
+        """Add (or replace) a round in experts.npy.
 
         The last four are [len(clients), sum E_l], float or bool, as they travel: layer after layer, E_l from
         `num_experts` [L]. Anything numpy reads as such an array will do, a list of CPU tensors among them.
         """
-        with self._writing("experts.npz") as path:
-            history = experts.read(path) or experts.ExpertHistory.empty(num_experts)
-            rows = {"usage": usage, "importance": importance, "resident": resident, "trained": trained}
-            experts.write(path, history.with_round(round, clients, rows))
+        with self.expert_rows(round, num_experts) as add:
+            for row in zip(clients, usage, importance, resident, trained, strict=True):
+                add(*row)
+
+    @contextmanager
+    def expert_rows(self, round: int, num_experts: Sequence[int]) -> Iterator[Callable[..., None]]:
+        """Add (or replace) a round in experts.npy, client by client, as the arguments of `RoundRows.add`.
+
+        The rows count when the block ends well; after an exception there are none.
+        """
+        with self._writing("experts.npy") as path:
+            rows = experts.RoundRows(path, round, num_experts)
+            try:
+
+                def add(*row: Any) -> None:
+                    with self._writing("experts.npy"):
+                        rows.add(*row)
+
+                yield add
+                rows.commit()
+            finally:
+                rows.drop()
 
     def read_experts(self) -> experts.ExpertHistory | None:
-        """The arrays of experts.npz; None before the first round."""
-        return experts.read(self.path / "experts.npz")
+        """experts.npy as dense arrays over rounds and clients; None before the first round."""
+        return experts.read(self.path / "experts.npy")
+
+    def read_expert_rows(self) -> Any:
+        """experts.npy as it is, a row per round and client, mapped and not read; None before the first round."""
+        return experts.rows(self.path / "experts.npy")
 
     # checkpoints
 
@@ -141,14 +170,18 @@ class RunFolder:
         clients: dict[str, "Tensor"] | None = None,
         score: float | None = None,
         metric: str = "accuracy",
+        since: int | None = None,
     ) -> Path:
         """Write the checkpoint of a round, whole or not at all, then delete those no longer kept.
 
         Kept are the newest `config.keep_checkpoints` and the best (the highest `score`, of which `metric` is the
-        name). Call it after the other records of the round: it vouches for them, and resuming drops later ones.
+        name). With `since`, `clients` are those that changed since the checkpoint of that round, and the others are as
+        they were there.
+
+        Call it after the other records of the round: it vouches for them, and resuming drops later ones.
         """
         with self._writing("checkpoints") as root:
-            folder = checkpoints.write(root, round, tensors, state, clients, score, metric)
+            folder = checkpoints.write(root, round, tensors, state, clients, score, metric, since)
             checkpoints.prune(root, self.config.keep_checkpoints)
         self._note_best()
         return folder
@@ -168,10 +201,8 @@ class RunFolder:
         self._note_best()
         with self._writing("metrics.jsonl") as path:
             rounds.drop_after(path, round)
-        with self._writing("experts.npz") as path:
-            history = experts.read(path)
-            if history is not None and (history.rounds > round).any():
-                experts.write(path, history.only(history.rounds <= round))
+        with self._writing("experts.npy") as path:
+            experts.drop_after(path, round)
 
     def _note_best(self) -> None:
         """Write best.json for people and scripts; `load_checkpoint` itself asks the checkpoints."""

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,26 @@ from hfedmoe.runs.disk import replacing, sync
 
 logger = logging.getLogger(__name__)
 
+BLOCK = 1 << 16
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line; NaN and infinity, which JSON does not know, become null."""
+
+def append(path: Path, record: dict[str, Any], clients: Iterable[dict[str, Any]] | None = None) -> None:
+    """Add a line; NaN and infinity, which JSON does not know, become null.
+
+    Args:
+        clients: becomes the last entry, "clients", and is written one by one: a list that need not fit into memory.
+    """
     whole = _end_of_last_line(path)
     try:
         with path.open("ab") as file:
             file.truncate(whole)
-            file.write(_line(record))
+            if clients is None:
+                file.write(_line(record))
+            else:
+                file.write(_line(record)[: -len(b"}\n")] + b', "clients": [')
+                for number, client in enumerate(clients):
+                    file.write((b", " if number else b"") + _line(client)[:-1])
+                file.write(b"]}\n")
             sync(file)
     except OSError:
         if path.exists():
@@ -32,17 +45,20 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All whole lines, in order; a line that is not JSON is left out with a warning."""
-    records = []
+    return list(iterate(path))
+
+
+def iterate(path: Path) -> Iterator[dict[str, Any]]:
+    """As `read`, one line at a time."""
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
             record = json.loads(line)
         except ValueError:
             record = None
         if isinstance(record, dict):
-            records.append(record)
+            yield record
         else:
             logger.warning("%s: line %d is damaged and left out", path, number)
-    return records
 
 
 def drop_after(path: Path, round: int) -> None:
@@ -68,9 +84,24 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield line[:-1]
 
 
 def _end_of_last_line(path: Path) -> int:
-    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        at = file.seek(0, os.SEEK_END)
+        while at > 0:  # from the end: the file grows with the run, and this is asked in every round
+            begin = max(0, at - BLOCK)
+            file.seek(begin)
+            found = file.read(at - begin).rfind(b"\n")
+            if found >= 0:
+                return begin + found + 1
+            at = begin
+    return 0

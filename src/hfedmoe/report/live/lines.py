@@ -10,6 +10,7 @@ from hfedmoe.report.live.watcher import ClientLine, ClientSummary, Score
 from hfedmoe.report.live.words import budget, deadline_cost, decimal, describe, human_bytes, human_seconds
 
 HEARTBEAT_S = 60.0  # long work shows a sign of life this often
+MANY = 50  # clients; of more, only those that something happened to have lines of their own
 
 
 class Lines(Tracker):
@@ -18,6 +19,7 @@ class Lines(Tracker):
     def __init__(self, console: Console, clock: Callable[[], float]) -> None:
         super().__init__(console, clock)
         self._last_line = clock()
+        self._answered = 0
         if not console.is_terminal:  # a file has no width; rich would fold the final table at 80
             console.width = max(console.width, 120)
 
@@ -31,8 +33,15 @@ class Lines(Tracker):
     ) -> None:
         super().start(title, num_rounds, first_round, clients, history)
         self.write(f"{title}: rounds {first_round} to {num_rounds}, {len(clients)} clients")
-        for line in clients:
+        for line in clients if len(clients) <= MANY else ():
             self.write(f"  {line.name}: {line.examples} examples, budget {budget(line)} experts")
+        if len(clients) > MANY:
+            examples = [line.examples for line in clients]
+            least, most = (choose(clients, key=lambda line: line.budget) for choose in (min, max))
+            self.write(
+                f"  {min(examples)} to {max(examples)} examples per client, "
+                f"budgets from {budget(least)} to {budget(most)} experts"
+            )
 
     def phase(self, text: str) -> None:
         super().phase(text)
@@ -40,6 +49,7 @@ class Lines(Tracker):
 
     def round_started(self, round: int) -> None:
         super().round_started(round)
+        self._answered = 0
         self.write(f"round {round}/{self.num_rounds}")
 
     def step(self, client: int, step: int, steps: int, loss: float) -> None:
@@ -49,6 +59,10 @@ class Lines(Tracker):
     def client_done(self, round: int, client: int, summary: ClientSummary) -> None:
         super().client_done(round, client, summary)
         name = self.rows[client].line.name
+        self._answered += 1
+        if summary.status == "ok" and len(self.rows) > MANY:
+            self._heartbeat(f"  {name}: done, the {self._answered}. client of this round")
+            return
         if summary.status != "ok":
             self.write(f"  {name}: {summary.status}" + (f": {summary.reason}" if summary.reason else ""))
             return

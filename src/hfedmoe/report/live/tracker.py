@@ -11,8 +11,11 @@ from rich.table import Table
 from hfedmoe.report.live.watcher import ClientLine, ClientSummary, FinalLine, Score, Watcher
 from hfedmoe.report.live.words import activation, describe, human_bytes, human_seconds, steps
 
+MOST_SHOWN = 50
+"""Clients in the final table."""
 
-@dataclass
+
+@dataclass(slots=True)
 class Row:
     """One client: what it is, what it last answered, and what it does now."""
 
@@ -118,9 +121,10 @@ class Tracker(Watcher):
         for heading in ("held", "predicted", "trained", "received", "sent", "peak", "time"):
             table.add_column(heading, justify="right", overflow="fold")
         deadlines = any(line.pace is not None for line in clients)
+        shown = clients[:MOST_SHOWN]
         for heading in ("deadline", "steps", "per layer") if deadlines else ():
             table.add_column(heading, justify="right", overflow="fold")
-        for line in clients:
+        for line in shown:
             table.add_row(
                 escape(line.name),
                 f"{line.resident}/{line.total_experts}",
@@ -133,6 +137,8 @@ class Tracker(Watcher):
                 *(_pace_cells(line) if deadlines else ()),
             )
         self.console.print(table)
+        if len(clients) > len(shown):
+            self.write(f"and {len(clients) - len(shown)} more clients; what each did is in metrics.jsonl")
         for when, score in (("before", before), ("after", after)):
             if score is not None:
                 self.write(f"{when:<6} (round {score.round}): {describe(score)} ({score.rows} rows)")

@@ -1,0 +1,222 @@
+"""Fine-tuning experts: our expert forward against stock transformers and PEFT, over a grid of shapes.
+
+    python -m benchmarks.expert_forward [--quick] [--seconds 1.0] [--json FILE]
+
+A cell is a number of experts, a top-k, a number of tokens, a resident share and a precision. In every cell a training
+step of the same small OLMoE (see `expert_step`) is measured, each variant in a process of its own, one after the other:
+
+* LoRA (rank 8) on the experts: ours, and PEFT's `target_parameters` on each stock experts implementation;
+* frozen experts: each stock implementation, and ours;
+* full training of the experts: ours, and each stock implementation (PEFT has none).
+
+Stock models and PEFT cannot leave experts out: theirs is the whole model in cells with a resident share below 100 %;
+`median_speedup_same_experts` compares with PEFT on a model that has only the resident number of experts. Peak memory is
+the operating system's figure for the process, imports included. batched_mm copies the weights once per (token, expert)
+pair: it is left out above 128 pairs. Expert layers alone are measured beside the bare matrix products of the
+same shapes (see `expert_layers`). Processors without 16-bit products compute bfloat16 cells in float32 with our
+forward, and as they can with PEFT; these cells are kept small and have a median of their own.
+"""
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import expert_layers, expert_step
+from benchmarks.common import parser, report
+from benchmarks.expert_step import LENGTH, STOCK, Cell
+from benchmarks.forked import in_forked_process
+
+TIMEOUT_S = 900.0
+BATCHED_PAIRS = 128
+
+
+def cells(quick: bool) -> Iterator[Cell]:
+    """The grid with LoRA."""
+    top_ks, tokens = ((2,), (64, 640)) if quick else ((1, 2, 8), (64, 192, 640, 2048))
+    for experts in (16, 64):
+        for top_k in top_ks:
+            for number in tokens:
+                yield from _shares(experts, top_k, number, "float32")
+    for top_k in (2,) if quick else (1, 2):
+        for number in (64,) if quick else (64, 192):
+            yield from _shares(16, top_k, number, "bfloat16")
+
+
+def full_cells(quick: bool) -> Iterator[Cell]:
+    """The grid with full training."""
+    for experts in (16, 64):
+        for number in (64,) if quick else (64, 640, 2048):
+            yield from _shares(experts, 2, number, "float32")
+
+
+def _shares(experts: int, top_k: int, tokens: int, dtype: str) -> Iterator[Cell]:
+    for share in (1.0, 0.5, 0.25):
+        if round(experts * share) >= top_k:
+            yield Cell(experts, top_k, tokens, dtype, share)
+
+
+class Bench:
+    """Measures variants in cells, each only once."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._known: dict[tuple[Cell, str], dict[str, Any] | None] = {}
+
+    def step(self, cell: Cell, variant: str) -> dict[str, Any] | None:
+        """Median seconds of a step and peak bytes; None if it did not fit or took too long."""
+        if "batched" in variant and cell.tokens * cell.top_k > BATCHED_PAIRS:
+            return None
+        key = (cell, variant)
+        if key not in self._known:
+            arguments = (cell.experts, cell.top_k, cell.tokens, cell.dtype, cell.share, variant, self.seconds)
+            measured = in_forked_process(expert_step.measure, *arguments, timeout_s=TIMEOUT_S)
+            if measured is not None:
+                measured["pass_s"] = statistics.median(measured["passes"])
+                measured["step_s"] = measured["pass_s"] + statistics.median(measured["updates"])
+            self._known[key] = measured
+        return self._known[key]
+
+    def best(self, cell: Cell, variants: list[str]) -> dict[str, Any]:
+        """The fastest of some variants, with its name."""
+        found = {variant: self.step(cell, variant) for variant in variants}
+        name, fastest = min(
+            ((name, one) for name, one in found.items() if one is not None), key=lambda pair: pair[1]["step_s"]
+        )
+        return {"name": name, **fastest}
+
+    def compare(self, cell: Cell) -> dict[str, Any]:
+        """The row of one LoRA cell."""
+        whole = Cell(cell.experts, cell.top_k, cell.tokens, cell.dtype)
+        alike = Cell(cell.resident, cell.top_k, cell.tokens, cell.dtype)
+        ours, own_frozen = self.step(cell, "ours"), self.step(cell, "ours frozen")
+        assert ours is not None
+        assert own_frozen is not None
+        peft = self.best(whole, [f"peft {name}" for name in STOCK])
+        peft_alike = self.best(alike, [f"peft {name}" for name in STOCK])
+        frozen = min(self.best(alike, [f"frozen {name}" for name in STOCK])["step_s"], own_frozen["step_s"])
+        layers = in_forked_process(
+            expert_layers.measure, cell.resident, cell.top_k, cell.tokens, cell.dtype, self.seconds, timeout_s=TIMEOUT_S
+        )
+        assert layers is not None
+        limit = (
+            layers["all_products"]
+            - layers["base_products"]
+            + min(layers["base_products"], layers.get("base_products_as_stored", layers["base_products"]))
+        )
+        return {
+            **_place(cell),
+            "ours s": ours["step_s"],
+            "ours MB": ours["peak_bytes"] / 1e6,
+            "best PEFT": peft["name"].removeprefix("peft "),
+            "speedup": peft["step_s"] / ours["step_s"],
+            "memory": ours["peak_bytes"] / peft["peak_bytes"],
+            "speedup same experts": peft_alike["step_s"] / ours["step_s"],
+            "vs frozen": ours["step_s"] / frozen,
+            "share of limit": limit / layers["layer"],
+            "share of base limit": (limit - layers["all_products"] + layers["base_products"]) / layers["layer"],
+        }
+
+    def compare_full(self, cell: Cell) -> dict[str, Any]:
+        """The row of one cell with full training."""
+        whole = Cell(cell.experts, cell.top_k, cell.tokens, cell.dtype)
+        ours, stock = self.step(cell, "ours full"), self.best(whole, [f"full {name}" for name in STOCK])
+        eager = self.step(whole, "full eager")
+        assert ours is not None
+        return {
+            **_place(cell),
+            "ours pass s": ours["pass_s"],
+            "ours s": ours["step_s"],
+            "ours MB": ours["peak_bytes"] / 1e6,
+            "best stock": stock["name"].removeprefix("full "),
+            "speedup": stock["step_s"] / ours["step_s"],
+            "memory": ours["peak_bytes"] / stock["peak_bytes"],
+            "speedup vs eager": None if eager is None else eager["step_s"] / ours["step_s"],
+        }
+
+
+def _place(cell: Cell) -> dict[str, Any]:
+    return {
+        "experts": cell.experts,
+        "top-k": cell.top_k,
+        "tokens": cell.tokens,
+        "dtype": cell.dtype,
+        "resident": f"{cell.share:.0%}",
+    }
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--quick", action="store_true", help="a small part of the grid")
+    arguments.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each step, after a first one")
+    options = arguments.parse_args()
+    assert all(cell.tokens % LENGTH == 0 for cell in cells(options.quick))
+    bench = Bench(options.seconds)
+    lora = []
+    for cell in cells(options.quick):
+        lora.append(bench.compare(cell))
+        print(
+            "  ".join(
+                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in lora[-1].items()
+            ),
+            flush=True,
+        )
+    full = [bench.compare_full(cell) for cell in full_cells(options.quick)]
+    report(full, {}, None)
+    single = [row for row in lora if row["dtype"] == "float32"]
+    half = [row for row in lora if row["dtype"] == "bfloat16"]
+    report(
+        lora,
+        {
+            "cells": len(lora),
+            "median_speedup_vs_best_peft": _median(lora, "speedup"),
+            "worst_speedup_vs_best_peft": min(row["speedup"] for row in lora),
+            "median_memory_vs_best_peft": _median(lora, "memory"),
+            "median_share_of_matmul_limit": _median(lora, "share of limit"),
+            "median_step_vs_frozen": _median(lora, "vs frozen"),
+            "median_speedup_float32": _median(single, "speedup"),
+            "median_speedup_bfloat16": _median(half, "speedup"),
+            "median_speedup_same_experts": _median(lora, "speedup same experts"),
+            "worst_speedup_same_experts": min(row["speedup same experts"] for row in lora),
+            "median_share_of_base_products": _median(lora, "share of base limit"),
+            "median_full_speedup_vs_best_stock": _median(full, "speedup"),
+            "worst_full_speedup_vs_best_stock": min(row["speedup"] for row in full),
+            "median_full_memory_vs_best_stock": _median(full, "memory"),
+            **_with_share(lora),
+            **_full_growth(full),
+        },
+        options.json,
+        {"full": full},
+    )
+
+
+def _median(rows: list[dict[str, Any]], column: str) -> float:
+    return statistics.median(row[column] for row in rows)
+
+
+def _with_share(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Step time and memory at 25 % and 50 % residency over those of the whole model, the median over places."""
+    whole = {
+        (row["experts"], row["top-k"], row["tokens"], row["dtype"]): row for row in rows if row["resident"] == "100%"
+    }
+    found = {}
+    for share in ("50%", "25%"):
+        pairs = [
+            (row, whole[row["experts"], row["top-k"], row["tokens"], row["dtype"]])
+            for row in rows
+            if row["resident"] == share
+        ]
+        for column, name in (("ours s", "time"), ("ours MB", "memory")):
+            found[f"{name}_at_{share.rstrip('%')}_percent"] = statistics.median(a[column] / b[column] for a, b in pairs)
+    return found
+
+
+def _full_growth(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How forward and backward of full training grow from 16 to 64 experts, with the tokens unchanged (the most)."""
+    most = max(row["tokens"] for row in rows)
+    at = {row["experts"]: row["ours pass s"] for row in rows if row["tokens"] == most and row["resident"] == "100%"}
+    return {"full_pass_64_over_16_experts": at[64] / at[16]}
+
+
+if __name__ == "__main__":
+    main()

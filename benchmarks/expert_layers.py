@@ -1,0 +1,119 @@
+"""One expert layer, forward and backward, beside the bare matrix products that its mathematics needs: the limit.
+
+The limit runs the same products on the same shapes, one call per expert with rows, into memory that exists already:
+the base matrices forward and for the gradients of their inputs, and with LoRA the thin products with A and B and those
+for their gradients. Nothing is gathered, gated, weighted or added up. Layer and limit run in turn in one process; each
+figure is the smallest of several.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.expert_step import HIDDEN, INTERMEDIATE, RANK
+
+
+def measure(experts: int, top_k: int, tokens: int, dtype: str, seconds: float) -> dict[str, float]:
+    """Seconds of our layer with LoRA and with frozen experts, and of the bare products with and without LoRA's."""
+    import torch
+
+    from hfedmoe.device.allocator import keep_freed_memory
+    from hfedmoe.moe.base import base_of
+    from hfedmoe.moe.grouping import group_pairs
+    from hfedmoe.moe.kernel import ExpertMath, experts_forward
+    from hfedmoe.moe.trained import lora_experts
+
+    keep_freed_memory()
+    torch.manual_seed(0)
+    stored = getattr(torch, dtype)
+    up = (torch.randn(experts, 2 * INTERMEDIATE, HIDDEN) * 0.02).to(stored)
+    down = (torch.randn(experts, HIDDEN, INTERMEDIATE) * 0.02).to(stored)
+    trained = lora_experts(
+        experts, (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), RANK, 16.0, 0, torch.device("cpu")
+    )
+    math = ExpertMath(base_of(up, down), gate=torch.nn.functional.silu, silu_gate=True, scale=trained.scale)
+    x = torch.randn(tokens, HIDDEN, requires_grad=True)
+    chosen = torch.randn(tokens, experts).softmax(-1).topk(top_k, dim=-1)
+    weights, index = chosen.values.requires_grad_(), chosen.indices.reshape(-1)
+    grad = torch.randn(tokens, HIDDEN)
+
+    def layer(stacks: dict[str, Any]) -> None:
+        groups = group_pairs(index, experts, top_k)
+        leaves = trained.of([expert for expert, _, _ in groups.spans]) if stacks else []
+        experts_forward(math, x, weights.reshape(-1), groups, stacks, leaves).backward(grad)
+        for tensor in (x, weights, *leaves):
+            tensor.grad = None
+
+    groups = group_pairs(index, experts, top_k)
+    base = _base_products(up.float(), down.float(), groups)
+    thin = _thin_products(trained.stacks, groups)
+
+    def with_thin() -> None:
+        base()
+        thin()
+
+    timed = {
+        "layer": lambda: layer(trained.stacks),
+        "frozen": lambda: layer({}),
+        "base_products": base,
+        "all_products": with_thin,
+    }
+    if stored != torch.float32:
+        timed["base_products_as_stored"] = _base_products(up, down, groups)
+    return _in_turn(timed, seconds)
+
+
+def _in_turn(timed: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+    for work in timed.values():
+        work()
+    best = dict.fromkeys(timed, float("inf"))
+    started, rounds = time.perf_counter(), 0
+    while rounds < 3 or (time.perf_counter() - started < seconds and rounds < 50):
+        for name, work in timed.items():
+            begin = time.perf_counter()
+            work()
+            best[name] = min(best[name], time.perf_counter() - begin)
+        rounds += 1
+    return best
+
+
+def _base_products(up: Any, down: Any, groups: Any) -> Callable[[], None]:
+    import torch
+
+    size = groups.size
+    rows, wide = torch.randn(size, HIDDEN, dtype=up.dtype), torch.randn(size, 2 * INTERMEDIATE, dtype=up.dtype)
+    narrow, out = torch.randn(size, INTERMEDIATE, dtype=up.dtype), torch.randn(size, HIDDEN, dtype=up.dtype)
+
+    def work() -> None:
+        for expert, start, end in groups.spans:
+            torch.mm(rows[start:end], up[expert].t(), out=wide[start:end])
+            torch.mm(narrow[start:end], down[expert].t(), out=out[start:end])
+        for expert, start, end in groups.spans:
+            torch.mm(out[start:end], down[expert], out=narrow[start:end])
+            torch.mm(wide[start:end], up[expert], out=rows[start:end])
+
+    return work
+
+
+def _thin_products(stacks: dict[str, Any], groups: Any) -> Callable[[], None]:
+    import torch
+
+    size = groups.size
+    sides = [("up", torch.randn(size, HIDDEN), torch.randn(size, 2 * INTERMEDIATE))]
+    sides.append(("down", torch.randn(size, INTERMEDIATE), torch.randn(size, HIDDEN)))
+    low = torch.randn(size, RANK)
+    grads = {name: torch.empty_like(stack) for name, stack in stacks.items()}
+
+    def work() -> None:
+        for side, left, right in sides:
+            a, b, d_a, d_b = stacks[f"{side}_a"], stacks[f"{side}_b"], grads[f"{side}_a"], grads[f"{side}_b"]
+            for expert, start, end in groups.spans:
+                own, inner, outer = low[start:end], left[start:end], right[start:end]
+                torch.mm(inner, a[expert].t(), out=own)
+                outer.addmm_(own, b[expert].t())
+                torch.mm(outer, b[expert], out=own)
+                inner.addmm_(own, a[expert])
+                torch.mm(own.t(), inner, out=d_a[expert])
+                torch.mm(own.t(), outer, out=d_b[expert].t())
+
+    return work

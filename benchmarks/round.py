@@ -1,0 +1,344 @@
+"""Where the time of a round goes, how fast the server folds, and what it needs for many clients.
+
+    python -m benchmarks.round [--quick] [--json FILE]
+
+* A federation of an OLMoE-shaped random model (4 layers of 16 experts) through the real server and clients: the wall
+  time of every round, by phase. Overhead is all of it but training, evaluation and the clients' first forward pass.
+* Folding: updates in the shape of OLMoE-1B-7B's LoRA (16 layers of 64 experts, rank 8). Its bandwidth is the bytes of
+  an update over the time to fold it; that of memory, the same bytes over the time of `Tensor.copy_` on tensors of the
+  same sizes, with as many threads, measured in turns. A fold reads the update once, and reads and writes the
+  accumulator.
+* The peak memory of a server, in a process of its own, that takes 10 and 10,000 updates in a round.
+* 10,000 registered clients of which each round draws 100, through `hfedmoe run`'s own entry point.
+"""
+
+import argparse
+import csv
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from flwr.app import Context, Message
+from torch import Tensor
+from transformers import OlmoeConfig
+
+from benchmarks import checkpoints
+from benchmarks.common import in_own_process, parser, peak_bytes, report
+from hfedmoe import experiment
+from hfedmoe.config import MethodConfig, load_config
+from hfedmoe.evaluation import Metrics
+from hfedmoe.federation import checks, client, server
+from hfedmoe.federation.fold import Fold
+from hfedmoe.federation.inprocess import InProcessGrid
+from hfedmoe.federation.messages import (
+    DESCRIBE,
+    PLAN,
+    Description,
+    Update,
+    describe_reply,
+    facts_of,
+    pack_bits,
+    record,
+    tensors_of,
+    train_reply,
+    unpack_bits,
+)
+from hfedmoe.federation.records import Keeper
+from hfedmoe.report.live import Silent
+from hfedmoe.runs import RunFolder
+
+# (where it is looked up, name, phase): a phase's time is without that of the phases called within it
+TIMED = [
+    (client, "train", "training"),
+    (client, "bootstrap", "first pass"),
+    (experiment, "evaluate", "evaluation"),
+    (experiment, "put", "client set-up"),
+    (client, "load", "client set-up"),
+    (client, "extract", "packing"),
+    (client, "train_reply", "packing"),
+    (client, "tensors_of", "packing"),
+    (server, "train_request", "packing"),
+    (server, "pack", "packing"),
+    (client, "sub_model_bytes", "records"),
+    (client, "_read_history", "client history"),
+    (client, "_write_history", "client history"),
+    (checks, "update", "checks"),
+    (Fold, "add", "fold"),
+    (Fold, "result", "fold"),
+    (RunFolder, "append_round", "records"),
+    (RunFolder, "save_checkpoint", "checkpoint"),
+]
+WORK = ("training", "evaluation", "first pass")
+
+
+class Stopwatch:
+    """Exclusive seconds by phase of the functions it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner: list[float] = []
+
+    def wrap(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                taken = time.perf_counter() - started
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + taken - self._inner.pop()
+                if self._inner:
+                    self._inner[-1] += taken
+
+        return timed
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for place, name, phase in TIMED:
+                stack.enter_context(patch.object(place, name, self.wrap(getattr(place, name), phase)))
+            yield
+
+
+class Rounds(Silent):
+    """The phases of every round, from its first moment to its checkpoint."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch = watch
+        self.rows: list[dict[str, Any]] = []
+
+    def round_started(self, round: int) -> None:
+        self.watch.seconds.clear()
+        self._started = time.perf_counter()
+
+    def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
+        total, phases = time.perf_counter() - self._started, dict(self.watch.seconds)
+        phases["rest"] = total - sum(phases.values())
+        work = sum(phases.get(name, 0.0) for name in WORK)
+        self.rows.append({"round": round, "seconds": total, "overhead_share": (total - work) / total} | phases)
+
+
+def rounds_of(quick: bool) -> list[dict[str, Any]]:
+    """Phases of a real federation's rounds."""
+    shape = OlmoeConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=9,
+        num_key_value_heads=9,
+        num_experts=16,
+        num_experts_per_tok=2,
+    )
+    settings = ["clients.count=4", "federation.rounds=3", "train.steps=4", "evaluation.watch_rows=32"]
+    settings += ["data.test_rows=32", "data.train_rows=400"]
+    if quick:
+        settings += ["clients.count=2", "federation.rounds=2", "train.steps=2"]
+    watch = Stopwatch()
+    rounds = Rounds(watch)
+    with tempfile.TemporaryDirectory() as folder, watch.watching():
+        checkpoints.write(shape, Path(folder) / "model", torch.float32)
+        config = load_config(None, [f"model.name={folder}/model", *settings])
+        experiment.run(config, Path(folder) / "run", rounds)
+    return rounds.rows
+
+
+def global_tensors(layers: int, experts: int, hidden: int, inner: int, rank: int, lora: str) -> dict[str, Tensor]:
+    """The global tensors of a model: LoRA pairs of its experts, and its routers."""
+    tensors = {f"router.{layer}.weight": torch.zeros(experts, hidden) for layer in range(layers)}
+    kinds = {"up_b": (2 * inner, rank), "down_b": (hidden, rank)}
+    if lora != "freeze_a":
+        kinds |= {"up_a": (rank, hidden), "down_a": (rank, inner)}
+    for layer in range(layers):
+        tensors |= {f"experts.{layer}.{name}": torch.zeros(experts, *shape) for name, shape in kinds.items()}
+    return tensors
+
+
+def update_of(tensors: dict[str, Tensor], num_experts: list[int], share: float, draws: torch.Generator) -> Update:
+    """An update in which a share of each layer's experts is trained, drawn at random."""
+    trained = []
+    for number in num_experts:
+        flags = torch.zeros(number, dtype=torch.bool)
+        flags[torch.randperm(number, generator=draws)[: max(1, round(number * share))]] = True
+        trained.append(flags)
+    return _update(tensors, trained, draws)
+
+
+def _update(tensors: dict[str, Tensor], trained: list[Tensor], draws: torch.Generator) -> Update:
+    sent = {}
+    for name, tensor in tensors.items():
+        rows = int(trained[int(name.split(".")[1])].sum()) if name.startswith("experts.") else len(tensor)
+        sent[name] = torch.empty(rows, *tensor.shape[1:]).uniform_(-1, 1, generator=draws)
+    uniform = [torch.full((len(flags),), 1 / len(flags)) for flags in trained]
+    tokens = [torch.full((len(flags),), 100.0) for flags in trained]
+    return Update(sent, trained, uniform, uniform, tokens, 100, [1.0], 1.0, 1, False, 1, 1)
+
+
+def fold_rows(quick: bool) -> list[dict[str, Any]]:
+    """Time to check and to fold updates, beside that of copying their bytes."""
+    layers, experts = (2, 16) if quick else (16, 64)
+    rows = []
+    for lora, shares in (("factors", (0.05, 0.25, 1.0)), ("freeze_a", (0.25,)), ("exact", (0.05,))):
+        tensors = global_tensors(layers, experts, 2048, 1024, 8, lora)
+        for share in shares:
+            rows.append(_fold_row(tensors, [experts] * layers, lora, share))
+    return rows
+
+
+def _fold_row(tensors: dict[str, Tensor], num_experts: list[int], lora: str, share: float) -> dict[str, Any]:
+    draws = torch.Generator().manual_seed(0)
+    fold = Fold(tensors, MethodConfig(), lora == "exact", 8)
+    everything = [torch.ones(number, dtype=torch.bool) for number in num_experts]
+    times: dict[str, list[float]] = {"copy": [], "check": [], "fold": []}
+
+    def timed(what: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        times[what].append(time.perf_counter() - started)
+        return result
+
+    size = 0
+    for _ in range(3 if lora == "exact" else 8):
+        message = _message(train_reply(update_of(tensors, num_experts, share, draws)))
+        update = timed("check", lambda message=message: checks.update(message, everything, tensors))
+        timed("fold", lambda update=update: fold.add(update))
+        copies = [torch.zeros_like(tensor) for tensor in update.tensors.values()]
+        timed("copy", lambda copies=copies, update=update: _copy(copies, update))
+        size = sum(tensor.nbytes for tensor in copies)
+    # The first fold also makes the accumulators, once per round.
+    copy, check, folding = (statistics.median(times[what][1:]) for what in ("copy", "check", "fold"))
+    return {
+        "lora": lora,
+        "share of experts": share,
+        "MB": size / 1e6,
+        "copy GB/s": size / copy / 1e9,
+        "check ms": 1e3 * check,
+        "fold ms": 1e3 * folding,
+        "fold ms per MB": 1e9 * folding / size,
+        "fold of memcpy": copy / folding,
+        "check and fold of memcpy": copy / (check + folding),
+    }
+
+
+def _copy(into: list[Tensor], update: Update) -> None:
+    for target, tensor in zip(into, update.tensors.values(), strict=True):
+        target.copy_(tensor)
+
+
+def _message(content: Any) -> Message:
+    grid = InProcessGrid(lambda message, context: message, 1)  # type: ignore[arg-type]
+    return grid.create_message(content, "train", 1, "benchmark")
+
+
+def server_of(clients: int) -> dict[str, Any]:
+    """A server that takes one update of each of so many clients in a round; they exist only while they answer."""
+    num_experts = [16] * 2  # an update is 0.4 MB: 10,000 of them would show
+    tensors = global_tensors(2, 16, 256, 256, 8, "factors")
+    draws = torch.Generator().manual_seed(0)
+
+    def answer(message: Message, context: Context) -> Message:
+        number = int(context.node_config["partition-id"])
+        if message.metadata.message_type == DESCRIBE:
+            return Message(
+                describe_reply(Description(number, f"client {number}", 100, 16, num_experts)), reply_to=message
+            )
+        if message.metadata.message_type == PLAN:
+            bits = [torch.rand(16, generator=draws).argsort() < 4 for _ in num_experts]
+            return Message(record({"resident": pack_bits(bits)}), reply_to=message)
+        resident = unpack_bits(facts_of(message)["resident"], num_experts)
+        tensors_of(message)
+        return Message(train_reply(_update(tensors, resident, draws)), reply_to=message)
+
+    config = load_config(None, [f"clients.count={clients}", "federation.rounds=1", "train.steps=1"])
+    measured = Metrics(accuracy=0.5, macro_f1=0.5, loss=1.0, examples=1, perplexity=2.718)
+    with tempfile.TemporaryDirectory() as folder, RunFolder.create(Path(folder) / "run", config) as run:
+        started = time.perf_counter()
+        server.Server(
+            config=config,
+            tensors=tensors,
+            num_experts=num_experts,
+            top_k=[2] * 2,
+            evaluate=lambda tensors, kind: measured,
+            keeper=Keeper(run, dict),
+            watcher=Silent(),
+            watches=False,
+        ).run(InProcessGrid(answer, clients))  # type: ignore[arg-type]
+        seconds = time.perf_counter() - started
+        (line,) = [line for line in run.iter_rounds() if line["round"] == 1]
+        assert sum(row["status"] == "ok" for row in line["clients"]) == clients
+    return {"clients": clients, "seconds": seconds, "peak_bytes": peak_bytes()}
+
+
+WORDS = ("profit", "share", "bank", "oil", "dollar", "trade", "ship", "grain", "wheat", "loss", "net", "quarter")
+
+
+def registered(clients: int, per_round: int) -> dict[str, Any]:
+    """A run of the tiny model with so many registered clients, of which each round draws some."""
+    with tempfile.TemporaryDirectory() as folder:
+        draws = random.Random(0)
+        with (Path(folder) / "rows.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for row in range(4 * clients + 200):
+                writer.writerow([" ".join(draws.choices(WORDS, k=12)), ("earn", "acq", "crude", "trade")[row % 4]])
+        settings = ["model.name=tiny", f"data.source={folder}/rows.csv", "data.test_share=0.005", "data.test_rows=64"]
+        settings += ["partition.scheme=iid", "partition.min_rows=1", f"clients.count={clients}"]
+        settings += [f"federation.clients_per_round={per_round}", "federation.rounds=3", "train.steps=1"]
+        started = time.perf_counter()
+        run = experiment.run(load_config(None, settings), Path(folder) / "run", Silent())
+        seconds = time.perf_counter() - started
+        lines = RunFolder.open(run).read_rounds()[1:]
+        return {
+            "clients": clients,
+            "per_round": per_round,
+            "seconds": seconds,
+            "round_s": statistics.median(line["seconds"] for line in lines),
+            "training_s": statistics.median(line["seconds_training"] for line in lines),
+            "peak_bytes": peak_bytes(),
+            "folder_bytes": sum(path.stat().st_size for path in run.rglob("*") if path.is_file()),
+        }
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    arguments.add_argument("--server-of", type=int, help=argparse.SUPPRESS)
+    arguments.add_argument("--registered", type=int, nargs=2, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.server_of:
+        print(json.dumps(server_of(options.server_of)))
+        return
+    if options.registered:
+        print(json.dumps(registered(*options.registered)))
+        return
+    rounds = rounds_of(options.quick)
+    folds = fold_rows(options.quick)
+    many = 200 if options.quick else 10_000
+    few_server, many_server = (in_own_process("benchmarks.round", ["--server-of", str(n)]) for n in (10, many))
+    crowd = in_own_process("benchmarks.round", ["--registered", str(many), "5" if options.quick else "100"])
+    summary = {
+        "overhead_share": statistics.median(row["overhead_share"] for row in rounds),
+        "fold_share_of_memcpy": min(
+            row["fold of memcpy"] for row in folds if row["lora"] == "factors" and row["share of experts"] >= 0.25
+        ),
+        "server_bytes_10_clients": few_server["peak_bytes"],
+        f"server_bytes_{many}_clients": many_server["peak_bytes"],
+        "server_seconds_per_update": many_server["seconds"] / many,
+        **{f"registered_{key}": value for key, value in crowd.items()},
+    }
+    names = list(dict.fromkeys(name for row in rounds for name in row))
+    for row in folds:
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+    report([{name: row.get(name, 0.0) for name in names} for row in rounds], summary | {"folds": folds}, options.json)
+
+
+if __name__ == "__main__":
+    main()

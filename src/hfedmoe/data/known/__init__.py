@@ -1,0 +1,35 @@
+"""Data sets known by name: where they are, what their rows look like, and what is asked.
+
+One entry per data set; `DataFormat` in `config.py` lists the same names. `tests/data/fixtures/` has rows of each.
+"""
+
+from hfedmoe.config import DataConfig
+from hfedmoe.data.known.base import KnownSet, Row
+from hfedmoe.data.known.choices import ARC_CHALLENGE, ARC_EASY, HELLASWAG, MMLU, PIQA
+from hfedmoe.data.known.conversations import INSTRUCTIONS
+from hfedmoe.data.known.labelled import AG_NEWS, NEWSGROUPS, REUTERS_R8, REUTERS_R52
+
+__all__ = ["KNOWN", "KnownSet", "Row", "known_set"]
+
+KNOWN: dict[str, KnownSet] = {
+    entry.name: entry
+    for entry in (
+        AG_NEWS,
+        NEWSGROUPS,
+        REUTERS_R8,
+        REUTERS_R52,
+        PIQA,
+        HELLASWAG,
+        MMLU,
+        ARC_EASY,
+        ARC_CHALLENGE,
+        INSTRUCTIONS,
+    )
+}
+
+
+def known_set(config: DataConfig) -> KnownSet | None:
+    """The data set whose rows the configuration reads: `data.format`, else `data.source`; None: not one by name."""
+    if config.format != "auto":
+        return KNOWN.get(config.format)
+    return None if config.clients is not None else KNOWN.get(config.source)

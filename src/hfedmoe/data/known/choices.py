@@ -1,0 +1,104 @@
+"""Multiple choice: prompts and choices are those of lm-evaluation-harness 0.4 for the task of the same name.
+
+Texts keep every space they have, as they do there: `acc_norm` divides by the length of a choice.
+"""
+
+import re
+
+from hfedmoe.data.known.base import KnownSet, Row, Wording
+from hfedmoe.data.rows import Example
+
+QUESTION = "Question: {text}\nAnswer:"
+LETTERS = ("A", "B", "C", "D")
+
+
+def _piqa(row: Row, wording: Wording) -> list[Example]:
+    choices = (row.text("sol1"), row.text("sol2"))
+    return [Example(row.text("goal"), choices, row.index_of("label", 2))]
+
+
+def _hellaswag(row: Row, wording: Wording) -> list[Example]:
+    context = f"{row.text('ctx_a', empty=True)} {row.text('ctx_b', empty=True).capitalize()}"
+    endings = tuple(without_brackets(ending) for ending in row.texts("endings"))
+    text = without_brackets(f"{row.text('activity_label')}: {context}")
+    return [Example(text, endings, row.index_of("label", len(endings)))]
+
+
+def without_brackets(text: str) -> str:
+    """HellaSwag's texts from WikiHow without their marks: `[title]` ends a sentence, other brackets are dropped."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _mmlu(row: Row, wording: Wording) -> list[Example]:
+    options = row.texts("choices")
+    if len(options) != len(LETTERS):
+        raise row.error("choices", f"must have four texts, got {len(options)}")
+    lines = [
+        row.text("question").strip(),
+        *(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=True)),
+    ]
+    subject = row.text("subject", empty=True).replace("_", " ")
+    # The rows for training have no subject.
+    about = f"The following are multiple choice questions (with answers) about {subject}.\n\n" if subject else ""
+    return [Example(about + "\n".join(lines), LETTERS, row.index_of("answer", 4))]
+
+
+def _arc(row: Row, wording: Wording) -> list[Example]:
+    options = row.cell("choices")
+    if not isinstance(options, dict) or not isinstance(options.get("label"), list):
+        raise row.error("choices", 'must be an object such as {"text": ["x", "y"], "label": ["A", "B"]}')
+    texts = row.checked_texts("choices", options.get("text"))
+    labels, key = options["label"], row.text("answerKey")
+    if len(labels) != len(texts) or key not in labels:
+        raise row.error("answerKey", f'is "{key}", which labels none of the {len(texts)} choices')
+    return [Example(row.text("question"), texts, labels.index(key))]
+
+
+PIQA = KnownSet(
+    name="piqa",
+    kind="choices",
+    hub="baber/piqa",
+    test="validation",
+    columns=("goal", "sol1", "sol2", "label"),
+    examples=_piqa,
+    template=QUESTION,
+)
+HELLASWAG = KnownSet(
+    name="hellaswag",
+    kind="choices",
+    hub="Rowan/hellaswag",
+    test="validation",
+    columns=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    examples=_hellaswag,
+    template="{text}",
+)
+MMLU = KnownSet(
+    name="mmlu",
+    kind="choices",
+    hub="cais/mmlu",
+    subset="all",
+    train="auxiliary_train",
+    subset_train="validation",
+    columns=("question", "subject", "choices", "answer"),
+    examples=_mmlu,
+    template="{text}\nAnswer:",
+)
+ARC_EASY = KnownSet(
+    name="arc-easy",
+    kind="choices",
+    hub="allenai/ai2_arc",
+    subset="ARC-Easy",
+    columns=("question", "choices", "answerKey"),
+    examples=_arc,
+    template=QUESTION,
+)
+ARC_CHALLENGE = KnownSet(
+    name="arc-challenge",
+    kind="choices",
+    hub="allenai/ai2_arc",
+    subset="ARC-Challenge",
+    columns=("question", "choices", "answerKey"),
+    examples=_arc,
+    template=QUESTION,
+)

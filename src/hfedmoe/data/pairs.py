@@ -1,0 +1,40 @@
+"""Prompts and answers as the tokens that EleutherAI's lm-evaluation-harness scores (version 0.4, HF models)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def encode_pairs(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], encoder_decoder: bool = False
+) -> list[tuple[list[int], list[int]]]:
+    """The tokens of every (context, continuation).
+
+    White space at the end of a context moves to its continuation. For causal models both are tokenised as one text,
+    and what exceeds the context's own tokens is the continuation; encoder-decoder models get them separately. Special
+    tokens are those that the tokenizer adds by itself, none if the text already begins with the first of them.
+    """
+    moved = []
+    for context, continuation in pairs:
+        kept = context.rstrip()
+        moved.append((kept, context[len(kept) :] + continuation))
+    contexts = _encode(tokenizer, [context for context, _ in moved])
+    if encoder_decoder:
+        continuations = _plain(tokenizer, [continuation for _, continuation in moved])
+        return list(zip(contexts, continuations, strict=True))
+    wholes = _encode(tokenizer, [context + continuation for context, continuation in moved])
+    return [(context, whole[len(context) :]) for context, whole in zip(contexts, wholes, strict=True)]
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    mark = None if first is None else tokenizer.decode(first)
+    dressed: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+    return [
+        _plain(tokenizer, [text])[0] if mark is not None and text.startswith(mark) else tokens
+        for text, tokens in zip(texts, dressed, strict=True)
+    ]
+
+
+def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokens

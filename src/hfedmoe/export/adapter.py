@@ -1,0 +1,149 @@
+"""What was trained as a PEFT adapter, experts included, which stock `PeftModel.from_pretrained` loads.
+
+| trained here | in PEFT |
+|---|---|
+| LoRA of experts in stacks [E, ., .] | `target_parameters`: A [E R, in] by expert, B [out, R E] by rank |
+| LoRA of experts that are modules, and of attention | `target_modules` |
+| routers | `modules_to_save` |
+
+PEFT itself lays the adapter out, on a copy of the model without contents, and writes it; only the values are ours.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfedmoe.errors import UserError
+from hfedmoe.export.merged import skeleton
+from hfedmoe.moe.model import MoEModel
+
+ADAPTER = "default"
+_PREFIX = "base_model.model."
+
+
+def save_adapter(
+    model: MoEModel, folder: Path, base: str, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        model: with its trained tensors in it.
+        base: what `base_model_name_or_path` says; `revision`: of a hub model.
+        dtype: of the adapter's tensors.
+
+    Raises:
+        UserError: what was trained is no adapter: whole experts, or routers alone.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    check_adaptable(model)
+    rank, alpha = _rank_and_alpha(model)
+    experts = dict(_expert_names(model))
+    attention = {name.removeprefix("shared.").split(".lora_")[0] for name in model.shared}
+    stock = skeleton(model.model)
+    modules = [name for name, _ in stock.named_modules()]
+    listed = {name.removesuffix(".weight") for name, (_, _, expert) in experts.items() if expert is not None}
+    stacked = {name for name, (_, _, expert) in experts.items() if expert is None}
+    settings: Any = LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
+        target_modules=shortest(attention | listed, modules),
+        target_parameters=shortest(stacked, [name for name, _ in stock.named_parameters()]) or None,
+        modules_to_save=shortest(set(_routers(model)), modules) or None,
+        task_type="SEQ_2_SEQ_LM" if stock.config.is_encoder_decoder else "CAUSAL_LM",
+        inference_mode=True,
+    )
+    with warnings.catch_warnings():
+        # PEFT advises on experts and cannot look for the base's name: neither concerns an adapter that is only written.
+        warnings.simplefilter("ignore")
+        peft: Any = get_peft_model(stock, settings)
+        settings = peft.peft_config[ADAPTER]
+        settings.base_model_name_or_path, settings.revision = base, revision
+        tensors = {name: tensor.to(dtype) for name, tensor in _values(model, peft, experts)}
+        wanted = {n: t for n, t in peft.state_dict().items() if ".lora_" in n or f".modules_to_save.{ADAPTER}." in n}
+        assert wanted.keys() == tensors.keys(), sorted(wanted.keys() ^ tensors.keys())[:4]
+        assert all(wanted[name].shape == tensor.shape for name, tensor in tensors.items())
+        peft.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
+
+
+def check_adaptable(model: MoEModel) -> None:
+    """Raise UserError unless low-rank terms were trained, of experts or attention."""
+    low_rank = [state for state in model.states if state.trained is not None and "up_a" in state.trained.stacks]
+    if not low_rank and any(state.trained is not None for state in model.states):
+        raise UserError('this run trained whole experts (train.experts = "full"), which no adapter holds; --as merged')
+    if not low_rank and not model.shared:
+        raise UserError("this run trained the routers alone, which PEFT does not take for an adapter; use --as merged")
+
+
+def shortest(wanted: set[str], names: Iterable[str]) -> list[str]:
+    """The shortest endings, of two parts and more, that exactly `wanted` among `names` have.
+
+    PEFT compares endings in one place and endings of whole parts in another: these satisfy both.
+    """
+    everything = set(names)
+    for parts in range(2, max((name.count(".") + 1 for name in wanted), default=0) + 1):
+        endings = tuple({".".join(name.split(".")[-parts:]) for name in wanted})
+        if {name for name in everything if name.endswith(endings)} == wanted:
+            return sorted(endings)
+    return sorted(wanted)
+
+
+def _values(
+    model: MoEModel, peft: Any, experts: dict[str, tuple[Any, str, int | None]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the adapter under its name in `peft`."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils import ModulesToSaveWrapper
+
+    routers = _routers(model)
+    for name, module in peft.named_modules():
+        own = name.removeprefix(_PREFIX)
+        if isinstance(module, ModulesToSaveWrapper):
+            for leaf, tensor in routers[own].state_dict().items():
+                yield f"{name}.modules_to_save.{ADAPTER}.{leaf}", tensor.detach()
+            continue
+        if isinstance(module, ParamWrapper):
+            # Two parameters of one module: the wrapper of the second holds that of the first as its base layer.
+            state, side, _ = experts[f"{own.replace('.base_layer', '')}.{module.parameter_name}"]
+            a, b = state.trained.stacks[f"{side}_a"], state.trained.stacks[f"{side}_b"]
+            a, b = a.reshape(-1, a.shape[2]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
+        elif isinstance(module, LoraLayer) and f"{own}.weight" in experts:
+            state, side, expert = experts[f"{own}.weight"]
+            a, b = state.trained.stacks[f"{side}_a"][expert], state.trained.stacks[f"{side}_b"][expert]
+        elif isinstance(module, LoraLayer):
+            a, b = (model.shared[f"shared.{own}.lora_{part}.{ADAPTER}.weight"].detach() for part in "AB")
+        else:
+            continue
+        yield f"{name}.lora_A.{ADAPTER}.weight", a.contiguous()
+        yield f"{name}.lora_B.{ADAPTER}.weight", b.contiguous()
+
+
+def _expert_names(model: MoEModel) -> Iterator[tuple[str, tuple[Any, str, int | None]]]:
+    """Parameter with a low-rank term -> state, "up" or "down", and which expert (None: a stack of all)."""
+    for state in model.states:
+        if state.trained is None or "up_a" not in state.trained.stacks:
+            continue
+        for expert, names in enumerate(state.layout.names()):
+            for side in ("up", "down"):
+                yield names[side], (state, side, None if state.layout.stacked else expert)
+
+
+def _routers(model: MoEModel) -> dict[str, Any]:
+    """The trained routers by their names in the model."""
+    trained = {id(layer.router) for layer in model.layers} if model.routers else set()
+    return {name: module for name, module in model.model.named_modules() if id(module) in trained}
+
+
+def _rank_and_alpha(model: MoEModel) -> tuple[int, float]:
+    for state in model.states:
+        if state.trained is not None and "up_a" in state.trained.stacks:
+            rank = state.trained.stacks["up_a"].shape[1]
+            return rank, state.trained.scale * rank
+    name = next(iter(model.shared)).removeprefix("shared.").split(".lora_")[0]
+    layer = model.model.get_submodule(name)
+    return layer.r[ADAPTER], float(layer.lora_alpha[ADAPTER])

@@ -1,0 +1,168 @@
+"""A client's personal sub-model: the experts that are worth most to it, as a standard checkpoint with fewer experts.
+
+A standard checkpoint has the same number of experts in every layer, so a client's budget over all layers becomes its
+mean per layer. What is dropped is dropped from the routers as well; the outputs are those of the whole model with a
+mask over the same experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfedmoe.errors import UserError
+from hfedmoe.export.merged import skeleton
+from hfedmoe.moe.anatomy import text_config
+from hfedmoe.moe.model import MoEModel
+
+COUNT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+)
+"""Where configs of different families say how many experts a layer has."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a client made of the experts in the last round it took part in; arrays [L, E]."""
+
+    round: int
+    resident: np.ndarray
+    importance: np.ndarray
+    usage: np.ndarray
+
+    @property
+    def held(self) -> int:
+        """Experts over all layers that it held, which is what its budget allowed."""
+        return int(self.resident.sum())
+
+
+def last_scores(rows: Any, client: int) -> Scores:
+    """A client's last recorded scores in the rows of experts.npy (None: there are none yet).
+
+    Raises:
+        UserError: it took part in no round.
+    """
+    own: Any = [] if rows is None else np.flatnonzero(rows["client"] == client)
+    if len(own) == 0:
+        raise UserError(f"--client {client}: took part in no round yet, so nothing is known about its experts")
+    last = rows[own[-1]]
+    return Scores(int(last["round"]), *(np.array(last[name]) for name in ("resident", "importance", "usage")))
+
+
+def experts_per_layer(held: int, num_experts: list[int], top_k: int, config: Any) -> int:
+    """How many experts each layer of a client's sub-model has: its mean, rounded down, and at least top-k.
+
+    Routers that choose among groups of experts first keep as many of every group, and need some of each: two where a
+    group is judged by its two best experts.
+
+    Raises:
+        UserError: too few for such a router.
+    """
+    number = min(max(held // len(num_experts), top_k), *num_experts)
+    groups, chosen, least = router_groups(config)
+    if groups == 1:
+        return number
+    needed = max(least, -(-top_k // chosen))
+    if number // groups < needed:
+        raise UserError(
+            f"{config.model_type} routes by {groups} groups of experts and needs {needed} experts of each group, "
+            f"{groups * needed} per layer, but this client holds {number} per layer; export the merged model instead"
+        )
+    return number // groups * groups
+
+
+def router_groups(config: Any) -> tuple[int, int, int]:
+    """Groups of experts per layer, how many of them a token may use, and the fewest experts that a group needs."""
+    text = text_config(config)
+    groups = getattr(text, "n_group", None) or 1
+    by_maximum = getattr(text, "topk_method", None) == "group_limited_greedy"
+    return groups, getattr(text, "topk_group", None) or groups, 1 if by_maximum else 2
+
+
+def most_valuable(scores: Scores, number: int, num_experts: list[int], groups: int = 1) -> list[Tensor]:
+    """The experts to keep, bool [E] per layer: residents first, then by importance, usage and index.
+
+    Args:
+        number: per layer, of which every one of `groups` equal groups gets its share.
+    """
+    kept = []
+    for layer, total in enumerate(num_experts):
+        keys = (np.nan_to_num(row[layer, :total], nan=-np.inf) for row in (scores.usage, scores.importance))
+        usage, importance = keys
+        order = np.lexsort((np.arange(total), -usage, -importance, ~scores.resident[layer, :total]))
+        keep = torch.zeros(total, dtype=torch.bool)
+        for group in range(groups):
+            own = [int(e) for e in order if e * groups // total == group]
+            keep[own[: number // groups]] = True
+        kept.append(keep)
+    return kept
+
+
+def shrink(model: MoEModel, keep: list[Tensor]) -> Any:
+    """A stock model of the same class with only some experts; shares the memory of what it keeps whole.
+
+    Args:
+        model: merged (see `merged.merge`).
+        keep: bool [E] per layer, the same number in every layer.
+
+    Raises:
+        UserError: the family's config cannot say so.
+    """
+    (number,) = {int(mask.sum()) for mask in keep}
+    config = model.config
+    small = skeleton(model.model, **_with_count(config, model.num_experts, number))
+    sources = _sources(model, keep)
+    have, tensors = model.model.state_dict(), {}
+    for name, wanted in small.state_dict().items():
+        source, experts = sources(name)
+        tensor = have.get(source)
+        if tensor is not None and experts is not None:
+            for dim in [d for d, (a, b) in enumerate(zip(tensor.shape, wanted.shape, strict=True)) if a != b][:1]:
+                tensor = tensor.index_select(dim, experts.to(tensor.device))
+        if tensor is None or tensor.shape != wanted.shape:
+            raise UserError(f"{config.model_type}: {name} cannot be reduced to {number} experts; use --as merged")
+        tensors[name] = tensor
+    small.load_state_dict(tensors, strict=True, assign=True)
+    small.tie_weights()
+    small.generation_config = model.model.generation_config
+    return small
+
+
+def _with_count(config: Any, num_experts: list[int], number: int) -> dict[str, Any]:
+    """The values of the (text) config that count experts, changed."""
+    text, total = text_config(config), num_experts[0]
+    changes: dict[str, Any] = {}
+    for key in COUNT_KEYS:
+        value = getattr(text, key, None)
+        if value == total:
+            changes[key] = number
+        elif isinstance(value, list) and set(value) == {total}:
+            changes[key] = [number] * len(value)
+    if not changes or set(num_experts) != {total}:
+        raise UserError(
+            f"{config.model_type}: its config has no number of experts per layer to change; use --as merged"
+        )
+    return changes
+
+
+def _sources(model: MoEModel, keep: list[Tensor]) -> Any:
+    """name -> (name of the tensor it is made of, int64 experts to take where a dimension differs)."""
+    kept = [mask.nonzero()[:, 0] for mask in keep]
+    renamed: dict[str, str] = {}
+    for state, experts in zip(model.states, kept, strict=True):
+        if not state.layout.stacked:
+            entries = state.layout.names()
+            for new, old in enumerate(experts.tolist()):
+                renamed |= {entries[new][kind]: entries[old][kind] for kind in entries[old]}
+    prefixes = [(f"{layer.name}.", experts) for layer, experts in zip(model.layers, kept, strict=True)]
+
+    def source(name: str) -> tuple[str, Tensor | None]:
+        return renamed.get(name, name), next((e for prefix, e in prefixes if name.startswith(prefix)), None)
+
+    return source

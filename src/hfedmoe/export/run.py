@@ -1,0 +1,180 @@
+"""`hfedmoe export`: from a run folder to a folder that stock libraries load."""
+
+import json
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from hfedmoe.config import ModelConfig, RunConfig
+from hfedmoe.errors import UserError
+from hfedmoe.experiment import wrap
+from hfedmoe.export.adapter import check_adaptable, save_adapter
+from hfedmoe.export.card import Export, write_card
+from hfedmoe.export.folder import check_free, written_whole
+from hfedmoe.export.merged import merge, save
+from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuable, router_groups, shrink
+from hfedmoe.loading import PACKAGED, Loaded, load, source_of
+from hfedmoe.moe.model import MoEModel
+from hfedmoe.moe.payload import load as put
+from hfedmoe.runs import Checkpoint, RunFolder
+from hfedmoe.upcycling import write_mixtral
+
+FORMS = ("merged", "adapter", "client")
+DTYPES = get_args(ModelConfig.model_fields["dtype"].annotation)
+BASE = "base"
+"""Folder of an adapter's base model, where that was made for the run."""
+
+
+def export_run(
+    path: Path,
+    out: Path,
+    form: str = "merged",
+    client: int | None = None,
+    checkpoint: str = "best",
+    dtype: str | None = None,
+) -> str:
+    """Write a checkpoint of a run to `out`, whole or not at all; returns what was written, in one line.
+
+    Args:
+        form: "merged", "adapter" or "client".
+        client: whose sub-model, if it is one.
+        checkpoint: "best", "last" or the number of a round.
+        dtype: of the files; None: the model's own, and float32 for the tensors of an adapter.
+
+    Raises:
+        UserError: bad options, no such run or checkpoint, or a run that has no such form.
+    """
+    _check_options(form, client, checkpoint, dtype)
+    check_free(out)
+    with RunFolder.open(path) as run:
+        config = run.config
+        if client is not None and not 0 <= client < config.clients.count:
+            raise UserError(f"--client {client}: the run has clients 0 to {config.clients.count - 1}")
+        if form == "adapter" and config.train.experts == "full":
+            raise UserError(
+                f'{path}: trained whole experts (train.experts = "full"), which no adapter holds; use --as merged'
+            )
+        chosen = run.load_checkpoint(int(checkpoint) if checkpoint.isdigit() else checkpoint)  # type: ignore[arg-type]
+        # The unquantised model, as it is: a float32 arithmetic would change its modules.
+        model = config.model.model_copy(update={"device": "cpu", "compute": "same", "expert_dtype": "same"})
+        train = config.train.model_copy(update={"gradient_checkpointing": False})
+        config = config.model_copy(update={"model": model, "train": train})
+        loaded = load(config.model, config.seed)
+        with written_whole(out) as scratch:
+            about = Export(
+                form=form,
+                dtype=dtype or ("float32" if form == "adapter" else config.model.dtype),
+                model_type=loaded.model.config.model_type,
+                encoder_decoder=loaded.encoder_decoder,
+                client=client,
+            )
+            write = {"merged": _merged, "adapter": _adapter, "client": _client}[form]
+            about = write(_Job(run, config, loaded, chosen, out), scratch, about)
+            loaded.tokenizer.save_pretrained(scratch)
+            write_card(scratch, run, chosen, about)
+    return _told(out, chosen, about)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What an export is made from; `config` is the run's, but for how the model is loaded."""
+
+    run: RunFolder
+    config: RunConfig
+    loaded: Loaded
+    checkpoint: Checkpoint
+    out: Path
+
+
+def _check_options(form: str, client: int | None, checkpoint: str, dtype: str | None) -> None:
+    if form not in FORMS:
+        raise UserError(f"--as {form}: expected {', '.join(FORMS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
+    if checkpoint not in ("last", "best") and not checkpoint.isdigit():
+        raise UserError(f'checkpoint "{checkpoint}": expected last, best or the number of a round')
+    if form == "client" and client is None:
+        raise UserError("--as client: whose sub-model? add --client with the client's number")
+    if form != "client" and client is not None:
+        raise UserError(f"--client {client}: only with --as client")
+
+
+def _trained(job: _Job) -> MoEModel:
+    """The model with the trained tensors of the checkpoint in it."""
+    model = wrap(job.loaded.model, job.config, job.loaded.store)
+    try:
+        put(model, job.checkpoint.tensors, [torch.ones(number, dtype=torch.bool) for number in model.num_experts])
+    except ValueError as error:
+        raise UserError(f"{job.checkpoint.path}: does not fit the model ({error})") from None
+    return model
+
+
+def _merged(job: _Job, scratch: Path, about: Export) -> Export:
+    model = _trained(job)
+    merge(model, getattr(torch, about.dtype))
+    save(model.model, scratch)
+    return replace(about, num_experts=model.num_experts)
+
+
+def _adapter(job: _Job, scratch: Path, about: Export) -> Export:
+    base, options = source_of(job.config.model)
+    own = job.config.model.upcycle is not None or job.config.model.name in PACKAGED or "gguf_file" in options
+    if own:
+        _write_base(job.loaded.model, scratch / BASE, job.config)  # before anything is trained into it
+        job.loaded.tokenizer.save_pretrained(scratch / BASE)
+    elif Path(base).is_dir():
+        base = str(Path(base).resolve())
+    model = _trained(job)
+    check_adaptable(model)
+    recorded = str((job.out / BASE).resolve()) if own else base
+    save_adapter(model, scratch, recorded, job.config.model.revision if not own else None, getattr(torch, about.dtype))
+    return replace(about, num_experts=model.num_experts, base=BASE if own else base)
+
+
+def _write_base(model: Any, folder: Path, config: RunConfig) -> None:
+    folder.mkdir()
+    if config.model.upcycle is not None:
+        write_mixtral(model, folder)  # its experts share memory: a layer at a time is copied
+    else:
+        save(model, folder)
+
+
+def _client(job: _Job, scratch: Path, about: Export) -> Export:
+    assert about.client is not None
+    scores = last_scores(job.run.read_expert_rows(), about.client)
+    model = _trained(job)
+    top_k = max(layer.top_k for layer in model.layers)
+    number = experts_per_layer(scores.held, model.num_experts, top_k, model.config)
+    keep = most_valuable(scores, number, model.num_experts, router_groups(model.config)[0])
+    merge(model, getattr(torch, about.dtype))
+    save(shrink(model, keep), scratch)
+    kept = [mask.nonzero()[:, 0].tolist() for mask in keep]
+    note = {
+        "client": about.client,
+        "round": job.checkpoint.round,
+        "scores_of_round": scores.round,
+        "experts_held": scores.held,
+        "experts_per_layer": number,
+        "layers": [
+            {"layer": layer.index, "name": layer.name, "of": layer.num_experts, "experts": experts}
+            for layer, experts in zip(model.layers, kept, strict=True)
+        ],
+    }
+    (scratch / "experts.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    return replace(about, num_experts=model.num_experts, kept=kept, scores_round=scores.round)
+
+
+def _told(out: Path, checkpoint: Checkpoint, about: Export) -> str:
+    auto = "AutoModelForSeq2SeqLM" if about.encoder_decoder else "AutoModelForCausalLM"
+    place = shlex.quote(str(out))
+    if about.form == "adapter":
+        where = f"{place}/{BASE}, which was made for this run" if about.base == BASE else about.base
+        return f"{place}: PEFT adapter of round {checkpoint.round}; load it with PeftModel on its base, {where}"
+    if about.form == "client":
+        what = f"sub-model of client {about.client} with {len(about.kept[0])} experts per layer"
+    else:
+        what = "merged model"
+    return f"{place}: {what} of round {checkpoint.round} in {about.dtype}; {auto}.from_pretrained loads it"

@@ -1,0 +1,87 @@
+"""Ways from a block to its experts that differ from transformers' experts interface.
+
+Most blocks call `experts(hidden, top_k_index, top_k_weights)`, and the interface lets a library supply that forward.
+For the others an instance of the experts, or of their block, gets a forward that ends in the same place.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hfedmoe.moe.anatomy import MoELayer
+from hfedmoe.moe.families import Dispatch
+
+
+class Experts(Protocol):
+    """What computes the experts of a layer (`experts.ExpertState`)."""
+
+    layer: MoELayer
+
+    def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """hidden [T, H], index and weights [T, K] -> [T, H]; observed."""
+        ...
+
+    def observe(self, index: Tensor, weights: Tensor) -> None:
+        """Show who goes where, before the experts run."""
+        ...
+
+    def compute(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The same as calling it, unobserved."""
+        ...
+
+
+def redirect(way: Dispatch, state: Experts) -> None:
+    """Let the stock block of a layer compute with `state`."""
+    layer = state.layer
+    if way == "weights_on_input":
+        _set_forward(layer.block, _weights_on_input(state))
+    else:
+        _set_forward(layer.experts, _one_hot(state) if way == "one_hot" else _identity(state))
+
+
+def _set_forward(module: Any, forward: Callable[..., Any]) -> None:
+    object.__setattr__(module, "forward", forward)
+
+
+def _one_hot(state: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Switch Transformers: one-hot dispatch [T, 1, E], all zero for tokens over capacity."""
+
+    def forward(hidden: Tensor, dispatch: Tensor, weights: Tensor) -> Tensor:
+        index = dispatch.argmax(dim=-1)
+        index = index.masked_fill(dispatch.sum(dim=-1) == 0, state.layer.num_experts)
+        return state(hidden, index, weights)
+
+    return forward
+
+
+def _identity(state: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """LongCat: indices from E on mean "the token itself", weighted like the output of an expert."""
+
+    def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        number = state.layer.num_experts
+        own = (weights * (index >= number)).sum(-1, keepdim=True)
+        return state(hidden, index.clamp(max=number), weights) + hidden * own.to(hidden.dtype)
+
+    return forward
+
+
+def _weights_on_input(state: Experts) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Llama-4: the scores scale what experts get, not what they give; only chosen experts run, as the others get 0."""
+    block: Any = state.layer.block
+    top_k = state.layer.top_k
+
+    def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        scores, logits = block.router(flat)
+        weights, index = scores.topk(top_k, dim=-1)
+        # A gate of 1 on each output, so that the gradient of an expert's share of the output can be watched.
+        gate = torch.ones_like(weights).requires_grad_(weights.requires_grad)
+        state.observe(index, gate)
+        tokens = (flat[:, None] * weights[..., None].to(flat.dtype)).reshape(-1, flat.shape[1])
+        routed = state.compute(tokens, index.reshape(-1, 1), gate.reshape(-1, 1))
+        out = block.shared_expert(flat)
+        return out + routed.view(-1, top_k, flat.shape[1]).sum(1).to(out.dtype), logits
+
+    return forward

@@ -1,0 +1,82 @@
+"""Products of rows that are sorted by expert with a matrix per expert: one grouped call where torch has a kernel.
+
+On a GPU a grouped product replaces a launch per expert. On a processor it is the same loop of matrix products, without
+Python between them: what counts for the thin products of LoRA, whose matrices take less time than a call. Where torch
+has no kernel (rows of a size that is no multiple of 16 bytes, an old GPU), there is a call per group.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import grouped_mm
+
+from hfedmoe.moe.grouping import Groups
+
+_SMALL = 1 << 22
+"""Elements of all results of `outer` together below which calls cost more than the arithmetic, on a processor."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ALIGNMENT = 16
+"""Bytes: torch's grouped kernels want the rows of every operand to begin at a multiple of it."""
+
+
+def has_kernel(*operands: Tensor) -> bool:
+    """Whether torch has a grouped product for operands that lie in memory like these."""
+    dtype = operands[0].dtype
+    if dtype not in _DTYPES or any(operand.dtype != dtype for operand in operands):
+        return False
+    if any(isinstance(operand, FakeTensor) for operand in operands):  # torch describes the product for bfloat16 only
+        return False
+    device = operands[0].device
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0) and all(map(_is_aligned, operands))
+    return device.type == "cpu" and all(map(_is_aligned, operands))
+
+
+def _is_aligned(operand: Tensor) -> bool:
+    """One of the two inner dimensions is contiguous, and the other's stride is aligned."""
+    rows, columns = operand.stride()[-2:]
+    size = operand.element_size()
+    if columns == 1 and rows >= max(1, operand.shape[-1]):
+        return rows * size % _ALIGNMENT == 0
+    return rows == 1 and columns >= max(1, operand.shape[-2]) and columns * size % _ALIGNMENT == 0
+
+
+def product(left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
+    """left [S, K] times each group's own matrix of stack [E, K, N]: [S, N]."""
+    if has_kernel(left, stack):
+        return grouped_mm(left, stack, offs=groups.ends)
+    out = left.new_empty(groups.size, stack.shape[2])
+    for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(out), strict=True):
+        torch.mm(own, stack[expert].to(left.dtype), out=target)
+    return out
+
+
+def add_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> None:
+    """rows [S, N] += left [S, K] times each group's own matrix of stack [E, K, N]."""
+    if rows.is_cuda and has_kernel(left, stack):
+        rows.add_(grouped_mm(left, stack, offs=groups.ends))
+        return
+    for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
+        target.addmm_(own, stack[expert].to(left.dtype))
+
+
+def write_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
+    """left [S, K] times each group's own matrix of stack [E, K, N], in place of the contents of rows [S, N]."""
+    if rows.is_cuda and has_kernel(left, stack):
+        return grouped_mm(left, stack, offs=groups.ends)
+    for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
+        torch.mm(own, stack[expert].to(left.dtype), out=target)
+    return rows
+
+
+def outer(left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Sequence[Tensor]:
+    """left' @ right of each group's rows, left [S, M] and right [S, N]: one [M, N] in `dtype` per group."""
+    few = 2 * len(groups.spans) < groups.num_experts
+    large = left.shape[1] * right.shape[1] * groups.num_experts > _SMALL and not left.is_cuda
+    # A grouped product makes results for experts without a single row, too: they take memory and time for nothing.
+    if not few and not large and has_kernel(left.t(), right):
+        stacked = grouped_mm(left.t(), right, offs=groups.ends).to(dtype)
+        return [stacked[expert] for expert, _, _ in groups.spans]
+    return [(a.t() @ b).to(dtype) for a, b in zip(groups.split(left), groups.split(right), strict=True)]

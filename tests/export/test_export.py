@@ -1,0 +1,238 @@
+"""`hfedmoe export` on a real short run: what it writes, how its card is used, and what it refuses."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from torch import Tensor
+
+from hfedmoe import cli
+from hfedmoe.config import ClientsConfig, ModelConfig, RunConfig, TrainConfig
+from hfedmoe.experiment import wrap
+from hfedmoe.export.card import origin
+from hfedmoe.loading import load
+from hfedmoe.moe.payload import global_tensors
+from hfedmoe.moe.payload import load as put
+from hfedmoe.runs import RunFolder
+from tests.export.stock import stock_logits
+
+CLIENT = 3
+FORMS = {
+    "merged": [],
+    "adapter": ["--as", "adapter"],
+    "client": ["--as", "client", "--client", str(CLIENT), "--checkpoint", "last"],
+    "small": ["--dtype", "bfloat16", "--checkpoint", "1"],
+}
+
+
+def hfedmoe(*arguments: object) -> int:
+    """Run a command in this process; its exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a short finished run that trained experts, routers and attention."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    smaller = ["federation.rounds=1", "train.steps=2", "data.test_rows=20", "train.attention=true"]
+    assert hfedmoe("run", "tiny", "--out", out, *(part for value in smaller for part in ("--set", value))) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def exports(finished, tmp_path_factory):
+    """name -> folder of every form of export of that run."""
+    root = tmp_path_factory.mktemp("exports")
+    for name, options in FORMS.items():
+        assert hfedmoe("export", finished, root / name, *options) == 0
+    return {name: root / name for name in FORMS}
+
+
+@torch.no_grad()
+def expected(run: Path, tokens: Tensor, experts: list[list[int]] | None = None) -> Tensor:
+    """Logits of the run's model with its trained tensors beside the weights, masked to some experts."""
+    with RunFolder.open(run) as folder:
+        config, tensors = folder.config, folder.load_checkpoint("last").tensors
+    model = wrap(load(config.model, config.seed).model, config)
+    put(model, tensors, [torch.ones(number, dtype=torch.bool) for number in model.num_experts])
+    if experts is not None:
+        resident = [torch.zeros(number, dtype=torch.bool) for number in model.num_experts]
+        for mask, kept in zip(resident, experts, strict=True):
+            mask[kept] = True
+        model.set_resident(resident)
+    return model.model.eval()(tokens).logits
+
+
+def test_stock_libraries_give_the_logits_of_the_run_and_the_cards_work(finished, exports, tmp_path):
+    tokens = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+    x = {"input_ids": tokens}
+    kept = [layer["experts"] for layer in json.loads((exports["client"] / "experts.json").read_text())["layers"]]
+    found = stock_logits(
+        {
+            "merged": (exports["merged"], None, x),
+            "adapter": (exports["adapter"], exports["adapter"] / "base", x),
+            "client": (exports["client"], None, x),
+            "base": (exports["adapter"] / "base", None, x),
+        },
+        tmp_path,
+        cards=[folder / "README.md" for folder in exports.values()],
+    )
+    whole = expected(finished, tokens)
+    assert (found["merged"] - whole).abs().max() <= 1e-5
+    assert (found["adapter"] - whole).abs().max() <= 1e-5
+    assert (found["client"] - expected(finished, tokens, kept)).abs().max() <= 1e-5
+    assert (found["base"] - whole).abs().max() > 0.01  # the base is what it was before training
+    assert (found["client"] - whole).abs().max() > 0.01
+
+
+def test_the_cards_say_what_the_run_folder_knows(finished, exports):
+    with RunFolder.open(finished) as run:
+        start, end = run.read_rounds()
+        version = re.search(r'torch = "(.*)"', (finished / "config.toml").read_text())[1]
+    before, after = (line["evaluation"]["all"] for line in (start, end))
+    for name, folder in exports.items():
+        card = ModelCard((folder / "README.md").read_text())
+        data = card.data.to_dict()
+        assert {"hfedmoe", "moe", "federated-learning"} <= set(data["tags"])
+        assert data["library_name"] == ("peft" if name == "adapter" else "transformers")
+        assert not {"base_model", "license", "datasets"} & set(data)  # a random model has none
+        text = card.text
+        assert "reuters-r8" in text
+        assert "Dirichlet 0.3 over the labels, seed 0" in text
+        assert f"Training rows: {sum(row['examples'] for row in end['clients'])}, of 4 clients" in text
+        assert "LoRA of rank 4, alpha 16" in text
+        assert "LoRA on the attention projections" in text
+        assert f"| before | all held-out rows (20) | {100 * before['accuracy']:.1f} % |" in text
+        assert f"| round 1 | all held-out rows (20) | {100 * after['accuracy']:.1f} % |" in text
+        for row in end["clients"]:
+            assert f"| {row['resident']} of 32 | {row['examples']} |" in text
+        assert f"torch {version}" in text
+        assert "None" not in text
+    assert "Precision of these files: bfloat16" in (exports["small"] / "README.md").read_text()
+
+
+def test_the_sub_model_is_what_the_client_valued(finished, exports):
+    note = json.loads((exports["client"] / "experts.json").read_text())
+    with RunFolder.open(finished) as run:
+        history = run.read_experts()
+    resident = history.resident[-1, CLIENT]
+    assert (note["client"], note["experts_held"], note["experts_per_layer"]) == (CLIENT, 12, 3)
+    assert json.loads((exports["client"] / "config.json").read_text())["num_local_experts"] == 3
+    text = (exports["client"] / "README.md").read_text()
+    for layer, entry in enumerate(note["layers"]):
+        held = [expert for expert in entry["experts"] if resident[layer, expert]]
+        assert len(entry["experts"]) == 3
+        assert len(held) == min(3, int(resident[layer].sum()))
+        assert f"| {layer} | 3 of 8 | {', '.join(map(str, entry['experts']))} |" in text
+
+
+def test_files_have_the_precision_that_was_asked_for(exports):
+    for name, dtype in (("merged", "F32"), ("small", "BF16"), ("adapter", "F32")):
+        (file,) = exports[name].glob("*.safetensors")
+        with safe_open(file, "pt") as tensors:
+            assert {tensors.get_slice(key).get_dtype() for key in tensors.keys()} == {dtype}  # noqa: SIM118
+    merged, small = ((exports[name] / "model.safetensors").stat().st_size for name in ("merged", "small"))
+    assert small < 0.6 * merged
+    assert (exports["merged"] / "model.safetensors").stat().st_mode & 0o044  # others may read it
+
+
+def test_the_adapter_names_its_base(exports):
+    config = json.loads((exports["adapter"] / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(exports["adapter"] / "base")
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 16, "CAUSAL_LM")
+    assert sorted(config["target_parameters"]) == ["experts.down_proj", "experts.gate_up_proj"]
+    assert config["modules_to_save"] == ["mlp.gate"]
+
+
+# an own model, upcycled, whose folder has a card; experts that were held in 4 bit
+
+
+@pytest.fixture(scope="session")
+def own(exports, tmp_path_factory):
+    """A run (of which no round was finished) on a local folder, and a checkpoint of its start."""
+    root = tmp_path_factory.mktemp("own")
+    shutil.copytree(exports["merged"], root / "model")
+    (root / "model" / "README.md").write_text("---\nlicense: mit\nbase_model: someone/something\n---\n# Mine\n")
+    model = ModelConfig(name=str(root / "model"), expert_dtype="4bit")
+    config = RunConfig(model=model, train=TrainConfig(rank=2))
+    with RunFolder.create(root / "run", config) as run:
+        whole = wrap(load(model.model_copy(update={"expert_dtype": "same"}), 0).model, config)
+        run.save_checkpoint(0, global_tensors(whole), {}, score=0.5)
+    return root
+
+
+def test_an_adapter_of_a_folder_refers_to_it(own, capsys):
+    out = own / "adapter"
+    assert hfedmoe("export", own / "run", out, "--as", "adapter") == 0
+    assert str(own / "model") in capsys.readouterr().out
+    assert not (out / "base").exists()
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(own / "model")
+    card = ModelCard((out / "README.md").read_text())
+    assert (card.data.license, card.data.base_model) == ("mit", "someone/something")
+    assert f"from_pretrained('{own / 'model'}'" in card.text
+    assert "held the frozen experts as 4bit" in card.text
+    assert "## Results" not in card.text  # nothing was measured
+    assert "## Clients" not in card.text
+
+
+def test_the_origin_of_a_model_is_what_is_known_here(own):
+    assert origin(ModelConfig(name="smollm2")) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    assert origin(ModelConfig(name="tiny")) == (None, None)
+    assert origin(ModelConfig(name="nobody/not-in-the-cache")) == ("nobody/not-in-the-cache", None)
+    assert origin(ModelConfig(name=str(own / "model"))) == ("someone/something", "mit")
+
+
+# errors
+
+
+def test_user_errors_are_one_line_and_exit_code_2(finished, own, tmp_path, capsys):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "note.txt").write_text("mine")
+    for name, train in (("unfinished", TrainConfig()), ("whole", TrainConfig(experts="full"))):
+        RunFolder.create(tmp_path / name, RunConfig(train=train, clients=ClientsConfig(count=2))).close()
+    out = tmp_path / "out"
+    cases = [
+        ((tmp_path / "gone", out), "no such run folder"),
+        ((full, out), "not a run folder"),
+        ((tmp_path / "unfinished", out), "no checkpoint yet"),
+        ((finished, full), "is not empty"),
+        ((finished, full / "note.txt"), "is a file"),
+        ((finished, full / "note.txt" / "below"), "cannot be written"),
+        ((finished, out, "--as", "client", "--client", "4"), "the run has clients 0 to 3"),
+        ((finished, out, "--as", "client", "--client", "-1"), "the run has clients 0 to 3"),
+        ((finished, out, "--as", "client"), "add --client"),
+        ((finished, out, "--client", "1"), "only with --as client"),
+        ((finished, out, "--as", "zip"), "expected merged, adapter, client"),
+        ((finished, out, "--dtype", "int8"), "expected float32"),
+        ((finished, out, "--checkpoint", "9"), "no checkpoint of round 9"),
+        ((finished, out, "--checkpoint", "worst"), "expected last, best or the number"),
+        ((tmp_path / "whole", out, "--as", "adapter"), "--as merged"),
+        ((own / "run", out, "--as", "client", "--client", "0"), "took part in no round"),
+    ]
+    for arguments, message in cases:
+        code = hfedmoe("export", *arguments)
+        errors = capsys.readouterr().err.splitlines()
+        assert (code, len(errors)) == (2, 1), (arguments, errors)
+        assert message in errors[0], (arguments, errors)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_failed_export_leaves_nothing(finished, tmp_path, monkeypatch):
+    from hfedmoe.export import run
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(run, "write_card", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["export", str(finished), str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())

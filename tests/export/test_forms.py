@@ -1,0 +1,285 @@
+"""Every form of export, for families that keep experts and route differently: equal logits from stock libraries."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hfedmoe.errors import UserError
+from hfedmoe.export.adapter import save_adapter, shortest
+from hfedmoe.export.merged import merge, save
+from hfedmoe.export.personal import (
+    Scores,
+    experts_per_layer,
+    last_scores,
+    most_valuable,
+    router_groups,
+    shrink,
+)
+from hfedmoe.moe.model import MoEModel
+from hfedmoe.moe.upcycle import upcycle
+from tests.export.stock import stock_logits
+from tests.families.table import build, inputs
+
+TOLERANCE = 1e-5
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"attention": True},
+    "olmoe": {"freeze_a": True},
+    "deepseek_v2": {},
+    "deepseek_v3": {"attention": True},  # correction biases, groups, dense first layer
+    "gpt_oss": {"attention": True},  # transposed stacks, biases of experts and routers
+    "switch_transformers": {"attention": True},  # a module per expert
+    "upcycled": {},  # equal experts share memory
+}
+CHANGES = {"deepseek_v3": {"n_routed_experts": 16}}  # two experts of each group remain
+DENSE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+FULL = ("gpt_oss", "switch_transformers", "upcycled")
+
+
+def fresh(family: str) -> Any:
+    if family != "upcycled":
+        return build(family, **CHANGES.get(family, {})).eval()
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(**DENSE))
+    return upcycle(dense, experts=4, top_k=2, router_std=0.5, seed=0)
+
+
+def plain(model: Any) -> dict[str, Tensor]:
+    x = inputs(model)
+    return x | {"attention_mask": torch.ones_like(x["attention_mask"])}
+
+
+@torch.no_grad()
+def logits_of(model: Any, x: dict[str, Tensor]) -> Tensor:
+    return model(**x).logits.float()
+
+
+@torch.no_grad()
+def trained(family: str, **settings: Any) -> MoEModel:
+    """A wrapped model whose every trained tensor is away from where it started."""
+    model = MoEModel(fresh(family), rank=3, alpha=5.0, **settings)
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator) * 0.1
+
+    for tensor in (*model.routers.values(), *model.shared.values()):
+        tensor.add_(noise(tensor))
+    for state in model.states:
+        for name in state.trained.travelling:
+            state.trained.stacks[name].add_(noise(state.trained.stacks[name]))
+    return model
+
+
+def half_of(model: MoEModel) -> list[Tensor]:
+    """Half the experts, others in every layer, as a client's scores might have it."""
+    generator = torch.Generator().manual_seed(7)
+    total = max(model.num_experts)
+    shape = (len(model.num_experts), total)
+    scores = Scores(
+        round=1,
+        resident=(torch.rand(shape, generator=generator) < 0.3).numpy(),
+        importance=torch.rand(shape, generator=generator).numpy(),
+        usage=torch.rand(shape, generator=generator).numpy(),
+    )
+    top_k = max(layer.top_k for layer in model.layers)
+    number = experts_per_layer(total // 2 * shape[0], model.num_experts, top_k, model.config)
+    assert number == total // 2
+    return most_valuable(scores, number, model.num_experts, router_groups(model.config)[0])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """name -> (expected, stock) logits of every export; the stock libraries load all of them in one process."""
+    root = tmp_path_factory.mktemp("forms")
+    jobs, expected = {}, {}
+
+    def add(name: str, logits: Tensor, folder: Path, base: Path | None, x: dict[str, Tensor]) -> None:
+        jobs[name], expected[name] = (folder, base, x), logits
+
+    for family, settings in FAMILIES.items():
+        base = root / f"{family}-base"
+        stock = fresh(family)
+        if family == "upcycled":
+            from hfedmoe.upcycling import write_mixtral
+
+            base.mkdir()
+            write_mixtral(stock, base)
+        else:
+            stock.save_pretrained(base)
+        x = plain(stock)
+        model = trained(family, **settings)
+        after = logits_of(model.model, x)
+        assert (after - logits_of(stock, x)).abs().max() > 0.01, family  # or the comparison would say nothing
+        save_adapter(model, root / f"{family}-adapter", str(base))
+        add(f"{family}-adapter", after, root / f"{family}-adapter", base, x)
+        masked = None
+        if family != "upcycled":
+            keep = half_of(model)
+            model.set_resident(keep)
+            masked = logits_of(model.model, x)
+            model.set_resident(None)
+        merge(model, torch.float32)
+        save(model.model, root / f"{family}-merged")
+        add(f"{family}-merged", after, root / f"{family}-merged", None, x)
+        if masked is not None:
+            assert (after - masked).abs().max() > 0.01, family
+            save(shrink(model, keep), root / f"{family}-client")
+            add(f"{family}-client", masked, root / f"{family}-client", None, x)
+    for family in FULL:
+        model = trained(family, experts="full")
+        x = plain(model.model)
+        after = logits_of(model.model, x)
+        merge(model, torch.float32)
+        save(model.model, root / f"{family}-full")
+        add(f"{family}-full", after, root / f"{family}-full", None, x)
+    scratch = root / "stock"
+    scratch.mkdir()
+    found = stock_logits(jobs, scratch)
+    return {name: (expected[name], found[name]) for name in jobs}
+
+
+NAMES = [
+    *(f"{family}-{form}" for family in FAMILIES for form in ("merged", "adapter", "client")),
+    *(f"{family}-full" for family in FULL),
+]
+NAMES.remove("upcycled-client")  # a Mixtral like the other
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stock_libraries_give_equal_logits(results, name):
+    expected, found = results[name]
+    assert expected.shape == found.shape
+    assert (expected - found).abs().max() <= TOLERANCE
+
+
+# precision
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_sum_is_made_in_float32_and_rounded_once(dtype):
+    model = MoEModel(build("deepseek_v3").bfloat16(), rank=3, alpha=5.0, attention=True)
+    state = model.states[0]
+    for side in ("up", "down"):
+        state.trained.stacks[f"{side}_b"].normal_()
+    projection = model.model.model.layers[0].self_attn.kv_b_proj
+    projection.lora_B["default"].weight.normal_()
+    a, b = (factor["default"].weight for factor in (projection.lora_A, projection.lora_B))
+    attention = (projection.base_layer.weight.float() + 5 / 3 * b @ a).to(dtype)
+    experts = state.tensors()["up"].float() + 5 / 3 * state.trained.stacks["up_b"] @ state.trained.stacks["up_a"]
+    merge(model, dtype)
+    torch.testing.assert_close(state.tensors()["up"], experts.to(dtype), rtol=2**-7, atol=1e-6)
+    wrong = (state.tensors()["up"] != experts.to(dtype)).float().mean()
+    assert wrong < (0.001 if dtype == torch.bfloat16 else 1)  # another order of sums, at the edge of rounding
+    torch.testing.assert_close(model.model.model.layers[0].self_attn.kv_b_proj.weight, attention)
+    assert {p.dtype for p in model.model.parameters()} == {dtype}
+
+
+def test_merging_needs_the_experts_in_the_model():
+    model = MoEModel(build("mixtral"))
+    model.store = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="in a store"):
+        merge(model, torch.float32)
+
+
+# adapters
+
+
+def test_what_is_no_adapter_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"whole experts.*--as merged"):
+        save_adapter(MoEModel(build("mixtral"), experts="full"), tmp_path, "base")
+    with pytest.raises(UserError, match="routers alone"):
+        save_adapter(MoEModel(build("mixtral"), experts="frozen"), tmp_path, "base")
+    assert not list(tmp_path.iterdir())
+
+
+def test_targets_are_the_shortest_endings_that_are_exact():
+    names = ["a.0.mlp.gate", "a.1.mlp.gate", "a.0.shared.gate", "a.1.mlp.up", "b.1.mlp.up", "mlp.gate_proj"]
+    assert shortest({"a.0.mlp.gate", "a.1.mlp.gate"}, names) == ["mlp.gate"]
+    assert shortest({"a.1.mlp.up"}, names) == ["a.1.mlp.up"]
+    assert shortest({"a.0.mlp.gate", "a.0.shared.gate", "a.1.mlp.gate"}, names) == ["mlp.gate", "shared.gate"]
+    assert shortest({"x.gate"}, ["x.gate", "max.gate"]) == ["x.gate"]  # nothing shorter, and PEFT takes whole names
+    assert shortest(set(), names) == []
+
+
+# sub-models
+
+
+def rows_of(*rounds: tuple[int, int, Any, Any, Any]) -> np.ndarray:
+    """Rows as experts.npy has them, of (round, client, resident, importance, usage) each [L, E]."""
+    shape = np.shape(rounds[0][2])
+    fields = [("resident", bool, shape), ("importance", np.float32, shape), ("usage", np.float32, shape)]
+    rows = np.zeros(len(rounds), [("round", np.int64), ("client", np.int64), *fields])
+    for row, values in zip(rows, rounds, strict=True):
+        for name, value in zip(("round", "client", "resident", "importance", "usage"), values, strict=True):
+            row[name] = value
+    return rows
+
+
+def scores(resident, importance, usage) -> Scores:
+    return last_scores(rows_of((4, 2, resident, importance, usage)), 2)
+
+
+def test_residents_come_first_then_importance_then_usage():
+    found = scores([[1, 0, 0, 0], [0, 0, 1, 1]], [[0.1, 0.5, 0.9, 0.5], [9, 9, 1, 2]], [[0, 0.1, 0, 0.2], [1, 1, 1, 1]])
+    assert (found.round, found.held) == (4, 3)
+    assert [mask.nonzero()[:, 0].tolist() for mask in most_valuable(found, 3, [4, 4])] == [[0, 2, 3], [0, 2, 3]]
+    assert [mask.nonzero()[:, 0].tolist() for mask in most_valuable(found, 1, [4, 4])] == [[0], [3]]
+    assert [mask.nonzero()[:, 0].tolist() for mask in most_valuable(found, 2, [4, 4], groups=2)] == [[0, 2], [0, 3]]
+
+
+def test_unmeasured_importance_comes_last():
+    nan = float("nan")
+    found = scores([[1, 0, 0]], [[nan, nan, -5.0]], [[nan, 1.0, 0.0]])
+    assert [mask.nonzero()[:, 0].tolist() for mask in most_valuable(found, 2, [3])] == [[0, 2]]
+
+
+def test_scores_are_of_the_last_round_of_the_client():
+    here = [[True, False]]
+    rows = rows_of((1, 0, here, [[1, 2]], [[0, 0]]), (2, 0, here, [[3, 4]], [[0, 0]]), (3, 1, here, [[5, 6]], [[0, 0]]))
+    assert last_scores(rows, 0).round == 2
+    assert last_scores(rows, 0).importance.tolist() == [[3.0, 4.0]]
+    for unknown in (rows, None):
+        with pytest.raises(UserError, match="--client 7: took part in no round"):
+            last_scores(unknown, 7)
+
+
+def test_the_number_of_experts_is_the_mean_rounded_down_and_at_least_top_k():
+    config = build("mixtral").config
+    assert experts_per_layer(11, [6, 6], 2, config) == 5
+    assert experts_per_layer(2, [6, 6], 2, config) == 2
+    assert experts_per_layer(12, [6, 6], 2, config) == 6
+
+
+def test_routers_that_choose_among_groups_need_some_of_each():
+    config = build("deepseek_v3").config  # 4 groups, of which a token uses 2
+    assert experts_per_layer(30, [16, 16], 2, config) == 12
+    with pytest.raises(
+        UserError, match=r"deepseek_v3 routes by 4 groups .* needs 2 experts of each group, 8 per layer"
+    ):
+        experts_per_layer(14, [16, 16], 2, config)
+    greedy = build("deepseek_v2").config
+    assert experts_per_layer(8, [8, 8], 2, greedy) == 4
+    with pytest.raises(UserError, match="deepseek_v2 routes by 4 groups"):
+        experts_per_layer(8, [8, 8], 4, greedy)
+
+
+def test_layers_of_unequal_size_have_no_standard_checkpoint(monkeypatch):
+    model = MoEModel(build("mixtral"))
+    model.layers[0].num_experts = 5
+    with pytest.raises(UserError, match="mixtral: its config has no number of experts"):
+        shrink(model, [torch.tensor([True] * 2 + [False] * 3), torch.tensor([True] * 2 + [False] * 4)])

@@ -1,0 +1,68 @@
+"""Grouped products: torch's kernel and the call per group give the same, experts without rows included."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hfedmoe.moe import grouped
+from hfedmoe.moe.grouping import Groups, group_pairs
+
+E, S, K, N = 5, 24, 8, 12
+
+
+@pytest.fixture
+def groups() -> Groups:
+    """Rows of experts 0, 1 and 3; expert 2 and the last have none."""
+    experts = torch.tensor([0] * 7 + [1] * 9 + [3] * 8)[torch.randperm(S, generator=torch.Generator().manual_seed(0))]
+    return group_pairs(experts, E, 1)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.fixture(params=["kernel", "calls"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "calls":
+        monkeypatch.setattr(grouped, "has_kernel", lambda *operands: False)
+    return str(request.param)
+
+
+def test_ends_count_experts_without_rows(groups: Groups) -> None:
+    assert groups.ends.tolist() == [7, 16, 16, 24, 24]
+    assert groups.ends.dtype == torch.int32
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_equal_those_of_each_row(groups: Groups, way: str, transposed: bool) -> None:
+    left = draw(S, K)
+    stack = draw(E, N, K).transpose(1, 2) if transposed else draw(E, K, N)
+    assert way == "calls" or grouped.has_kernel(left, stack)
+    expected = torch.cat([left[start:end] @ stack[expert] for expert, start, end in groups.spans])
+    torch.testing.assert_close(grouped.product(left, stack, groups), expected)
+    torch.testing.assert_close(grouped.write_product(draw(S, N), left, stack, groups), expected)
+    rows = draw(S, N)
+    grouped.add_product(rows, left, stack, groups)
+    torch.testing.assert_close(rows, draw(S, N) + expected)
+
+
+def test_outer_products_are_those_of_groups_with_rows(groups: Groups, way: str) -> None:
+    left, right = draw(S, K), draw(S, N)
+    found = grouped.outer(left, right, groups, torch.float64)
+    assert len(found) == 3
+    for (_, start, end), matrix in zip(groups.spans, found, strict=True):
+        assert matrix.dtype == torch.float64
+        torch.testing.assert_close(matrix.float(), left[start:end].t() @ right[start:end])
+
+
+def test_rows_that_are_not_aligned_go_without_the_kernel(groups: Groups) -> None:
+    left, stack = draw(S, 3), draw(E, 3, N)
+    assert not grouped.has_kernel(left, stack)
+    expected = torch.cat([left[start:end] @ stack[expert] for expert, start, end in groups.spans])
+    torch.testing.assert_close(grouped.product(left, stack, groups), expected)
+
+
+def test_mixed_precision_goes_without_the_kernel(groups: Groups) -> None:
+    left, stack = draw(S, K).bfloat16(), draw(E, K, N)
+    assert not grouped.has_kernel(left, stack)
+    assert grouped.product(left, stack, groups).dtype == torch.bfloat16
