@@ -18,7 +18,10 @@ forward, and as they can with PEFT; these cells are kept small and have a median
 """
 
 import statistics
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks import expert_layers, expert_step
@@ -32,20 +35,20 @@ BATCHED_PAIRS = 128
 
 def cells(quick: bool) -> Iterator[Cell]:
     """The grid with LoRA."""
-    top_ks, tokens = ((2,), (64, 640)) if quick else ((1, 2, 8), (64, 192, 640, 2048))
+    top_ks, tokens = ((2,), (64, 512)) if quick else ((1, 2, 8), (64, 512, 2048))
     for experts in (16, 64):
         for top_k in top_ks:
             for number in tokens:
                 yield from _shares(experts, top_k, number, "float32")
     for top_k in (2,) if quick else (1, 2):
-        for number in (64,) if quick else (64, 192):
+        for number in (64,) if quick else (64, 256):
             yield from _shares(16, top_k, number, "bfloat16")
 
 
 def full_cells(quick: bool) -> Iterator[Cell]:
     """The grid with full training."""
     for experts in (16, 64):
-        for number in (64,) if quick else (64, 640, 2048):
+        for number in (64,) if quick else (64, 512, 2048):
             yield from _shares(experts, 2, number, "float32")
 
 
@@ -58,9 +61,17 @@ def _shares(experts: int, top_k: int, tokens: int, dtype: str) -> Iterator[Cell]
 class Bench:
     """Measures variants in cells, each only once."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, folder: Path) -> None:
+        self.seconds, self.folder = seconds, folder
         self._known: dict[tuple[Cell, str], dict[str, Any] | None] = {}
+        self._layers: dict[Cell, dict[str, float]] = {}
+
+    def checkpoint(self, cell: Cell) -> str:
+        """The folder of the model's checkpoint, which is written when it is first asked for."""
+        folder = self.folder / f"{cell.experts}-{cell.dtype}"
+        if not folder.exists():
+            in_forked_process(expert_step.write, str(folder), cell.experts, cell.dtype, timeout_s=TIMEOUT_S)
+        return str(folder)
 
     def step(self, cell: Cell, variant: str) -> dict[str, Any] | None:
         """Median seconds of a step and peak bytes; None if it did not fit or took too long."""
@@ -68,7 +79,8 @@ class Bench:
             return None
         key = (cell, variant)
         if key not in self._known:
-            arguments = (cell.experts, cell.top_k, cell.tokens, cell.dtype, cell.share, variant, self.seconds)
+            folder = self.checkpoint(cell)
+            arguments = (folder, cell.experts, cell.top_k, cell.tokens, cell.dtype, cell.share, variant, self.seconds)
             measured = in_forked_process(expert_step.measure, *arguments, timeout_s=TIMEOUT_S)
             if measured is not None:
                 measured["pass_s"] = statistics.median(measured["passes"])
@@ -84,6 +96,15 @@ class Bench:
         )
         return {"name": name, **fastest}
 
+    def layers(self, cell: Cell) -> dict[str, float]:
+        """Seconds of the expert layers and of their products, see `expert_layers`."""
+        if cell not in self._layers:
+            arguments = (cell.experts, cell.top_k, cell.tokens, cell.dtype, self.seconds)
+            measured = in_forked_process(expert_layers.measure, *arguments, timeout_s=TIMEOUT_S)
+            assert measured is not None
+            self._layers[cell] = measured
+        return self._layers[cell]
+
     def compare(self, cell: Cell) -> dict[str, Any]:
         """The row of one LoRA cell."""
         whole = Cell(cell.experts, cell.top_k, cell.tokens, cell.dtype)
@@ -94,10 +115,7 @@ class Bench:
         peft = self.best(whole, [f"peft {name}" for name in STOCK])
         peft_alike = self.best(alike, [f"peft {name}" for name in STOCK])
         frozen = min(self.best(alike, [f"frozen {name}" for name in STOCK])["step_s"], own_frozen["step_s"])
-        layers = in_forked_process(
-            expert_layers.measure, cell.resident, cell.top_k, cell.tokens, cell.dtype, self.seconds, timeout_s=TIMEOUT_S
-        )
-        assert layers is not None
+        layers = self.layers(alike)
         limit = (
             layers["all_products"]
             - layers["base_products"]
@@ -150,18 +168,28 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each step, after a first one")
     options = arguments.parse_args()
     assert all(cell.tokens % LENGTH == 0 for cell in cells(options.quick))
-    bench = Bench(options.seconds)
-    lora = []
-    for cell in cells(options.quick):
+    with tempfile.TemporaryDirectory() as folder:
+        lora, full = _measure(Bench(options.seconds, Path(folder)), options.quick)
+    _report(lora, full, options.json)
+
+
+def _measure(bench: Bench, quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    lora, full = [], []
+    for cell in cells(quick):
         lora.append(bench.compare(cell))
-        print(
-            "  ".join(
-                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in lora[-1].items()
-            ),
-            flush=True,
-        )
-    full = [bench.compare_full(cell) for cell in full_cells(options.quick)]
+        _show(lora[-1])
+    for cell in full_cells(quick):
+        full.append(bench.compare_full(cell))
+        _show(full[-1])
+    return lora, full
+
+
+def _show(row: dict[str, Any]) -> None:
+    cells = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    print("  ".join(cells), file=sys.stderr, flush=True)
+
+
+def _report(lora: list[dict[str, Any]], full: list[dict[str, Any]], file: Path | None) -> None:
     report(full, {}, None)
     single = [row for row in lora if row["dtype"] == "float32"]
     half = [row for row in lora if row["dtype"] == "bfloat16"]
@@ -185,7 +213,7 @@ def main() -> None:
             **_with_share(lora),
             **_full_growth(full),
         },
-        options.json,
+        file,
         {"full": full},
     )
 

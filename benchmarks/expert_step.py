@@ -3,7 +3,8 @@
 Four layers, hidden 576, intermediate 768, random weights; sequences of 64 tokens. The step is forward, backward and
 AdamW, whose time is measured apart. What is trained:
 
-* `ours`: LoRA on the experts with hfedmoe's expert forward, the model carved to the resident share;
+* `ours`: LoRA on the experts with hfedmoe's expert forward; below a resident share of 100 % the model is carved: the
+  absent experts are never read, as on a device of a federation;
 * `ours frozen`: the same forward with frozen experts, and one attention matrix that is trained;
 * `ours full`: the experts themselves;
 * `peft X`: PEFT's LoRA with `target_parameters` on the stock model with the experts implementation X;
@@ -12,6 +13,7 @@ AdamW, whose time is measured apart. What is trained:
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common import peak_bytes
@@ -35,12 +37,11 @@ class Cell:
         return round(self.experts * self.share)
 
 
-def build(cell: Cell) -> Any:
-    import torch
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+def shape_of(experts: int) -> Any:
+    """The configuration of the small OLMoE with so many experts per layer."""
+    from transformers import OlmoeConfig
 
-    torch.manual_seed(0)
-    config = OlmoeConfig(
+    return OlmoeConfig(
         vocab_size=VOCABULARY,
         eos_token_id=2,
         hidden_size=HIDDEN,
@@ -48,28 +49,44 @@ def build(cell: Cell) -> Any:
         num_hidden_layers=LAYERS,
         num_attention_heads=9,
         num_key_value_heads=3,
-        num_experts=cell.experts,
-        num_experts_per_tok=cell.top_k,
+        num_experts=experts,
+        num_experts_per_tok=2,
         max_position_embeddings=256,
     )
-    return OlmoeForCausalLM(config).to(getattr(torch, cell.dtype)).train()
 
 
-def prepare(cell: Cell, variant: str) -> tuple[Any, list[Any]]:
-    """The model, and what the optimizer trains."""
+def write(folder: str, experts: int, dtype: str) -> dict[str, Any]:
+    """Write the small OLMoE with random weights, experts stacked as in memory: loading it takes no more than it needs."""
+    import torch
+    from transformers import OlmoeForCausalLM
+
+    torch.manual_seed(0)
+    model = OlmoeForCausalLM(shape_of(experts)).to(getattr(torch, dtype))
+    model.save_pretrained(folder, save_original_format=False)
+    return {}
+
+
+def prepare(folder: str, cell: Cell, variant: str) -> tuple[Any, list[Any]]:
+    """The model of a checkpoint folder, and what the optimizer trains."""
+    import torch
+    from transformers import OlmoeForCausalLM
+
     kind, _, implementation = variant.partition(" ")
-    model = build(cell)
+    if kind == "ours" and cell.share < 1:
+        return _carved(folder, cell, implementation or "lora")
+    model = OlmoeForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, cell.dtype), num_experts_per_tok=cell.top_k
+    ).train()
     if kind == "ours":
-        return _ours(model, cell, implementation)
+        return _wrapped(model, cell, implementation or "lora", None)
     model.set_experts_implementation(implementation)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if kind == "frozen":
         return model, [model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)]
     if kind == "full":
-        stacks = [
-            getattr(layer.mlp.experts, name) for layer in model.model.layers for name in ("gate_up_proj", "down_proj")
-        ]
+        experts = [layer.mlp.experts for layer in model.model.layers]
+        stacks = [stack for one in experts for stack in (one.gate_up_proj, one.down_proj)]
         return model, [stack.requires_grad_(True) for stack in stacks]
     from peft import LoraConfig, get_peft_model
 
@@ -80,7 +97,21 @@ def prepare(cell: Cell, variant: str) -> tuple[Any, list[Any]]:
     return wrapped, [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
 
 
-def _ours(model: Any, cell: Cell, what: str) -> tuple[Any, list[Any]]:
+def _carved(folder: str, cell: Cell, experts: str) -> tuple[Any, list[Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM, OlmoeConfig
+
+    from hfedmoe.moe.shards import Shards
+    from hfedmoe.moe.skeleton import empty_model, fill
+
+    dtype = getattr(torch, cell.dtype)
+    config = OlmoeConfig.from_pretrained(folder, num_experts_per_tok=cell.top_k)
+    model = empty_model(AutoModelForCausalLM, config, dtype).train()
+    store = fill(model, Shards(Path(folder)), dtype, "same", torch.device("cpu"))
+    return _wrapped(model, cell, experts, store)
+
+
+def _wrapped(model: Any, cell: Cell, experts: str, store: Any) -> tuple[Any, list[Any]]:
     import torch
 
     from hfedmoe.moe.compact import compute_in_float32, wants_float32
@@ -88,30 +119,32 @@ def _ours(model: Any, cell: Cell, what: str) -> tuple[Any, list[Any]]:
 
     if wants_float32("auto", torch.device("cpu"), getattr(torch, cell.dtype)):
         compute_in_float32(model)
-    ours = MoEModel(model, experts=what or "lora", rank=RANK, router=False)
-    if cell.share < 1:
+    ours = MoEModel(model, experts=experts, rank=RANK, router=False, store=store)
+    if store is not None:
         keep = torch.arange(cell.experts) % round(1 / cell.share) == 0
-        ours.carve([keep] * LAYERS)
-    if what == "frozen":
+        ours.set_resident([keep] * LAYERS)
+    if experts == "frozen":
         return model, [model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)]
     return model, ours.parameters()
 
 
 def measure(
-    experts: int, top_k: int, tokens: int, dtype: str, share: float, variant: str, seconds: float
+    folder: str, experts: int, top_k: int, tokens: int, dtype: str, share: float, variant: str, seconds: float
 ) -> dict[str, Any]:
-    """Step for at least so many seconds (3 to 20 steps, slow ones only twice) after a first one.
+    """Step for at least so many seconds (3 to 20 steps, a slow one only once) after a first one.
 
     Returns:
         The seconds of every forward and backward pass and of every update, peak memory and the last loss.
     """
     import torch
+    import transformers
 
     from hfedmoe.device.allocator import keep_freed_memory
 
+    transformers.utils.logging.disable_progress_bar()
     keep_freed_memory()  # as `hfedmoe run` does; here for all variants alike
     cell = Cell(experts, top_k, tokens, dtype, share)
-    model, parameters = prepare(cell, variant)
+    model, parameters = prepare(folder, cell, variant)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     ids = torch.randint(0, VOCABULARY, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(1))
     passes: list[float] = []
@@ -133,4 +166,4 @@ def measure(
 
 def _enough(passes: list[float]) -> int:
     """Steps to be done, the first one included."""
-    return 3 if passes and passes[0] > 5 else 4
+    return 2 if passes and passes[0] > 5 else 4

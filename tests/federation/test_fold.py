@@ -82,6 +82,28 @@ def test_expert_weights_by_tokens_and_by_importance() -> None:
         torch.testing.assert_close(fold.result()["experts.0.up_b"][0, 0], torch.tensor(expected))
 
 
+def test_layers_with_different_numbers_of_experts() -> None:
+    tensors = {"experts.0.up_b": torch.zeros(2, 1), "experts.1.up_b": torch.zeros(3, 1)}
+    fold = Fold(tensors, MethodConfig())
+    for value, examples in ((1.0, 1), (5.0, 3)):
+        fold.add(
+            Update(
+                tensors={
+                    "experts.0.up_b": torch.tensor([[value]]),
+                    "experts.1.up_b": torch.tensor([[value], [-value]]),
+                },
+                trained=[torch.tensor([False, True]), torch.tensor([True, False, True])],
+                usage=[torch.full((2,), 0.5), torch.full((3,), 1 / 3)],
+                importance=[torch.ones(2), torch.ones(3)],
+                tokens=[torch.ones(2), torch.ones(3)],
+                examples=examples,
+            )
+        )
+    new = fold.result()
+    assert new["experts.0.up_b"][:, 0].tolist() == [0.0, 4.0]
+    assert new["experts.1.up_b"][:, 0].tolist() == [4.0, 0.0, -4.0]
+
+
 def test_exact_lora_averages_products() -> None:
     torch.manual_seed(0)
     tensors = {

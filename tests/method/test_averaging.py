@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hfedmoe.method.aggregation import MeanAverage, RowAverage
+from hfedmoe.method.aggregation import MeanAverage, RowAverage, StacksAverage
 
 NAN = float("nan")
 seeds = st.integers(0, 10_000)
@@ -141,3 +141,37 @@ def test_bad_arguments_leave_the_average_as_it_was(rows: Tensor, index: list[int
     assert torch.equal(average.result(torch.zeros(3, 2)), torch.tensor([[7.0, 7.0], [0.0, 0.0], [0.0, 0.0]]))
     with pytest.raises(ValueError, match="previous rows"):
         average.result(torch.zeros(3, 4))
+
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_stacks_of_several_layers_are_averaged_as_each_by_itself(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    stretches = {"a.up": (0, 3), "a.down": (0, 3), "b.up": (3, 5)}
+    whole = StacksAverage(stretches)
+    single = {name: RowAverage(number) for name, (_, number) in stretches.items()}
+    for _ in range(3):
+        index = (torch.rand(8, generator=generator) < 0.6).nonzero()[:, 0]
+        weight = torch.randint(0, 3, (len(index),), generator=generator).float()
+        stacks = {}
+        for name, (first, number) in stretches.items():
+            own = (index >= first) & (index < first + number)
+            stacks[name] = torch.randn(int(own.sum()), 2, generator=generator)
+            single[name].add(stacks[name], index[own] - first, weight[own])
+        whole.add(stacks, index, weight, checked=bool(seed % 2))
+    previous = {name: torch.randn(number, 2, generator=generator) for name, (_, number) in stretches.items()}
+    for name, average in whole.result(previous).items():
+        assert torch.equal(average, single[name].result(previous[name]))
+
+
+def test_stacks_that_do_not_fit_change_nothing() -> None:
+    stacks = StacksAverage({"a": (0, 2), "b": (2, 2)})
+    rows = torch.ones(1, 3)
+    with pytest.raises(ValueError, match="b has 0 rows, but 1 were to be sent"):
+        stacks.add({"a": rows, "b": rows[:0]}, torch.tensor([1, 2]), torch.ones(2))
+    with pytest.raises(ValueError, match="must ascend"):
+        stacks.add({"a": rows, "b": rows}, torch.tensor([2, 1]), torch.ones(2))
+    with pytest.raises(ValueError, match="differ from the expected"):
+        stacks.add({"a": rows}, torch.tensor([1]), torch.ones(1))
+    previous = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}
+    assert not any(average.any() for average in stacks.result(previous).values())

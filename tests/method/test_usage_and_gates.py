@@ -117,7 +117,7 @@ def test_errors():
         expert_weights("votes", 5, *args)
     with pytest.raises(ValueError, match="num_examples=-1"):
         expert_weights("samples", -1, *args)
-    with pytest.raises(ValueError, match=r"all be \[E\]"):
+    with pytest.raises(ValueError, match=r"all be \[..., E\]"):
         expert_weights("samples", 5, USAGE[0][:3], *args[1:])
     with pytest.raises(ValueError, match="tau"):
         passes(USAGE, -0.1)

@@ -10,6 +10,7 @@ from hfedmoe.moe.base import SeparateBase, SharedBase, StackedWeights, base_of
 from hfedmoe.moe.grouping import group_pairs
 from hfedmoe.moe.kernel import LORA, ExpertMath, experts_forward
 from hfedmoe.moe.model import MoEModel
+from hfedmoe.moe.routing import Batch as RoutingBatch
 from tests.families.table import build, inputs
 
 T, K, E, H, WIDTH, R = 12, 2, 5, 8, 6, 2
@@ -149,6 +150,30 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         assert (got is None) == (expected is None)
         if got is not None:
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_torch_compile_leaves_masks_and_statistics_right(family: str) -> None:
+    def step(compiled: bool) -> tuple[Tensor, list[Tensor | None], Tensor]:
+        model = MoEModel(build(family))
+        model.set_resident([torch.arange(number) % 2 == 0 for number in model.num_experts])
+        x = inputs(model.model)
+        model.watch(RoutingBatch(x["attention_mask"]))
+        forward = torch.compile(model.model, backend="eager") if compiled else model.model
+        loss = forward(**x).logits.float().logsumexp(-1).sum()
+        loss.backward()
+        evidence = model.routing[0].evidence
+        assert evidence is not None
+        return loss.detach(), [leaf.grad for leaf in model.parameters()], evidence.g
+
+    (loss, grads, g), (expected_loss, expected, expected_g) = step(True), step(False)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(g, expected_g)
+    assert any(grad is not None for grad in grads)
+    for grad, other in zip(grads, expected, strict=True):
+        assert (grad is None) == (other is None)
+        if grad is not None and other is not None:
+            torch.testing.assert_close(grad, other)
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32_leaves() -> None:

@@ -1,5 +1,7 @@
 """Fold the updates of a round into the global tensors, one client at a time (method.md section 4)."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,7 @@ class Fold:
         self, tensors: dict[str, Tensor], method: MethodConfig, exact_lora: bool = False, rank: int = 0
     ) -> None:
         self._tensors, self._method = tensors, method
-        self._stacks: dict[int, StacksAverage] = {}
-        self._names: dict[int, list[str]] = {}
+        layers: dict[int, list[str]] = {}
         self._products: dict[tuple[str, str], ProductAverage] = {}
         self._gates: dict[str, MeanAverage | RowAverage] = {}
         self._gate_fallback: dict[str, MeanAverage] = {}
@@ -47,68 +48,79 @@ class Fold:
                     if names[0] in tensors and names not in self._products:
                         self._products[names] = ProductAverage(tensor.shape[0], rank)
                 else:
-                    self._stacks.setdefault(int(layer), StacksAverage(tensor.shape[0]))
-                    self._names.setdefault(int(layer), []).append(name)
+                    layers.setdefault(int(layer), []).append(name)
             elif name.startswith("router."):
                 by_row = method.gate == "rows"
                 self._gates[name] = RowAverage(tensor.shape[0]) if by_row else MeanAverage()
                 self._gate_fallback[name] = MeanAverage()
             else:
                 self._shared[name] = MeanAverage()
+        self._layers = sorted(layers)
+        stretches: dict[str, tuple[int, int]] = {}
+        first = 0
+        for own in (layers[index] for index in self._layers):  # experts are numbered over all layers
+            number = tensors[own[0]].shape[0]
+            stretches |= dict.fromkeys(own, (first, number))
+            first += number
+        self._stacks = list(stretches)
+        self._experts = StacksAverage(stretches)
         self._judged: set[str] = set()
         self.clients = 0
 
     def add(self, update: Update) -> None:
         """Fold in one checked update (its values are finite) and keep nothing of it."""
         self.clients += 1
-        trained = [flags.nonzero()[:, 0] for flags in update.trained]
-        weights = [self._weights(update, layer)[index] for layer, index in enumerate(trained)]
-        for layer, average in self._stacks.items():
-            rows = {name: update.tensors[name] for name in self._names[layer]}
-            average.add(rows, trained[layer], weights[layer], checked=True)
+        weights = over_layers(self._weights, update, ("usage", "importance", "tokens", "trained"))
+        if self._stacks:
+            trained = torch.cat([update.trained[layer] for layer in self._layers]).nonzero()[:, 0]
+            weight = torch.cat([weights[layer] for layer in self._layers])[trained]
+            self._experts.add({name: update.tensors[name] for name in self._stacks}, trained, weight, checked=True)
         for (a, b), products in self._products.items():
             layer = int(a.split(".")[1])
-            products.add(update.tensors[a], update.tensors[b], trained[layer], weights[layer])
-        for name in self._gates:
-            self._add_gate(name, update)
+            index = update.trained[layer].nonzero()[:, 0]
+            products.add(update.tensors[a], update.tensors[b], index, weights[layer][index])
+        if self._method.gate == "rows":
+            self._add_gate_rows(update)
+        else:
+            self._add_gates(update)
         for name, mean in self._shared.items():
             mean.add(update.tensors[name], update.examples, checked=True)
 
-    def _weights(self, update: Update, layer: int) -> Tensor:
-        """What each expert of a layer counts, [E]."""
-        return expert_weights(
-            self._method.expert_weight,
-            update.examples,
-            update.usage[layer],
-            update.importance[layer],
-            update.tokens[layer],
-            update.trained[layer],
-            self._method.tau,
-        )
+    def _weights(self, update: Update, usage: Tensor, importance: Tensor, tokens: Tensor, trained: Tensor) -> Tensor:
+        rule, tau = self._method.expert_weight, self._method.tau
+        return expert_weights(rule, update.examples, usage, importance, tokens, trained, tau)
 
-    def _add_gate(self, name: str, update: Update) -> None:
-        layer, gate = int(name.split(".")[1]), self._gates[name]
-        usage, importance = update.usage[layer], update.importance[layer]
-        tensor = update.tensors[name]
-        if isinstance(gate, RowAverage):
-            weights = gate_row_weights(usage, importance, update.trained[layer], self._method.tau)
-            gate.add(tensor, torch.arange(tensor.shape[0]), weights, checked=True)
-            return
-        alpha = 0.0
+    def _add_gate_rows(self, update: Update) -> None:
+        def weigh(_: Update, usage: Tensor, importance: Tensor, trained: Tensor) -> Tensor:
+            return gate_row_weights(usage, importance, trained, self._method.tau)
+
+        weights = over_layers(weigh, update, ("usage", "importance", "trained"))
+        for name, gate in self._gates.items():
+            tensor = update.tensors[name]
+            assert isinstance(gate, RowAverage)
+            gate.add(tensor, torch.arange(tensor.shape[0]), weights[_layer_of(name)], checked=True)
+
+    def _add_gates(self, update: Update) -> None:
+        def weigh(_: Update, usage: Tensor, importance: Tensor) -> Tensor:
+            return gate_alpha_numerator(usage, importance, self._method.tau)
+
+        alphas = [0.0] * len(update.usage)
         if self._method.gate == "importance":
-            alpha = float(gate_alpha_numerator(usage, importance, self._method.tau))
-        if alpha > 0:
-            gate.add(tensor, alpha, checked=True)
-            self._judged.add(name)
-            self._gate_fallback.pop(name, None)
-        elif name not in self._judged:
-            self._gate_fallback[name].add(tensor, update.examples, checked=True)
+            alphas = torch.stack(over_layers(weigh, update, ("usage", "importance"))).tolist()
+        for name, gate in self._gates.items():
+            assert isinstance(gate, MeanAverage)
+            alpha = alphas[_layer_of(name)]
+            if alpha > 0:
+                gate.add(update.tensors[name], alpha, checked=True)
+                self._judged.add(name)
+                self._gate_fallback.pop(name, None)
+            elif name not in self._judged:
+                self._gate_fallback[name].add(update.tensors[name], update.examples, checked=True)
 
     def result(self) -> dict[str, Tensor]:
         """The new global tensors; what nobody trained keeps its value bit for bit."""
         new = dict(self._tensors)
-        for layer, average in self._stacks.items():
-            new |= average.result({name: self._tensors[name] for name in self._names[layer]})
+        new |= self._experts.result({name: self._tensors[name] for name in self._stacks})
         for (a, b), products in self._products.items():
             new[a], new[b] = products.result(self._tensors[a], self._tensors[b])
         for name, gate in self._gates.items():
@@ -121,3 +133,20 @@ class Fold:
         for name, mean in self._shared.items():
             new[name] = mean.result(self._tensors[name])
         return new
+
+
+def over_layers(rule: Callable[..., Tensor], update: Update, vectors: Sequence[str]) -> list[Tensor]:
+    """rule(update, *vectors) of every layer, at once where all layers have as many experts.
+
+    Args:
+        rule: takes vectors [..., E].
+        vectors: names of the update's vectors per layer.
+    """
+    lists: list[list[Tensor]] = [getattr(update, name) for name in vectors]
+    if len({len(vector) for vector in lists[0]}) == 1:
+        return list(rule(update, *(torch.stack(layers) for layers in lists)).unbind(0))
+    return [rule(update, *layer) for layer in zip(*lists, strict=True)]
+
+
+def _layer_of(name: str) -> int:
+    return int(name.split(".")[1])

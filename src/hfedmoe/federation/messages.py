@@ -33,7 +33,7 @@ class InvalidReplyError(ValueError):
     """A message does not hold what it must; the text says what is wrong with it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Description:
     """Who a client is."""
 

@@ -8,71 +8,106 @@ depends on the order of clients only by rounding. Memory: one float32 buffer of 
 sent is read once, and the rows of the buffer that it belongs to are read and written once.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
 class StacksAverage:
-    """The weighted average of each row (expert) over the clients that sent it, for several stacks at once.
+    """The weighted average of each row (expert) over the clients that sent it, for many stacks at once.
 
-    The stacks (the kinds of tensors of one layer's experts) have one row per expert each, so a client sends the same
-    rows of all of them, with the same weights.
+    Rows are numbered over all layers, and every stack covers the rows of one layer: a client sends the same rows of all
+    stacks of a layer, with the same weights.
+
+    Args:
+        stretches: the first row of each stack and its number of rows, by name.
     """
 
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
-        self._weight = torch.zeros(num_rows)
+    def __init__(self, stretches: Mapping[str, tuple[int, int]]) -> None:
+        self._stretches = dict(stretches)
+        self._names: dict[tuple[int, int], list[str]] = {}
+        for name, stretch in stretches.items():
+            self._names.setdefault(stretch, []).append(name)
+        self.num_rows = max((first + number for first, number in stretches.values()), default=0)
+        self._weight = torch.zeros(self.num_rows)
         self._means: dict[str, Tensor] = {}
+        self._flat: dict[str, Tensor] = {}
+        """Views [E, .] of the means."""
 
     def add(self, stacks: Mapping[str, Tensor], index: Tensor, weight: Tensor, checked: bool = False) -> None:
         """Fold in some rows of one client; rows of weight 0 are ignored.
 
         Args:
-            stacks: by name, [n, ...] each; every client sends the same names.
-            index: int64 [n], which of the `num_rows` rows each one is; no row twice.
-            weight: [n], not negative.
+            stacks: all of them by name, [n, ...] each with the rows of `index` that are its own, in the same order.
+            index: int64, which rows were sent, ascending.
+            weight: of the same length, not negative.
             checked: the caller has seen to it that all rows are finite, which takes a pass over them, that index and
-                weights are in range, and that no row comes twice.
+                weights are in range, and that the index ascends.
 
         Raises:
             ValueError: shapes or names that do not agree, an index twice or out of range, a weight that is negative
                 or not finite, or a row of positive weight that is not finite. Nothing has been folded in then.
         """
-        sent = {len(rows) for rows in stacks.values()}
-        if len(sent) != 1:
-            raise ValueError(f"expected the same number of rows in every stack, got {sorted(sent)}")
-        if checked and bool(weight.all()):
-            rows = {name: stack.float() for name, stack in stacks.items()}
-        else:
-            index, weight, keep = positive_weights(self.num_rows, sent.pop(), index, weight)
-            rows = {name: stack.detach()[keep.to(stack.device)].float() for name, stack in stacks.items()}
+        if stacks.keys() != self._stretches.keys():
+            raise ValueError(f"stacks {sorted(stacks)} differ from the expected {sorted(self._stretches)}")
+        if not checked:
+            check_rows(self.num_rows, index, weight)
+            if not _ascends(index):
+                raise ValueError("the index must ascend")
+        sent = self._sent(index.tolist())
+        for name, stack in stacks.items():
+            if len(stack) != len(sent[self._stretches[name]]):
+                raise ValueError(
+                    f"{name} has {len(stack)} rows, but {len(sent[self._stretches[name]])} were to be sent"
+                )
+        weight = weight.detach().float()
+        if not bool(weight.all()):
+            keep = weight > 0
+            stacks = {name: stack[keep[sent[self._stretches[name]].places]] for name, stack in stacks.items()}
+            index, weight = index[keep], weight[keep]
+            sent = self._sent(index.tolist())
+        rows = {name: _plain(stack) for name, stack in stacks.items()}
         self._check(rows, checked)
         if not self._means:
-            self._means = {name: r.new_zeros(self.num_rows, *r.shape[1:]) for name, r in rows.items()}
+            numbers = {name: number for name, (_, number) in self._stretches.items()}
+            self._means = {name: r.new_zeros(numbers[name], *r.shape[1:]) for name, r in rows.items()}
+            self._flat = {name: mean.view(numbers[name], -1) for name, mean in self._means.items()}
         if len(index) == 0:
             return
         total = self._weight[index] + weight
         self._weight[index] = total
-        runs = _runs(index.tolist())
-        lengths = [length for _, length in runs]
         share = (weight / total)[:, None]
-        parts = share.split_with_sizes(lengths)
         into: list[Tensor] = []
         new: list[Tensor] = []
         shares: list[Tensor] = []
-        for name, mean in self._means.items():
-            flat = mean.view(self.num_rows, -1)
-            into += [flat.narrow(0, start, length) for start, length in runs]
-            new += rows[name].to(mean.device).reshape(len(index), -1).split_with_sizes(lengths)
-            shares += parts if mean.device == share.device else [part.to(mean.device) for part in parts]
+        for stretch, own in sent.items():
+            if not own.lengths:
+                continue
+            number, parts = len(own), share[own.places].split_with_sizes(own.lengths)
+            for name in self._names[stretch]:
+                flat, sent_rows = self._flat[name], rows[name].view(number, -1)
+                into += flat.split_with_sizes(own.cuts)[1::2]
+                if flat.device == share.device:
+                    new += sent_rows.split_with_sizes(own.lengths)
+                    shares += parts
+                else:
+                    new += sent_rows.to(flat.device).split_with_sizes(own.lengths)
+                    shares += [part.to(flat.device) for part in parts]
         # One call for all runs of neighbouring rows: no gathered copy of the buffer, and no loop in Python over rows.
         torch._foreach_lerp_(into, new, shares)
 
+    def _sent(self, index: list[int]) -> dict[tuple[int, int], "_Sent"]:
+        """What was sent of every stretch of rows."""
+        found = {}
+        for first, number in self._names:
+            own = slice(bisect_left(index, first), bisect_left(index, first + number))
+            found[first, number] = _Sent.of(index, own, first, number)
+        return found
+
     def _check(self, rows: dict[str, Tensor], checked: bool) -> None:
-        if self._means and rows.keys() != self._means.keys():
-            raise ValueError(f"stacks {sorted(rows)} differ from the earlier {sorted(self._means)}")
         for name, mean in self._means.items():
             if rows[name].shape[1:] != mean.shape[1:]:
                 raise ValueError(f"rows {tuple(rows[name].shape[1:])} differ from the earlier {tuple(mean.shape[1:])}")
@@ -80,35 +115,71 @@ class StacksAverage:
             raise ValueError("a row to average is not finite")
 
     def result(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The averages, in the dtype of previous [num_rows, ...]; rows nobody sent keep `previous` bit for bit.
+        """The averages, in the dtype of previous [E, ...]; rows nobody sent keep `previous` bit for bit.
 
         Call it once, at the end: float32 averages are handed over, not copied.
 
         Raises ValueError if the shapes of `previous` are not those of the rows.
         """
-        untouched = self._weight == 0
         averages = {}
         for name, before in previous.items():
-            shape = (self.num_rows, *(self._means[name].shape[1:] if self._means else before.shape[1:]))
+            first, number = self._stretches[name]
+            shape = (number, *(self._means[name].shape[1:] if self._means else before.shape[1:]))
             if before.shape != shape:
                 raise ValueError(f"the previous rows are {tuple(before.shape)}, not {shape}")
             if not self._means:
                 averages[name] = before.detach().clone()
                 continue
+            untouched = (self._weight[first : first + number] == 0).to(before.device)
             average = self._means[name].to(before)
-            average[untouched.to(before.device)] = before.detach()[untouched.to(before.device)]
+            average[untouched] = before.detach()[untouched]
             averages[name] = average
         return averages
+
+
+@dataclass
+class _Sent:
+    """Which rows of a stretch were sent, as runs of neighbours."""
+
+    places: slice
+    """Their places in the index."""
+    lengths: list[int]
+    """Rows of each run."""
+    cuts: list[int]
+    """The stretch in pieces: rows before the first run, the first run, rows between, the second run, ..., the rest."""
+
+    def __len__(self) -> int:
+        return int(self.places.stop - self.places.start)
+
+    @classmethod
+    def of(cls, index: list[int], own: slice, first: int, number: int) -> "_Sent":
+        lengths: list[int] = []
+        cuts: list[int] = []
+        after = first  # the row behind the last run
+        for row in index[own]:
+            if lengths and row == after:
+                lengths[-1] += 1
+                cuts[-1] += 1
+            else:
+                lengths.append(1)
+                cuts += [row - after, 1]
+            after = row + 1
+        return cls(own, lengths, [*cuts, first + number - after])
 
 
 class RowAverage:
     """The weighted average of each row over the clients that sent it: a `StacksAverage` of one stack."""
 
     def __init__(self, num_rows: int) -> None:
-        self._stacks = StacksAverage(num_rows)
+        self._stacks = StacksAverage({"rows": (0, num_rows)})
 
     def add(self, rows: Tensor, index: Tensor, weight: Tensor, checked: bool = False) -> None:
-        """Fold in some rows [n, ...] of one client; arguments and errors as `StacksAverage.add`."""
+        """Fold in some rows [n, ...] of one client, in any order; arguments and errors as `StacksAverage.add`."""
+        if not checked:
+            check_rows(self._stacks.num_rows, index, weight)
+        if not _ascends(index) and len(rows) == len(index):
+            order = index.argsort()
+            rows, index, weight = rows[order], index[order], weight[order]
         self._stacks.add({"rows": rows}, index, weight, checked)
 
     def result(self, previous: Tensor) -> Tensor:
@@ -158,26 +229,37 @@ class MeanAverage:
 
 def positive_weights(num_rows: int, num_sent: int, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Index and float32 weight of the rows of positive weight, and the mask [n] of those rows."""
-    if index.shape != (num_sent,) or weight.shape != (num_sent,):
-        raise ValueError(
-            f"{num_sent} rows need as many indices and weights, got {tuple(index.shape)} and {tuple(weight.shape)}"
-        )
-    if num_sent and not 0 <= int(index.min()) <= int(index.max()) < num_rows:
-        raise ValueError(f"row index out of range: {int(index.min())}..{int(index.max())} of {num_rows} rows")
-    if len(index.unique()) != num_sent:
-        raise ValueError("a row index occurs twice")
+    if index.shape != (num_sent,):
+        raise ValueError(f"{num_sent} rows need as many indices and weights, got {tuple(index.shape)} indices")
+    check_rows(num_rows, index, weight)
     weight = weight.detach().float()
-    if not (weight.isfinite() & (weight >= 0)).all():
-        raise ValueError("a weight is negative or not finite")
     keep = weight > 0
     return index[keep.to(index.device)], weight[keep], keep
 
 
-def _runs(index: list[int]) -> list[tuple[int, int]]:
-    """(first, length) of the stretches of an index that go up by one."""
-    starts = [at for at, row in enumerate(index) if at == 0 or row != index[at - 1] + 1]
-    ends = [*starts[1:], len(index)]
-    return [(index[start], end - start) for start, end in zip(starts, ends, strict=True)]
+def check_rows(num_rows: int, index: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless the index is in range and has no row twice, with a usable weight for every row."""
+    if index.dim() != 1 or weight.shape != index.shape:
+        raise ValueError(
+            f"rows need as many indices and weights, got {tuple(index.shape)} indices and {tuple(weight.shape)} weights"
+        )
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < num_rows:
+        raise ValueError(f"row index out of range: {int(index.min())}..{int(index.max())} of {num_rows} rows")
+    if len(index.unique()) != len(index):
+        raise ValueError("a row index occurs twice")
+    if not (weight.detach().float().isfinite() & (weight >= 0)).all():
+        raise ValueError("a weight is negative or not finite")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The values in float32, contiguous; the same tensor where it is so already."""
+    if tensor.dtype == torch.float32 and not tensor.requires_grad and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().float().contiguous()
+
+
+def _ascends(index: Tensor) -> bool:
+    return bool((index.diff() > 0).all())
 
 
 def _finite(tensor: Tensor) -> bool:

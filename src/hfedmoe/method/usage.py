@@ -34,20 +34,20 @@ def passes(usage: Tensor, tau: float) -> Tensor:
 def expert_weights(
     rule: str, num_examples: int, usage: Tensor, importance: Tensor, tokens: Tensor, trained: Tensor, tau: float
 ) -> Tensor:
-    """The weight w_c(e) of one client's copy of every expert of a layer, eq. 17.
+    """The weight w_c(e) of one client's copy of every expert of a layer (or of alike layers at once), eq. 17.
 
     Args:
         rule: one of `EXPERT_RULES`.
         num_examples: |D_c|.
-        usage: [E], u_c.
-        importance: [E], s_c.
-        tokens: [E], tokens of the client routed to each expert.
-        trained: bool [E], the copies that may take part: those that received an optimizer step. (A rival that averages
-            over all holders passes what is resident, and tau = 0.)
+        usage: [..., E], u_c.
+        importance: [..., E], s_c.
+        tokens: [..., E], tokens of the client routed to each expert.
+        trained: bool [..., E], the copies that may take part: those that received an optimizer step. (A rival that
+            averages over all holders passes what is resident, and tau = 0.)
         tau: threshold as a multiple of 1/E.
 
     Returns:
-        float32 [E], 0 where the client takes no part.
+        float32 [..., E], 0 where the client takes no part.
 
     Raises:
         ValueError: unknown rule, negative tau or number of examples, or vectors of different lengths.
@@ -55,8 +55,8 @@ def expert_weights(
     if num_examples < 0:
         raise ValueError(f"num_examples={num_examples} must not be negative")
     shapes = {tuple(vector.shape) for vector in (usage, importance, tokens, trained)}
-    if len(shapes) > 1 or usage.dim() != 1:
-        raise ValueError(f"usage, importance, tokens and trained must all be [E], got {sorted(shapes)}")
+    if len(shapes) > 1:
+        raise ValueError(f"usage, importance, tokens and trained must all be [..., E], got {sorted(shapes)}")
     if rule == "samples":
         weight = torch.full_like(usage, num_examples, dtype=torch.float32)
     elif rule == "tokens":

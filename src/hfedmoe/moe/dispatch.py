@@ -41,6 +41,15 @@ def redirect(way: Dispatch, state: Experts) -> None:
         _set_forward(layer.experts, _one_hot(state) if way == "one_hot" else _identity(state))
 
 
+def keep_eager(block: Any) -> None:
+    """Let torch.compile leave a MoE block as it is, and compile what is around it.
+
+    Routers are masked and watched in hooks and modes that compiled code would pass over, and how many tokens an expert
+    gets differs from batch to batch.
+    """
+    _set_forward(block, torch.compiler.disable(block.forward))
+
+
 def _set_forward(module: Any, forward: Callable[..., Any]) -> None:
     object.__setattr__(module, "forward", forward)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
+from hfedmoe.moe.dispatch import keep_eager
 from hfedmoe.moe.experts import ExpertState, attach
 from hfedmoe.moe.residency import carve, mask, reside
 from hfedmoe.moe.routing import Batch, LayerRouting
@@ -64,6 +65,8 @@ class MoEModel:
         self.layers: list[MoELayer] = find_moe_layers(model)
         self.states: list[ExpertState] = attach(model, self.layers, store)
         self.routing = [LayerRouting(state) for state in self.states]
+        for layer in self.layers:
+            keep_eager(layer.block)
         self.shared = _add_attention_lora(model, rank, alpha, seed) if attention else {}
         for state in self.states:
             state.off_budget = off_budget

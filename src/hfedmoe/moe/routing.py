@@ -89,8 +89,8 @@ class LayerRouting:
         router, block = self.layer.router, self.layer.block
         router.register_forward_pre_hook(self._enter)
         router.register_forward_hook(self._leave, always_call=True)
-        block.register_forward_pre_hook(self._mask_biases)
-        block.register_forward_hook(self._restore_biases, always_call=True)
+        block.register_forward_pre_hook(torch.compiler.disable(self._mask_biases))
+        block.register_forward_hook(torch.compiler.disable(self._restore_biases), always_call=True)
         state.observer = self._observe
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ClientLine:
     """A client as it is known before the first round; `budget` counts experts over all layers."""
 
@@ -26,7 +26,7 @@ class PaceLine:
     deadline_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ClientSummary:
     """What one client did in one round. `status` is "ok", or a word such as "late", which `reason` explains."""
 
