@@ -18,7 +18,11 @@ PAPERS = (
     "docs/configuration.md",
     "docs/method.md",
     "docs/budgets.md",
+    "docs/data.md",
     "docs/deployment.md",
+    "docs/export.md",
+    "docs/models.md",
+    "docs/performance.md",
     "CHANGELOG.md",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
