@@ -145,7 +145,7 @@ def _parts(partitioner: Any, columns: dict[str, list[Any]], rows: list[int]) -> 
         warnings.simplefilter("ignore")  # one per draw that was not good enough; pyarrow's deprecations
         count = partitioner.num_partitions  # asking for it makes the partition
         indices = getattr(partitioner, "_partition_id_to_indices", None)
-        if indices is None:
+        if indices is None or any(number not in indices for number in range(count)):
             return [list(partitioner.load_partition(number)["row"]) for number in range(count)]
         # load_partition selects these from the data set, which takes milliseconds per client.
         order = list(partitioner.dataset["row"])
