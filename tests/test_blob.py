@@ -46,6 +46,10 @@ def crafted(header: object, data: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
+def text(header: object, length: int) -> bytes:
+    return json.dumps(header).encode().ljust(length)
+
+
 def entry(shape: object, begin: object, end: object, dtype: str = "F32") -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
@@ -67,6 +71,10 @@ def entry(shape: object, begin: object, end: object, dtype: str = "F32") -> dict
         (crafted({"x": entry([1], 0, 4), "y": entry([1], 0, 4)}, bytes(4)), "does not begin"),
         (crafted({"x": entry([1], 0, 4)}, bytes(8)), "length differ"),
         (crafted({"x": entry([2], 0, 8)}, bytes(4)), "length differ"),
+        (crafted({"x": entry([1] * 9, 0, 4)}, bytes(4)), "more than 8 dimensions"),
+        (crafted({"x": entry([2**61] * 100_000, 0, 4)}, bytes(4)), "more than 8 dimensions"),
+        (crafted(text({"x": entry([1], 0, 4)}, 81), bytes(4)), "multiple of 8"),
+        (crafted(text({"a": entry([1], 0, 1, "U8"), "x": entry([1], 1, 5)}, 160), bytes(5)), "x does not begin at a"),
     ],
 )
 def test_what_does_not_agree_is_refused(blob: bytes, message: str) -> None:

@@ -1,6 +1,7 @@
 """The run folder: round trips, and what is left after kills, full disks and damage."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from hfedmoe.config import ClientsConfig, DataConfig, RunConfig, TrainConfig
 from hfedmoe.errors import UserError
-from hfedmoe.runs import RunFolder, read_run_config
+from hfedmoe.runs import RunFolder, experts, read_run_config
 
 CONFIG = RunConfig(keep_checkpoints=2)
 
@@ -230,11 +231,18 @@ def test_a_damaged_line_is_left_out_with_a_warning(run, caplog):
 # experts.npy
 
 
+def append_experts(run, round, num_experts, clients, *vectors):
+    """A round of experts.npy in one call."""
+    with run.expert_rows(round, num_experts) as add:
+        for row in zip(clients, *vectors, strict=True):
+            add(*row)
+
+
 def test_experts_pad_layers_and_absent_clients(run):
     assert run.read_experts() is None
-    run.append_experts(1, [2, 1], [4], [[0.1, 0.2, 0.3]], [[1, 2, 3]], [[True, False, True]], [[True, False, False]])
+    append_experts(run, 1, [2, 1], [4], [[0.1, 0.2, 0.3]], [[1, 2, 3]], [[True, False, True]], [[True, False, False]])
     usage = torch.tensor([[0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
-    run.append_experts(2, [2, 1], [9, 0], usage, usage, usage > 0, list(usage > 0.6))
+    append_experts(run, 2, [2, 1], [9, 0], usage, usage, usage > 0, list(usage > 0.6))
     history = run.read_experts()
     assert history.rounds.tolist() == [1, 2]
     assert history.clients.tolist() == [0, 4, 9]
@@ -253,14 +261,59 @@ def test_experts_pad_layers_and_absent_clients(run):
 
 def test_experts_of_the_same_round_are_replaced(run):
     for value in (1.0, 2.0):
-        run.append_experts(1, [1], [0], [[value]], [[value]], [[True]], [[True]])
+        append_experts(run, 1, [1], [0], [[value]], [[value]], [[True]], [[True]])
     assert run.read_experts().usage.tolist() == [[[[2.0]]]]
 
 
-def test_damaged_experts_are_a_user_error(run):
-    (run.path / "experts.npy").write_bytes(b"PK broken")
-    with pytest.raises(UserError, match=r"experts.npy: damaged"):
+@pytest.mark.parametrize("cut", [0, 3, 40, -40, -1])
+def test_damaged_experts_are_a_user_error_unless_no_row_is_needed(run, cut):
+    append_experts(run, 1, [2], [0, 1], *[[[1, 2]] * 2] * 2, *[[[1, 0]] * 2] * 2)
+    path = run.path / "experts.npy"
+    path.write_bytes(path.read_bytes()[:cut])
+    for use in (run.read_experts, lambda: run.rewind(1), lambda: append_experts(run, 2, [2], [])):
+        with pytest.raises(
+            UserError, match=r'experts.npy: damaged .* resume the run, .*"prior".*--as client'
+        ) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    run.rewind(0)
+    assert run.read_experts() is None
+
+
+@pytest.mark.parametrize("table", [np.zeros(3), np.zeros((2, 2)), np.zeros(2, [("round", int)])])
+def test_another_table_in_the_place_of_the_experts_is_refused(run, table):
+    np.save(run.path / "experts.npy", table)
+    with pytest.raises(UserError, match=r"experts.npy: damaged \(its header is that of another table\)"):
         run.read_experts()
+
+
+def test_experts_can_be_read_while_their_first_round_goes_on(run):
+    with run.expert_rows(1, [2]) as add:
+        assert len(np.load(run.path / "experts.npy")) == 0
+        add(0, [1, 2], [0, 0], [1, 1], [1, 0])
+        assert run.read_experts().usage.shape == (0, 0, 1, 2)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_commit_that_fails_leaves_the_rows_before_it(run, monkeypatch, which):
+    append_experts(run, 1, [2], [0], [[1, 2]], [[0, 0]], [[1, 1]], [[1, 0]])
+    before, calls = (run.path / "experts.npy").read_bytes(), iter([1, 2])
+
+    def fail(file):
+        file.flush()
+        if next(calls) == which:  # the second one comes after the header was written
+            raise OSError(errno.EIO, "broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "sync", fail)
+        with pytest.raises(UserError, match=r"experts.npy: cannot be written \(broken\)"):
+            append_experts(run, 2, [2], [0], [[3, 4]], [[0, 0]], [[1, 1]], [[1, 0]])
+    assert (run.path / "experts.npy").read_bytes() == before
+
+
+def test_what_fails_elsewhere_is_not_blamed_on_the_experts(run):
+    with pytest.raises(ConnectionResetError), run.expert_rows(1, [2]):
+        raise ConnectionResetError
 
 
 # checkpoints
@@ -404,7 +457,7 @@ def test_leftovers_are_ignored_and_cleaned(run):
 
 def test_rewind_drops_what_is_later(run):
     for round in (1, 2, 3):
-        run.append_experts(round, [1], [0], [[round]], [[round]], [[True]], [[True]])
+        append_experts(run, round, [1], [0], [[round]], [[round]], [[True]], [[True]])
         run.append_round({"round": round})
         run.save_checkpoint(round, tensors(round), {}, score=round / 10)
     with (run.path / "metrics.jsonl").open("a") as file:
@@ -418,7 +471,7 @@ def test_rewind_drops_what_is_later(run):
     run.rewind(0)
     assert run.saved_rounds() == []
     assert run.read_rounds() == []
-    assert len(run.read_experts().rounds) == 0
+    assert run.read_experts() is None
     assert not (run.path / "best.json").exists()
 
 
@@ -440,7 +493,8 @@ def write():
     run.rewind(start)
     print(os.getpid(), flush=True)
     for round in range(start + 1, 10_000):
-        run.append_experts(round, [2], [0], [[round, round]], [[0, 0]], [[1, 1]], [[1, 0]])
+        with run.expert_rows(round, [2]) as add:
+            add(0, [round, round], [0, 0], [1, 1], [1, 0])
         run.append_round({"round": round})
         tensors = {str(i): torch.full((200_000,), float(round)) for i in range(3)}
         clients = {"0": torch.full((1000,), float(round), dtype=torch.bfloat16)}
@@ -494,16 +548,22 @@ from hfedmoe.errors import UserError
 from hfedmoe.runs import RunFolder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = RunFolder.open(Path(sys.argv[1]), to_write=True)
-run.append_experts(1, [2], [0], [[1, 2]], [[0, 0]], [[1, 1]], [[1, 0]])
+
+
+def append_experts(round, clients):
+    with run.expert_rows(round, [2]) as add:
+        for client in range(clients):
+            add(client, [1, 2], [0, 0], [1, 1], [1, 0])
+
+append_experts(1, 1)
 run.append_round({"round": 1})
 run.save_checkpoint(1, {"a": torch.ones(10)}, {})
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-zeros = [[0] * 2000]
 for write in (
     lambda: run.save_checkpoint(2, {"a": torch.ones(100_000)}, {}),
     lambda: run.save_checkpoint(2, {"a": torch.ones(10)}, {"big": "x" * 5000}),
     lambda: run.append_round({"round": 2, "big": "x" * 5000}),
-    lambda: run.append_experts(2, [2], range(2000), [[1, 2]] * 2000, *[[[0, 0]] * 2000] * 3),
+    lambda: append_experts(2, 2000),
 ):
     try:
         write()
@@ -613,11 +673,26 @@ def test_a_damaged_link_is_noticed(run):
         run.load_checkpoint(2)
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_damage_is_not_written_anew_with_a_sum_of_its_own(run, place):
+    run.save_checkpoint(1, tensors(1), {}, client_tensors(1, "a", "b", "c", "d"))
+    run.save_checkpoint(2, tensors(2), {}, client_tensors(2, "a", "b", "c"), since=1)
+    path = run.path / "checkpoints/round-0002/clients-0001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"round-0002: damaged while the run went on \(clients-0001.*`hfedmoe resume .*run`"
+    ):
+        run.save_checkpoint(3, tensors(3), {}, client_tensors(3, "a", "b"), since=2)  # more than half is out of date
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["round-0001", "round-0002"]
+
+
 # rows that come one by one
 
 
 def test_expert_rows_of_a_round_that_fails_are_forgotten(run):
-    run.append_experts(1, [2], [0], [[1, 2]], [[0, 0]], [[1, 1]], [[1, 0]])
+    append_experts(run, 1, [2], [0], [[1, 2]], [[0, 0]], [[1, 1]], [[1, 0]])
     before = (run.path / "experts.npy").read_bytes()
 
     def fail() -> None:

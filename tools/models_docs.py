@@ -39,8 +39,8 @@ Each of these {number} families is tested on a tiny random model, against the st
 masked or gone from memory; statistics of the unmasked router; recomputed activations and bfloat16; and weights merged,
 saved in the layout of the hub, loaded by stock transformers and read back one expert at a time.
 
-LoRA on the attention (`train.attention`) is PEFT's, and not part of these tests: it does not work for `afmoe`, `beam`,
-`deepseek_v4` and `nemotron_h`, whose attention has linear maps that PEFT cannot address or that go by other names.
+LoRA on the attention (`train.attention`) is PEFT's; a test puts it on every family. `afmoe`, `beam` and `nemotron_h`
+are refused: PEFT takes their attention's maps for parts of fused experts, or none is called an attention.
 
 *Router*: how logits become scores, whether the choice is limited to groups of experts, and whether a correction bias
 shifts it. *Experts*: one stack of matrices for all, `[E, out, in]` or transposed `[E, in, out]`, or a module for each.

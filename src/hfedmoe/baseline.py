@@ -1,6 +1,7 @@
 """Measure a model as it is, without a run: the figure that fine-tuning has to beat.
 
-Either on the held-out rows of a configuration, or on a data set known by name, as lm-evaluation-harness does.
+Either on the held-out rows of a configuration, or on a data set known by name, where multiple choice is scored as
+lm-evaluation-harness does.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from hfedmoe.data.known import KNOWN
 from hfedmoe.data.tasks import Task, load_test, load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
-from hfedmoe.experiment import Prepared, wrap
+from hfedmoe.experiment import Prepared, checkpoint_of, wrap
 from hfedmoe.loading import Loaded, load
 from hfedmoe.report.live import Watcher
 from hfedmoe.runs import RunFolder
@@ -43,7 +44,8 @@ def evaluate_model_on(name: str, data: DataConfig, config: RunConfig, watcher: W
     """
     settings = _settings_of(name, config.model)
     watcher.phase("reading the data")
-    return _evaluate(settings, load_test(data), config, watcher)
+    task = load_test(data)
+    return _evaluate(settings, task, _comparable(config, task), watcher)
 
 
 def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) -> Metrics:
@@ -53,9 +55,7 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
         UserError: not a run folder, no such checkpoint, or the data cannot be loaded.
     """
     with RunFolder.open(path) as folder:
-        if which not in ("last", "best") and not which.isdigit():
-            raise UserError(f'checkpoint "{which}": expected last, best or the number of a round')
-        checkpoint = folder.load_checkpoint(int(which) if which.isdigit() else which)  # type: ignore[arg-type]
+        checkpoint = checkpoint_of(folder, which)
         config = folder.config
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -64,7 +64,8 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed)
     model = wrap(loaded.model, config, loaded.store)
-    prepared = Prepared(config, model, _encoder(loaded, task, data.max_tokens), task, watch=[])
+    encoder = _encoder(loaded, task, data.max_tokens)
+    prepared = Prepared(_comparable(config, task), model, encoder, task, watch=[])
     try:
         return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
     except ValueError as error:
@@ -75,11 +76,17 @@ def task_data(task: str, config: RunConfig, limit: int | None = None, rows: Path
     """The data settings of `hfedmoe evaluate --task NAME[:SUBSET] --limit N --rows FILE`.
 
     Raises:
-        UserError: no data set has that name.
+        UserError: no data set has that name, or there are no subsets to choose from.
     """
     name, _, subset = task.partition(":")
     if name not in KNOWN:
         raise UserError(f"--task {task}: not a data set known by name; known: {', '.join(KNOWN)}")
+    if subset and rows is not None:
+        raise UserError(
+            f"--task {task} with --rows: a file is measured whole; use --task {name} and a file that holds {subset}"
+        )
+    if subset and KNOWN[name].hub is None:
+        raise UserError(f"--task {task}: {name} has no subsets; use --task {name}")
     return DataConfig.model_validate(
         {
             "source": name if rows is None else str(rows),
@@ -90,6 +97,14 @@ def task_data(task: str, config: RunConfig, limit: int | None = None, rows: Path
             "chat": config.data.chat,
         }
     )
+
+
+def _comparable(config: RunConfig, task: Task) -> RunConfig:
+    """The settings with whole choices compared, as the harness does, whatever a run asks for on its own rows."""
+    if task.kind != "choices":
+        return config
+    evaluation = config.evaluation.model_copy(update={"scoring": "loglikelihood"})
+    return config.model_copy(update={"evaluation": evaluation})
 
 
 def _settings_of(name: str, own: ModelConfig) -> ModelConfig:

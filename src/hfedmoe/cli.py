@@ -175,11 +175,12 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME[:SUBSET]",
-            help="A data set by name instead (piqa, mmlu:anatomy, ...), scored as lm-evaluation-harness does.",
+            help="A data set by name instead (piqa, mmlu:anatomy, ...); multiple choice is scored as "
+            "lm-evaluation-harness does.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --task: only the first so many rows.")] = None,
-    rows: Annotated[Path | None, typer.Option(help="With --task: a file with its rows, instead of the hub.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="With --task NAME: a file of its rows instead of the hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a checkpoint of a run, or a model as it is, on held-out rows or on a data set known by name."""

@@ -30,7 +30,10 @@ from hfedmoe.moe.payload import load as put
 from hfedmoe.moe.shards import CheckpointError
 from hfedmoe.moe.store import ExpertStore
 from hfedmoe.report.live import Watcher
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs import Checkpoint, RunFolder
+
+LOOKED_AT = 100
+"""Training examples that tell how many of them are cut; they are in random order."""
 
 
 @dataclass
@@ -182,14 +185,19 @@ def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
         UserError: not a run folder, or no such checkpoint.
     """
     with RunFolder.open(path) as folder:
-        if which not in ("last", "best") and not which.isdigit():
-            raise UserError(f'checkpoint "{which}": expected last, best or the number of a round')
-        checkpoint = folder.load_checkpoint(int(which) if which.isdigit() else which)  # type: ignore[arg-type]
+        checkpoint = checkpoint_of(folder, which)
         prepared = prepare(folder.config, watcher)
         try:
             return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
         except ValueError as error:
             raise UserError(f"{checkpoint.path}: does not fit the model ({error})") from None
+
+
+def checkpoint_of(folder: RunFolder, which: str) -> Checkpoint:
+    """The checkpoint that "last", "best" or the number of a round names. Raises UserError if there is none."""
+    if which not in ("last", "best") and not which.isdigit():
+        raise UserError(f'checkpoint "{which}": expected last, best or the number of a round')
+    return folder.load_checkpoint(int(which) if which.isdigit() else which)  # type: ignore[arg-type]
 
 
 def _split(prepared: Prepared, watcher: Watcher) -> list[list[int]]:
@@ -202,6 +210,7 @@ def _run(
     folder: RunFolder, prepared: Prepared, parts: list[list[int]], from_round: int | None, watcher: Watcher
 ) -> None:
     config, model = prepared.config, prepared.model
+    _warn_of_cuts(prepared, watcher)
     initial = global_tensors(model)
     devices = make_devices(prepared, parts, initial, watcher)
     grid = InProcessGrid(client_app(lambda context: devices[int(context.node_config["partition-id"])]), len(devices))
@@ -227,6 +236,15 @@ def _run(
     watcher.finish(f"done: {folder.path}")
     before, after = (keeper.scores[0], keeper.scores[-1]) if keeper.scores else (None, None)
     watcher.final_table(keeper.final_lines(), before, after)
+
+
+def _warn_of_cuts(prepared: Prepared, watcher: Watcher) -> None:
+    """Tell if most training examples are cut. Texts with a label are not counted: their beginning says enough."""
+    if prepared.task.kind != "classification":
+        share = prepared.encoder.share_cut(prepared.task.train[:LOOKED_AT])
+        if share > 0.5:
+            limit = prepared.config.data.max_tokens
+            watcher.warning(f"data.max_tokens={limit} cuts about {share:.0%} of the training examples; raise it")
 
 
 def make_devices(

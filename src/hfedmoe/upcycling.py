@@ -5,8 +5,6 @@ writing: layers are written one by one, and only the one in hand is copied.
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -15,8 +13,8 @@ from torch import Tensor
 
 from hfedmoe.config import ModelConfig, UpcycleConfig
 from hfedmoe.errors import UserError
+from hfedmoe.export.folder import writing, written_whole
 from hfedmoe.loading import load
-from hfedmoe.runs.disk import UNFINISHED, disk_errors
 
 DTYPES = get_args(ModelConfig.model_fields["dtype"].annotation)
 
@@ -31,28 +29,15 @@ def upcycle_to_folder(dense: str, out: Path, experts: int, top_k: int, dtype: st
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     if top_k > experts:
         raise UserError(f"--top-k {top_k} is more than --experts {experts}")
-    with disk_errors(out, "choose another folder"):
-        if out.exists() and not out.is_dir():
-            raise UserError(f"{out}: is a file; choose another folder")
-        if out.is_dir() and any(out.iterdir()):
-            raise UserError(f"{out}: is not empty; choose another folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=out.parent))
-    try:
-        # No **: mypy cannot follow it into the Literal of dtype.
-        settings = ModelConfig.model_validate(
-            {"name": dense, "dtype": dtype, "device": "cpu", "upcycle": UpcycleConfig(experts=experts, top_k=top_k)}
-        )
+    # No **: mypy cannot follow it into the Literal of dtype.
+    settings = ModelConfig.model_validate(
+        {"name": dense, "dtype": dtype, "device": "cpu", "upcycle": UpcycleConfig(experts=experts, top_k=top_k)}
+    )
+    with written_whole(out) as scratch:
         loaded = load(settings, seed)
-        with disk_errors(out, "try again, or choose another folder"):
+        with writing(out):
             write_mixtral(loaded.model, scratch)
             loaded.tokenizer.save_pretrained(scratch)
-            scratch.chmod(0o755)  # temporary folders are private
-            if out.is_dir():
-                out.rmdir()
-            scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_mixtral(model: Any, folder: Path) -> None:

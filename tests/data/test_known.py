@@ -2,18 +2,22 @@
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from transformers import AutoTokenizer
 
-from hfedmoe.config import DataConfig, DataFormat, PartitionConfig
+from hfedmoe.config import DataConfig, DataFormat, PartitionConfig, config_from_tree
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.known import KNOWN
+from hfedmoe.data.partition import partition
 from hfedmoe.data.tasks import load_task, load_test
 from hfedmoe.errors import UserError
+from hfedmoe.experiment import run
 from hfedmoe.packaged import smollm2_folder
+from hfedmoe.report.live import Silent
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FILES = {name: FIXTURES / f"{name}.{'tab' if name.startswith('reuters') else 'jsonl'}" for name in KNOWN}
@@ -93,6 +97,51 @@ def test_label_words_differ_in_their_first_token(name):
     assert list(task.labels) == sorted(task.labels)
     assert len(task.labels) == {"ag-news": 4, "20newsgroups": 20, "reuters-r8": 8, "reuters-r52": 52}[name]
     assert Encoder.for_task(tokenizer, task, 64).first_token_only
+
+
+def test_multiple_choice_is_split_as_the_page_says_and_not_by_labels():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    config = config_from_tree(tomllib.loads(page.split("```toml\n")[1].split("```")[0]), "docs/data.md")
+    data = config.data.model_copy(update={"source": str(FILES[config.data.source]), "format": config.data.source})
+    few = config.partition.model_copy(update={"min_rows": 1})
+    task = load_task(data, few, seed=0)
+    assert len(task.train) == 3
+    assert sorted(map(len, partition(task, few, 2, 0))) == [1, 2]
+    with pytest.raises(UserError, match=r"partition\.scheme=dirichlet splits by label.*; use partition\.scheme=iid"):
+        partition(task, PartitionConfig(min_rows=1), 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "warnings"),
+    [(12, ["data.max_tokens=12 cuts about 67% of the training examples; raise it"]), (64, [])],
+)
+def test_a_run_warns_where_most_prompts_are_cut(max_tokens, warnings, tmp_path):
+    rows = [PIQA | {"goal": f"{word} " * (1 if word == "one" else 20)} for word in ("one", "two", "three", "four")]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows[:3])), encoding="utf-8")
+    test = tmp_path / "test.jsonl"
+    test.write_text(json.dumps(rows[3]), encoding="utf-8")
+    tree = {
+        "model": {"name": "tiny"},
+        "data": {"source": str(source), "test": str(test), "format": "piqa", "max_tokens": max_tokens},
+        "partition": {"scheme": "iid", "min_rows": 1},
+        "clients": {"count": 1},
+        "train": {"steps": 1, "batch_size": 2, "rank": 2},
+        "federation": {"rounds": 1},
+    }
+    watcher = Warned()
+    run(config_from_tree(tree, "test"), tmp_path / "run", watcher)
+    assert [text for text in watcher.texts if text.startswith("data.")] == warnings
+
+
+class Warned(Silent):
+    """Keeps what a run warns of."""
+
+    def __init__(self):
+        self.texts = []
+
+    def warning(self, text):
+        self.texts.append(text)
 
 
 def test_settings_win_over_the_data_set():

@@ -12,9 +12,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hfedmoe import cli
-from hfedmoe.config import ClientsConfig, ModelConfig, RunConfig, TrainConfig
+from hfedmoe.config import ClientsConfig, DataConfig, ModelConfig, PartitionConfig, RunConfig, TrainConfig
 from hfedmoe.experiment import wrap
-from hfedmoe.export.card import origin
+from hfedmoe.export.card import Export, card
+from hfedmoe.export.provenance import data_name, hub_data_set, origin
+from hfedmoe.export.usage import Loading, loading_code
 from hfedmoe.loading import load
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
@@ -175,8 +177,9 @@ def test_an_adapter_of_a_folder_refers_to_it(own, capsys):
     assert not (out / "base").exists()
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(own / "model")
     card = ModelCard((out / "README.md").read_text())
-    assert (card.data.license, card.data.base_model) == ("mit", "someone/something")
-    assert f"from_pretrained('{own / 'model'}'" in card.text
+    assert (card.data.license, card.data.base_model) == ("mit", None)
+    assert f"from_pretrained('{own / 'model'}', dtype=\"float32\")" in card.text
+    assert "The path of the base in `adapter_config.json` and the code below is that on the machine" in card.text
     assert "held the frozen experts as 4bit" in card.text
     assert "## Results" not in card.text  # nothing was measured
     assert "## Clients" not in card.text
@@ -186,7 +189,77 @@ def test_the_origin_of_a_model_is_what_is_known_here(own):
     assert origin(ModelConfig(name="smollm2")) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
     assert origin(ModelConfig(name="tiny")) == (None, None)
     assert origin(ModelConfig(name="nobody/not-in-the-cache")) == ("nobody/not-in-the-cache", None)
-    assert origin(ModelConfig(name=str(own / "model"))) == ("someone/something", "mit")
+    assert origin(ModelConfig(name=str(own / "model"))) == (None, "mit")  # what it was made from is another model
+
+
+def test_conversations_are_prompted_with_the_chat_template(own, tmp_path, monkeypatch, capsys):
+    shutil.copytree(own / "model", tmp_path / "model")
+    turns = "{% for m in messages %}News : {% endfor %}{% if add_generation_prompt %}Topic :{% endif %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(turns)
+    config = RunConfig(
+        model=ModelConfig(name=str(tmp_path / "model")),
+        data=DataConfig(source="talks.jsonl", format="instructions", max_tokens=99),
+        train=TrainConfig(rank=2),
+    )
+    with RunFolder.create(tmp_path / "run", config) as run:
+        tensors = global_tensors(wrap(load(config.model, 0).model, config))
+        run.save_checkpoint(0, tensors, {})
+    assert hfedmoe("export", tmp_path / "run", tmp_path / "out", "--checkpoint", "last") == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "* Prompt: the tokenizer's chat template, of which the last 99 tokens.\n" in text
+    assert "{text}" not in text
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path / "out")
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], {})
+    assert capsys.readouterr().out.startswith("News : Topic :")
+
+
+def test_the_code_of_a_card_says_how_the_run_prompted():
+    plain = RunConfig(data=DataConfig(source="instructions", chat="plain"))
+    assert "tokenizer('User: ...\\n\\nAssistant:'" in loading_code(plain, Loading("float32"))
+    own = RunConfig(data=DataConfig(template="{text} is about"))
+    assert "tokenizer('... is about'" in loading_code(own, Loading("float32"))
+    half = RunConfig(model=ModelConfig(name="who/what", dtype="bfloat16", revision="abc"))
+    assert 'from_pretrained(folder, dtype="bfloat16")' in loading_code(half, Loading("bfloat16"))
+    code = loading_code(half, Loading("float32", base="who/what"))
+    assert "from_pretrained('who/what', revision='abc', dtype=\"float32\")" in code
+    assert "PEFT would round the adapter" in code
+
+
+def test_only_data_that_is_on_the_hub_is_named_as_a_hub_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "folder").mkdir(parents=True)
+    found = {
+        source: (hub_data_set(DataConfig(source=source)), data_name(DataConfig(source=source)))
+        for source in ("reuters-r8", "reuters-r52", "ag-news", "arc-easy", "who/what", "some/folder", "data/rows.csv")
+    }
+    assert found == {
+        "reuters-r8": (None, "`reuters-r8`"),
+        "reuters-r52": (None, "`reuters-r52`"),
+        "ag-news": ("fancyzhx/ag_news", "`ag-news` (`fancyzhx/ag_news`)"),
+        "arc-easy": ("allenai/ai2_arc", "`arc-easy` (`allenai/ai2_arc`), subset `ARC-Easy`"),
+        "who/what": ("who/what", "`who/what`"),
+        "some/folder": (None, "`folder`"),
+        "data/rows.csv": (None, "`rows.csv`"),
+    }
+    assert hub_data_set(DataConfig(source="rows.csv", format="ag-news")) is None
+    assert hub_data_set(DataConfig(clients=["a/b", "a/c"])) is None
+    assert data_name(DataConfig(clients=["a/b.csv", "a/c.csv"])) == "a file per client: `b.csv`, `c.csv`"
+    assert data_name(DataConfig(source="who/what", subset="all")) == "`who/what`, subset `all`"
+
+
+def test_results_have_the_figures_that_were_measured(tmp_path):
+    piqa = {"accuracy": 0.5, "accuracy_norm": 0.625, "macro_f1": None, "loss": 2.0, "examples": 8}
+    config = RunConfig(data=DataConfig(source="piqa"), partition=PartitionConfig(scheme="iid"))
+    with RunFolder.create(tmp_path / "run", config) as run:
+        run.append_round({"round": 0, "evaluation": {"all": piqa}, "clients": []})
+        run.save_checkpoint(0, {"router.0.weight": torch.zeros(2)}, {})
+        text = card(
+            run, run.load_checkpoint("last"), Export("merged", "float32", model_type="mixtral", num_experts=[4])
+        )
+    assert "| | measured on | accuracy | acc_norm | loss |\n|---|---|---|---|---|\n" in text
+    assert "| before | all held-out rows (8) | 50.0 % | 62.5 % | 2 |\n" in text
+    assert ModelCard(text).data.datasets == "baber/piqa"
 
 
 # errors
@@ -232,7 +305,7 @@ def test_a_failed_export_leaves_nothing(finished, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(run, "write_card", broken)
+    monkeypatch.setattr(run, "card", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["export", str(finished), str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())

@@ -118,9 +118,10 @@ def test_recalled_usage_equals_the_live_one_with_layers_of_different_sizes(tmp_p
     with RunFolder.create(tmp_path / "run", config) as folder:
         for round in (1, 2):
             usage = torch.rand(2, 5, generator=torch.Generator().manual_seed(round))
-            rows = {"usage": usage, "importance": usage, "resident": usage > 0, "trained": usage > 0}
             clients = [round - 1, round]
-            folder.append_experts(round, numbers, clients, **rows)
+            with folder.expert_rows(round, numbers) as add:
+                for client, row in zip(clients, usage, strict=True):
+                    add(client, row, row, row > 0, row > 0)
             status = [{"client": c, "examples": 10 + c, "status": "ok"} for c in clients]
             folder.append_round({"round": round, "evaluation": {}, "clients": status})
             for client, row in zip(clients, usage, strict=True):

@@ -2,6 +2,7 @@
 
 import struct
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,12 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, Metadata, RecordDict
 
 from hfedmoe.errors import UserError
+from hfedmoe.federation import checks
+from hfedmoe.federation import client as at_client
 from hfedmoe.federation.client import Device
 from hfedmoe.federation.exchange import clean
 from hfedmoe.federation.messages import InvalidReplyError, Update, tensors_of
+from hfedmoe.federation.records import Keeper
 from hfedmoe.moe.payload import expert_shapes
 from hfedmoe.report.live import ClientSummary, Silent
 from hfedmoe.runs import RunFolder
@@ -216,6 +220,37 @@ def test_sampling_is_seeded_and_takes_as_many_as_asked(federation: Make, tmp_pat
     ]
     assert all(len(clients) == 2 for clients in sampled)
     assert len({tuple(clients) for clients in sampled}) > 1
+
+
+def test_an_update_is_forgotten_before_the_next_client_works(federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: list[weakref.ref[Update]] = []
+    alive: list[int] = []
+
+    class Count(Silent):
+        def client_started(self, round: int, client: int, steps: int) -> None:
+            alive.append(sum(update() is not None for update in updates))
+
+    def watched(function: Callable[..., Any], update_of: Callable[[Any, Any], Update]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            result = function(*args)
+            updates.append(weakref.ref(update_of(args, result)))
+            return result
+
+        return call
+
+    monkeypatch.setattr(at_client, "train_reply", watched(at_client.train_reply, lambda args, _: args[0]))
+    monkeypatch.setattr(checks, "update", watched(checks.update, lambda _, result: result))
+    federation(watcher=Count()).run()
+    assert len(updates) == 2 * 4 * 2
+    assert alive == [0] * 8
+
+
+def test_what_is_noted_of_a_round_goes_with_it() -> None:
+    with Keeper(None).recording(1, [2], tau=0.1) as log:
+        log.left_out(3, "late", "no reply")
+        assert [row["client"] for row in log.clients()] == [3]
+    with pytest.raises(ValueError, match="closed file"):
+        list(log.clients())
 
 
 def test_reasons_are_safe_to_print() -> None:

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 
@@ -38,10 +39,9 @@ class StopInRound2(Silent):
 def test_two_thousand_registered_clients_cost_what_five_do_and_resume_bit_for_bit(tmp_path: Path) -> None:
     out = io.StringIO()
     run(tiny_config(*MANY), tmp_path / "whole", Live(Console(file=out)))
-    try:
+    with pytest.raises(Stopped):
         run(tiny_config(*MANY), tmp_path / "stopped", StopInRound2())
-    except Stopped:
-        resume(tmp_path / "stopped", Silent())
+    resume(tmp_path / "stopped", Silent())
     whole, stopped = (RunFolder.open(tmp_path / name) for name in ("whole", "stopped"))
     one, other = whole.load_checkpoint("last"), stopped.load_checkpoint("last")
     assert one.round == other.round == 3

@@ -66,3 +66,23 @@ def test_mixed_precision_goes_without_the_kernel(groups: Groups) -> None:
     left, stack = draw(S, K).bfloat16(), draw(E, K, N)
     assert not grouped.has_kernel(left, stack)
     assert grouped.product(left, stack, groups).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_products_are_those_of_the_processor(dtype: torch.dtype, groups: Groups) -> None:
+    experts = torch.tensor([expert for expert, start, end in groups.spans for _ in range(end - start)])
+    there = group_pairs(experts.cuda(), E, 1)
+    left, right, stack = draw(S, K).to(dtype), draw(S, N).to(dtype), draw(E, K, N).to(dtype)
+    near = {"atol": 0.05, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
+    expected = grouped.product(left, stack, groups)
+    torch.testing.assert_close(grouped.product(left.cuda(), stack.cuda(), there).cpu(), expected, **near)
+    rows = right.clone()
+    grouped.add_product(rows, left, stack, groups)
+    on_gpu = right.cuda()
+    grouped.add_product(on_gpu, left.cuda(), stack.cuda(), there)
+    torch.testing.assert_close(on_gpu.cpu(), rows, **near)
+    for one, other in zip(
+        grouped.outer(left.cuda(), right.cuda(), there, dtype), grouped.outer(left, right, groups, dtype), strict=True
+    ):
+        torch.testing.assert_close(one.cpu(), other, **near)

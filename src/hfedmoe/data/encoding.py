@@ -10,7 +10,9 @@ prompts with `Encoder.pairs`, tokenised as lm-evaluation-harness does.
 Shapes: `B` examples, `S` longest input, `A` longest answer, `N` choices.
 """
 
+import sys
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +150,18 @@ class Encoder:
         texts = [self._text_lead + example.text for example in examples]
         pieces = self._tokens(texts, after="" if self._starts_with_text else "a")
         return [self._head + piece[: self._room] + self._tail for piece in pieces]
+
+    def share_cut(self, examples: Sequence[Example]) -> float:
+        """The share of the examples (at least one) whose text, or answer in a conversation, `max_tokens` cuts."""
+        whole = copy(self)
+        whole.max_tokens = whole._room = sys.maxsize
+
+        def is_cut(example: Example) -> bool:
+            if self.prompts([example]) != whole.prompts([example]):
+                return True
+            return bool(example.messages) and self.answer(example) != whole.answer(example)
+
+        return sum(map(is_cut, examples)) / len(examples)
 
     def pairs(self, examples: Sequence[Example]) -> list[list[tuple[list[int], list[int]]]]:
         """Uncut prompt and choice of every choice of every example, tokenised as lm-evaluation-harness does.

@@ -63,7 +63,10 @@ def save_adapter(
         peft: Any = get_peft_model(stock, settings)
         settings = peft.peft_config[ADAPTER]
         settings.base_model_name_or_path, settings.revision = base, revision
-        tensors = {name: tensor.to(dtype) for name, tensor in _values(model, peft, experts)}
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in _values(model, peft, experts)
+        }
         wanted = {n: t for n, t in peft.state_dict().items() if ".lora_" in n or f".modules_to_save.{ADAPTER}." in n}
         assert wanted.keys() == tensors.keys(), sorted(wanted.keys() ^ tensors.keys())[:4]
         assert all(wanted[name].shape == tensor.shape for name, tensor in tensors.items())
@@ -110,8 +113,7 @@ def _values(
         if isinstance(module, ParamWrapper):
             # Two parameters of one module: the wrapper of the second holds that of the first as its base layer.
             state, side, _ = experts[f"{own.replace('.base_layer', '')}.{module.parameter_name}"]
-            a, b = state.trained.stacks[f"{side}_a"], state.trained.stacks[f"{side}_b"]
-            a, b = a.reshape(-1, a.shape[2]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
+            a, b = _flat_factors(state, side, module)
         elif isinstance(module, LoraLayer) and f"{own}.weight" in experts:
             state, side, expert = experts[f"{own}.weight"]
             a, b = state.trained.stacks[f"{side}_a"][expert], state.trained.stacks[f"{side}_b"][expert]
@@ -121,6 +123,18 @@ def _values(
             continue
         yield f"{name}.lora_A.{ADAPTER}.weight", a.contiguous()
         yield f"{name}.lora_B.{ADAPTER}.weight", b.contiguous()
+
+
+def _flat_factors(state: Any, side: str, module: Any) -> tuple[Tensor, Tensor]:
+    """A stack's factors as PEFT's `module` lays them out: A [E R, in] by expert, B [out, R E] by rank."""
+    a, b = state.trained.stacks[f"{side}_a"], state.trained.stacks[f"{side}_b"]
+    if state.math().transposed and not getattr(module.get_base_layer(), "is_transposed", False):
+        # PEFT takes the stored [in, out] of Llama-4 for [out, in], so its term is the transpose of ours: A^T B^T.
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    missing = module.num_experts - len(a)  # rows for experts that compute nothing (LongCat) have no term
+    if missing:
+        a, b = (torch.cat([factor, factor.new_zeros(missing, *factor.shape[1:])]) for factor in (a, b))
+    return a.reshape(-1, a.shape[2]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
 
 
 def _expert_names(model: MoEModel) -> Iterator[tuple[str, tuple[Any, str, int | None]]]:

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfedmoe.config import DataConfig, ModelConfig, RunConfig
-from hfedmoe.data.known import known_set
-from hfedmoe.data.tasks import TEMPLATE
-from hfedmoe.loading import PACKAGED
+from hfedmoe.config import RunConfig
+from hfedmoe.export.provenance import data_name, hub_data_set, is_local, origin
+from hfedmoe.export.usage import Loading, loading_code, prompt_words
 from hfedmoe.runs import Checkpoint, RunFolder
 from hfedmoe.runs.settings import versions_here
 
-PACKAGED_ORIGIN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
-"""Hub id and licence of packaged models that have them."""
+BASE = "base"
+"""Folder of an adapter's base model, where that was made for the run."""
+FIGURES = {"accuracy": "accuracy", "accuracy_norm": "acc_norm", "macro_f1": "macro-F1", "loss": "loss"}
+"""Of an evaluation, and what a card calls them."""
 PAPER = "https://arxiv.org/abs/2601.00583"
 
 
@@ -38,8 +39,8 @@ class Export:
     scores_round: int | None = None
 
 
-def write_card(folder: Path, run: RunFolder, checkpoint: Checkpoint, export: Export) -> None:
-    """Write README.md."""
+def card(run: RunFolder, checkpoint: Checkpoint, export: Export) -> str:
+    """The content of README.md."""
     lines = run.read_rounds()
     parts = [
         _front_matter(run.config, export),
@@ -52,57 +53,24 @@ def write_card(folder: Path, run: RunFolder, checkpoint: Checkpoint, export: Exp
         _results(lines, checkpoint, export),
         _versions(run),
     ]
-    (folder / "README.md").write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    return "\n".join(part for part in parts if part)
 
 
 def _front_matter(config: RunConfig, export: Export) -> str:
     from huggingface_hub import ModelCardData
 
     base, license_ = origin(config.model)
-    relation = "adapter" if export.form == "adapter" and export.base != "base" else "finetune"
+    relation = "adapter" if export.form == "adapter" and export.base != BASE else "finetune"
     data = ModelCardData(
         base_model=base,
         license=license_,
         library_name="peft" if export.form == "adapter" else "transformers",
         pipeline_tag=None if export.encoder_decoder else "text-generation",
-        datasets=config.data.source if _on_hub(config) else None,
+        datasets=hub_data_set(config.data),
         tags=["hfedmoe", "moe", "federated-learning", *(["peft", "lora"] if export.form == "adapter" else [])],
         base_model_relation=None if base is None else relation,
     )
     return f"---\n{data.to_yaml()}\n---\n"
-
-
-def origin(model: ModelConfig) -> tuple[str | None, str | None]:
-    """Hub id and licence of a run's base model, as far as they are known on this machine."""
-    if model.name in PACKAGED:
-        return PACKAGED_ORIGIN.get(model.name, (None, None))
-    folder = Path(model.name).expanduser()
-    if folder.exists():
-        card = (folder if folder.is_dir() else folder.parent) / "README.md"
-        known = _front_of(card)
-        base = known.get("base_model")
-        return (base if isinstance(base, str) else None), _text(known.get("license"))
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(model.name, "README.md", revision=model.revision)
-    return model.name, _text(_front_of(Path(cached)).get("license")) if isinstance(cached, str) else None
-
-
-def _front_of(card: Path) -> dict[str, Any]:
-    from huggingface_hub import ModelCard
-
-    if not card.is_file():
-        return {}
-    return dict(ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict())
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _on_hub(config: RunConfig) -> bool:
-    source = config.data.source
-    return config.data.clients is None and source.count("/") == 1 and not Path(source).expanduser().exists()
 
 
 def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
@@ -113,7 +81,7 @@ def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
         "others, as a plain transformers checkpoint.",
     }[export.form]
     model = config.model
-    name = Path(model.name).name if Path(model.name).expanduser().exists() else model.name
+    name = Path(model.name).name if is_local(model) else model.name
     made = f"`{name}`"
     if model.revision is not None:
         made += f" at revision `{model.revision}`"
@@ -132,30 +100,17 @@ def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
             f"* The clients held the frozen experts as {model.expert_dtype}; what they trained belongs here to the "
             f"experts as the base model has them, in {model.dtype}."
         )
-    if export.base == "base":
-        text.append("* The base model was made for this run and is on no hub: it is in the folder `base`.")
+    if export.base == BASE:
+        text.append(f"* The base model was made for this run and is on no hub: it is in the folder `{BASE}`.")
+    if export.form == "adapter" and (export.base == BASE or is_local(model)):
+        where = "`adapter_config.json`" + ("" if export.base == BASE else " and the code below")
+        text.append(f"* The path of the base in {where} is that on the machine which made these files.")
     return "\n".join(text) + "\n"
 
 
 def _loading(config: RunConfig, export: Export) -> str:
-    auto = "AutoModelForSeq2SeqLM" if export.encoder_decoder else "AutoModelForCausalLM"
-    trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
-    prompt = repr(_template(config.data).replace("{text}", "..."))
-    code = []
-    if export.form == "adapter":
-        revision = f", revision={config.model.revision!r}" if config.model.revision and export.base != "base" else ""
-        where = 'f"{folder}/base"' if export.base == "base" else repr(export.base)
-        code += ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", ""]
-        code += ['folder = "."  # where this file is']
-        code += [f'base = {auto}.from_pretrained({where}{revision}, dtype="{config.model.dtype}"{trust})']
-        code += ["model = PeftModel.from_pretrained(base, folder)"]
-    else:
-        code += [f"from transformers import {auto}, AutoTokenizer", "", 'folder = "."  # where this file is']
-        code += [f'model = {auto}.from_pretrained(folder, dtype="{export.dtype}"{trust})']
-    code += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"]
-    code += [f'inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)']
-    code += ["output = model.generate(**inputs, max_new_tokens=4)", "print(tokenizer.decode(output[0]))"]
-    return "## How to load it\n\n```python\n" + "\n".join(code) + "\n```\n"
+    files = Loading(export.dtype, export.encoder_decoder, export.base, base_inside=export.base == BASE)
+    return f"## How to load it\n\n```python\n{loading_code(config, files)}\n```\n"
 
 
 def _experts(export: Export) -> str:
@@ -182,11 +137,8 @@ def _last_rows(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 def _data(config: RunConfig, lines: list[dict[str, Any]]) -> str:
     data, split = config.data, config.partition
     rows = {number: row["examples"] for number, row in _last_rows(lines).items()}
-    if data.clients is not None:
-        source, how = "a file per client: " + ", ".join(f"`{Path(file).name}`" for file in data.clients), ""
-    else:
-        name = data.source if _on_hub(config) or not Path(data.source).exists() else Path(data.source).name
-        source = f"`{name}`" + (f", subset `{data.subset}`" if data.subset else "")
+    how = ""
+    if data.clients is None:
         detail = {
             "dirichlet": f"Dirichlet {split.alpha:g} over the labels",
             "shards": f"{split.shards_per_client} shards of sorted labels each",
@@ -194,7 +146,7 @@ def _data(config: RunConfig, lines: list[dict[str, Any]]) -> str:
             "iid": "at random",
         }.get(split.scheme, split.scheme)
         how = f"* Split over the clients: {detail}, seed {config.seed}.\n"
-    text = f"## Data\n\n* Source: {source}.\n"
+    text = f"## Data\n\n* Source: {data_name(data)}.\n"
     if data.source == "reuters-r8" and data.clients is None:
         text += (
             "* These articles are from Reuters-21578, Distribution 1.0 (<https://archive.ics.uci.edu/dataset/137>).\n"
@@ -204,13 +156,7 @@ def _data(config: RunConfig, lines: list[dict[str, Any]]) -> str:
     tested = next((line["evaluation"]["all"]["examples"] for line in lines if "all" in line["evaluation"]), None)
     if tested is not None:
         text += f"* Held-out rows: {tested}.\n"
-    return text + how + f"* Prompt: `{_template(data)!r}`, at most {data.max_tokens} tokens.\n"
-
-
-def _template(data: DataConfig) -> str:
-    """The prompt's template: the config's, that of a data set with a name, or the default."""
-    known = known_set(data)
-    return data.template or (TEMPLATE if known is None else known.template)
+    return text + how + f"* Prompt: {prompt_words(data)}.\n"
 
 
 def _method(config: RunConfig) -> str:
@@ -261,22 +207,27 @@ def _results(lines: list[dict[str, Any]], checkpoint: Checkpoint, export: Export
         (lines[-1]["round"] if lines else 0, "end"),
     ]
     by_round = {line["round"]: line["evaluation"] for line in lines}
-    rows, seen = [], set()
+    measured: dict[tuple[int, str], tuple[str, dict[str, Any]]] = {}
     for number, label in wanted:
         for kind, which in (("all", "all held-out rows"), ("watch", "watched rows")):
             scores = by_round.get(number, {}).get(kind)
-            if scores is None or (number, kind) in seen:
-                continue
-            seen.add((number, kind))
-            accuracy = "" if scores["accuracy"] is None else f"{100 * scores['accuracy']:.1f} %"
-            f1 = "" if scores["macro_f1"] is None else f"{scores['macro_f1']:.3f}"
-            loss = "" if scores["loss"] is None else f"{scores['loss']:.4g}"
-            rows.append(f"| {label} | {which} ({scores['examples']}) | {accuracy} | {f1} | {loss} |")
-    if not rows:
+            if scores is not None:
+                measured.setdefault((number, kind), (f"{label} | {which} ({scores['examples']})", scores))
+    if not measured:
         return ""
+    # Normed accuracy is there only where whole choices were compared, and in no run of an earlier version.
+    figures = [f for f in FIGURES if any(scores.get(f) is not None for _, scores in measured.values())]
+    rows = [" | ".join([first, *(_figure(f, scores.get(f)) for f in figures)]) for first, scores in measured.values()]
+    names = [FIGURES[f] for f in figures]
     note = "These are results of the whole shared model, not of this sub-model.\n\n" if export.form == "client" else ""
-    head = "| | measured on | accuracy | macro-F1 | loss |\n|---|---|---|---|---|\n"
-    return f"## Results\n\n{note}{head}" + "\n".join(rows) + "\n"
+    head = f"| | measured on | {' | '.join(names)} |\n|{'---|' * (2 + len(names))}\n"
+    return f"## Results\n\n{note}{head}" + "\n".join(f"| {row} |" for row in rows) + "\n"
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return {"macro_f1": f"{value:.3f}", "loss": f"{value:.4g}"}.get(name, f"{100 * value:.1f} %")
 
 
 def _versions(run: RunFolder) -> str:

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from hfedmoe.errors import UserError
@@ -18,9 +18,16 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out}: is not empty; choose another folder")
 
 
+def writing(out: Path) -> AbstractContextManager[None]:
+    """Turn a failed write below `out` into a UserError that names it and the way out."""
+    return disk_errors(out, "try again, or choose another folder")
+
+
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
     """A scratch folder next to `out`, which becomes `out` when the block ends well, and is deleted otherwise.
+
+    What the block writes into it belongs under `writing(out)`; what it reads does not.
 
     Raises:
         UserError: `out` is a file or not empty, or cannot be written.
@@ -30,12 +37,10 @@ def written_whole(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=out.parent))
     try:
-        with disk_errors(out, "try again, or choose another folder"):
-            yield scratch
-            for path in [
-                scratch,
-                *scratch.rglob("*"),
-            ]:  # temporary folders are private, and so is what safetensors writes
+        yield scratch
+        with writing(out):
+            # Temporary folders are private, and so is what safetensors writes.
+            for path in [scratch, *scratch.rglob("*")]:
                 path.chmod(0o755 if path.is_dir() else 0o644)
             if out.is_dir():
                 out.rmdir()

@@ -86,8 +86,11 @@ def _merge_experts(model: Any, state: ExpertState, dtype: torch.dtype) -> None:
 
 
 def _merged(base: Tensor, trained: Any, kind: str, expert: int, transposed: bool) -> Tensor:
-    """One expert's tensor with its low-rank term, in float32 where there is one."""
-    if trained is None or f"{kind}_a" not in trained.stacks:
+    """One expert's tensor with its low-rank term, in float32 where there is one.
+
+    Some families have rows behind those of the experts, for experts that compute nothing: these have none.
+    """
+    if trained is None or f"{kind}_a" not in trained.stacks or expert >= trained.num_experts:
         return base
     a, b = trained.stacks[f"{kind}_a"][expert], trained.stacks[f"{kind}_b"][expert]
     delta = a.t() @ b.t() if transposed else b @ a

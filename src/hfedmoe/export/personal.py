@@ -81,7 +81,10 @@ def router_groups(config: Any) -> tuple[int, int, int]:
     """Groups of experts per layer, how many of them a token may use, and the fewest experts that a group needs."""
     text = text_config(config)
     groups = getattr(text, "n_group", None) or 1
-    by_maximum = getattr(text, "topk_method", None) == "group_limited_greedy"
+    method = getattr(text, "topk_method", None)
+    if method == "greedy":
+        return 1, 1, 1  # of DeepSeek-V2, whose config has groups whether its router uses them or not
+    by_maximum = method == "group_limited_greedy"
     return groups, getattr(text, "topk_group", None) or groups, 1 if by_maximum else 2
 
 
@@ -112,10 +115,16 @@ def shrink(model: MoEModel, keep: list[Tensor]) -> Any:
         keep: bool [E] per layer, the same number in every layer.
 
     Raises:
-        UserError: the family's config cannot say so.
+        UserError: the family's config cannot say so, or a layer looks experts up by token.
     """
     (number,) = {int(mask.sum()) for mask in keep}
     config = model.config
+    fixed = next((layer for layer in model.layers if layer.fixed_routing), None)
+    if fixed is not None:
+        raise UserError(
+            f"{config.model_type}: {fixed.name} looks its experts up by token in a table of all of them, so none can "
+            "be left out; use --as merged"
+        )
     small = skeleton(model.model, **_with_count(config, model.num_experts, number))
     sources = _sources(model, keep)
     have, tensors = model.model.state_dict(), {}
@@ -124,7 +133,10 @@ def shrink(model: MoEModel, keep: list[Tensor]) -> Any:
         tensor = have.get(source)
         if tensor is not None and experts is not None:
             for dim in [d for d, (a, b) in enumerate(zip(tensor.shape, wanted.shape, strict=True)) if a != b][:1]:
-                tensor = tensor.index_select(dim, experts.to(tensor.device))
+                if tensor.shape[dim] >= model.num_experts[0]:
+                    # Behind the experts there may be entries for shared experts, or for those that compute nothing.
+                    behind = torch.arange(model.num_experts[0], tensor.shape[dim])
+                    tensor = tensor.index_select(dim, torch.cat([experts, behind]).to(tensor.device))
         if tensor is None or tensor.shape != wanted.shape:
             raise UserError(f"{config.model_type}: {name} cannot be reduced to {number} experts; use --as merged")
         tensors[name] = tensor

@@ -12,8 +12,8 @@ from hfedmoe.config import ModelConfig, RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.experiment import wrap
 from hfedmoe.export.adapter import check_adaptable, save_adapter
-from hfedmoe.export.card import Export, write_card
-from hfedmoe.export.folder import check_free, written_whole
+from hfedmoe.export.card import BASE, Export, card
+from hfedmoe.export.folder import check_free, writing, written_whole
 from hfedmoe.export.merged import merge, save
 from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuable, router_groups, shrink
 from hfedmoe.loading import PACKAGED, Loaded, load, source_of
@@ -24,8 +24,6 @@ from hfedmoe.upcycling import write_mixtral
 
 FORMS = ("merged", "adapter", "client")
 DTYPES = get_args(ModelConfig.model_fields["dtype"].annotation)
-BASE = "base"
-"""Folder of an adapter's base model, where that was made for the run."""
 
 
 def export_run(
@@ -73,8 +71,10 @@ def export_run(
             )
             write = {"merged": _merged, "adapter": _adapter, "client": _client}[form]
             about = write(_Job(run, config, loaded, chosen, out), scratch, about)
-            loaded.tokenizer.save_pretrained(scratch)
-            write_card(scratch, run, chosen, about)
+            text = card(run, chosen, about)
+            with writing(out):
+                loaded.tokenizer.save_pretrained(scratch)
+                (scratch / "README.md").write_text(text, encoding="utf-8")
     return _told(out, chosen, about)
 
 
@@ -115,7 +115,8 @@ def _trained(job: _Job) -> MoEModel:
 def _merged(job: _Job, scratch: Path, about: Export) -> Export:
     model = _trained(job)
     merge(model, getattr(torch, about.dtype))
-    save(model.model, scratch)
+    with writing(job.out):
+        save(model.model, scratch)
     return replace(about, num_experts=model.num_experts)
 
 
@@ -123,14 +124,17 @@ def _adapter(job: _Job, scratch: Path, about: Export) -> Export:
     base, options = source_of(job.config.model)
     own = job.config.model.upcycle is not None or job.config.model.name in PACKAGED or "gguf_file" in options
     if own:
-        _write_base(job.loaded.model, scratch / BASE, job.config)  # before anything is trained into it
-        job.loaded.tokenizer.save_pretrained(scratch / BASE)
+        with writing(job.out):
+            _write_base(job.loaded.model, scratch / BASE, job.config)  # before anything is trained into it
+            job.loaded.tokenizer.save_pretrained(scratch / BASE)
     elif Path(base).is_dir():
         base = str(Path(base).resolve())
     model = _trained(job)
     check_adaptable(model)
     recorded = str((job.out / BASE).resolve()) if own else base
-    save_adapter(model, scratch, recorded, job.config.model.revision if not own else None, getattr(torch, about.dtype))
+    revision = None if own else job.config.model.revision
+    with writing(job.out):
+        save_adapter(model, scratch, recorded, revision, getattr(torch, about.dtype))
     return replace(about, num_experts=model.num_experts, base=BASE if own else base)
 
 
@@ -150,7 +154,7 @@ def _client(job: _Job, scratch: Path, about: Export) -> Export:
     number = experts_per_layer(scores.held, model.num_experts, top_k, model.config)
     keep = most_valuable(scores, number, model.num_experts, router_groups(model.config)[0])
     merge(model, getattr(torch, about.dtype))
-    save(shrink(model, keep), scratch)
+    small = shrink(model, keep)
     kept = [mask.nonzero()[:, 0].tolist() for mask in keep]
     note = {
         "client": about.client,
@@ -163,7 +167,9 @@ def _client(job: _Job, scratch: Path, about: Export) -> Export:
             for layer, experts in zip(model.layers, kept, strict=True)
         ],
     }
-    (scratch / "experts.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    with writing(job.out):
+        save(small, scratch)
+        (scratch / "experts.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return replace(about, num_experts=model.num_experts, kept=kept, scores_round=scores.round)
 
 

@@ -114,19 +114,14 @@ class InProcessGrid(Grid):
         return reply
 
 
-def save_contexts(grid: InProcessGrid) -> dict[str, bytes]:
-    """The state of every client, as bytes per node (`state.*` records of `client.py`)."""
-    return {f"{node}/{path}": data for node, state in grid.contexts.items() for path, data in _kept(state).items()}
-
-
 def changed_contexts(grid: InProcessGrid) -> dict[str, bytes]:
-    """As `save_contexts`, of the clients whose state has changed since this was last asked."""
+    """What the clients keep whose state has changed since this was last asked, as bytes by node, record and name."""
     nodes, grid.changed = sorted(grid.changed), set()
     return {f"{node}/{path}": data for node in nodes for path, data in _kept(grid.contexts[node]).items()}
 
 
 def restore_contexts(grid: InProcessGrid, saved: dict[str, bytes]) -> None:
-    """The inverse of `save_contexts`."""
+    """Give the clients back what `changed_contexts` took of them."""
     for path, data in saved.items():
         node, key, name = path.split("/")
         state = grid.contexts.setdefault(int(node), grid.context(int(node))).state

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics
 from hfedmoe.federation.messages import Update
 from hfedmoe.federation.phases import Phases
@@ -17,6 +18,7 @@ from hfedmoe.federation.prior import UsageMean
 from hfedmoe.method.aggregation import passes
 from hfedmoe.report.live import FinalLine, PaceLine, Score
 from hfedmoe.runs import RunFolder
+from hfedmoe.runs.experts import of_round
 
 SaveClients = Callable[[], dict[str, Tensor]]
 AddRow = Callable[..., None]
@@ -33,21 +35,27 @@ class RoundRecord:
     Args:
         num_experts: E_l of every layer.
         tau: of the method; decides who uses an expert (eq. 18).
-        add_row: takes a client's number and vectors (`RoundRows.add`).
     """
 
-    def __init__(self, round: int, num_experts: list[int], tau: float, add_row: AddRow) -> None:
+    def __init__(self, round: int, num_experts: list[int], tau: float) -> None:
         self.round = round
+        self.num_experts = num_experts
+        self.add_row: AddRow = lambda *_: None
+        """Takes a client's number and vectors (`RoundRows.add`)."""
         self.bytes_down: dict[int, int] = {}
         self.bytes_up: dict[int, int] = {}
         self.missing: dict[int, str] = {}
         self.num_missing = 0
         self.seconds = self.planning_seconds = self.evaluation_seconds = self.training_seconds = 0.0
         self.phases = Phases()
-        self._tau, self._add_row = tau, add_row
+        self._tau = tau
         self._used = [torch.zeros(number, dtype=torch.bool) for number in num_experts]
-        self._notes = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (it lives as long as the round)
+        self._notes = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (until `close`)
         self._at: dict[int, int] = {}
+
+    def close(self) -> None:
+        """Forget what was noted of the clients."""
+        self._notes.close()
 
     def sent(self, client: int, size: int) -> None:
         """Count bytes sent to a client."""
@@ -84,7 +92,7 @@ class RoundRecord:
                 "routing_consistency": [int(here.sum()) for here in uses],
             },
         )
-        self._add_row(client, torch.cat(update.usage), torch.cat(update.importance), held, trained)
+        self.add_row(client, torch.cat(update.usage), torch.cat(update.importance), held, trained)
 
     def left_out(self, client: int, status: str, reason: str) -> None:
         """Note a client that gave no valid update."""
@@ -185,6 +193,9 @@ class Keeper:
         save_clients: what those clients of this process remember that changed since it was last called, to be saved
             with each checkpoint.
         from_round: of the checkpoint from which the run goes on.
+
+    Raises:
+        UserError: experts.npy is damaged, or has not what method.bootstrap = "prior" needs of it.
     """
 
     def __init__(
@@ -208,25 +219,31 @@ class Keeper:
         rows = folder.read_expert_rows()
         if rows is not None and len(rows):
             self._total_experts = int((rows["usage"][0] == rows["usage"][0]).sum())  # NaN pads layers
-        prior = folder.config.method.bootstrap == "prior" and rows is not None
+        prior = folder.config.method.bootstrap == "prior"
         for line in folder.iter_rounds():
             if "all" in line["evaluation"]:
                 self.scores.append(_score(line["round"], line["evaluation"]["all"]))
             examples = {row["client"]: row["examples"] for row in line["clients"] if row["status"] == "ok"}
-            if prior:
-                self.usage.add_round(rows[rows["round"] == line["round"]], examples)
+            if prior and examples and not line.get("failed"):
+                self.usage.add_round(_rows_of(folder, rows, line["round"], examples), examples)
             for row in line["clients"] if "bytes_down" in line else ():
                 self.totals.setdefault(row["client"], ClientTotals()).add(row)
 
     @contextmanager
     def recording(self, round: int, num_experts: list[int], tau: float) -> Iterator[RoundRecord]:
-        """The record of a round; the expert vectors that it took count when the block ends well."""
+        """The record of a round, until the block ends."""
         self._total_experts = sum(num_experts)
+        with closing(RoundRecord(round, num_experts, tau)) as log:
+            yield log
+
+    @contextmanager
+    def taking_rows(self, log: RoundRecord) -> Iterator[None]:
+        """While clients answer: the expert vectors that the record is given count when the block ends well."""
         if self.folder is None:
-            yield RoundRecord(round, num_experts, tau, lambda *_: None)
+            yield
             return
-        with self.folder.expert_rows(round, num_experts) as add:
-            yield RoundRecord(round, num_experts, tau, add)
+        with self.folder.expert_rows(log.round, log.num_experts) as log.add_row:
+            yield
 
     @property
     def resume_hint(self) -> str:
@@ -314,6 +331,18 @@ class Keeper:
         state = {"evaluation": None if whole is None else vars(whole)}
         self.folder.save_checkpoint(round, tensors, state, self._save_clients(), score, metric, self._last_saved)
         self._last_saved = round
+
+
+def _rows_of(folder: RunFolder, rows: Any, round: int, clients: dict[int, int]) -> Any:
+    """The rows of a round in experts.npy. Raises UserError if that of a client is missing."""
+    own = None if rows is None else of_round(rows, round)
+    missing = clients.keys() - (set() if own is None else set(own["client"].tolist()))
+    if missing:
+        raise UserError(
+            f"{folder.path / 'experts.npy'}: has no row of client {min(missing)} in round {round}, and "
+            'method.bootstrap = "prior" goes on from them; restore the file or start the run again'
+        )
+    return own
 
 
 def _score(round: int, metrics: dict[str, Any]) -> Score:

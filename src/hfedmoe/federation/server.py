@@ -147,18 +147,24 @@ class Server:
         started = time.perf_counter()
         self.watcher.round_started(round)
         with self.keeper.recording(round, self.num_experts, self.config.method.tau) as log:
-            planned = self._plan(grid, self._sample(members, round), round, log)
-            log.planning_seconds = time.perf_counter() - started
-            fold = Fold(self.tensors, self.config.method, self.config.train.lora == "exact", self.config.train.rank)
-            requests = (self._train_request(member, round, log) for member in planned)
-            by_node = {member.node: member for member in planned}
-            for answer in exchange(grid, requests, f"train-{round}", self.config.federation.timeout_s):
-                self._take(answer, by_node[answer.node], fold, log)
-                answer.reply = None  # folded in: the next client works without it in memory
-            self._require_enough(fold.clients, log)
-            with log.phases("average"):
-                self.tensors = self._averaged(fold, log)
-        self._close(round, log, started)
+            with self.keeper.taking_rows(log):
+                planned = self._plan(grid, self._sample(members, round), round, log)
+                log.planning_seconds = time.perf_counter() - started
+                fold = self._fold(grid, planned, log)
+                self._require_enough(fold.clients, log)
+                with log.phases("average"):
+                    self.tensors = self._averaged(fold, log)
+            self._close(round, log, started)
+
+    def _fold(self, grid: Grid, planned: list[Member], log: RoundRecord) -> Fold:
+        """Have the clients train, and fold in their updates as they come."""
+        fold = Fold(self.tensors, self.config.method, self.config.train.lora == "exact", self.config.train.rank)
+        requests = (self._train_request(member, log.round, log) for member in planned)
+        by_node = {member.node: member for member in planned}
+        for answer in exchange(grid, requests, f"train-{log.round}", self.config.federation.timeout_s):
+            self._take(answer, by_node[answer.node], fold, log)
+            answer.reply = None  # folded in: the next client works without it in memory
+        return fold
 
     def _take(self, answer: Answer, member: Member, fold: Fold, log: RoundRecord) -> None:
         """Check a client's answer, fold its update in and note it, or leave the client out."""

@@ -1,7 +1,7 @@
 """Streaming weighted averages (equations 17 and 21): one client at a time is folded in and forgotten.
 
     W    <- W + w
-    mean <- mean + w / W * (x - mean)        the first contribution is copied
+    mean <- mean + w / W * (x - mean)        W and mean start at 0, so the first share is 1 and gives x itself
 
 This form, in float32, returns the very same bits when all clients sent the same rows, whatever their weights, and
 depends on the order of clients only by rounding. Memory: one float32 buffer of the size of the rows. Time: what was

@@ -51,7 +51,7 @@ def compute_in_float32(model: Any) -> None:
         plain = type(module) in (nn.Linear, nn.Embedding)
         if plain and id(module.weight) not in experts | routers and module.weight.dtype.itemsize == 2:
             # The same object with another forward: references to it, tied weights and hooks stay valid.
-            module.__class__ = _CompactLinear if isinstance(module, nn.Linear) else _CompactEmbedding
+            module.__class__ = CompactLinear if isinstance(module, nn.Linear) else _CompactEmbedding
             compact.add(id(module.weight))
     for parameter in model.parameters():
         if id(parameter) not in experts | compact and parameter.dtype.itemsize == 2:
@@ -63,7 +63,9 @@ def compute_in_float32(model: Any) -> None:
     model.config.dtype = torch.float32  # what masks and caches are made in
 
 
-class _CompactLinear(nn.Linear):
+class CompactLinear(nn.Linear):
+    """A linear map with frozen 16-bit weights that computes in float32."""
+
     def forward(self, x: Tensor) -> Tensor:
         out = _CastProduct.apply(x.float(), self.weight)
         return out if self.bias is None else out + self.bias

@@ -42,7 +42,11 @@ class Layout(Protocol):
         ...
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Compute with these stacks from now on (the other way round of `tensors`); the model shares their memory."""
+        """Compute with these stacks from now on (the other way round of `tensors`).
+
+        The model shares their memory, or has copies where the family keeps more rows than there are experts: then
+        `tensors` gives what it computes with.
+        """
         ...
 
     def names(self) -> list[dict[str, str]]:
@@ -100,9 +104,12 @@ class StackedLayout:
         return {kind: getattr(self._experts, name).data[: self.num_local] for kind, name in self._attributes.items()}
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        number = self.num_local  # before any of them changes
         for kind, name in self._attributes.items():
             if kind in tensors:
-                setattr(self._experts, name, nn.Parameter(tensors[kind], requires_grad=False))
+                rest = getattr(self._experts, name).data[number:]  # rows for experts that compute nothing stay
+                stack = torch.cat([tensors[kind], rest]) if len(rest) else tensors[kind]
+                setattr(self._experts, name, nn.Parameter(stack, requires_grad=False))
 
     def names(self) -> list[dict[str, str]]:
         prefix = _prefix(self._layer)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
+from hfedmoe.moe.compact import CompactLinear
 from hfedmoe.moe.dispatch import keep_eager
 from hfedmoe.moe.experts import ExpertState, attach
 from hfedmoe.moe.residency import carve, mask, reside
@@ -230,19 +231,21 @@ def _add_attention_lora(model: Any, rank: int, alpha: float, seed: int) -> dict[
     """PEFT's LoRA on every linear map of the attention; the adapters' parameters under their travelling names."""
     from peft import LoraConfig, inject_adapter_in_model  # here, because importing it takes 70 MB of a small device
 
-    targets = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and any("att" in part.lower() for part in name.split(".")[:-1])
-        }
-    )
+    # Whole names: a gate_proj of the attention is one of the feed-forward network by its last part, too.
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if _is_plain_linear(module) and any("att" in part.lower() for part in name.split(".")[:-1])
+    ]
     if not targets:
         raise UnsupportedModelError(f"{type(model).__name__}: no attention projections found to put LoRA on")
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
-    inject_adapter_in_model(settings, model)
+    try:
+        inject_adapter_in_model(settings, model)
+    except ValueError as error:  # an attention's gate_proj, say, is taken for a part of fused experts
+        raise UnsupportedModelError(f"{type(model).__name__}: PEFT has no LoRA for this attention ({error})") from None
     torch.random.set_rng_state(state)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -252,3 +255,8 @@ def _add_attention_lora(model: Any, rank: int, alpha: float, seed: int) -> dict[
         for name, parameter in model.named_parameters()
         if ".lora_" in name
     }
+
+
+def _is_plain_linear(module: torch.nn.Module) -> bool:
+    """A linear map with the forward that PEFT expects; families have subclasses with forwards of their own."""
+    return type(module) is torch.nn.Linear or isinstance(module, CompactLinear)

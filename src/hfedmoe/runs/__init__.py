@@ -9,7 +9,8 @@ RUN/best.json                which checkpoint is the best, and by what
 ```
 
     with RunFolder.create(None, config) as run:
-        run.append_experts(3, num_experts, [0, 1], usage, importance, resident, trained)
+        with run.expert_rows(3, num_experts) as add:  # a row per client, as it comes
+            add(0, usage, importance, resident, trained)
         run.append_round({"round": 3, "loss": 1.2})
         run.save_checkpoint(3, tensors, {"rng": ...}, score=0.83)  # last: the checkpoint vouches for its round
 

@@ -32,6 +32,8 @@ DTYPES = {
     "BOOL": "bool",
 }
 """safetensors' name -> torch's."""
+MAX_DIMENSIONS = 8
+"""Nothing that is trained has more; the product of a header's numbers stays small."""
 
 
 def chunks(tensors: Mapping[str, "Tensor"]) -> list[Any]:
@@ -66,7 +68,7 @@ def dumps(tensors: Mapping[str, "Tensor"]) -> bytes:
 def loads(data: bytes) -> dict[str, "Tensor"]:
     """The tensors of a blob as views of it: they keep `data` alive, and must not be written to.
 
-    Nothing is trusted: lengths, offsets and shapes have to agree.
+    Nothing is trusted: lengths, offsets and shapes have to agree, and every tensor has to begin where its numbers may.
 
     Raises:
         ValueError: it is not a safetensors blob.
@@ -92,6 +94,8 @@ def loads(data: bytes) -> dict[str, "Tensor"]:
         at = end
     if start + at != len(data):
         raise ValueError("its tensors and its length differ")
+    if start % 8:
+        raise ValueError("its header does not end at a multiple of 8 bytes")
     tensors = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's reminder that such memory must not be written to
@@ -99,6 +103,8 @@ def loads(data: bytes) -> dict[str, "Tensor"]:
             dtype = getattr(torch, kind)
             if begin == end:
                 tensors[name] = torch.empty(shape, dtype=dtype)
+            elif begin % dtype.itemsize:
+                raise ValueError(f"{name[:80]} does not begin at a multiple of {dtype.itemsize} bytes")
             else:
                 count = (end - begin) // dtype.itemsize
                 tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin).reshape(shape)
@@ -111,9 +117,12 @@ def _place(name: str, entry: Any) -> tuple[str, list[int], int, int]:
 
     try:
         kind, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        whole = all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, begin, end))
+        few = len(shape) <= MAX_DIMENSIONS
+        whole = few and all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{name[:80]} is not described as a tensor") from None
+    if not few:
+        raise ValueError(f"{name[:80]} has more than {MAX_DIMENSIONS} dimensions")
     if not whole or math.prod(shape) * getattr(torch, kind).itemsize != end - begin:
         raise ValueError(f"{name[:80]} has another size than its shape says")
     return kind, list(shape), begin, end

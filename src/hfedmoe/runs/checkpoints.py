@@ -7,7 +7,8 @@ checkpoints/round-0003/model.safetensors
                        state.json            {"round", "score", "metric", "files": {name: {"bytes", "sha256"}}, "state"}
 ```
 A round writes what its clients changed, whatever the number of clients; every checkpoint still has all of them, and
-any other can be deleted. Once half of what is linked is out of date, everything is written anew.
+any other can be deleted. Once half of what is linked is out of date, everything is written anew. A file and its links
+are one file on the disk, though: if it is damaged, so is every checkpoint that has it.
 
 A checkpoint is written under another name and renamed when it is on the disk, so a process killed at any moment
 leaves the earlier ones as they were. The sizes and sums tell a whole checkpoint from one damaged later.
@@ -20,13 +21,14 @@ import math
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hfedmoe.errors import UserError
-from hfedmoe.runs.disk import FULL, UNFINISHED, discard, sync, sync_file, sync_folder
+from hfedmoe.runs.disk import FULL, UNFINISHED, discard, resume_hint, sync, sync_file, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +93,7 @@ def write(
 
     With `since`, the clients that `clients` does not name are as in the checkpoint of that round.
     `state` must be JSON (tuples come back as lists; NaN and infinity come back as they were).
-    Raises OSError or SafetensorError on a failed write, and leaves nothing behind then.
+    Raises OSError on a failed write, UserError if the clients of `since` are damaged, and leaves nothing behind then.
     """
     root.mkdir(exist_ok=True)
     earlier = [] if since is None or clients is None else _earlier(root, since, set(clients))
@@ -103,7 +105,10 @@ def write(
     try:
         files = {MODEL: _write_tensors(unfinished / MODEL, tensors)}
         if clients is not None and 2 * len(_names(earlier) | set(clients)) < _entries(earlier) + len(clients):
-            clients, earlier = _merged([part.path for part in reversed(earlier)]) | clients, []
+            with _going_on(earlier[0].path.parent):
+                for part in earlier:  # the new file gets a sum of its own, which must not vouch for damage
+                    _check_sum(part.path, part.entry)
+                clients, earlier = _merged(earlier) | clients, []
         if clients is not None:
             files[CLIENTS] = _write_tensors(unfinished / CLIENTS, clients)
         for part in earlier:
@@ -214,25 +219,11 @@ def _candidates(root: Path, which: Literal["last", "best"]) -> list[Path]:
 
 
 def _load(manifest: Manifest) -> Checkpoint:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = {}
+    """Raises Damaged."""
     for name, entry in manifest.files.items():
-        path = manifest.path / name
-        try:
-            if _sha256(path) != entry.get("sha256"):
-                raise Damaged(f"{name} has another checksum")
-            if name == MODEL:
-                tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise Damaged(f"{name}: {error}") from None
-    clients = None
-    if CLIENTS in manifest.files:
-        try:
-            clients = _merged([part.path for part in reversed(_client_parts(manifest))])
-        except (OSError, SafetensorError) as error:
-            raise Damaged(f"{CLIENTS}: {error}") from None
+        _check_sum(manifest.path / name, entry)
+    tensors = _read_tensors(manifest.path / MODEL)
+    clients = _merged(_client_parts(manifest)) if CLIENTS in manifest.files else None
     return Checkpoint(manifest.round, tensors, clients, manifest.state, manifest.score, manifest.path)
 
 
@@ -264,20 +255,33 @@ def _written(name: str) -> int:
 
 def _earlier(root: Path, since: int, newer: set[str]) -> list[_ClientPart]:
     """The files of an earlier checkpoint that hold clients which are not among the `newer`, the newest file first."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
+    seen, needed = set(newer), []
     path = folder_of(root, since)
-    try:
-        parts, seen, needed = _client_parts(read_manifest(path)), set(newer), []
-        for part in parts:
-            with safe_open(part.path, "pt") as file:
-                names = frozenset(file.keys())
+    with _going_on(path):
+        for part in _client_parts(read_manifest(path)):
+            try:
+                with safe_open(part.path, "pt") as file:
+                    names = frozenset(file.keys())
+            except (OSError, SafetensorError) as error:
+                raise Damaged(f"{part.path.name}: {error}") from None
             if names - seen:
                 needed.append(replace(part, names=names))
             seen |= names
-    except Damaged as damage:
-        raise UserError(f"{path}: damaged while the run went on ({damage}); start the run again") from None
     return needed
+
+
+@contextmanager
+def _going_on(path: Path) -> Iterator[None]:
+    """Say what to do about damage to the checkpoint that a running federation wrote last."""
+    try:
+        yield
+    except Damaged as damage:
+        raise UserError(
+            f"{path}: damaged while the run went on ({damage}); {resume_hint(path.parent.parent)} goes on from an "
+            "earlier checkpoint if one is whole; otherwise start the run again"
+        ) from None
 
 
 def _names(parts: list[_ClientPart]) -> set[str]:
@@ -288,11 +292,20 @@ def _entries(parts: list[_ClientPart]) -> int:
     return sum(len(part.names) for part in parts)
 
 
-def _merged(paths: list[Path]) -> dict[str, "Tensor"]:
-    """The tensors of several files, of which later ones take precedence."""
+def _merged(parts: list[_ClientPart]) -> dict[str, "Tensor"]:
+    """The tensors of several files, the newest first, which takes precedence. Raises Damaged."""
+    return {name: tensor for part in reversed(parts) for name, tensor in _read_tensors(part.path).items()}
+
+
+def _read_tensors(path: Path) -> dict[str, "Tensor"]:
+    """Raises Damaged."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"{path.name}: {error}") from None
 
 
 def _link(source: Path, target: Path) -> None:
@@ -319,6 +332,12 @@ def _write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> dict[str, Any]:
     return {"bytes": total, "sha256": checksum.hexdigest()}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_sum(path: Path, entry: dict[str, Any]) -> None:
+    """Raise Damaged if a file is not what its entry in the manifest says."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Damaged(f"{path.name}: {error}") from None
+    if found != entry.get("sha256"):
+        raise Damaged(f"{path.name} has another checksum")

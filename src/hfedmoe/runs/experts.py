@@ -12,6 +12,7 @@ no client's vectors wait in memory for the end of the round. Rows count from the
 """
 
 import io
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hfedmoe.errors import UserError
-from hfedmoe.runs.disk import sync, sync_folder
+from hfedmoe.runs.disk import replacing, sync
 
 FIELDS = {"usage": np.float32, "importance": np.float32, "resident": np.bool_, "trained": np.bool_}
 
@@ -47,6 +48,9 @@ class RoundRows:
     Args:
         path: of experts.npy.
         num_experts: E_l of every layer.
+
+    Raises:
+        UserError: the file is damaged, as `rows`.
     """
 
     def __init__(self, path: Path, round: int, num_experts: Sequence[int]) -> None:
@@ -56,15 +60,14 @@ class RoundRows:
             [("round", np.int64), ("client", np.int64), *((name, kind, shape) for name, kind in FIELDS.items())]
         )
         self._exists = np.arange(shape[1]) < np.asarray(num_experts)[:, None]  # [L, E]
-        fresh = not path.exists()
         before = rows(path)
-        kept = 0 if before is None else int((before["round"] < round).sum())
-        self._file = path.open("w+b" if fresh else "r+b")
-        if fresh:
-            self._file.write(_header(self._dtype, 0))
-            sync_folder(path.parent)
-        self._rows = self._kept = kept
-        self._truncate()
+        if before is None:
+            with replacing(path) as file:  # a kill must not leave a file without its header
+                file.write(_header(self._dtype, 0))
+        self._rows = self._kept = 0 if before is None else _earlier(before, round)
+        self._file = path.open("r+b")
+        _cut(self._file, self._dtype, self._kept)
+        self._file.seek(0, io.SEEK_END)
 
     def add(self, client: int, usage: Any, importance: Any, resident: Any, trained: Any) -> None:
         """Write one client's vectors [sum E_l], layer after layer, float or bool."""
@@ -94,7 +97,7 @@ class RoundRows:
         self._file.close()
 
     def drop(self) -> None:
-        """Forget the rows."""
+        """Forget the rows, also where `commit` failed after the header spoke of them."""
         if self._file.closed:
             return
         self._rows = self._kept
@@ -104,27 +107,26 @@ class RoundRows:
             self._file.close()
         finally:
             with path.open("r+b") as file:
-                file.truncate(len(_header(self._dtype, 0)) + self._kept * self._dtype.itemsize)
-
-    def _truncate(self) -> None:
-        header = _header(self._dtype, self._kept)
-        self._file.seek(0)
-        self._file.write(header)
-        self._file.truncate(len(header) + self._kept * self._dtype.itemsize)
-        self._file.seek(0, io.SEEK_END)
+                _cut(file, self._dtype, self._kept)
 
 
 def drop_after(path: Path, round: int) -> None:
-    """Keep only the rows up to a round."""
-    if path.exists():
-        rows = _map(path)
-        kept = int((rows["round"] <= round).sum())
-        if kept < len(rows):
-            with path.open("r+b") as file:
-                header = _header(rows.dtype, kept)
-                file.write(header)
-                file.truncate(len(header) + kept * rows.dtype.itemsize)
-                sync(file)
+    """Keep only the rows up to a round; no round before the first has any, so then a damaged file goes too.
+
+    Raises:
+        UserError: the file is damaged, as `rows`.
+    """
+    if round < 1:
+        path.unlink(missing_ok=True)
+        return
+    table = rows(path)
+    if table is None:
+        return
+    kept, dtype = _earlier(table, round + 1), table.dtype
+    if kept < len(table):
+        with path.open("r+b") as file:
+            _cut(file, dtype, kept)
+            sync(file)
 
 
 def rows(path: Path) -> np.ndarray | None:
@@ -133,8 +135,18 @@ def rows(path: Path) -> np.ndarray | None:
         return _map(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it, the run does not need it to go on") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path}: damaged ({error}); restore it, or delete it and resume the run, which needs its rows only for "
+            'method.bootstrap = "prior" and for `hfedmoe export --as client`'
+        ) from None
+
+
+def of_round(table: np.ndarray, round: int) -> np.ndarray:
+    """The rows of one round."""
+    return table[_earlier(table, round) : _earlier(table, round + 1)]
 
 
 def read(path: Path) -> ExpertHistory | None:
@@ -154,7 +166,21 @@ def read(path: Path) -> ExpertHistory | None:
     return ExpertHistory(rounds, clients, num_experts.astype(np.int64), **arrays)
 
 
+def _earlier(table: np.ndarray, round: int) -> int:
+    """How many rows are of earlier rounds: rounds are in order, so all but a few rows can stay on the disk."""
+    return bisect_left(table, round, key=lambda row: row["round"])
+
+
+def _cut(file: BinaryIO, dtype: np.dtype, count: int) -> None:
+    """Leave a file its first rows, the header first: it never speaks of rows that are not there."""
+    header = _header(dtype, count)
+    file.seek(0)
+    file.write(header)
+    file.truncate(len(header) + count * dtype.itemsize)
+
+
 def _map(path: Path) -> np.ndarray:
+    """As `rows`. Raises OSError, or ValueError if the file is damaged."""
     with path.open("rb") as file:
         dtype, count, begin = _read_header(file)
     if begin + count * dtype.itemsize > path.stat().st_size:
@@ -165,8 +191,15 @@ def _map(path: Path) -> np.ndarray:
 
 
 def _read_header(file: BinaryIO) -> tuple[np.dtype, int, int]:
-    np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    try:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads a header with Python's parser, which has many ways to fail
+        raise ValueError(str(error)) from None
+    if len(shape) != 1 or shape[0] < 0 or dtype.names != ("round", "client", *FIELDS):
+        raise ValueError("its header is that of another table")
     return dtype, shape[0], file.tell()
 
 

@@ -110,42 +110,26 @@ class RunFolder:
         """As `read_rounds`, one line at a time."""
         return rounds.iterate(self.path / "metrics.jsonl")
 
-    def append_experts(
-        self,
-        round: int,
-        num_experts: Sequence[int],
-        clients: Sequence[int],
-        usage: Any,
-        importance: Any,
-        resident: Any,
-        trained: Any,
-    ) -> None:
-        """Add (or replace) a round in experts.npy.
-
-        The last four are [len(clients), sum E_l], float or bool, as they travel: layer after layer, E_l from
-        `num_experts` [L]. Anything numpy reads as such an array will do, a list of CPU tensors among them.
-        """
-        with self.expert_rows(round, num_experts) as add:
-            for row in zip(clients, usage, importance, resident, trained, strict=True):
-                add(*row)
-
     @contextmanager
     def expert_rows(self, round: int, num_experts: Sequence[int]) -> Iterator[Callable[..., None]]:
         """Add (or replace) a round in experts.npy, client by client, as the arguments of `RoundRows.add`.
 
-        The rows count when the block ends well; after an exception there are none.
+        The vectors are [sum E_l], layer after layer, E_l from `num_experts` [L]; anything numpy reads as such an array
+        will do, a CPU tensor too. The rows count when the block ends well; after an exception there are none.
         """
         with self._writing("experts.npy") as path:
             rows = experts.RoundRows(path, round, num_experts)
-            try:
 
-                def add(*row: Any) -> None:
-                    with self._writing("experts.npy"):
-                        rows.add(*row)
+        def add(*row: Any) -> None:
+            with self._writing("experts.npy"):
+                rows.add(*row)
 
-                yield add
+        try:
+            yield add  # not below `_writing`: what fails in the caller's block has nothing to do with this file
+            with self._writing("experts.npy"):
                 rows.commit()
-            finally:
+        finally:
+            with self._writing("experts.npy"):
                 rows.drop()
 
     def read_experts(self) -> experts.ExpertHistory | None:

@@ -1,7 +1,7 @@
-"""metrics.jsonl: one line of valid JSON per round, added in one go.
+"""metrics.jsonl: one line of valid JSON per round.
 
-A process killed while it writes leaves a last line without its end. Such a line is never read, and the next
-write cuts it off.
+A line counts from the moment in which its end is written. A process killed before that, or while a round's clients are
+being added, leaves a last line without its end. Such a line is never read, and the next write cuts it off.
 """
 
 import json

@@ -1,5 +1,7 @@
 """Texts with one label each. No harness has these as tasks: prompts and label words are ours."""
 
+from collections.abc import Mapping
+
 from hfedmoe.data.known.base import KnownSet, Row, Wording
 from hfedmoe.data.rows import Example, short
 
@@ -54,14 +56,24 @@ def _newsgroups(row: Row, wording: Wording) -> list[Example]:
     return _labelled(row, text, label, row.text(label), NEWSGROUPS, wording)
 
 
-def _reuters_r8(row: Row, wording: Wording) -> list[Example]:
-    label, text = TABLE if row.has(TABLE[0]) else ("label", "text")
-    return _labelled(row, text, label, row.text(label), REUTERS_R8, wording)
+def _reuters(name: str, labels: tuple[str, ...], words: Mapping[str, str]) -> KnownSet:
+    """One of the two selections from Reuters-21578."""
 
+    def examples(row: Row, wording: Wording) -> list[Example]:
+        label, text = TABLE if row.has(TABLE[0]) else ("label", "text")
+        return _labelled(row, text, label, row.text(label), entry, wording)
 
-def _reuters_r52(row: Row, wording: Wording) -> list[Example]:
-    label, text = TABLE if row.has(TABLE[0]) else ("label", "text")
-    return _labelled(row, text, label, row.text(label), REUTERS_R52, wording)
+    entry = KnownSet(
+        name=name,
+        kind="classification",
+        columns=("text", "label"),
+        optional=TABLE,
+        examples=examples,
+        template=TOPIC,
+        labels=labels,
+        words=words,
+    )
+    return entry
 
 
 def _labelled(row: Row, text: str, column: str, label: str, known: KnownSet, wording: Wording) -> list[Example]:
@@ -91,22 +103,9 @@ NEWSGROUPS = KnownSet(
     labels=tuple(sorted(NEWSGROUP_WORDS)),
     words=NEWSGROUP_WORDS,
 )
-REUTERS_R8 = KnownSet(
-    name="reuters-r8",
-    kind="classification",
-    columns=("text", "label"),
-    optional=TABLE,
-    examples=_reuters_r8,
-    template=TOPIC,
-    labels=R8,
-)
-REUTERS_R52 = KnownSet(
-    name="reuters-r52",
-    kind="classification",
-    columns=("text", "label"),
-    optional=TABLE,
-    examples=_reuters_r52,
-    template=TOPIC,
-    labels=tuple(sorted((*R8, *_R52_ONLY.split()))),
+REUTERS_R8 = _reuters("reuters-r8", R8, words={})
+REUTERS_R52 = _reuters(
+    "reuters-r52",
+    tuple(sorted((*R8, *_R52_ONLY.split()))),
     words={"money-supply": "supply"},  # "money" already begins "money-fx"
 )

@@ -61,7 +61,7 @@ class Lines(Tracker):
         name = self.rows[client].line.name
         self._answered += 1
         if summary.status == "ok" and len(self.rows) > MANY:
-            self._heartbeat(f"  {name}: done, the {self._answered}. client of this round")
+            self._heartbeat(f"  {name}: done, client {self._answered} of this round")
             return
         if summary.status != "ok":
             self.write(f"  {name}: {summary.status}" + (f": {summary.reason}" if summary.reason else ""))

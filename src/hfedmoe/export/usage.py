@@ -1,0 +1,72 @@
+"""How to load an export and prompt it, as Python code that stands in its card."""
+
+from dataclasses import dataclass
+
+from hfedmoe.config import DataConfig, RunConfig
+from hfedmoe.data.known import known_set
+from hfedmoe.data.tasks import _template as template_of
+
+ANSWER_TOKENS, TURN_TOKENS = 4, 64
+"""How much the code generates: a label or choice, or the beginning of a turn of a conversation."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What the code has to say about the files."""
+
+    dtype: str
+    encoder_decoder: bool = False
+    base: str | None = None
+    """Of an adapter: what to load it on; a relative path is seen from its folder."""
+    base_inside: bool = False
+    """The base is a folder of the export."""
+
+
+def loading_code(config: RunConfig, files: Loading) -> str:
+    """Code that loads the export, in whose folder it runs, and prints what the model says."""
+    auto = "AutoModelForSeq2SeqLM" if files.encoder_decoder else "AutoModelForCausalLM"
+    trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
+    peft = ["from peft import PeftModel"] if files.base is not None else []
+    code = [*peft, f"from transformers import {auto}, AutoTokenizer", "", 'folder = "."  # where this file is']
+    if files.base is None:
+        code += [f'model = {auto}.from_pretrained(folder, dtype="{files.dtype}"{trust})']
+    else:
+        where = f'f"{{folder}}/{files.base}"' if files.base_inside else repr(files.base)
+        revision = f", revision={config.model.revision!r}" if config.model.revision and not files.base_inside else ""
+        if config.model.dtype != "float32":
+            code += ["# In 16 bit, PEFT would round the adapter to the precision of the base."]
+        code += [f'base = {auto}.from_pretrained({where}{revision}, dtype="float32"{trust})']
+        code += ["model = PeftModel.from_pretrained(base, folder)"]
+    code += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})", *_prompting(config.data)]
+    return "\n".join([*code, "print(tokenizer.decode(output[0]))"])
+
+
+def prompt_words(data: DataConfig) -> str:
+    """What prompts a run used, and how long they were, in words."""
+    if by_chat_template(data):
+        return f"the tokenizer's chat template, of which the last {data.max_tokens} tokens"
+    return f"`{template_of(data, known_set(data))!r}`, at most {data.max_tokens} tokens"
+
+
+def by_chat_template(data: DataConfig) -> bool:
+    """Whether the tokenizer's chat template wrote the prompts."""
+    known = known_set(data)
+    return known is not None and known.name == "instructions" and data.chat == "template"
+
+
+def _prompting(data: DataConfig) -> list[str]:
+    if by_chat_template(data):
+        return [
+            'messages = [{"role": "user", "content": "..."}]',
+            "prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)",
+            # The template writes the special tokens itself.
+            'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)',
+            f"output = model.generate(**inputs, max_new_tokens={TURN_TOKENS})",
+        ]
+    known = known_set(data)
+    talk = known is not None and known.name == "instructions"
+    prompt = template_of(data, known).replace("{text}", "User: ..." if talk else "...")
+    return [
+        f'inputs = tokenizer({prompt!r}, return_tensors="pt", return_token_type_ids=False)',
+        f"output = model.generate(**inputs, max_new_tokens={TURN_TOKENS if talk else ANSWER_TOKENS})",
+    ]
