@@ -56,7 +56,7 @@ def shape_of(experts: int) -> Any:
 
 
 def write(folder: str, experts: int, dtype: str) -> dict[str, Any]:
-    """Write the small OLMoE with random weights, experts stacked as in memory: loading it takes no more than it needs."""
+    """Write the small OLMoE with random weights, experts stacked as in memory: loading takes no more than it needs."""
     import torch
     from transformers import OlmoeForCausalLM
 
