@@ -116,11 +116,8 @@ class Bench:
         peft_alike = self.best(alike, [f"peft {name}" for name in STOCK])
         frozen = min(self.best(alike, [f"frozen {name}" for name in STOCK])["step_s"], own_frozen["step_s"])
         layers = self.layers(alike)
-        limit = (
-            layers["all_products"]
-            - layers["base_products"]
-            + min(layers["base_products"], layers.get("base_products_as_stored", layers["base_products"]))
-        )
+        thin = layers["all_products"] - layers["base_products"]
+        base = min(layers["base_products"], layers.get("base_products_as_stored", layers["base_products"]))
         return {
             **_place(cell),
             "ours s": ours["step_s"],
@@ -130,8 +127,8 @@ class Bench:
             "memory": ours["peak_bytes"] / peft["peak_bytes"],
             "speedup same experts": peft_alike["step_s"] / ours["step_s"],
             "vs frozen": ours["step_s"] / frozen,
-            "share of limit": limit / layers["layer"],
-            "share of base limit": (limit - layers["all_products"] + layers["base_products"]) / layers["layer"],
+            "share of limit": (base + thin) / layers["layer"],
+            "share of base limit": base / layers["layer"],
         }
 
     def compare_full(self, cell: Cell) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from hfedmoe.config import DataConfig, ModelConfig, RunConfig
-from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.known import KNOWN
 from hfedmoe.data.tasks import Task, load_test, load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
-from hfedmoe.experiment import Prepared, checkpoint_of, wrap
-from hfedmoe.loading import Loaded, load
+from hfedmoe.experiment import Prepared, checkpoint_of, encoder_of, measure_checkpoint, wrap
+from hfedmoe.loading import load
 from hfedmoe.report.live import Watcher
 from hfedmoe.runs import RunFolder
 
@@ -64,12 +63,9 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed)
     model = wrap(loaded.model, config, loaded.store)
-    encoder = _encoder(loaded, task, data.max_tokens)
+    encoder = encoder_of(loaded, task, data.max_tokens)
     prepared = Prepared(_comparable(config, task), model, encoder, task, watch=[])
-    try:
-        return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
-    except ValueError as error:
-        raise UserError(f"{checkpoint.path}: does not fit the model ({error})") from None
+    return measure_checkpoint(prepared, checkpoint, watcher)
 
 
 def task_data(task: str, config: RunConfig, limit: int | None = None, rows: Path | None = None) -> DataConfig:
@@ -120,12 +116,8 @@ def _evaluate(settings: ModelConfig, task: Task, config: RunConfig, watcher: Wat
     return evaluate(
         loaded.model,
         task.test,
-        _encoder(loaded, task, config.data.max_tokens),
+        encoder_of(loaded, task, config.data.max_tokens),
         config.evaluation.batch_size,
         config.evaluation.scoring,
         on_batch=watcher.evaluating,
     )
-
-
-def _encoder(loaded: Loaded, task: Task, max_tokens: int) -> Encoder:
-    return Encoder.for_task(loaded.tokenizer, task, max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id)

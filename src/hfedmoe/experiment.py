@@ -21,7 +21,7 @@ from hfedmoe.federation.client import Device, client_app
 from hfedmoe.federation.inprocess import InProcessGrid, changed_contexts, restore_contexts
 from hfedmoe.federation.records import Keeper
 from hfedmoe.federation.server import Server, server_app
-from hfedmoe.loading import device_of, load
+from hfedmoe.loading import Loaded, device_of, load
 from hfedmoe.moe.anatomy import UnsupportedModelError
 from hfedmoe.moe.compact import compute_in_float32, wants_float32
 from hfedmoe.moe.model import MoEModel
@@ -79,9 +79,7 @@ def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepare
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed, carve)
     model = wrap(loaded.model, config, loaded.store, masked=not carve)
-    encoder = Encoder.for_task(
-        loaded.tokenizer, task, config.data.max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id
-    )
+    encoder = encoder_of(loaded, task, config.data.max_tokens)
     problem = model.router_gradient_problem()
     if problem is not None:
         raise UserError(problem)
@@ -97,6 +95,11 @@ def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepare
     if carve:
         trim()
     return Prepared(config, model, encoder, task, watch, budgets)
+
+
+def encoder_of(loaded: Loaded, task: Task, max_tokens: int) -> Encoder:
+    """The encoder of a task for a model that was loaded."""
+    return Encoder.for_task(loaded.tokenizer, task, max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id)
 
 
 def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, masked: bool = True) -> MoEModel:
@@ -187,10 +190,15 @@ def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
     with RunFolder.open(path) as folder:
         checkpoint = checkpoint_of(folder, which)
         prepared = prepare(folder.config, watcher)
-        try:
-            return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
-        except ValueError as error:
-            raise UserError(f"{checkpoint.path}: does not fit the model ({error})") from None
+        return measure_checkpoint(prepared, checkpoint, watcher)
+
+
+def measure_checkpoint(prepared: Prepared, checkpoint: Checkpoint, watcher: Watcher) -> Metrics:
+    """A checkpoint on all held-out rows. Raises UserError if it does not fit the model."""
+    try:
+        return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: does not fit the model ({error})") from None
 
 
 def checkpoint_of(folder: RunFolder, which: str) -> Checkpoint:

@@ -100,7 +100,7 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
     task = Task(
         name=config.source if config.clients is None else f"{len(config.clients)} client files",
         kind=kind,
-        template=_template(config, known),
+        template=template_of(config, known),
         labels=labels,
         train=[example for _, example in owned],
         test=test,
@@ -148,10 +148,10 @@ def load_test(config: DataConfig) -> Task:
     wanted = _wanted(config, known, None)
     table = _read_test(config, known, wanted) or _read_train(config.source, config, known, wanted)
     test = _flat(known.read_rows(table, known.wording(config)))[: config.test_rows]
-    return Task(known.name, known.kind, _template(config, known), known.labels, [], test)
+    return Task(known.name, known.kind, template_of(config, known), known.labels, [], test)
 
 
-def _template(config: DataConfig, known: KnownSet | None) -> str:
+def template_of(config: DataConfig, known: KnownSet | None) -> str:
     if config.template is None:
         return TEMPLATE if known is None else known.template
     if known is not None and known.name == "instructions" and config.chat == "template":

@@ -31,6 +31,10 @@ def _grouped_flops(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
     return 2 * left.numel() * right.shape[-1]
 
 
+_COUNTED_HERE = {torch.ops.aten._grouped_mm: _grouped_flops}
+"""Operations that torch's own FLOP counter passes over, and that nothing it knows computes."""
+
+
 @dataclass
 class Timeline:
     """Bytes taken and given back, in order, each under the number of a kind."""
@@ -93,8 +97,7 @@ class Trace(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
         packet = func._overloadpacket
-        grouped = packet is torch.ops.aten._grouped_mm
-        count = _grouped_flops if grouped else flop_registry.get(_LIKE.get(packet, packet))
+        count = _COUNTED_HERE.get(packet) or flop_registry.get(_LIKE.get(packet, packet))
         if count is not None:
             self.segments[-1].flops += int(count(*args, **(kwargs or {}), out_val=out))
         return out

@@ -10,7 +10,7 @@ import torch
 
 from hfedmoe.config import ModelConfig, RunConfig
 from hfedmoe.errors import UserError
-from hfedmoe.experiment import wrap
+from hfedmoe.experiment import checkpoint_of, wrap
 from hfedmoe.export.adapter import check_adaptable, save_adapter
 from hfedmoe.export.card import BASE, Export, card
 from hfedmoe.export.folder import check_free, writing, written_whole
@@ -45,7 +45,7 @@ def export_run(
     Raises:
         UserError: bad options, no such run or checkpoint, or a run that has no such form.
     """
-    _check_options(form, client, checkpoint, dtype)
+    _check_options(form, client, dtype)
     check_free(out)
     with RunFolder.open(path) as run:
         config = run.config
@@ -55,7 +55,7 @@ def export_run(
             raise UserError(
                 f'{path}: trained whole experts (train.experts = "full"), which no adapter holds; use --as merged'
             )
-        chosen = run.load_checkpoint(int(checkpoint) if checkpoint.isdigit() else checkpoint)  # type: ignore[arg-type]
+        chosen = checkpoint_of(run, checkpoint)
         # The unquantised model, as it is: a float32 arithmetic would change its modules.
         model = config.model.model_copy(update={"device": "cpu", "compute": "same", "expert_dtype": "same"})
         train = config.train.model_copy(update={"gradient_checkpointing": False})
@@ -89,13 +89,11 @@ class _Job:
     out: Path
 
 
-def _check_options(form: str, client: int | None, checkpoint: str, dtype: str | None) -> None:
+def _check_options(form: str, client: int | None, dtype: str | None) -> None:
     if form not in FORMS:
         raise UserError(f"--as {form}: expected {', '.join(FORMS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
-    if checkpoint not in ("last", "best") and not checkpoint.isdigit():
-        raise UserError(f'checkpoint "{checkpoint}": expected last, best or the number of a round')
     if form == "client" and client is None:
         raise UserError("--as client: whose sub-model? add --client with the client's number")
     if form != "client" and client is not None:

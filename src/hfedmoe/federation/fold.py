@@ -1,6 +1,7 @@
 """Fold the updates of a round into the global tensors, one client at a time (method.md section 4)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,7 +71,8 @@ class Fold:
     def add(self, update: Update) -> None:
         """Fold in one checked update (its values are finite) and keep nothing of it."""
         self.clients += 1
-        weights = over_layers(self._weights, update, ("usage", "importance", "tokens", "trained"))
+        weigh = partial(expert_weights, self._method.expert_weight, update.examples, tau=self._method.tau)
+        weights = over_layers(weigh, update.usage, update.importance, update.tokens, update.trained)
         if self._stacks:
             trained = torch.cat([update.trained[layer] for layer in self._layers]).nonzero()[:, 0]
             weight = torch.cat([weights[layer] for layer in self._layers])[trained]
@@ -86,27 +88,19 @@ class Fold:
         for name, mean in self._shared.items():
             mean.add(update.tensors[name], update.examples, checked=True)
 
-    def _weights(self, update: Update, usage: Tensor, importance: Tensor, tokens: Tensor, trained: Tensor) -> Tensor:
-        rule, tau = self._method.expert_weight, self._method.tau
-        return expert_weights(rule, update.examples, usage, importance, tokens, trained, tau)
-
     def _add_gate_rows(self, update: Update) -> None:
-        def weigh(_: Update, usage: Tensor, importance: Tensor, trained: Tensor) -> Tensor:
-            return gate_row_weights(usage, importance, trained, self._method.tau)
-
-        weights = over_layers(weigh, update, ("usage", "importance", "trained"))
+        weigh = partial(gate_row_weights, tau=self._method.tau)
+        weights = over_layers(weigh, update.usage, update.importance, update.trained)
         for name, gate in self._gates.items():
             tensor = update.tensors[name]
             assert isinstance(gate, RowAverage)
             gate.add(tensor, torch.arange(tensor.shape[0]), weights[_layer_of(name)], checked=True)
 
     def _add_gates(self, update: Update) -> None:
-        def weigh(_: Update, usage: Tensor, importance: Tensor) -> Tensor:
-            return gate_alpha_numerator(usage, importance, self._method.tau)
-
         alphas = [0.0] * len(update.usage)
         if self._method.gate == "importance":
-            alphas = torch.stack(over_layers(weigh, update, ("usage", "importance"))).tolist()
+            weigh = partial(gate_alpha_numerator, tau=self._method.tau)
+            alphas = torch.stack(over_layers(weigh, update.usage, update.importance)).tolist()
         for name, gate in self._gates.items():
             assert isinstance(gate, MeanAverage)
             alpha = alphas[_layer_of(name)]
@@ -135,17 +129,16 @@ class Fold:
         return new
 
 
-def over_layers(rule: Callable[..., Tensor], update: Update, vectors: Sequence[str]) -> list[Tensor]:
-    """rule(update, *vectors) of every layer, at once where all layers have as many experts.
+def over_layers(rule: Callable[..., Tensor], *vectors: list[Tensor]) -> list[Tensor]:
+    """What `rule` makes of the vectors [E] of each layer, for all layers at once where they have as many experts.
 
     Args:
-        rule: takes vectors [..., E].
-        vectors: names of the update's vectors per layer.
+        rule: takes one [..., E] for each of `vectors`.
+        vectors: a list over the layers each.
     """
-    lists: list[list[Tensor]] = [getattr(update, name) for name in vectors]
-    if len({len(vector) for vector in lists[0]}) == 1:
-        return list(rule(update, *(torch.stack(layers) for layers in lists)).unbind(0))
-    return [rule(update, *layer) for layer in zip(*lists, strict=True)]
+    if len({len(vector) for vector in vectors[0]}) == 1:
+        return list(rule(*map(torch.stack, vectors)).unbind(0))
+    return [rule(*layer) for layer in zip(*vectors, strict=True)]
 
 
 def _layer_of(name: str) -> int:

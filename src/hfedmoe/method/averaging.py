@@ -34,8 +34,6 @@ class StacksAverage:
         self.num_rows = max((first + number for first, number in stretches.values()), default=0)
         self._weight = torch.zeros(self.num_rows)
         self._means: dict[str, Tensor] = {}
-        self._flat: dict[str, Tensor] = {}
-        """Views [E, .] of the means."""
 
     def add(self, stacks: Mapping[str, Tensor], index: Tensor, weight: Tensor, checked: bool = False) -> None:
         """Fold in some rows of one client; rows of weight 0 are ignored.
@@ -74,7 +72,6 @@ class StacksAverage:
         if not self._means:
             numbers = {name: number for name, (_, number) in self._stretches.items()}
             self._means = {name: r.new_zeros(numbers[name], *r.shape[1:]) for name, r in rows.items()}
-            self._flat = {name: mean.view(numbers[name], -1) for name, mean in self._means.items()}
         if len(index) == 0:
             return
         total = self._weight[index] + weight
@@ -88,7 +85,7 @@ class StacksAverage:
                 continue
             number, parts = len(own), share[own.places].split_with_sizes(own.lengths)
             for name in self._names[stretch]:
-                flat, sent_rows = self._flat[name], rows[name].view(number, -1)
+                flat, sent_rows = self._means[name].view(stretch[1], -1), rows[name].view(number, -1)
                 into += flat.split_with_sizes(own.cuts)[1::2]
                 if flat.device == share.device:
                     new += sent_rows.split_with_sizes(own.lengths)

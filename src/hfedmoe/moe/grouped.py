@@ -47,10 +47,7 @@ def product(left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
     """left [S, K] times each group's own matrix of stack [E, K, N]: [S, N]."""
     if has_kernel(left, stack):
         return grouped_mm(left, stack, offs=groups.ends)
-    out = left.new_empty(groups.size, stack.shape[2])
-    for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(out), strict=True):
-        torch.mm(own, stack[expert].to(left.dtype), out=target)
-    return out
+    return write_product(left.new_empty(groups.size, stack.shape[2]), left, stack, groups)
 
 
 def add_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> None:
