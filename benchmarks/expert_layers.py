@@ -3,7 +3,8 @@
 The limit runs the same products on the same shapes, one call per expert with rows, into memory that exists already:
 the base matrices forward and for the gradients of their inputs, and with LoRA the thin products with A and B and those
 for their gradients. Nothing is gathered, gated, weighted or added up. Layer and limit run in turn in one process; each
-figure is the smallest of several.
+figure is the smallest of several. 16-bit weights: the layer computes as the model would on this machine, and the limit
+is whichever precision has the faster products, chosen apart for the base matrices and for LoRA's.
 """
 
 import time
@@ -19,6 +20,7 @@ def measure(experts: int, top_k: int, tokens: int, dtype: str, seconds: float) -
 
     from hfedmoe.device.allocator import keep_freed_memory
     from hfedmoe.moe.base import base_of
+    from hfedmoe.moe.compact import wants_float32
     from hfedmoe.moe.grouping import group_pairs
     from hfedmoe.moe.kernel import ExpertMath, experts_forward
     from hfedmoe.moe.trained import lora_experts
@@ -26,16 +28,17 @@ def measure(experts: int, top_k: int, tokens: int, dtype: str, seconds: float) -
     keep_freed_memory()
     torch.manual_seed(0)
     stored = getattr(torch, dtype)
+    computed = torch.float32 if wants_float32("auto", torch.device("cpu"), stored) else stored
     up = (torch.randn(experts, 2 * INTERMEDIATE, HIDDEN) * 0.02).to(stored)
     down = (torch.randn(experts, HIDDEN, INTERMEDIATE) * 0.02).to(stored)
     trained = lora_experts(
         experts, (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), RANK, 16.0, 0, torch.device("cpu")
     )
     math = ExpertMath(base_of(up, down), gate=torch.nn.functional.silu, silu_gate=True, scale=trained.scale)
-    x = torch.randn(tokens, HIDDEN, requires_grad=True)
+    x = torch.randn(tokens, HIDDEN, dtype=computed, requires_grad=True)
     chosen = torch.randn(tokens, experts).softmax(-1).topk(top_k, dim=-1)
     weights, index = chosen.values.requires_grad_(), chosen.indices.reshape(-1)
-    grad = torch.randn(tokens, HIDDEN)
+    grad = torch.randn(tokens, HIDDEN, dtype=computed)
 
     def layer(stacks: dict[str, Any]) -> None:
         groups = group_pairs(index, experts, top_k)
@@ -45,22 +48,14 @@ def measure(experts: int, top_k: int, tokens: int, dtype: str, seconds: float) -
             tensor.grad = None
 
     groups = group_pairs(index, experts, top_k)
-    base = _base_products(up.float(), down.float(), groups)
-    thin = _thin_products(trained.stacks, groups)
-
-    def with_thin() -> None:
-        base()
-        thin()
-
-    timed = {
-        "layer": lambda: layer(trained.stacks),
-        "frozen": lambda: layer({}),
-        "base_products": base,
-        "all_products": with_thin,
-    }
-    if stored != torch.float32:
-        timed["base_products_as_stored"] = _base_products(up, down, groups)
-    return _in_turn(timed, seconds)
+    timed = {"layer": lambda: layer(trained.stacks), "frozen": lambda: layer({})}
+    for precision in {stored, torch.float32}:
+        timed[f"base {precision}"] = _base_products(up.to(precision), down.to(precision), groups)
+        stacks = {name: stack.to(precision) for name, stack in trained.stacks.items()}
+        timed[f"thin {precision}"] = _thin_products(stacks, groups)
+    best = _in_turn(timed, seconds)
+    base, thin = (min(best[name] for name in best if name.startswith(kind)) for kind in ("base", "thin"))
+    return {"layer": best["layer"], "frozen": best["frozen"], "base_products": base, "thin_products": thin}
 
 
 def _in_turn(timed: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
@@ -98,10 +93,10 @@ def _base_products(up: Any, down: Any, groups: Any) -> Callable[[], None]:
 def _thin_products(stacks: dict[str, Any], groups: Any) -> Callable[[], None]:
     import torch
 
-    size = groups.size
-    sides = [("up", torch.randn(size, HIDDEN), torch.randn(size, 2 * INTERMEDIATE))]
-    sides.append(("down", torch.randn(size, INTERMEDIATE), torch.randn(size, HIDDEN)))
-    low = torch.randn(size, RANK)
+    size, dtype = groups.size, stacks["up_a"].dtype
+    widths = {"up": (HIDDEN, 2 * INTERMEDIATE), "down": (INTERMEDIATE, HIDDEN)}
+    sides = [(side, *(torch.randn(size, w, dtype=dtype) for w in wide)) for side, wide in widths.items()]
+    low = torch.randn(size, RANK, dtype=dtype)
     grads = {name: torch.empty_like(stack) for name, stack in stacks.items()}
 
     def work() -> None:

@@ -47,7 +47,7 @@ class ModelConfig(Section):
         Literal["auto", "float32", "same"],
         Field(
             description="precision of the arithmetic with 16-bit weights: float32, the same as `dtype`, or auto: "
-            "float32 on processors without 16-bit products"
+            "float32 on processors without 16-bit products, and with float16 weights"
         ),
     ] = "auto"
     expert_dtype: Annotated[
@@ -58,6 +58,12 @@ class ModelConfig(Section):
     ] = "same"
     device: Annotated[str, Field(description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")] = "auto"
     trust_remote_code: Annotated[bool, Field(description="run code shipped with the checkpoint")] = False
+
+    @model_validator(mode="after")
+    def _gradients_have_room(self) -> "ModelConfig":
+        if self.dtype == "float16" and self.compute == "same":
+            raise ValueError('compute="same": gradients vanish in float16; use compute="float32", or dtype="bfloat16"')
+        return self
 
 
 DataFormat = Literal[

@@ -58,7 +58,8 @@ class _Statistics:
         self.usage = [RunningMean(number, device) for number in numbers]
         self.importance = [RunningMean(number, device) for number in numbers]
         self.tokens = [torch.zeros(number, device=device) for number in numbers]
-        self.trained = [torch.zeros(number, dtype=torch.bool) for number in numbers]
+        self._num_experts = numbers
+        self._trained: list[list[bool]] = [[] for _ in numbers]
 
     def add(self, routing: LayerRouting, lam: float) -> None:
         evidence, layer = routing.evidence, routing.layer.index
@@ -71,13 +72,20 @@ class _Statistics:
         self.tokens[layer] += routing.tokens
 
     def note_trained(self, model: MoEModel) -> None:
-        for state, flags, trained in zip(model.states, model.trained_now(), self.trained, strict=True):
+        """After a step: remember who had a gradient, on the host, where the gradients' being there is known."""
+        for layer, flags in enumerate(model.trained_now()):
+            before = self._trained[layer] or [False] * len(flags)
+            self._trained[layer] = [a or b for a, b in zip(before, flags, strict=True)]
+
+    def trained(self, model: MoEModel) -> list[Tensor]:
+        """Per layer bool [E]: the experts that any step trained."""
+        found = []
+        for state, number, flags in zip(model.states, self._num_experts, self._trained, strict=True):
+            trained = torch.zeros(number, dtype=torch.bool)
             if flags:
-                here = torch.tensor(flags)
-                if state.local is None:
-                    trained |= here
-                else:
-                    trained[(state.local[:-1] < state.num_local).cpu()] |= here
+                trained[state.present.cpu()] = torch.tensor(flags)
+            found.append(trained)
+        return found
 
 
 def train(
@@ -139,14 +147,17 @@ def train(
             loss = answer_loss(
                 model.model(**batch.model_inputs()).logits, batch, settings.loss == "choices", adjustment
             )
-            losses.append(loss.item())
+            if pace is not None:
+                _synchronise(model)
+                if (taken := pace.give_up()) is not None:
+                    raise OutOfTimeError(
+                        f"the forward pass of its first step took {taken:.1f} s, "
+                        f"and its deadline is {pace.deadline_s:g} s"
+                    )
+            loss.backward()
+            losses.append(loss.item())  # after the backward pass has been handed to the device: this waits for it
             if not math.isfinite(losses[-1]):
                 raise TrainingError(f"the loss is {losses[-1]} in step {step}; lower train.lr (now {settings.lr:g})")
-            if pace is not None and (taken := pace.give_up()) is not None:
-                raise OutOfTimeError(
-                    f"the forward pass of its first step took {taken:.1f} s, and its deadline is {pace.deadline_s:g} s"
-                )
-            loss.backward()
             if step == 1:
                 _check_gradients(model)
             if settings.max_grad_norm is not None:
@@ -155,13 +166,12 @@ def train(
             statistics.note_trained(model)
             for routing in model.routing:
                 statistics.add(routing, method.lam)
-                _score(routing, method, history)
+            _score(model, method, history)
             optimizer.zero_grad(set_to_none=True)
             if on_step is not None:
                 on_step(step, losses[-1])
             if pace is not None:
-                if model.device.type != "cpu":
-                    torch.accelerator.synchronize(model.device)
+                _synchronise(model)
                 pace.done()
     finally:
         model.watch(None)
@@ -173,7 +183,7 @@ def train(
         usage=[mean.value().nan_to_num(0.0).cpu() for mean in statistics.usage],
         importance=[mean.value().nan_to_num(0.0).cpu() for mean in statistics.importance],
         tokens=[tokens.cpu() for tokens in statistics.tokens],
-        trained=statistics.trained,
+        trained=statistics.trained(model),
         losses=losses,
         seconds=clock() - started,
         steps=len(losses),
@@ -209,8 +219,7 @@ def bootstrap(
             batch = encoder.training_batch(rows).to(model.device)
             model.watch(_tokens(batch), NEEDS[scoring.score])
             model.model(**batch.model_inputs())
-            for routing in model.routing:
-                _score(routing, scoring, scratch)
+            _score(model, scoring, scratch)
     finally:
         model.watch(None)
     if not forward_only:
@@ -251,10 +260,25 @@ def _tokens(batch: Batch) -> RoutingBatch:
     return RoutingBatch((batch.targets != IGNORED).long(), batch.attention_mask)
 
 
-def _score(routing: LayerRouting, method: MethodConfig, history: ClientHistory) -> None:
-    assert routing.evidence is not None
-    if method.score != "random" and len(routing.evidence.g) > 0:
-        history.scores[routing.layer.index].update(score(method.score, routing.evidence, method.lam, method.beta))
+def _score(model: MoEModel, method: MethodConfig, history: ClientHistory) -> None:
+    """Fold the watched batch's scores into the history, which is on the host: all layers at once."""
+    if method.score == "random":
+        return
+    scores = {}
+    for routing in model.routing:
+        assert routing.evidence is not None
+        if len(routing.evidence.g) > 0:
+            scores[routing.layer.index] = score(method.score, routing.evidence, method.lam, method.beta)
+    if scores:
+        parts = torch.cat(list(scores.values())).cpu().split([len(values) for values in scores.values()])
+        for layer, values in zip(scores, parts, strict=True):
+            history.scores[layer].update(values)
+
+
+def _synchronise(model: MoEModel) -> None:
+    """Wait for what was handed to the device, so that a clock says how long it took."""
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
 
 
 def _choose_by_budget(

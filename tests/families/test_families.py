@@ -221,7 +221,7 @@ def test_routing_goes_to_residents_only_and_statistics_do_not_see_the_mask(famil
     torch.testing.assert_close(whole.g.sum(1), torch.ones(whole.g.shape[0]))
     for routing, resident in zip(model.routing, some_resident(model), strict=True):
         assert not (routing.tokens > 0)[~resident].any()
-        tokens = batch.of(routing.layer).sum() * routing.layer.top_k
+        tokens = batch.of(routing.layer).keep.sum() * routing.layer.top_k
         assert 0 < routing.tokens.sum() <= tokens, "padding was counted, or nothing was routed"
 
 
@@ -259,10 +259,12 @@ def test_merged_weights_saved_by_expert_load_in_stock_transformers_and_carved(fa
     merge(ours, torch.float32)
     save(ours.model, tmp_path)
     stock = type(ours.model).from_pretrained(tmp_path, attn_implementation="eager").eval()
-    torch.testing.assert_close(logits_of(stock, x), expected, atol=1e-5, rtol=0)
+    # Merging rounds the weights, and the logits by so much of their scale: 1.3e-5 of 3.8 in qwen3_next with AVX-512.
+    near = 1e-5 * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(logits_of(stock, x), expected, atol=near, rtol=0)
 
     auto = AutoModelForSeq2SeqLM if stock.config.is_encoder_decoder else AutoModelForCausalLM
     empty = empty_model(auto, AutoConfig.from_pretrained(tmp_path), torch.float32, attn_implementation="eager")
     carved = MoEModel(empty, store=fill(empty, Shards(tmp_path), torch.float32, "same", torch.device("cpu")))
     carved.set_resident(None)
-    torch.testing.assert_close(logits_of(carved.model, x), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_of(carved.model, x), expected, atol=near, rtol=0)

@@ -134,15 +134,15 @@ def test_unknown_router_kind_is_an_error():
 
 
 def test_sample_mean_ignores_padding_and_drops_empty_samples():
-    probabilities = torch.tensor([[0.2, 0.8], [0.6, 0.4], [float("nan"), 1.0], [1.0, 0.0], [0.0, 1.0]])
-    sample = torch.tensor([0, 0, 0, 1, 2])
-    keep = torch.tensor([True, True, False, False, True])
-    # sample 0: mean of its first two tokens; sample 1: padding only, dropped; sample 2: its one token
-    mean = sample_mean(probabilities, sample, 3, keep)
-    torch.testing.assert_close(mean, torch.tensor([[0.4, 0.6], [0.0, 1.0]]))
-    assert sample_mean(probabilities, sample, 3, torch.zeros(5, dtype=torch.bool)).shape == (0, 2)
+    probabilities = torch.tensor([[0.2, 0.8], [0.6, 0.4], [1.0, 0.0], [1.0, 0.0], [float("nan"), 1.0], [0.0, 1.0]])
+    keep = torch.tensor([[True, True], [False, False], [False, True]])
+    # sample 0: mean of its two tokens; sample 1: padding only, dropped; sample 2: its one token
+    expected = torch.tensor([[0.4, 0.6], [0.0, 1.0]])
+    torch.testing.assert_close(sample_mean(probabilities, keep), expected)
+    torch.testing.assert_close(sample_mean(probabilities, keep, torch.tensor([0, 2])), expected)
+    assert sample_mean(probabilities, torch.zeros(3, 2, dtype=torch.bool)).shape == (0, 2)
 
 
 def test_sample_mean_checks_shapes():
     with pytest.raises(ValueError, match="expected probabilities"):
-        sample_mean(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), 1, torch.ones(3, dtype=torch.bool))
+        sample_mean(torch.zeros(3, 2), torch.ones(2, 1, dtype=torch.bool))

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from hfedmoe.config import ModelConfig
 from hfedmoe.moe import compact
 from hfedmoe.moe.compact import compute_in_float32
 from hfedmoe.moe.model import MoEModel
@@ -100,3 +102,11 @@ def test_processors_say_what_they_multiply(machine, flags, dtype, expected, monk
 
 def test_accelerators_multiply_16_bit():
     assert compact.multiplies_16_bit(torch.device("cuda"), torch.bfloat16)
+    assert not compact.wants_float32("auto", torch.device("cuda"), torch.bfloat16)
+
+
+def test_float16_is_for_storage():
+    assert compact.wants_float32("auto", torch.device("cuda"), torch.float16)
+    with pytest.raises(ValidationError, match="gradients vanish in float16"):
+        ModelConfig(dtype="float16", compute="same")
+    assert ModelConfig(dtype="float16").compute == "auto"

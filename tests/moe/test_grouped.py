@@ -24,7 +24,7 @@ def draw(*shape: int) -> Tensor:
 @pytest.fixture(params=["kernel", "calls"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "calls":
-        monkeypatch.setattr(grouped, "has_kernel", lambda *operands: False)
+        monkeypatch.setattr(grouped, "has_kernel", lambda groups, *operands: False)
     return str(request.param)
 
 
@@ -37,7 +37,7 @@ def test_ends_count_experts_without_rows(groups: Groups) -> None:
 def test_products_equal_those_of_each_row(groups: Groups, way: str, transposed: bool) -> None:
     left = draw(S, K)
     stack = draw(E, N, K).transpose(1, 2) if transposed else draw(E, K, N)
-    assert way == "calls" or grouped.has_kernel(left, stack)
+    assert way == "calls" or grouped.has_kernel(groups, left, stack)
     expected = torch.cat([left[start:end] @ stack[expert] for expert, start, end in groups.spans])
     torch.testing.assert_close(grouped.product(left, stack, groups), expected)
     torch.testing.assert_close(grouped.write_product(draw(S, N), left, stack, groups), expected)
@@ -57,14 +57,14 @@ def test_outer_products_are_those_of_groups_with_rows(groups: Groups, way: str) 
 
 def test_rows_that_are_not_aligned_go_without_the_kernel(groups: Groups) -> None:
     left, stack = draw(S, 3), draw(E, 3, N)
-    assert not grouped.has_kernel(left, stack)
+    assert not grouped.has_kernel(groups, left, stack)
     expected = torch.cat([left[start:end] @ stack[expert] for expert, start, end in groups.spans])
     torch.testing.assert_close(grouped.product(left, stack, groups), expected)
 
 
 def test_mixed_precision_goes_without_the_kernel(groups: Groups) -> None:
     left, stack = draw(S, K).bfloat16(), draw(E, K, N)
-    assert not grouped.has_kernel(left, stack)
+    assert not grouped.has_kernel(groups, left, stack)
     assert grouped.product(left, stack, groups).dtype == torch.bfloat16
 
 

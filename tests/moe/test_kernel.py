@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hfedmoe.moe import kernel
 from hfedmoe.moe.base import SeparateBase, SharedBase, StackedWeights, base_of
 from hfedmoe.moe.grouping import group_pairs
 from hfedmoe.moe.kernel import LORA, ExpertMath, experts_forward
@@ -92,11 +93,53 @@ def test_absent_and_dropped_pairs_give_nothing() -> None:
     assert not nothing.any()
 
 
-def test_bfloat16_is_close_to_double() -> None:
-    exact = ours(problem(), 1.5, True)
-    rough = ours(problem(torch.bfloat16), 1.5, True)
-    assert rough.dtype == torch.bfloat16
-    torch.testing.assert_close(rough.double(), exact, atol=0.05 * exact.abs().max().item(), rtol=0)
+@pytest.mark.parametrize("few_rows", [0, kernel._FEW_ROWS])  # thin products in bfloat16, and in float32
+def test_bfloat16_is_close_to_double(few_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_FEW_ROWS", few_rows)
+    wanted = ["x", "weights", *LORA]
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        p = problem(dtype)
+        if dtype == torch.bfloat16:
+            p |= {name: p[name].float() for name in LORA}  # as they are trained
+        p |= {name: p[name].requires_grad_() for name in wanted}
+        out = ours(p, 1.5, True)
+        results.append([out, *torch.autograd.grad(out.sum(), [p[name] for name in wanted])])
+    exact, rough = results
+    assert [tensor.dtype for tensor in rough] == [torch.bfloat16] * 3 + [torch.float32] * 4
+    for one, other in zip(exact, rough, strict=True):
+        torch.testing.assert_close(other.double(), one, atol=0.03 * one.abs().max().item(), rtol=0)
+
+
+def test_pairs_of_a_token_are_added_up_in_float32() -> None:
+    groups = group_pairs(torch.tensor([0, 1, 2]), 3, 3)
+    rows = torch.tensor([[256.0], [1.0], [1.0]]).bfloat16()  # in bfloat16, 256 + 1 is 256
+    assert groups.sum_per_token(rows).tolist() == [[258.0]]
+    assert group_pairs(torch.tensor([0, 3, 2]), 3, 3).sum_per_token(rows[:2]).tolist() == [[257.0 - 1]]
+
+
+def test_the_identity_as_gate_leaves_what_the_backward_pass_needs() -> None:
+    p = problem()
+    p["up"], p["up_b"] = p["up"][:, :WIDTH], p["up_b"][:, :WIDTH]
+    groups = group_pairs(p["index"].reshape(-1), E, K)
+    p |= {name: p[name].requires_grad_() for name in ("x", "weights", *LORA)}
+    leaves = [p[name][e] for e, _, _ in groups.spans for name in LORA]
+    for identity in (lambda u: u, lambda u: u * 1.0):
+        math = ExpertMath(base_of(p["up"], p["down"]), identity)
+        out = experts_forward(math, p["x"], p["weights"].reshape(-1), groups, {n: p[n].detach() for n in LORA}, leaves)
+        grads = torch.autograd.grad(out.sum(), [p["x"], p["weights"]], retain_graph=True)
+        if identity(p["x"]) is p["x"]:
+            first = grads
+    for one, other in zip(first, grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_second_derivatives_are_refused() -> None:
+    p = problem()
+    p["x"].requires_grad_()
+    (grad,) = torch.autograd.grad(ours(p, 1.0, True).square().sum(), p["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_transposed_storage_gives_the_same_products() -> None:

@@ -223,7 +223,7 @@ def _even(experts: Tensor, num_experts: int, top_k: int, keep: Tensor | None = N
     spans = list(zip(range(num_experts), [0, *ends], ends, strict=False))
     spans = [span for span in spans if span[2] > span[1]]
     token, pair, places = torch.empty_like(experts), torch.empty_like(experts), torch.empty_like(experts)
-    return Groups(pairs // top_k, token, pair, spans, num_experts, places.view(-1, top_k))
+    return Groups(pairs // top_k, token, pair, spans, num_experts, token.new_empty(num_experts), places.view(-1, top_k))
 
 
 class _Imagined:

@@ -40,17 +40,16 @@ def routing_probabilities(logits: Tensor, kind: str) -> Tensor:
     raise ValueError(f'router kind "{kind}" is unknown; known: softmax, sigmoid')
 
 
-def sample_mean(probabilities: Tensor, sample: Tensor, num_samples: int, keep: Tensor) -> Tensor:
+def sample_mean(probabilities: Tensor, keep: Tensor, observed: Tensor | None = None) -> Tensor:
     """G of every sample: the mean of its tokens' routing probabilities. Padding never counts, not even as NaN.
 
-    A sample without a kept token has no routing and is dropped: the result has B' <= `num_samples` rows, in the order
-    of the samples, and may have none.
+    A sample without a kept token has no routing and is dropped: the result has B' <= B rows, in the order of the
+    samples, and may have none.
 
     Args:
-        probabilities: [T, E].
-        sample: int64 [T], the sample that each token belongs to, in [0, num_samples).
-        num_samples: B.
-        keep: bool [T], False for padding.
+        probabilities: [T, E], sample after sample.
+        keep: bool [B, T / B], False for padding.
+        observed: int64 [B'], the samples with a kept token, where that is known; to find out waits for a GPU.
 
     Returns:
         float32 [B', E].
@@ -58,17 +57,15 @@ def sample_mean(probabilities: Tensor, sample: Tensor, num_samples: int, keep: T
     Raises:
         ValueError: the shapes do not agree.
     """
-    if probabilities.dim() != 2 or sample.shape != probabilities.shape[:1] or keep.shape != sample.shape:
+    if probabilities.dim() != 2 or keep.dim() != 2 or keep.numel() != len(probabilities):
         raise ValueError(
-            f"expected probabilities [T, E], sample [T] and keep [T], got {tuple(probabilities.shape)}, "
-            f"{tuple(sample.shape)} and {tuple(keep.shape)}"
+            f"expected probabilities [T, E] and keep [B, T / B], got {tuple(probabilities.shape)} and "
+            f"{tuple(keep.shape)}"
         )
     # Decision: G of a sample is the mean over its non-padding tokens of the probability over all experts.
-    kept = torch.where(keep[:, None], probabilities.detach().float(), 0.0)
-    total = kept.new_zeros(num_samples, kept.shape[1]).index_add_(0, sample, kept)
-    tokens = kept.new_zeros(num_samples).index_add_(0, sample, keep.float())
-    observed = tokens > 0
-    return total[observed] / tokens[observed, None]
+    kept = torch.where(keep.reshape(-1, 1), probabilities.detach().float(), 0.0)
+    mean = kept.view(*keep.shape, -1).sum(1) / keep.sum(1, keepdim=True)
+    return mean[keep.any(1) if observed is None else observed]
 
 
 def cumulative(g: Tensor) -> Tensor:

@@ -34,8 +34,12 @@ def multiplies_16_bit(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def wants_float32(compute: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """What `model.compute` ("auto", "float32" or "same") means for weights of this precision on this device."""
-    return compute == "float32" or (compute == "auto" and not multiplies_16_bit(device, dtype))
+    """What `model.compute` ("auto", "float32" or "same") means for weights of this precision on this device.
+
+    "auto" never computes in float16: the gradients of a low-rank pair whose other half is still small vanish in it.
+    """
+    slow = dtype == torch.float16 or not multiplies_16_bit(device, dtype)
+    return compute == "float32" or (compute == "auto" and slow)
 
 
 def compute_in_float32(model: Any) -> None:

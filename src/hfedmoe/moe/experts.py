@@ -53,6 +53,14 @@ class ExpertState:
             return len(self.store.present[self.layer.index])
         return self.layout.num_local
 
+    @property
+    def present(self) -> Tensor:
+        """int64 [n]: the experts in the (carved) stacks, in their order."""
+        number = self.num_local
+        if self.local is None:
+            return torch.arange(number)
+        return self.local[:-1].argsort()[:number]  # absent experts share the place behind the last
+
     def math(self) -> ExpertMath:
         """How the experts of this layer compute."""
         scale = 1.0 if self.trained is None else self.trained.scale
@@ -97,7 +105,7 @@ class ExpertState:
         trainable, here = self.trainable, self.resident
         if self.local is not None:
             experts = self.local[experts]
-            trainable = None if trainable is None else trainable[self.local[:-1] < self.num_local]
+            trainable = None if trainable is None else trainable[self.present]
             here = None  # what is absent has no place in the stacks
         # Routers limited to groups may pick absent experts, with weight 0: they must not run in a masked model either.
         chosen = here if trainable is None else trainable if here is None else trainable & here
@@ -108,13 +116,14 @@ class ExpertState:
         else:
             rows = self._pairs(math, hidden, groups) * flat[groups.pair, None].to(hidden.dtype)
             self._report_norms(rows, groups, index.shape)
-            out = hidden.new_zeros(hidden.shape).index_add(0, groups.token, rows)
+            out = groups.sum_per_token(rows)
         if trainable is not None and self.off_budget == "frozen":
             rest = self.grouping(experts, self.num_local, top_k, ~trainable if here is None else ~trainable & here)
-            with torch.no_grad():
-                rows = self._pairs(math, hidden, rest)
-            # The gate still learns from experts over the budget; they themselves and what lies below them do not.
-            out = out.index_add(0, rest.token, rows * flat[rest.pair, None].to(rows.dtype))
+            if rest.size > 0:
+                with torch.no_grad():
+                    rows = self._pairs(math, hidden, rest)
+                # The gate still learns from experts over the budget; they themselves and what lies below them do not.
+                out = out + rest.sum_per_token(rows * flat[rest.pair, None].to(rows.dtype))
         return out
 
     def _grouped(self, math: ExpertMath, hidden: Tensor, flat: Tensor, groups: Groups) -> Tensor:
@@ -126,7 +135,7 @@ class ExpertState:
     def _pairs(self, math: ExpertMath, hidden: Tensor, groups: Groups) -> Tensor:
         """The unweighted output of every pair [S, H]: each pair is treated as a token of its own."""
         own = torch.arange(groups.size, device=hidden.device)
-        alone = Groups(groups.size, own, own, groups.spans, groups.num_experts, own[:, None])
+        alone = Groups(groups.size, own, own, groups.spans, groups.num_experts, groups.ends, own[:, None])
         return self._grouped(math, hidden[groups.token], hidden.new_ones(groups.size), alone)
 
     def _report_norms(self, rows: Tensor, groups: Groups, shape: torch.Size) -> None:

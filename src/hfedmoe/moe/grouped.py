@@ -1,11 +1,15 @@
 """Products of rows that are sorted by expert with a matrix per expert: one grouped call where torch has a kernel.
 
-On a GPU a grouped product replaces a launch per expert. On a processor it is the same loop of matrix products, without
-Python between them: what counts for the thin products of LoRA, whose matrices take less time than a call. Where torch
-has no kernel (rows of a size that is no multiple of 16 bytes, an old GPU), there is a call per group.
+On a GPU that is one kernel in place of a launch per expert for bfloat16 on Hopper and data-centre Blackwell. On others
+torch itself waits for the groups' ends and launches a product for each, so there is a call per group here, as for rows
+of a size that is no multiple of 16 bytes. On a processor a grouped call is the same loop of matrix products without
+Python between them: what counts for the thin products of LoRA, whose matrices take less time than a call.
+
+Rows may be of another precision than the product that is added to them or written into them; both factors have one.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,12 +21,14 @@ from hfedmoe.moe.grouping import Groups
 _SMALL = 1 << 22
 """Elements of all results of `outer` together below which calls cost more than the arithmetic, on a processor."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_GROUPS = 1024
+"""Groups from which on torch refuses a grouped product on a GPU."""
 _ALIGNMENT = 16
 """Bytes: torch's grouped kernels want the rows of every operand to begin at a multiple of it."""
 
 
-def has_kernel(*operands: Tensor) -> bool:
-    """Whether torch has a grouped product for operands that lie in memory like these."""
+def has_kernel(groups: Groups, *operands: Tensor) -> bool:
+    """Whether a grouped product is the way for operands that lie in memory like these."""
     dtype = operands[0].dtype
     if dtype not in _DTYPES or any(operand.dtype != dtype for operand in operands):
         return False
@@ -30,8 +36,14 @@ def has_kernel(*operands: Tensor) -> bool:
         return False
     device = operands[0].device
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0) and all(map(_is_aligned, operands))
+        fits = groups.size > 0 and groups.num_experts < _MOST_GROUPS and _is_one_kernel(device, dtype)
+        return fits and all(_is_aligned(o) and o.data_ptr() % _ALIGNMENT == 0 for o in operands)
     return device.type == "cpu" and all(map(_is_aligned, operands))
+
+
+@cache
+def _is_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _is_aligned(operand: Tensor) -> bool:
@@ -45,15 +57,15 @@ def _is_aligned(operand: Tensor) -> bool:
 
 def product(left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
     """left [S, K] times each group's own matrix of stack [E, K, N]: [S, N]."""
-    if has_kernel(left, stack):
+    if has_kernel(groups, left, stack):
         return grouped_mm(left, stack, offs=groups.ends)
     return write_product(left.new_empty(groups.size, stack.shape[2]), left, stack, groups)
 
 
 def add_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> None:
     """rows [S, N] += left [S, K] times each group's own matrix of stack [E, K, N]."""
-    if rows.is_cuda and has_kernel(left, stack):
-        rows.add_(grouped_mm(left, stack, offs=groups.ends))
+    if rows.dtype != left.dtype or (rows.is_cuda and has_kernel(groups, left, stack)):
+        rows.add_(product(left, stack, groups))
         return
     for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
         target.addmm_(own, stack[expert].to(left.dtype))
@@ -61,7 +73,9 @@ def add_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> No
 
 def write_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
     """left [S, K] times each group's own matrix of stack [E, K, N], in place of the contents of rows [S, N]."""
-    if rows.is_cuda and has_kernel(left, stack):
+    if rows.dtype != left.dtype:
+        return rows.copy_(product(left, stack, groups))
+    if rows.is_cuda and has_kernel(groups, left, stack):
         return grouped_mm(left, stack, offs=groups.ends)
     for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
         torch.mm(own, stack[expert].to(left.dtype), out=target)
@@ -73,7 +87,7 @@ def outer(left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Se
     few = 2 * len(groups.spans) < groups.num_experts
     large = left.shape[1] * right.shape[1] * groups.num_experts > _SMALL and not left.is_cuda
     # A grouped product makes results for experts without a single row, too: they take memory and time for nothing.
-    if not few and not large and has_kernel(left.t(), right):
+    if not few and not large and has_kernel(groups, left.t(), right):
         stacked = grouped_mm(left.t(), right, offs=groups.ends).to(dtype)
         return [stacked[expert] for expert, _, _ in groups.spans]
     return [(a.t() @ b).to(dtype) for a, b in zip(groups.split(left), groups.split(right), strict=True)]

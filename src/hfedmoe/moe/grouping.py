@@ -1,7 +1,6 @@
 """Sort (token, expert) pairs by expert, so that each expert works on one contiguous group of rows."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,32 +21,38 @@ class Groups:
     spans: list[tuple[int, int, int]]
     """(expert, start, end) for every expert with at least one pair, in rows of the sorted pairs."""
     num_experts: int
-    places: Tensor | None = None
-    """int64 [T, K]: where each token's pairs are among the sorted ones, if no pair is missing."""
+    ends: Tensor
+    """int32 [E]: where the rows of each expert end, in rows of the sorted pairs; for torch's grouped products."""
+    places: Tensor
+    """int64 [T, K]: where each token's pairs are among the sorted ones; S or more for pairs that do not occur."""
 
     @property
     def size(self) -> int:
         return self.token.shape[0]
 
-    @cached_property
-    def ends(self) -> Tensor:
-        """int32 [E]: where the rows of each expert end, in rows of the sorted pairs; for torch's grouped products."""
-        ends, last = [0] * self.num_experts, 0
-        for expert, _, end in self.spans:
-            ends[expert] = end
-        for expert, end in enumerate(ends):
-            last = ends[expert] = max(last, end)
-        return torch.tensor(ends, dtype=torch.int32, device=self.token.device)
-
     def sum_per_token(self, rows: Tensor) -> Tensor:
-        """Add up the rows [S, D] of all pairs per token: [T, D], in the same order every time."""
-        if self.places is None:
-            return rows.new_zeros(self.num_tokens, rows.shape[1]).index_add_(0, self.token, rows)
-        first, *others = self.places.unbind(1)
-        out = rows.index_select(0, first)
-        for place in others:
-            out += rows.index_select(0, place)
-        return out
+        """Add up the rows [S, D] of all pairs per token: [T, D], in float32 at least, and in the same order every time.
+
+        Index sums would not do: on a GPU their order differs from run to run.
+        """
+        if self.size == 0:
+            return rows.new_zeros(self.num_tokens, rows.shape[1])
+        places = self.places.unbind(1)
+        if len(places) == 1 and self.is_whole:
+            return rows.index_select(0, places[0])
+        out: Tensor | None = None
+        for place in places:
+            own = rows.index_select(0, place if self.is_whole else place.clamp(max=self.size - 1))
+            if not self.is_whole:
+                own = own.masked_fill(place[:, None] >= self.size, 0.0)
+            out = own.to(torch.promote_types(own.dtype, torch.float32)) if out is None else out.add_(own)
+        assert out is not None
+        return out.to(rows.dtype)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every pair occurs."""
+        return self.size == self.places.numel()
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Views of `rows` [S, ...], one per group, in the order of `spans`."""
@@ -65,18 +70,15 @@ def group_pairs(experts: Tensor, num_experts: int, top_k: int, keep: Tensor | No
     if keep is not None:
         table = torch.cat([keep, keep.new_zeros(1)])
         ids = ids.masked_fill(~table[ids], num_experts)
-    order = torch.argsort(ids, stable=True)
-    counts = torch.bincount(ids, minlength=num_experts + 1).tolist()
+    ids, order = torch.sort(ids, stable=True)
+    ends = torch.searchsorted(ids, torch.arange(num_experts, device=ids.device), right=True, out_int32=True)
     spans: list[tuple[int, int, int]] = []
     start = 0
-    for expert, count in enumerate(counts[:num_experts]):
-        if count:
-            spans.append((expert, start, start + count))
-            start += count
+    for expert, end in enumerate(ends.tolist()):  # the one synchronisation
+        if end > start:
+            spans.append((expert, start, end))
+            start = end
+    places = torch.empty_like(order)
+    places[order] = torch.arange(num_pairs, device=order.device)
     pair = order[:start]
-    places = None
-    if start == num_pairs:
-        places = torch.empty_like(pair)
-        places[pair] = torch.arange(num_pairs, device=pair.device)
-        places = places.view(-1, top_k)
-    return Groups(num_pairs // top_k, pair // top_k, pair, spans, num_experts, places)
+    return Groups(num_pairs // top_k, pair // top_k, pair, spans, num_experts, ends, places.view(-1, top_k))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hfedmoe.moe.base import ExpertBase
 from hfedmoe.moe.grouped import add_product, outer, product, write_product
@@ -25,6 +26,9 @@ LORA = ("up_a", "up_b", "down_a", "down_b")
 """Trained matrices of an expert with LoRA: A [R, in] and B [out, R] of the up and of the down projection."""
 FULL = ("up", "down", "up_bias", "down_bias")
 """Trained tensors of an expert without LoRA; the biases only where the family has them."""
+
+_FEW_ROWS = 256
+"""Rows per expert below which a processor makes a thin product in float32 sooner than it sets one up in 16 bit."""
 
 
 @dataclass
@@ -70,12 +74,12 @@ class _GroupedExperts(torch.autograd.Function):
         *leaves: Tensor,
     ) -> Tensor:
         w = weights[groups.pair].to(x.dtype)[:, None]
-        trained = _Trained(stacks, x.dtype)
+        trained = _Trained(stacks, _thin_dtype(x, groups))
         rows = x.index_select(0, groups.token)
         u = math.base.up(x, rows, groups)
         low_up = low_down = None
         if trained.lora:
-            low_up = product(rows, trained["up_a"].transpose(1, 2), groups).mul_(math.scale)
+            low_up = product(trained.thin(rows), trained["up_a"].transpose(1, 2), groups).mul_(math.scale)
             add_product(u, low_up, trained["up_b"].transpose(1, 2), groups)
         _add_bias(groups, u, math.up_bias)
         a, mask = _gate(math, u), None
@@ -85,7 +89,7 @@ class _GroupedExperts(torch.autograd.Function):
         a *= w
         extra = None
         if trained.lora:
-            low_down = product(a, trained["down_a"].transpose(1, 2), groups).mul_(math.scale)
+            low_down = product(trained.thin(a), trained["down_a"].transpose(1, 2), groups).mul_(math.scale)
             # Into rows, whose contents are no longer needed.
             extra = write_product(rows, low_down, trained["down_b"].transpose(1, 2), groups)
         if math.down_bias is not None:
@@ -96,10 +100,11 @@ class _GroupedExperts(torch.autograd.Function):
         return math.base.down(a, groups, extra)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         math, groups = ctx.math, ctx.groups
         x, w, u, low_up, low_down, mask = ctx.saved_tensors
-        trained = _Trained(ctx.stacks, x.dtype, ctx.needs_input_grad[5:])
+        trained = _Trained(ctx.stacks, _thin_dtype(x, groups), ctx.needs_input_grad[5:])
         grad = grads[0].contiguous()
         rows = grad.index_select(0, groups.token)
         d_a = math.base.down_t(grad, rows, groups)
@@ -121,17 +126,30 @@ class _GroupedExperts(torch.autograd.Function):
         return (None, None, None, d_x, d_weights, *trained.grads)
 
 
+def _thin_dtype(x: Tensor, groups: Groups) -> torch.dtype:
+    """The precision of LoRA's products with inputs x: that of the pass, or float32 where a processor is faster so."""
+    few = x.dtype.itemsize == 2 and groups.size < _FEW_ROWS * len(groups.spans)
+    return torch.float32 if few and x.device.type == "cpu" else x.dtype
+
+
 class _Trained:
-    """The trained stacks in the precision of the pass, and the gradients of their rows."""
+    """The trained stacks in the precision of LoRA's products, and the gradients of their rows."""
 
     def __init__(self, stacks: Mapping[str, Tensor], dtype: torch.dtype, wanted: Sequence[bool] = ()) -> None:
         self._slots = {name: slot for slot, name in enumerate(stacks)}
         self._stacks, self._dtype, self._wanted = stacks, dtype, wanted
+        self._cast: dict[str, Tensor] = {}
         self.grads: list[Tensor | None] = [None] * len(wanted)
         self.lora = "up_a" in stacks
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._stacks[name].to(self._dtype)
+        if name not in self._cast:
+            self._cast[name] = self._stacks[name].to(self._dtype)
+        return self._cast[name]
+
+    def thin(self, rows: Tensor) -> Tensor:
+        """Rows in the precision of LoRA's products."""
+        return rows.to(self._dtype)
 
     def wants(self, name: str) -> bool:
         """Whether gradients of `name` are asked for: all experts are trained alike."""
@@ -179,12 +197,13 @@ def _down_backward(
     """
     if trained.lora:
         assert low is not None
-        d_low = product(rows, trained["down_b"], groups).mul_(math.scale)
+        thin_rows = trained.thin(rows)
+        d_low = product(thin_rows, trained["down_b"], groups).mul_(math.scale)
         add_product(d_a, d_low, trained["down_a"], groups)
         if trained.wants("down_b"):
-            trained.put_outer("down_b", rows, low, groups)
+            trained.put_outer("down_b", thin_rows, low, groups)
         if trained.wants("down_a"):
-            trained.put_outer("down_a", d_low * w, a, groups)
+            trained.put_outer("down_a", d_low * w, trained.thin(a), groups)
     if trained.wants("down"):
         trained.put_outer("down", rows * w, a, groups, flip=math.transposed)
     if trained.wants("down_bias"):
@@ -215,17 +234,18 @@ def _up_backward(
     if not trained.lora:
         return None
     assert low is not None
+    d_u = trained.thin(d_u)
     d_low = product(d_u, trained["up_b"], groups).mul_(math.scale)
     if trained.wants("up_b"):
         trained.put_outer("up_b", d_u, low, groups)
     if trained.wants("up_a"):
-        trained.put_outer("up_a", d_low, rows, groups)
+        trained.put_outer("up_a", d_low, trained.thin(rows), groups)
     return write_product(rows, d_low, trained["up_a"], groups)
 
 
 def _weight_gradient(math: ExpertMath, groups: Groups, rows: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
-    """Gradient of the gate weight of every pair [S]; overwrites a [S, I]."""
-    d_pairs = a.mul_(d_a).sum(1)
+    """Gradient of the gate weight of every pair, float32 [S]; overwrites a [S, I]."""
+    d_pairs = a.mul_(d_a).sum(1, dtype=torch.promote_types(a.dtype, torch.float32))
     if math.down_bias is not None:
         for expert, start, end in groups.spans:
             d_pairs[start:end] += rows[start:end] @ math.down_bias[expert].to(rows.dtype)
@@ -237,13 +257,14 @@ def _gate(math: ExpertMath, u: Tensor) -> Tensor:
     if math.silu_gate:
         gate, up = u.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate).mul_(up)
-    return math.gate(u)
+    a = math.gate(u)
+    return a.clone() if a is u else a  # the identity
 
 
 def _gate_again(math: ExpertMath, u: Tensor) -> tuple[Tensor, Tensor | None]:
     """As `_gate` for the backward pass; also memory for the gradient [S, U], with silu(gate) in its first half."""
     if not math.silu_gate:
-        return math.gate(u), None
+        return _gate(math, u), None
     gate, up = u.chunk(2, dim=-1)
     d_u = torch.empty_like(u)
     silu = torch.ops.aten.silu.out(gate, out=d_u.chunk(2, dim=-1)[0])

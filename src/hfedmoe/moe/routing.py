@@ -7,6 +7,7 @@ router; so weights renormalise as the family does. The unmasked logits of the sa
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,8 +38,36 @@ class Batch:
     encoder_mask: Tensor | None = None
     """[B, S'] of the encoder, in encoder-decoder models."""
 
-    def of(self, layer: MoELayer) -> Tensor:
-        return self.mask if layer.in_decoder or self.encoder_mask is None else self.encoder_mask
+    def of(self, layer: MoELayer) -> "Tokens":
+        """The tokens that pass through a layer."""
+        return self._decoder if layer.in_decoder or self.encoder_mask is None else self._encoder
+
+    @cached_property
+    def _decoder(self) -> "Tokens":
+        return Tokens(self.mask.bool())
+
+    @cached_property
+    def _encoder(self) -> "Tokens":
+        assert self.encoder_mask is not None
+        return Tokens(self.encoder_mask.bool())
+
+
+@dataclass
+class Tokens:
+    """Which tokens count, found out once per batch and not once per layer: it waits for a GPU."""
+
+    keep: Tensor
+    """bool [B, S]."""
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """int64: those that count, among all B * S."""
+        return self.keep.reshape(-1).nonzero()[:, 0]
+
+    @cached_property
+    def observed(self) -> Tensor:
+        """int64: the samples with a token that counts."""
+        return self.keep.any(1).nonzero()[:, 0]
 
 
 class _LogitTap(TorchFunctionMode):
@@ -172,18 +201,17 @@ class LayerRouting:
         if tap is None or tap.logits is None:
             raise RuntimeError(f"layer {self.layer.name}: the router's logits were not seen")
         num_experts = self.layer.num_experts
-        mask = self.batch.of(self.layer).to(index.device)
-        keep = mask.reshape(-1).bool()
+        counted = self.batch.of(self.layer)
+        keep = counted.keep.reshape(-1)
         if keep.shape[0] != index.shape[0]:
             raise RuntimeError(
                 f"layer {self.layer.name}: {index.shape[0]} tokens routed, but the mask has {keep.shape[0]}"
             )
         probabilities = self._shares(index) if self.layer.fixed_routing else _probabilities(tap.logits, tap.kind)
         if self.token_level:
-            g = probabilities[keep]
+            g = probabilities[counted.kept]
         else:
-            sample = torch.arange(mask.shape[0], device=keep.device).repeat_interleave(mask.shape[1])
-            g = sample_mean(probabilities, sample, mask.shape[0], keep)
+            g = sample_mean(probabilities, counted.keep, counted.observed)
         used = _count(index, keep, num_experts)
         if self.state.resident is None:
             demanded = used
@@ -218,7 +246,7 @@ class LayerRouting:
         assert self.evidence is not None
         assert self.batch is not None
         norms = norms.view(self._index.shape)  # where experts scale their input, every pair is a token of its own
-        keep = self.batch.of(self.layer).to(norms.device).reshape(-1, 1)
+        keep = self.batch.of(self.layer).keep.reshape(-1, 1)
         ran = self.resident() if self.state.trainable is None else self.resident() & self.state.trainable
         self.evidence.activation = _per_expert(norms * keep, self._index, ran)
 
@@ -232,18 +260,18 @@ class LayerRouting:
 
 def _count(index: Tensor, keep: Tensor, num_experts: int) -> Tensor:
     """float32 [E]: kept tokens per expert; indices outside [0, E) mean "no expert"."""
-    return torch.bincount(index[keep].reshape(-1).clamp(max=num_experts), minlength=num_experts + 1)[
-        :num_experts
-    ].float()
+    kept = keep[:, None].expand_as(index).reshape(-1).float()  # whole numbers: exact, in whatever order they are added
+    counts = kept.new_zeros(num_experts + 1)
+    return counts.scatter_add_(0, index.reshape(-1).clamp(max=num_experts), kept)[:num_experts]
 
 
 def _per_expert(values: Tensor, index: Tensor, present: Tensor) -> Tensor:
     """Add up `values` [T, K] per expert; NaN for experts that are not present, so that nothing is learned of them."""
     num_experts = present.shape[0]
-    total = values.new_zeros(num_experts + 1).index_add_(
-        0, index.reshape(-1).clamp(max=num_experts), values.reshape(-1)
-    )
-    return total[:num_experts].masked_fill(~present, float("nan"))
+    # Token by token first: where a token's experts differ, nothing is added to the same place in an order of its own.
+    values = values.masked_fill(index >= num_experts, 0.0)
+    spread = values.new_zeros(len(index), num_experts + 1).scatter_add_(1, index.clamp(max=num_experts), values)
+    return spread[:, :num_experts].sum(0).masked_fill(~present, float("nan"))
 
 
 def _probabilities(logits: Tensor, kind: str) -> Tensor:
