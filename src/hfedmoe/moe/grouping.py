@@ -37,17 +37,19 @@ class Groups:
         """
         if self.size == 0:
             return rows.new_zeros(self.num_tokens, rows.shape[1])
-        places = self.places.unbind(1)
-        if len(places) == 1 and self.is_whole:
-            return rows.index_select(0, places[0])
-        out: Tensor | None = None
-        for place in places:
-            own = rows.index_select(0, place if self.is_whole else place.clamp(max=self.size - 1))
-            if not self.is_whole:
-                own = own.masked_fill(place[:, None] >= self.size, 0.0)
-            out = own.to(torch.promote_types(own.dtype, torch.float32)) if out is None else out.add_(own)
-        assert out is not None
+        first, *others = self.places.unbind(1)
+        out = self._rows_at(rows, first)
+        if len(others) > 1:  # a single addition rounds once, in whatever precision
+            out = out.to(torch.promote_types(rows.dtype, torch.float32))
+        for place in others:
+            out += self._rows_at(rows, place)
         return out.to(rows.dtype)
+
+    def _rows_at(self, rows: Tensor, place: Tensor) -> Tensor:
+        """rows [S, D] at places [T], in fresh memory; zeros for pairs that do not occur."""
+        if self.is_whole:
+            return rows.index_select(0, place)
+        return rows.index_select(0, place.clamp(max=self.size - 1)).masked_fill_(place[:, None] >= self.size, 0.0)
 
     @property
     def is_whole(self) -> bool:

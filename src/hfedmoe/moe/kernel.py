@@ -244,8 +244,8 @@ def _up_backward(
 
 
 def _weight_gradient(math: ExpertMath, groups: Groups, rows: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
-    """Gradient of the gate weight of every pair, float32 [S]; overwrites a [S, I]."""
-    d_pairs = a.mul_(d_a).sum(1, dtype=torch.promote_types(a.dtype, torch.float32))
+    """Gradient of the gate weight of every pair [S]; overwrites a [S, I]."""
+    d_pairs = a.mul_(d_a).sum(1)  # added up in float32 in any case
     if math.down_bias is not None:
         for expert, start, end in groups.spans:
             d_pairs[start:end] += rows[start:end] @ math.down_bias[expert].to(rows.dtype)
