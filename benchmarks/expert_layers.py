@@ -21,6 +21,7 @@ def measure(experts: int, top_k: int, tokens: int, dtype: str, seconds: float) -
     from hfedmoe.device.allocator import keep_freed_memory
     from hfedmoe.moe.base import base_of
     from hfedmoe.moe.compact import wants_float32
+    from hfedmoe.moe.gate import Gate
     from hfedmoe.moe.grouping import group_pairs
     from hfedmoe.moe.kernel import ExpertMath, experts_forward
     from hfedmoe.moe.trained import lora_experts
@@ -34,7 +35,7 @@ def measure(experts: int, top_k: int, tokens: int, dtype: str, seconds: float) -
     trained = lora_experts(
         experts, (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), RANK, 16.0, 0, torch.device("cpu")
     )
-    math = ExpertMath(base_of(up, down), gate=torch.nn.functional.silu, silu_gate=True, scale=trained.scale)
+    math = ExpertMath(base_of(up, down), gate=Gate(torch.nn.functional.silu, silu=True), scale=trained.scale)
     x = torch.randn(tokens, HIDDEN, dtype=computed, requires_grad=True)
     chosen = torch.randn(tokens, experts).softmax(-1).topk(top_k, dim=-1)
     weights, index = chosen.values.requires_grad_(), chosen.indices.reshape(-1)

@@ -44,6 +44,7 @@ class Stack:
         import torch
 
         from hfedmoe.moe.base import SeparateBase
+        from hfedmoe.moe.gate import Gate
         from hfedmoe.moe.kernel import ExpertMath
         from hfedmoe.moe.storage import Stored, StoredWeights, relative_error, store_as
         from hfedmoe.moe.trained import lora_experts
@@ -66,7 +67,7 @@ class Stack:
             up = StoredWeights([drawn(up_shape) for _ in range(EXPERTS)])
             down = StoredWeights([drawn(down_shape) for _ in range(EXPERTS)])
             trained = lora_experts(EXPERTS, up_shape, down_shape, RANK, 2 * RANK, layer, torch.device("cpu"))
-            self.layers.append(ExpertMath(SeparateBase(up, down), _silu_gate, silu_gate=True, scale=trained.scale))
+            self.layers.append(ExpertMath(SeparateBase(up, down), Gate(_silu_gate, silu=True), scale=trained.scale))
             self.trained.append(trained)
         self.bytes_per_expert = sum(stored.nbytes for stored in experts) / (LAYERS * EXPERTS)
         self.weight_error = statistics.mean(errors)

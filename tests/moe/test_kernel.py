@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hfedmoe.moe import kernel
 from hfedmoe.moe.base import SeparateBase, SharedBase, StackedWeights, base_of
+from hfedmoe.moe.gate import Gate
 from hfedmoe.moe.grouping import group_pairs
 from hfedmoe.moe.kernel import LORA, ExpertMath, experts_forward
 from hfedmoe.moe.model import MoEModel
@@ -58,7 +59,7 @@ def plain(p: dict[str, Tensor], scale: float) -> Tensor:
 
 
 def ours(p: dict[str, Tensor], scale: float, silu: bool, keep: Tensor | None = None) -> Tensor:
-    math = ExpertMath(base_of(p["up"].detach(), p["down"].detach()), gate, silu_gate=silu, scale=scale)
+    math = ExpertMath(base_of(p["up"].detach(), p["down"].detach()), Gate(gate, silu), scale=scale)
     groups = group_pairs(p["index"].reshape(-1), E, K, keep)
     leaves = [p[name][e] for e, _, _ in groups.spans for name in LORA]
     stacks = {name: p[name].detach() for name in LORA}
@@ -125,7 +126,7 @@ def test_the_identity_as_gate_leaves_what_the_backward_pass_needs() -> None:
     p |= {name: p[name].requires_grad_() for name in ("x", "weights", *LORA)}
     leaves = [p[name][e] for e, _, _ in groups.spans for name in LORA]
     for identity in (lambda u: u, lambda u: u * 1.0):
-        math = ExpertMath(base_of(p["up"], p["down"]), identity)
+        math = ExpertMath(base_of(p["up"], p["down"]), Gate(identity))
         out = experts_forward(math, p["x"], p["weights"].reshape(-1), groups, {n: p[n].detach() for n in LORA}, leaves)
         grads = torch.autograd.grad(out.sum(), [p["x"], p["weights"]], retain_graph=True)
         if identity(p["x"]) is p["x"]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hfedmoe.errors import UserError
 from hfedmoe.moe.base import SeparateBase, StackedWeights
+from hfedmoe.moe.gate import Gate
 from hfedmoe.moe.grouping import group_pairs
 from hfedmoe.moe.kernel import LORA, ExpertMath, experts_forward
 from hfedmoe.moe.storage import (
@@ -221,7 +222,7 @@ def run(up: Any, down: Any, dtype: torch.dtype) -> list[Tensor]:
     shape = {"up_a": (R, H), "up_b": (2 * WIDTH, R), "down_a": (R, WIDTH), "down_b": (H, R)}
     stacks = {name: draw(E, *shape[name]) for name in LORA}
     leaves = [stacks[name][expert].detach().requires_grad_() for expert, _, _ in groups.spans for name in LORA]
-    math = ExpertMath(SeparateBase(up, down), gate, silu_gate=True, scale=1.5)
+    math = ExpertMath(SeparateBase(up, down), Gate(gate, silu=True), scale=1.5)
     out = experts_forward(math, x, weights, groups, {n: s.detach() for n, s in stacks.items()}, leaves)
     return [out, *torch.autograd.grad((out.float() * torch.arange(H)).sum(), [x, weights, *leaves])]
 

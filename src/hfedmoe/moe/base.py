@@ -48,7 +48,12 @@ class Weights(Protocol):
 
 
 def add_product(rows: Tensor | None, left: Tensor, weights: Weights, groups: Groups, *, t: bool) -> Tensor:
-    """rows[s:e] += left[s:e] @ W_expert (or its transpose) for every group; allocates `rows` where it is None."""
+    """rows[s:e] += left[s:e] @ W_expert (or its transpose) for every group; allocates `rows` where it is None.
+
+    Rows of another precision are added to the product, which keeps that of `left`.
+    """
+    if rows is not None and rows.dtype != left.dtype:
+        return add_product(None, left, weights, groups, t=t).add_(rows)
     stack = weights.whole(left.dtype) if isinstance(weights, StackedWeights) else None
     if stack is not None:
         stack = stack.transpose(1, 2) if t else stack

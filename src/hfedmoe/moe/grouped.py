@@ -5,7 +5,7 @@ torch itself waits for the groups' ends and launches a product for each, so ther
 of a size that is no multiple of 16 bytes. On a processor a grouped call is the same loop of matrix products without
 Python between them: what counts for the thin products of LoRA, whose matrices take less time than a call.
 
-Rows may be of another precision than the product that is added to them or written into them; both factors have one.
+Rows may be of another precision than the product that is added to them; both factors have one.
 """
 
 from collections.abc import Sequence
@@ -72,9 +72,12 @@ def add_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> No
 
 
 def write_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
-    """left [S, K] times each group's own matrix of stack [E, K, N], in place of the contents of rows [S, N]."""
+    """left [S, K] times each group's own matrix of stack [E, K, N], in place of the contents of rows [S, N].
+
+    In fresh memory where a GPU has a kernel, and where rows have another precision.
+    """
     if rows.dtype != left.dtype:
-        return rows.copy_(product(left, stack, groups))
+        return product(left, stack, groups)
     if rows.is_cuda and has_kernel(groups, left, stack):
         return grouped_mm(left, stack, offs=groups.ends)
     for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):

@@ -10,7 +10,7 @@ The backward pass keeps only `x`, `u` and the rank-R products. It needs no exper
 because <dL/dy, f(x)> = <W_down' dL/dy, gate(u)>, which the backward pass computes anyway.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hfedmoe.moe.base import ExpertBase
+from hfedmoe.moe.gate import Gate
 from hfedmoe.moe.grouped import add_product, outer, product, write_product
 from hfedmoe.moe.grouping import Groups
 
@@ -27,7 +28,7 @@ LORA = ("up_a", "up_b", "down_a", "down_b")
 FULL = ("up", "down", "up_bias", "down_bias")
 """Trained tensors of an expert without LoRA; the biases only where the family has them."""
 
-_FEW_ROWS = 256
+_FEW_ROWS = 48
 """Rows per expert below which a processor makes a thin product in float32 sooner than it sets one up in 16 bit."""
 
 
@@ -36,10 +37,7 @@ class ExpertMath:
     """What all experts of a layer have in common."""
 
     base: ExpertBase
-    gate: Callable[[Tensor], Tensor]
-    """u [S, U] -> [S, I]: activation, and product with the ungated half where the family has one."""
-    silu_gate: bool = False
-    """The gate is silu(first half) * second half: its gradient is written out, which is faster."""
+    gate: Gate
     scale: float = 1.0
     up_bias: Sequence[Tensor] | None = None
     down_bias: Sequence[Tensor] | None = None
@@ -82,11 +80,10 @@ class _GroupedExperts(torch.autograd.Function):
             low_up = product(trained.thin(rows), trained["up_a"].transpose(1, 2), groups).mul_(math.scale)
             add_product(u, low_up, trained["up_b"].transpose(1, 2), groups)
         _add_bias(groups, u, math.up_bias)
-        a, mask = _gate(math, u), None
+        a, mask = math.gate(u, w), None
         if math.dropout > 0:
             mask = torch.empty_like(a).bernoulli_(1 - math.dropout).div_(1 - math.dropout)
             a *= mask
-        a *= w
         extra = None
         if trained.lora:
             low_down = product(trained.thin(a), trained["down_a"].transpose(1, 2), groups).mul_(math.scale)
@@ -108,19 +105,16 @@ class _GroupedExperts(torch.autograd.Function):
         grad = grads[0].contiguous()
         rows = grad.index_select(0, groups.token)
         d_a = math.base.down_t(grad, rows, groups)
-        a, d_u = _gate_again(math, u)
+        a, d_u = math.gate.again(u)
         if mask is not None:
             a *= mask
         _down_backward(math, groups, trained, rows, a, w, low_down, d_a)
+        d_pairs, d_u = math.gate.backward(u, w, a, d_a, d_u, mask)
         d_weights = None
         if ctx.needs_input_grad[4]:
             shape, dtype = ctx.weights_like
             d_weights = torch.zeros(shape, dtype=dtype, device=x.device)
-            d_weights[groups.pair] = _weight_gradient(math, groups, rows, a, d_a).to(dtype)
-        d_a *= w
-        if mask is not None:
-            d_a *= mask
-        d_u = _gate_backward(math, u, d_a, d_u)
+            d_weights[groups.pair] = _with_bias(math, groups, rows, d_pairs).to(dtype)
         extra = _up_backward(math, groups, trained, x, low_up, d_u, rows)
         d_x = math.base.up_t(d_u, groups, extra) if ctx.needs_input_grad[3] else None
         return (None, None, None, d_x, d_weights, *trained.grads)
@@ -178,6 +172,14 @@ def _add_bias(groups: Groups, rows: Tensor, bias: Sequence[Tensor] | None, w: Te
     for expert, start, end in groups.spans:
         own = bias[expert].to(rows.dtype)
         rows[start:end] += own if w is None else w[start:end] * own
+
+
+def _with_bias(math: ExpertMath, groups: Groups, rows: Tensor, d_pairs: Tensor) -> Tensor:
+    """d_pairs [S], the gradient of each pair's weight, with what the down bias adds to it; rows as `_down_backward`."""
+    if math.down_bias is not None:
+        for expert, start, end in groups.spans:
+            d_pairs[start:end] += rows[start:end] @ math.down_bias[expert].to(rows.dtype)
+    return d_pairs
 
 
 def _down_backward(
@@ -241,48 +243,3 @@ def _up_backward(
     if trained.wants("up_a"):
         trained.put_outer("up_a", d_low, trained.thin(rows), groups)
     return write_product(rows, d_low, trained["up_a"], groups)
-
-
-def _weight_gradient(math: ExpertMath, groups: Groups, rows: Tensor, a: Tensor, d_a: Tensor) -> Tensor:
-    """Gradient of the gate weight of every pair [S]; overwrites a [S, I]."""
-    d_pairs = a.mul_(d_a).sum(1)  # added up in float32 in any case
-    if math.down_bias is not None:
-        for expert, start, end in groups.spans:
-            d_pairs[start:end] += rows[start:end] @ math.down_bias[expert].to(rows.dtype)
-    return d_pairs
-
-
-def _gate(math: ExpertMath, u: Tensor) -> Tensor:
-    """The gate in fresh memory: u [S, U] -> [S, I]."""
-    if math.silu_gate:
-        gate, up = u.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate).mul_(up)
-    a = math.gate(u)
-    return a.clone() if a is u else a  # the identity
-
-
-def _gate_again(math: ExpertMath, u: Tensor) -> tuple[Tensor, Tensor | None]:
-    """As `_gate` for the backward pass; also memory for the gradient [S, U], with silu(gate) in its first half."""
-    if not math.silu_gate:
-        return _gate(math, u), None
-    gate, up = u.chunk(2, dim=-1)
-    d_u = torch.empty_like(u)
-    silu = torch.ops.aten.silu.out(gate, out=d_u.chunk(2, dim=-1)[0])
-    return silu * up, d_u
-
-
-def _gate_backward(math: ExpertMath, u: Tensor, d_a: Tensor, d_u: Tensor | None) -> Tensor:
-    """Gradient of the gate with respect to u [S, U], given the gradient of its output d_a [S, I], which is overwritten.
-
-    Args:
-        d_u: of `_gate_again`, where it gave any; becomes the gradient.
-    """
-    if d_u is None:
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            return torch.autograd.grad(math.gate(u), u, d_a)[0]
-    gate, up = u.chunk(2, dim=-1)
-    d_gate, d_up = d_u.chunk(2, dim=-1)
-    torch.mul(d_a, d_gate, out=d_up)
-    torch.ops.aten.silu_backward.grad_input(d_a.mul_(up), gate, grad_input=d_gate)
-    return d_u

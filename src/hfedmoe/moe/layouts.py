@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, is_stacked
 from hfedmoe.moe.base import ExpertBase, ListedWeights, SeparateBase, base_of
 from hfedmoe.moe.families import WITHOUT_INTERFACE, Dispatch
+from hfedmoe.moe.gate import Gate
 from hfedmoe.moe.kernel import ExpertMath
 from hfedmoe.moe.store import ExpertStore, HeldBiases, HeldWeights
 
@@ -88,11 +89,9 @@ class StackedLayout:
             tensors = self.tensors()
             base = base_of(tensors["up"], tensors["down"], self._transposed)
             biases = tensors.get("up_bias"), tensors.get("down_bias")
-        gate, plain = self._gate()
         return ExpertMath(
             base=base,
-            gate=gate,
-            silu_gate=plain and _is_silu(self._experts.act_fn),
+            gate=self._gate(),
             scale=scale,
             up_bias=biases[0],
             down_bias=biases[1],
@@ -115,15 +114,13 @@ class StackedLayout:
         prefix = _prefix(self._layer)
         return [{kind: f"{prefix}.{name}" for kind, name in self._attributes.items()}]
 
-    def _gate(self) -> tuple[Callable[[Tensor], Tensor], bool]:
-        """The gate, and whether it is activation(first half) * second half."""
+    def _gate(self) -> Gate:
         experts = self._experts
         if not self._gated:
-            return experts.act_fn, False
+            return Gate(experts.act_fn)
         own = getattr(experts, "_apply_gate", None)
-        if own is not None:
-            return own, own.__name__ == "_default_apply_gate"
-        return partial(_halves, experts.act_fn), True
+        plain = own is None or own.__name__ == "_default_apply_gate"  # activation(first half) * second half
+        return Gate(own or partial(_halves, experts.act_fn), silu=plain and _is_silu(experts.act_fn))
 
 
 class ListedLayout:
@@ -155,7 +152,7 @@ class ListedLayout:
             )
         return ExpertMath(
             base=base,
-            gate=activation,
+            gate=Gate(activation),
             scale=scale,
             dropout=dropout.p if isinstance(dropout, nn.Dropout) and first.training else 0.0,
         )
