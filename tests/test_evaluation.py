@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -23,7 +24,9 @@ from hfedmoe.data.rows import Example
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate, macro_f1
 from hfedmoe.loading import load
+from hfedmoe.packaged import smollm2_folder
 from hfedmoe.report.scores import as_text, to_json
+from hfedmoe.tiny import tiny_model
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 WORDS = ["<pad>", "</s>", "<unk>", "say", "so", "big", "small", "red", "green", "blue", "sky", "sea", "sun", "moon"]
@@ -156,6 +159,15 @@ def test_acc_norm_divides_by_characters_and_choices_share_a_forward_pass(llama, 
         shares = [total / len(choice) for total, choice in zip(totals, row.choices, strict=True)]
         assert measured.accuracy == (totals[1] > totals[0])
         assert measured.accuracy_norm == (shares[1] > shares[0])
+
+
+def test_an_empty_choice_has_no_acc_norm_of_its_own():
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())  # knows a space by itself
+    rows = [Example("one two", ("", "earn"), 0), Example("one two", ("", "earn"), 1)]
+    encoder = Encoder(tokenizer, "{text}", 64, whole_prompts=True)
+    metrics = evaluate(tiny_model(len(tokenizer), seed=3), rows, encoder, 4, "loglikelihood")
+    assert metrics.accuracy_norm == 0.5  # never the empty one
+    assert metrics.macro_f1 is None  # choices are not labels
 
 
 def test_the_order_of_examples_does_not_matter(llama, tokenizer):

@@ -112,22 +112,6 @@ def test_long_conversations_are_cut_in_front_and_long_answers_behind(tokenizer):
     assert short.answer(example) == whole.answer(example)[:6]
 
 
-def test_how_many_are_cut(tokenizer):
-    examples = loaded().test
-    sizes = [[len(Encoder(tokenizer, "{text}", 200).prompts([e])[0]) for e in examples]]
-    sizes.append([len(Encoder(tokenizer, "{text}", 200).answer(e)) for e in examples])
-    longest = sorted(max(pair) for pair in zip(*sizes, strict=True))
-    assert Encoder(tokenizer, "{text}", longest[-1]).share_cut(examples) == 0
-    assert Encoder(tokenizer, "{text}", longest[-1] - 1).share_cut(examples) == longest.count(longest[-1]) / 4
-    long_answer = Example("x", completion="a " * 200, messages=(("user", "x"), ("assistant", "a " * 200)))
-    fits = len(Encoder(tokenizer, "{text}", 200).prompts([long_answer])[0])
-    assert Encoder(tokenizer, "{text}", fits).share_cut([long_answer]) == 1
-    # The text of a row counts, and the template does not.
-    asked = [Example("one two three", ("x", "y"), 0), Example("one two three four", ("x", "y"), 0)]
-    fits = len(Encoder(tokenizer, "Q: {text}\nA:", 200).prompts(asked[:1])[0])
-    assert Encoder(tokenizer, "Q: {text}\nA:", fits).share_cut(asked) == 0.5
-
-
 def test_a_tokenizer_without_a_template_gives_one_clear_line(tokenizer):
     bare = AutoTokenizer.from_pretrained(smollm2_folder())
     bare.chat_template = None
@@ -153,3 +137,11 @@ def test_plain_lines_for_models_without_a_template(tokenizer):
     assert tokenizer.decode(answer) == " Two plus three is five." + tokenizer.eos_token
     own = loaded(chat="plain", template="{text}\nBot:")
     assert own.template == "{text}\nBot:"
+
+
+def test_plain_prompts_keep_the_last_question(tokenizer):
+    task = loaded(chat="plain")
+    whole = Encoder.for_task(tokenizer, task, 200).prompts([task.test[1]])[0]
+    cut = Encoder.for_task(tokenizer, task, 16).prompts([task.test[1]])[0]
+    assert cut == whole[-16:]
+    assert tokenizer.decode(cut).endswith("\n\nUser: What is two plus three?\n\nAssistant:")

@@ -126,19 +126,21 @@ def _read_jsonl(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = _parse_json(line, f"{origin} line {number}")
         except json.JSONDecodeError as error:
             raise UserError(f"{origin} line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
         if not isinstance(record, dict):
             raise UserError(f'{origin} line {number}: expected an object such as {{"text": ...}} on every line')
+        _check_unicode(line, record, f"{origin} line {number}", wanted)
         records.append(record)
         lines.append(number)
     return _from_records(origin, records, wanted, _names(records), lines)
 
 
 def _read_json(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
+    text = _decode(origin, raw)
     try:
-        records = json.loads(_decode(origin, raw))
+        records = _parse_json(text, origin)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{origin} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); "
@@ -149,7 +151,50 @@ def _read_json(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise UserError(f'{origin} row {index + 1}: expected an object such as {{"text": ...}}')
+        _check_unicode(text, record, f"{origin} row {index + 1}", wanted)
     return _from_records(origin, records, wanted, _names(records), [])
+
+
+def _parse_json(text: str, where: str) -> Any:
+    """JSON without the two things that Python lets pass or fails on: a key that occurs twice, and bottomless nesting.
+
+    Raises:
+        UserError: one of them. JSONDecodeError: not JSON.
+    """
+
+    def record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f'{where}: the key "{twice}" occurs twice in one object; keep one of them')
+        return made
+
+    try:
+        return json.loads(text, object_pairs_hook=record)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply to be a row of data; check the file") from None
+
+
+def _check_unicode(text: str, record: dict[str, Any], where: str, wanted: Collection[str]) -> None:
+    """Raise UserError for a cell with half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return
+    for name in record.keys() & wanted:
+        if half_character(record[name]):
+            raise UserError(
+                f'{where}: column "{name}" holds half a character (such as \\ud83d without the half behind it), '
+                "probably of a text that was cut; repair or remove the row"
+            )
+
+
+def half_character(cell: Any) -> bool:
+    """Whether a text, or any in a list or object, holds half of a surrogate pair, which is no Unicode."""
+    try:
+        json.dumps(cell, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _read_parquet(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
@@ -159,7 +204,12 @@ def _read_parquet(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
         names = list(file.schema_arrow.names)
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f'{origin}: the column "{twice}" occurs twice; keep one of them')
         columns = file.read(columns=[name for name in names if name in wanted]).to_pydict()
+    except UnicodeDecodeError:
+        raise UserError(f"{origin}: a text column holds bytes that are not UTF-8; write it again") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{origin}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
     return Rows(origin, names, columns, file.metadata.num_rows)

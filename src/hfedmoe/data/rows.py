@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hfedmoe.config import DataConfig
-from hfedmoe.data.files import Rows
+from hfedmoe.data.files import Rows, half_character
 from hfedmoe.errors import UserError
 
 
@@ -16,7 +16,7 @@ class Example:
 
     Either one of `choices` (`answer` is its index) or, when there are no choices, `completion`. A conversation has
     `messages` as well, roles and texts up to the answer, which is the completion: the tokenizer's chat template makes
-    prompt and answer of them, and `text` only names the example in errors.
+    prompt and answer of them. `origin` names file and line in errors.
     """
 
     text: str
@@ -24,6 +24,10 @@ class Example:
     answer: int = -1
     completion: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    origin: str = field(default="", compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.origin or f"example {short(self.text)}"
 
 
 def kind_of(rows: Rows, config: DataConfig) -> str:
@@ -81,7 +85,7 @@ def classification_examples(
             raise UserError(
                 f'{rows.at(i)}: the label "{label}" is in no training row; training labels: {", ".join(labels)}'
             )
-        examples.append(Example(texts[i], words, index[label]))
+        examples.append(Example(texts[i], words, index[label], origin=rows.at(i)))
     return examples
 
 
@@ -97,7 +101,8 @@ def choice_examples(rows: Rows, config: DataConfig) -> list[Example]:
     examples = []
     for i in range(len(rows)):
         options = _choices(choices[i], rows, i, config.choices)
-        examples.append(Example(texts[i], options, _answer(answers[i], options, rows, i, config.answer)))
+        answer = _answer(answers[i], options, rows, i, config.answer)
+        examples.append(Example(texts[i], options, answer, origin=rows.at(i)))
     return examples
 
 
@@ -106,7 +111,7 @@ def completion_examples(rows: Rows, config: DataConfig) -> list[Example]:
     texts = _texts(rows, config)
     cells = rows.column(config.completion, "data.completion")
     return [
-        Example(text, completion=_text(cell, rows, i, config.completion))
+        Example(text, completion=_text(cell, rows, i, config.completion), origin=rows.at(i))
         for i, (text, cell) in enumerate(zip(texts, cells, strict=True))
     ]
 
@@ -154,6 +159,8 @@ def _choices(cell: Any, rows: Rows, index: int, column: str) -> tuple[str, ...]:
             cell = json.loads(cell)
         except json.JSONDecodeError:
             raise UserError(f'{where} must be a JSON list such as ["yes", "no"], got {short(cell)}') from None
+        if half_character(cell):
+            raise UserError(f"{where} holds half a character (such as \\ud83d by itself); repair or remove the row")
     if not isinstance(cell, list) or not all(isinstance(choice, str) and choice.strip() for choice in cell):
         raise UserError(f"{where} must be a list of non-empty texts, got {short(cell)}")
     if len(cell) < 2:

@@ -73,7 +73,7 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
     def rows_of(table: Rows) -> list[list[Example]]:
         """The examples of every row: one, but a conversation may have several, and a row of a known set none."""
         if known is not None and wording is not None:
-            return known.read_rows(table, wording)
+            return list(known.read_rows(table, wording))
         if kind == "classification":
             return [[example] for example in classification_examples(table, config, labels, words)]
         return [[example] for example in row_readers.READERS[kind](table, config)]

@@ -1,7 +1,7 @@
 """What is known about a data set, and one of its rows."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hfedmoe.config import DataConfig
@@ -119,6 +119,8 @@ class KnownSet:
         used = label_words(self.labels, config.model_copy(update={"label_words": words}))
         return Wording(used, config.chat == "plain")
 
-    def read_rows(self, rows: Rows, wording: Wording) -> list[list[Example]]:
-        """The examples of every row. Raises UserError for a row that is not as it should be."""
-        return [self.examples(Row(rows, index), wording) for index in range(len(rows))]
+    def read_rows(self, rows: Rows, wording: Wording) -> Iterator[list[Example]]:
+        """The examples of every row, read when asked for. Raises UserError for a row that is not as it should be."""
+        for index in range(len(rows)):
+            found = self.examples(Row(rows, index), wording)
+            yield [replace(example, origin=rows.at(index)) for example in found]
