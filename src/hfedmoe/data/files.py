@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,13 @@ class Rows:
     def __len__(self) -> int:
         return self.length
 
+    def first(self, count: int | None) -> "Rows":
+        """At most the first so many rows; None: all."""
+        if count is None or count >= self.length:
+            return self
+        columns = {name: cells[:count] for name, cells in self.columns.items()}
+        return Rows(self.origin, self.names, columns, count, self.lines[:count])
+
     def at(self, index: int) -> str:
         """Name one row for an error message."""
         return f"{self.origin} line {self.lines[index]}" if self.lines else f"{self.origin} row {index + 1}"
@@ -41,6 +49,23 @@ class Rows:
             present = ", ".join(self.names) or "none"
             raise UserError(f'{self.origin}: no column "{name}"; columns present: {present}; set {key} to one of them')
         return self.columns[name]
+
+
+def text_of(cell: Any, rows: Rows, index: int, column: str) -> str:
+    """A cell that must be text, with its spaces. Raises UserError if it is missing, empty or something else."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        raise UserError(f'{rows.at(index)}: column "{column}" is missing; fill it in or remove the row')
+    if not isinstance(cell, str):
+        raise UserError(f'{rows.at(index)}: column "{column}" must be text, got {short(cell)}; write it as text')
+    if not cell.strip():
+        raise UserError(f'{rows.at(index)}: column "{column}" is empty; fill it in or remove the row')
+    return cell
+
+
+def short(value: Any) -> str:
+    """A value for an error message, on one line."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read_file(path: Path, wanted: Collection[str]) -> Rows:
