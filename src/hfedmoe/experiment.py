@@ -12,6 +12,7 @@ from hfedmoe.budgeting import budgets_in_experts
 from hfedmoe.config import RunConfig
 from hfedmoe.data.checks import Room, check_task
 from hfedmoe.data.encoding import Encoder
+from hfedmoe.data.known import known_set
 from hfedmoe.data.partition import partition
 from hfedmoe.data.rows import Example
 from hfedmoe.data.tasks import Task, load_watched_task
@@ -163,6 +164,10 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
         except UserError:
             folder.discard()  # nothing has run: the same folder can be asked for again
             raise
+        if config.data.format == "auto" and known_set(config.data) is None:
+            # An export says how the model was asked, and that depends on the kind.
+            found = config.data.model_copy(update={"format": prepared.task.kind})
+            folder.settle(config.model_copy(update={"data": found}))
         _run(folder, prepared, parts, None, watcher)
         return folder.path
 

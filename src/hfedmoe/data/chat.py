@@ -10,7 +10,7 @@ Message = tuple[str, str]
 
 NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 MARK = "(the answer begins here)"
-WAY_OUT = 'set data.chat = "plain", or use a tokenizer with another template'
+WAY_OUT = 'set data.chat = "plain" (--set data.chat=plain), or use a tokenizer with another template'
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, str]:
