@@ -12,8 +12,10 @@ from hfedmoe.data.rows import Example
 from hfedmoe.data.tasks import Task, load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.experiment import run
+from hfedmoe.export.usage import prompt_words
 from hfedmoe.packaged import smollm2_folder
 from hfedmoe.report.live import Silent
+from hfedmoe.runs.settings import read_run_config
 
 ROOM = Room(512, 512)
 
@@ -104,6 +106,23 @@ def test_rows_know_their_lines(tmp_path):
         path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         task, watch = load_watched_task(DataConfig(source=str(path)), PartitionConfig(scheme="iid"), 0, 0)
         assert {e.origin for e in [*task.train, *task.test, *watch]} == {f"{path} line {i}" for i in range(1, 5)}
+
+
+def test_a_run_notes_the_kind_that_its_columns_told(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    row = json.dumps({"prompt": "oil", "choices": ["oil rose", "trade fell"], "answer": 0})
+    source.write_text("\n".join([row] * 4), encoding="utf-8")
+    tree = {
+        "model": {"name": "tiny"},
+        "data": {"source": str(source)},
+        "partition": {"scheme": "iid", "min_rows": 1},
+        "clients": {"count": 1},
+        "train": {"steps": 1, "rank": 2},
+        "federation": {"rounds": 1},
+    }
+    config = read_run_config(run(config_from_tree(tree, "test"), tmp_path / "run", Silent()) / "config.toml")
+    assert config.data.format == "choices"
+    assert prompt_words(config.data).startswith("`'Question: {text}\\nAnswer:'`")
 
 
 def test_a_bad_row_stops_the_run_and_leaves_no_folder(tmp_path):

@@ -229,6 +229,7 @@ BAD = [
     ("piqa", PIQA | {"label": 2}, r'line 1: column "label" must be a number from 0 to 1, got 2'),
     ("piqa", PIQA | {"label": -1}, "must be a number from 0 to 1, got -1"),
     ("piqa", PIQA | {"goal": None}, 'column "goal" is missing'),
+    ("mmlu", MMLU | {"answer": "d"}, 'must be a number from 0 to 3, got "d"'),
     ("piqa", PIQA | {"label": 0.5}, "must be a number from 0 to 1, got 0.5"),
     ("piqa", PIQA | {"sol2": 3}, 'column "sol2" must be text, got 3'),
     ("hellaswag", SWAG | {"endings": "a"}, 'column "endings" must be a list of texts, got "a"'),

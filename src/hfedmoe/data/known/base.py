@@ -70,7 +70,7 @@ class Row:
         elif isinstance(value, str) and len(value) == 1:
             value = ord(value) - ord("A")
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-            raise self.error(column, f"must be a number from 0 to {count - 1}, got {short(value)}")
+            raise self.error(column, f"must be a number from 0 to {count - 1}, got {short(self.cell(column))}")
         return value
 
     def error(self, column: str, problem: str) -> UserError:
