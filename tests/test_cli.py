@@ -233,6 +233,13 @@ def test_the_config_of_a_run_can_be_run_again(finished, capsys):
     assert "rounds = 1" in capsys.readouterr().out
 
 
+def test_help_marks_what_is_required(capsys):
+    assert hfedmoe("evaluate", "--help") == 0
+    out = capsys.readouterr().out
+    assert "[required]" in out
+    assert "\\[" not in out
+
+
 def test_evaluate_a_run(finished, capsys):
     shown = {}
     for which in ("best", "last", "1"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -23,7 +24,9 @@ from hfedmoe.data.rows import Example
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate, macro_f1
 from hfedmoe.loading import load
+from hfedmoe.packaged import smollm2_folder
 from hfedmoe.report.scores import as_text, to_json
+from hfedmoe.tiny import tiny_model
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 WORDS = ["<pad>", "</s>", "<unk>", "say", "so", "big", "small", "red", "green", "blue", "sky", "sea", "sun", "moon"]
@@ -156,6 +159,15 @@ def test_acc_norm_divides_by_characters_and_choices_share_a_forward_pass(llama, 
         shares = [total / len(choice) for total, choice in zip(totals, row.choices, strict=True)]
         assert measured.accuracy == (totals[1] > totals[0])
         assert measured.accuracy_norm == (shares[1] > shares[0])
+
+
+def test_an_empty_choice_has_no_acc_norm_of_its_own():
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())  # knows a space by itself
+    rows = [Example("one two", ("", "earn"), 0), Example("one two", ("", "earn"), 1)]
+    encoder = Encoder(tokenizer, "{text}", 64, whole_prompts=True)
+    metrics = evaluate(tiny_model(len(tokenizer), seed=3), rows, encoder, 4, "loglikelihood")
+    assert metrics.accuracy_norm == 0.5  # never the empty one
+    assert metrics.macro_f1 is None  # choices are not labels
 
 
 def test_the_order_of_examples_does_not_matter(llama, tokenizer):
@@ -323,6 +335,70 @@ def test_evaluate_a_run_on_a_task(tmp_path, capsys):
     assert end["loss"] != pytest.approx(start["loss"], rel=1e-5)
 
 
+def own_rows(path):
+    """Eight rows of multiple choice in columns of their own."""
+    rows = [{"q": "bank", "options": ["oil rose", "trade fell"], "right": i % 2} for i in range(8)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def test_evaluate_a_model_on_own_rows(tmp_path, capsys):
+    rows = own_rows(tmp_path / "own.jsonl")
+    config = tmp_path / "own.toml"
+    settings = '[data]\ntext = "q"\nchoices = "options"\nanswer = "right"\ntemplate = "{text}:"\n'
+    config.write_text(settings, encoding="utf-8")
+    assert hfedmoe("evaluate", "tiny", "--rows", rows, "--config", config, "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert (whole["examples"], whole["accuracy"], whole["macro_f1"]) == (8, 0.5, None)
+    assert whole["accuracy_norm"] is not None
+    given = [part for line in settings.splitlines()[1:] for part in ("--set", "data." + line.replace(" = ", "="))]
+    assert hfedmoe("evaluate", "tiny", "--rows", rows, *given, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == whole
+    assert hfedmoe("evaluate", "tiny", "--rows", rows, "--config", config, "--limit", 3) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("on 3 rows")
+    # The config's data set may have a name: the rows are as its rows.
+    named = ["--rows", FIXTURES / "piqa.jsonl", "--set", "data.source=piqa"]
+    assert hfedmoe("evaluate", "tiny", *named) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("on 4 rows")
+    # A shipped config by its name, with a task as without one.
+    assert hfedmoe("evaluate", "tiny", "--task", "piqa", "--rows", FIXTURES / "piqa.jsonl", "--config", "tiny") == 0
+
+
+def test_evaluate_a_folder_of_splits(tmp_path, capsys):
+    import datasets
+
+    rows = [json.loads(line) for line in (FIXTURES / "piqa.jsonl").read_text(encoding="utf-8").splitlines()]
+    splits = {"train": datasets.Dataset.from_list(rows), "validation": datasets.Dataset.from_list(rows[:2])}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "piqa"))
+    assert hfedmoe("evaluate", "tiny", "--task", "piqa", "--rows", tmp_path / "piqa") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("on 2 rows")
+    datasets.DatasetDict(train=splits["train"]).save_to_disk(str(tmp_path / "half"))
+    assert hfedmoe("evaluate", "tiny", "--task", "piqa", "--rows", tmp_path / "half") == 2
+    assert 'half: no split "validation"; it has train' in capsys.readouterr().err
+
+
+def test_conversations_for_a_tokenizer_without_a_template(capsys):
+    arguments = ["evaluate", "tiny", "--task", "instructions", "--rows", FIXTURES / "instructions.jsonl"]
+    assert hfedmoe(*arguments) == 2
+    assert (
+        'the tokenizer has no chat template; set data.chat = "plain" (--set data.chat=plain)' in capsys.readouterr().err
+    )
+    assert hfedmoe(*arguments, "--set", "data.chat=plain") == 0
+
+
+def test_evaluate_a_run_on_own_rows(tmp_path, capsys):
+    folder, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    small = ["federation.rounds=1", "clients.count=2", "train.steps=1", "data.train_rows=40", "data.test_rows=4"]
+    config = Path(__file__).parents[1] / "configs" / "tiny.toml"
+    assert hfedmoe("run", config, "--out", folder, *(part for key in small for part in ("--set", key))) == 0
+    rows.write_text('{"text": "oil rose", "label": "crude"}\n', encoding="utf-8")  # one label, of the eight it knows
+    assert hfedmoe("evaluate", folder, "--rows", rows, "--json") == 0
+    capsys.readouterr()
+    assert hfedmoe("evaluate", folder, "--rows", rows, "--set", "train.lr=1") == 2
+    assert "--set: a run keeps its own settings; only data.* can change" in capsys.readouterr().err
+    assert hfedmoe("evaluate", folder, "--set", "data.max_tokens=9") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -332,9 +408,10 @@ def test_evaluate_a_run_on_a_task(tmp_path, capsys):
             "--task mmlu:anatomy with --rows: a file is measured whole; use --task mmlu and",
         ),
         (["--task", "reuters-r8:earn"], "--task reuters-r8:earn: reuters-r8 has no subsets; use --task reuters-r8"),
-        (["--limit", "3"], "--limit: goes with --task"),
-        (["--rows", "rows.jsonl"], "--rows: goes with --task"),
-        (["--task", "piqa", "--rows", "gone.jsonl"], "gone.jsonl: no such file"),
+        (["--limit", "3"], "--limit: goes with --task or --rows"),
+        (["--task", "piqa", "--rows", "gone.jsonl"], "--rows gone.jsonl: no such file or folder"),
+        (["--task", "piqa", "--rows", "owner/name"], "--rows owner/name: no such file or folder"),
+        (["--rows", "piqa"], "--rows piqa: no such file or folder"),
     ],
 )
 def test_bad_requests_on_the_command_line(capsys, arguments, message):

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from hfedmoe.config import DataConfig, ModelConfig, RunConfig
-from hfedmoe.data.known import KNOWN
-from hfedmoe.data.tasks import Task, load_test, load_watched_task
+from hfedmoe.data.known import KNOWN, known_set
+from hfedmoe.data.tasks import Task, load_rows, load_task, load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
 from hfedmoe.experiment import Prepared, checkpoint_of, encoder_of, measure_checkpoint, wrap
@@ -36,19 +36,19 @@ def evaluate_model(name: str, config: RunConfig, watcher: Watcher) -> Metrics:
 
 
 def evaluate_model_on(name: str, data: DataConfig, config: RunConfig, watcher: Watcher) -> Metrics:
-    """Evaluate the model `name` on the rows of a data set known by name, in their own order.
+    """Evaluate the model `name` on the rows of a data set known by name or of a file, in their own order.
 
     Raises:
         UserError: the model or the data cannot be loaded.
     """
     settings = _settings_of(name, config.model)
     watcher.phase("reading the data")
-    task = load_test(data)
+    task = load_rows(data)
     return _evaluate(settings, task, _comparable(config, task), watcher)
 
 
 def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) -> Metrics:
-    """Evaluate a checkpoint ("last", "best" or a round's number) of a run on a data set known by name.
+    """Evaluate a checkpoint ("last", "best" or a round's number) of a run on a data set known by name or on a file.
 
     Raises:
         UserError: not a run folder, no such checkpoint, or the data cannot be loaded.
@@ -59,7 +59,8 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     watcher.phase("reading the data")
-    task = load_test(data)
+    # What a run has learnt to say are the labels of its own rows, whether or not these have them all.
+    task = load_rows(data, lambda: load_task(config.data, config.partition, config.seed).labels)
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed)
     model = wrap(loaded.model, config, loaded.store)
@@ -85,14 +86,45 @@ def task_data(task: str, config: RunConfig, limit: int | None = None, rows: Path
         raise UserError(f"--task {task}: {name} has no subsets; use --task {name}")
     return DataConfig.model_validate(
         {
-            "source": name if rows is None else str(rows),
+            "source": name if rows is None else _local(rows),
             "format": name,
             "subset": subset or None,
+            "split": KNOWN[name].test if rows is not None else None,
             "test_rows": limit,
             "max_tokens": config.data.max_tokens,
             "chat": config.data.chat,
         }
     )
+
+
+def rows_data(rows: Path, config: RunConfig, limit: int | None = None) -> DataConfig:
+    """The data settings of `hfedmoe evaluate --rows FILE --limit N`: columns and template are those of the config.
+
+    Raises:
+        UserError: there is no such file or folder.
+    """
+    own = config.data
+    # A config that names no source means no data set by it, though the setting has a default.
+    known = known_set(own) if own.format != "auto" or "source" in own.model_fields_set else None
+    changed = {
+        "source": _local(rows),
+        "format": own.format if known is None else known.name,
+        "test": None,
+        "clients": None,
+        "subset": None,
+        "split": None if known is None else known.test,
+        "test_rows": limit,
+    }
+    return own.model_copy(update=changed)
+
+
+def _local(rows: Path) -> str:
+    """A file, or a folder of which the test split is taken. Raises UserError if there is none: never a hub id."""
+    path = rows.expanduser()
+    if not path.exists():
+        raise UserError(f"--rows {rows}: no such file or folder")
+    # The name of a data set may be that of a folder as well.
+    return str(path.absolute() if path.is_dir() else path)
 
 
 def _comparable(config: RunConfig, task: Task) -> RunConfig:

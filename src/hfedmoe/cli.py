@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import click
 import typer
+import typer.core
 
 from hfedmoe import __version__
 from hfedmoe.errors import UserError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from hfedmoe.config import RunConfig
 
 INTERRUPTED = 2
+typer.core.HAS_RICH = False  # or it writes "\\[required]" into the plain help
 
 app = typer.Typer(
     name="hfedmoe",
@@ -169,7 +171,8 @@ def evaluate(
         str | None, typer.Option(help="Of a run: best, last or the number of a round; none: best.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="For a model: the config whose test rows are used; none: demo.")
+        Path | None,
+        typer.Option(help="For a model: the config whose test rows are used, or its columns with --rows; none: demo."),
     ] = None,
     task: Annotated[
         str | None,
@@ -179,8 +182,23 @@ def evaluate(
             "lm-evaluation-harness does.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --task: only the first so many rows.")] = None,
-    rows: Annotated[Path | None, typer.Option(help="With --task NAME: a file of its rows instead of the hub.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --task or --rows: only the first so many rows.")
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file, measured whole: rows of --task NAME instead of the hub's, or your own by their columns."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Change a setting of the config (of a run: only data.*, with --task or --rows); may be repeated.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a checkpoint of a run, or a model as it is, on held-out rows or on a data set known by name."""
@@ -189,18 +207,27 @@ def evaluate(
         raise UserError("--config: a run folder has its own config; leave the option out")
     if not of_run and checkpoint is not None:
         raise UserError(f"--checkpoint: {target} is not a run folder (it has no config.toml); only runs have them")
-    if task is None and (limit is not None or rows is not None):
-        raise UserError(f"--{'rows' if limit is None else 'limit'}: goes with --task; a config has data.test_rows")
+    if task is None and rows is None and limit is not None:
+        raise UserError("--limit: goes with --task or --rows; a config has data.test_rows")
+    elsewhere = task is not None or rows is not None
+    if of_run and overrides and not (elsewhere and all(text.strip().startswith("data.") for text in overrides)):
+        raise UserError("--set: a run keeps its own settings; only data.* can change, with --task or --rows")
     from hfedmoe import baseline, experiment
     from hfedmoe.config import load_config
     from hfedmoe.report.live import Live, Silent
     from hfedmoe.report.scores import as_text, to_json
 
     with nullcontext(Silent()) if as_json else Live() as live:
-        if task is not None:
-            # Without a config the model is taken as it is: the demo would upcycle it.
-            settings = load_config(Path(target) / "config.toml" if of_run else config)
-            data = baseline.task_data(task, settings, limit, rows)
+        if elsewhere:
+            if of_run or config is None:
+                # Without a config the model is taken as it is: the demo would upcycle it.
+                settings = load_config(Path(target) / "config.toml" if of_run else None, overrides)
+            else:
+                settings = _load(config, overrides)
+            if task is not None:
+                data = baseline.task_data(task, settings, limit, rows)
+            else:
+                data = baseline.rows_data(rows, settings, limit)  # type: ignore[arg-type]
             if of_run:
                 metrics = baseline.evaluate_run_on(Path(target), checkpoint or "best", data, live)
             else:
@@ -208,7 +235,7 @@ def evaluate(
         elif of_run:
             metrics = experiment.evaluate_run(Path(target), checkpoint or "best", live)
         else:
-            metrics = baseline.evaluate_model(target, _load(config, None), live)
+            metrics = baseline.evaluate_model(target, _load(config, overrides), live)
     typer.echo(to_json(metrics) if as_json else as_text(metrics))
 
 

@@ -105,6 +105,7 @@ class DataConfig(Section):
         list[str] | None, Field(description="one file per client; replaces `source` and the partition")
     ] = None
     subset: Annotated[str | None, Field(description="configuration name of a hub data set")] = None
+    revision: Annotated[str | None, Field(description="branch, tag or commit of a hub data set")] = None
     split: Annotated[
         str | None, Field(description="training split of a hub data set; None: `train`, or the named data set's own")
     ] = None
@@ -119,13 +120,21 @@ class DataConfig(Section):
     label: Annotated[str, Field(description="column with the label (classification)")] = "label"
     choices: Annotated[str, Field(description="column with the list of choices")] = "choices"
     answer: Annotated[str, Field(description="column with the right choice: its index or its text")] = "answer"
+    answers: Annotated[
+        Literal["auto", "index", "text"],
+        Field(
+            description="what that column holds: numbers from 0 or letters from A, or texts of choices; auto: what all "
+            "its rows can be"
+        ),
+    ] = "auto"
     completion: Annotated[str, Field(description="column with the completion")] = "completion"
     label_words: Annotated[dict[str, str] | None, Field(description="what the model says for each label")] = None
     template: Annotated[
         str | None,
         Field(
-            description="prompt; {text} is the text column, cut to fit; None: the named data set's own, else "
-            '`"News: {text}\\nTopic:"`'
+            description="prompt; {text} is the text column, cut to fit; None: the named data set's own; "
+            'else for labels `"News: {text}\\nTopic:"`, for choices `"Question: {text}\\nAnswer:"`, for completions '
+            '`"{text}"`'
         ),
     ] = None
     chat: Annotated[

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hfedmoe.data.encoding import IGNORED, Encoder
-from hfedmoe.data.rows import Example, short
+from hfedmoe.data.pairs import fit
+from hfedmoe.data.rows import Example
 from hfedmoe.errors import UserError
 
 Scoring = Literal["auto", "first_token", "loglikelihood"]
@@ -30,9 +31,9 @@ class Metrics:
     `loss` is the mean negative log-probability (over the whole vocabulary) per token of the right answers: of their
     first tokens under first-token scoring, else of all of them. `perplexity` is its exponential. Both may be
     infinite or NaN: a broken model is reported as such. `accuracy` is None for completions. `macro_f1` is None unless
-    all examples have the same choices (classification); labels that are neither true nor predicted anywhere are left
-    out of its mean. `accuracy_norm` divides the log-probability of a choice by its length in characters; None unless
-    whole choices are compared.
+    all examples have the same choices, which are labels (classification); labels that are neither true nor predicted
+    anywhere are left out of its mean. `accuracy_norm` divides the log-probability of a choice by its length in
+    characters; None unless whole choices are compared.
     """
 
     accuracy: float | None
@@ -95,10 +96,9 @@ def evaluate(
     first_token = not completions and _by_first_token(examples, encoder, scoring)
     if completions or first_token:
         end = 1 if first_token else None
-        prompts = encoder.prompts(examples)
         requests = [
-            _Request(row, [example.answer], prompt, [encoder.answer(example)[:end]])
-            for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True))
+            _Request(row, [example.answer], prompt, [answer[:end]])
+            for row, (example, (prompt, answer)) in enumerate(zip(examples, encoder.encoded(examples), strict=True))
         ]
     else:
         longest = max_length or longest_input(model, encoder.tokenizer)
@@ -142,11 +142,14 @@ def evaluate(
     normed = None
     if not first_token:
         lengths = [[len(choice) for choice in example.choices] for example in examples]
-        shares = [[s / n for s, n in zip(*row, strict=True)] for row in zip(scores, lengths, strict=True)]
+        # An empty choice never wins: the harness divides by its length of 0 and gets minus infinity.
+        shares = [
+            [s / n if n else -math.inf for s, n in zip(*row, strict=True)] for row in zip(scores, lengths, strict=True)
+        ]
         normed = _hit_rate(truth, [_best(row) for row in shares])
     return Metrics(
         accuracy=_hit_rate(truth, predicted),
-        macro_f1=macro_f1(truth, predicted) if same_choices else None,
+        macro_f1=macro_f1(truth, predicted) if same_choices and not encoder.whole_prompts else None,
         loss=loss,
         examples=len(examples),
         perplexity=perplexity,
@@ -156,13 +159,21 @@ def evaluate(
 
 def longest_input(model: nn.Module, tokenizer: Any) -> int:
     """The tokens that fit into one input, found where lm-evaluation-harness looks: config, tokenizer, else 2048."""
+    known = positions(model)
+    if known is not None:
+        return known
+    length = tokenizer.model_max_length
+    return int(length) if length < UNLIMITED else 2048
+
+
+def positions(model: nn.Module) -> int | None:
+    """The tokens that fit into one input by the model's config; None: it does not say."""
     config: Any = model.config
     config = getattr(config, "text_config", None) or config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if getattr(config, name, None) is not None:
             return int(getattr(config, name))
-    length = tokenizer.model_max_length
-    return int(length) if length < UNLIMITED else 2048
+    return None
 
 
 def _by_first_token(examples: Sequence[Example], encoder: Encoder, scoring: Scoring) -> bool:
@@ -180,7 +191,7 @@ def _choice_requests(examples: Sequence[Example], encoder: Encoder, longest: int
     """One request for every choice, choices that differ in their last token in one."""
     if encoder.whole_prompts:
         pairs = [
-            [_fitted(*pair, example, encoder, longest) for pair in row]
+            [fit(*pair, longest, encoder.encoder_decoder, str(example)) for pair in row]
             for example, row in zip(examples, encoder.pairs(examples), strict=True)
         ]
     else:
@@ -199,20 +210,6 @@ def _choice_requests(examples: Sequence[Example], encoder: Encoder, longest: int
             request.answers.append(answer)
         requests += groups.values()
     return requests
-
-
-def _fitted(
-    prompt: list[int], answer: list[int], example: Example, encoder: Encoder, longest: int
-) -> tuple[list[int], list[int]]:
-    """Prompt and answer with the prompt cut in front, so that the model's input has at most `longest` tokens."""
-    if not answer or len(answer) > longest:
-        raise UserError(
-            f"example {short(example.text)}: a choice has {len(answer)} tokens behind its prompt, but may have 1 to "
-            f"{longest}; change the choice or data.template"
-        )
-    # The last token of the answer is predicted, not put in.
-    room = longest if encoder.encoder_decoder else longest + 1 - len(answer)
-    return prompt[-room:], answer
 
 
 def _sums(logits: Tensor, targets: Tensor, chunk: Sequence[_Request], encoder: Encoder) -> Iterator[float]:

@@ -1,7 +1,7 @@
 """Run a federation on this machine from a configuration: the embedded default behind `hfedmoe run`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from hfedmoe.budgeting import budgets_in_experts
 from hfedmoe.config import RunConfig
+from hfedmoe.data.checks import Room, check_task
 from hfedmoe.data.encoding import Encoder
+from hfedmoe.data.known import known_set
 from hfedmoe.data.partition import partition
 from hfedmoe.data.rows import Example
 from hfedmoe.data.tasks import Task, load_watched_task
 from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, trim
 from hfedmoe.errors import UserError
-from hfedmoe.evaluation import Metrics, evaluate
+from hfedmoe.evaluation import Metrics, evaluate, longest_input, positions
 from hfedmoe.federation.client import Device, client_app
 from hfedmoe.federation.inprocess import InProcessGrid, changed_contexts, restore_contexts
 from hfedmoe.federation.records import Keeper
@@ -32,9 +34,6 @@ from hfedmoe.moe.store import ExpertStore
 from hfedmoe.report.live import Watcher
 from hfedmoe.runs import Checkpoint, RunFolder
 
-LOOKED_AT = 100
-"""Training examples that tell how many of them are cut; they are in random order."""
-
 
 @dataclass
 class Prepared:
@@ -47,6 +46,8 @@ class Prepared:
     watch: list[Example]
     budgets: list[int] | None = None
     """Experts over all layers of every client; None: unlimited, or a device that plans for itself."""
+    warnings: list[str] = field(default_factory=list)
+    """What is worth knowing about the rows before a run."""
 
     def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
         """The model with these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""
@@ -92,9 +93,11 @@ def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepare
             'train.loss = "choices" and train.logit_adjustment need labels that differ in their first token; '
             "set data.label_words, or leave both settings out"
         )
+    room = Room(positions(model.model), longest_input(model.model, encoder.tokenizer))
+    warnings = check_task(task, watch, encoder, room)
     if carve:
         trim()
-    return Prepared(config, model, encoder, task, watch, budgets)
+    return Prepared(config, model, encoder, task, watch, budgets, warnings)
 
 
 def encoder_of(loaded: Loaded, task: Task, max_tokens: int) -> Encoder:
@@ -161,6 +164,10 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
         except UserError:
             folder.discard()  # nothing has run: the same folder can be asked for again
             raise
+        if config.data.format == "auto" and known_set(config.data) is None:
+            # An export says how the model was asked, and that depends on the kind.
+            found = config.data.model_copy(update={"format": prepared.task.kind})
+            folder.settle(config.model_copy(update={"data": found}))
         _run(folder, prepared, parts, None, watcher)
         return folder.path
 
@@ -218,7 +225,8 @@ def _run(
     folder: RunFolder, prepared: Prepared, parts: list[list[int]], from_round: int | None, watcher: Watcher
 ) -> None:
     config, model = prepared.config, prepared.model
-    _warn_of_cuts(prepared, watcher)
+    for text in prepared.warnings:
+        watcher.warning(text)
     initial = global_tensors(model)
     devices = make_devices(prepared, parts, initial, watcher)
     grid = InProcessGrid(client_app(lambda context: devices[int(context.node_config["partition-id"])]), len(devices))
@@ -244,15 +252,6 @@ def _run(
     watcher.finish(f"done: {folder.path}")
     before, after = (keeper.scores[0], keeper.scores[-1]) if keeper.scores else (None, None)
     watcher.final_table(keeper.final_lines(), before, after)
-
-
-def _warn_of_cuts(prepared: Prepared, watcher: Watcher) -> None:
-    """Tell if most training examples are cut. Texts with a label are not counted: their beginning says enough."""
-    if prepared.task.kind != "classification":
-        share = prepared.encoder.share_cut(prepared.task.train[:LOOKED_AT])
-        if share > 0.5:
-            limit = prepared.config.data.max_tokens
-            watcher.warning(f"data.max_tokens={limit} cuts about {share:.0%} of the training examples; raise it")
 
 
 def make_devices(

@@ -1,5 +1,6 @@
 """Conversations: the tokenizer's chat template writes them, and the loss is on the answer only."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -112,22 +113,6 @@ def test_long_conversations_are_cut_in_front_and_long_answers_behind(tokenizer):
     assert short.answer(example) == whole.answer(example)[:6]
 
 
-def test_how_many_are_cut(tokenizer):
-    examples = loaded().test
-    sizes = [[len(Encoder(tokenizer, "{text}", 200).prompts([e])[0]) for e in examples]]
-    sizes.append([len(Encoder(tokenizer, "{text}", 200).answer(e)) for e in examples])
-    longest = sorted(max(pair) for pair in zip(*sizes, strict=True))
-    assert Encoder(tokenizer, "{text}", longest[-1]).share_cut(examples) == 0
-    assert Encoder(tokenizer, "{text}", longest[-1] - 1).share_cut(examples) == longest.count(longest[-1]) / 4
-    long_answer = Example("x", completion="a " * 200, messages=(("user", "x"), ("assistant", "a " * 200)))
-    fits = len(Encoder(tokenizer, "{text}", 200).prompts([long_answer])[0])
-    assert Encoder(tokenizer, "{text}", fits).share_cut([long_answer]) == 1
-    # The text of a row counts, and the template does not.
-    asked = [Example("one two three", ("x", "y"), 0), Example("one two three four", ("x", "y"), 0)]
-    fits = len(Encoder(tokenizer, "Q: {text}\nA:", 200).prompts(asked[:1])[0])
-    assert Encoder(tokenizer, "Q: {text}\nA:", fits).share_cut(asked) == 0.5
-
-
 def test_a_tokenizer_without_a_template_gives_one_clear_line(tokenizer):
     bare = AutoTokenizer.from_pretrained(smollm2_folder())
     bare.chat_template = None
@@ -153,3 +138,71 @@ def test_plain_lines_for_models_without_a_template(tokenizer):
     assert tokenizer.decode(answer) == " Two plus three is five." + tokenizer.eos_token
     own = loaded(chat="plain", template="{text}\nBot:")
     assert own.template == "{text}\nBot:"
+
+
+def test_plain_prompts_keep_the_last_question(tokenizer):
+    task = loaded(chat="plain")
+    whole = Encoder.for_task(tokenizer, task, 200).prompts([task.test[1]])[0]
+    cut = Encoder.for_task(tokenizer, task, 16).prompts([task.test[1]])[0]
+    assert cut == whole[-16:]
+    assert tokenizer.decode(cut).endswith("\n\nUser: What is two plus three?\n\nAssistant:")
+
+
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHARED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK},
+        {"conversations": TALK},
+        {"messages": SHARED},
+        {"conversation": [{"from": "User", "value": "q"}, {"from": " ChatGPT", "value": "a"}]},
+        {"instruction": "q", "context": "", "response": "a", "category": "open_qa"},
+        {"instruction": "q", "input": "", "output": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "response": "a"},
+        {"prompt": TALK[:1], "completion": TALK[1:]},
+        {"prompt": "the first message again", "prompt_id": "7", "messages": TALK},
+        {"messages": None, "prompt": "q", "completion": "a"},
+    ],
+)
+def test_every_schema_of_instructions(tmp_path, row):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    (example,) = load_test(DataConfig(source=str(path), format="instructions")).test
+    assert example.messages == (("user", "q"), ("assistant", "a"))
+
+
+def test_dolly_s_context_and_a_tool_are_in_the_prompt(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    called = [TALK[0], {"role": "assistant", "content": "call"}, {"role": "function", "content": "7"}, TALK[1]]
+    rows = [{"instruction": "q", "context": "about", "response": "a"}, {"messages": called}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    task = load_test(DataConfig(source=str(path), format="instructions", chat="plain"))
+    assert [(e.text, e.completion) for e in task.test] == [
+        ("User: q\n\nabout", "a"),
+        ("User: q", "call"),
+        ("User: q\n\nAssistant: call\n\nTool: 7", "a"),
+    ]
+
+
+def test_a_template_that_cannot_begin_an_answer_does_not_train_the_header(tokenizer):
+    other = AutoTokenizer.from_pretrained(smollm2_folder())
+    talk = [("user", "a"), ("assistant", " a ")]
+
+    def written(template):
+        other.chat_template = template
+        return render(other, talk)
+
+    turns = "{% for m in messages %}<|{{m['role']}}|>\n{{m['content']}}</s>\n{% endfor %}"
+    assert written(turns) == ("<|user|>\na</s>\n<|assistant|>\n", " a </s>\n")
+    begun = turns + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    assert written(begun) == ("<|user|>\na</s>\n<|assistant|>\n", " a </s>\n")
+    # What a template puts in front of an answer by itself is for the model to say.
+    thinks = begun.replace("{{m['content']}}", "{% if m['role'] == 'assistant' %}<think/>{% endif %}{{m['content']}}")
+    assert written(thinks) == ("<|user|>\na</s>\n<|assistant|>\n", "<think/> a </s>\n")
+    # Mistral writes an answer right behind what was asked.
+    behind = "{% for m in messages %}{% if m['role'] == 'user' %}[I]{{m['content']}}[/I]{% else %}{{m['content']}}</s>"
+    assert written(behind + "{% endif %}{% endfor %}") == ("[I]a[/I]", " a </s>")

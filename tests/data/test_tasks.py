@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hfedmoe.config import DataConfig, PartitionConfig
-from hfedmoe.data.tasks import Example, load_task
+from hfedmoe.data.tasks import Example, load_rows, load_task
 from hfedmoe.errors import UserError
 
 ANY = PartitionConfig()
@@ -52,7 +52,9 @@ def test_labels_become_words(tmp_path):
         (["x", "y"], "B", 1),
         (["x", "y"], "b", 1),
         (["2", "1", "0"], "1", 1),  # text of a choice before its index
-        (["B", "A"], "A", 1),
+        (["B", "A", "C"], "C", 2),
+        (["x", "y"], 1.0, 1),
+        (["x", "y"], "1.0", 1),
         ('["x", "y"]', "1", 1),
         (["x", "x"], 1, 1),
     ],
@@ -64,6 +66,77 @@ def test_answers_are_indices_texts_or_letters(tmp_path, choices, answer, index):
     assert task.labels == ()
     assert task.train[0].answer == index
     assert task.train[0].text == "q"
+
+
+def answers_of(path, rows, **settings):
+    return [e.answer for e in load_rows(DataConfig(source=write(path / "r.jsonl", rows), **settings)).test]
+
+
+def asked(*answers, choices=("1", "2", "3")):
+    return [{"prompt": "q", "choices": list(choices), "answer": answer} for answer in answers]
+
+
+def test_the_whole_column_says_what_answers_are(tmp_path):
+    # A zero is no choice's text, so that the column holds indices; a three is no index, so that it holds texts.
+    assert answers_of(tmp_path, asked("0", "1", "2")) == [0, 1, 2] == answers_of(tmp_path, asked(0, 1, 2))
+    assert answers_of(tmp_path, asked("1", "2", "3")) == [0, 1, 2]
+    lettered = asked("A", "B", choices=("B", "x")) + asked("B", choices=("x", "y"))
+    assert answers_of(tmp_path, lettered) == [0, 1, 1]
+    assert answers_of(tmp_path, asked("x", "B", "0", choices=("x", "y"))) == [0, 1, 0]  # mixed, but each is clear
+
+
+def test_answers_that_could_be_two_things_need_a_setting(tmp_path):
+    rows = asked("1", "2")
+    message = (
+        r'line 1: column "answer" is "1", which is the text of one of the choices \["1", "2", "3"\] and the index of '
+        r'another; set data\.answers = "text" or "index"$'
+    )
+    with pytest.raises(UserError, match=message):
+        answers_of(tmp_path, rows)
+    assert answers_of(tmp_path, rows, answers="text") == [0, 1]
+    assert answers_of(tmp_path, rows, answers="index") == [1, 2]
+    assert answers_of(tmp_path, asked(1, 3), answers="text") == [0, 2]
+    with pytest.raises(
+        UserError, match=r'is 3, but .* numbered 0 to 2; if it is the text of a choice, set data\.answers = "text"$'
+    ):
+        answers_of(tmp_path, asked(1, 3))
+    with pytest.raises(UserError, match=r'is "x", which is no number from 0 to 1 and no such letter'):
+        answers_of(tmp_path, asked("x", choices=("x", "y")), answers="index")
+    with pytest.raises(UserError, match=r'is "B", which is not among the choices'):
+        answers_of(tmp_path, asked("B", choices=("x", "y")), answers="text")
+    with pytest.raises(UserError, match=r"is true; write the index of the right choice, from 0, or its text"):
+        answers_of(tmp_path, asked(True))
+
+
+def test_labels_as_pandas_and_json_write_them(tmp_path):
+    rows = [{"text": "x", "label": label} for label in (1.0, 0, 2)]
+    assert load_rows(DataConfig(source=write(tmp_path / "r.jsonl", rows))).labels == ("0", "1", "2")
+    rows = [{"text": "x", "label": label} for label in (True, False)]
+    assert load_rows(DataConfig(source=write(tmp_path / "r.jsonl", rows))).labels == ("false", "true")
+
+
+def test_the_default_prompt_fits_the_kind(tmp_path):
+    for row, template in [
+        ({"choices": ["x", "y"], "answer": 0}, "Question: {text}\nAnswer:"),
+        ({"completion": "x"}, "{text}"),
+        ({"label": "x"}, "News: {text}\nTopic:"),
+    ]:
+        rows = [{"text": "q"} | row, {"text": "q"} | row | ({"label": "y"} if "label" in row else {})]
+        config = DataConfig(source=write(tmp_path / "r.jsonl", rows))
+        assert load_task(config, ANY, seed=0).template == load_rows(config).template == template
+        own = config.model_copy(update={"template": "{text}?"})
+        assert load_task(own, ANY, seed=0).template == load_rows(own).template == "{text}?"
+
+
+def test_rows_to_measure_keep_their_order_and_a_limit_comes_first(tmp_path):
+    source = write(tmp_path / "r.jsonl", [*labelled(3), {"text": None, "label": "c"}])
+    task = load_rows(DataConfig(source=source, test_rows=3))
+    assert [e.text for e in task.test] == ["text 0", "text 1", "text 2"]
+    assert task.labels == ("a", "b", "c")
+    with pytest.raises(UserError, match="line 4"):
+        load_rows(DataConfig(source=source, test_rows=4))
+    with pytest.raises(UserError, match=r'line 2: the label "b" is in no training row'):
+        load_rows(DataConfig(source=source, test_rows=3), lambda: ("a", "c"))
 
 
 def test_completions_keep_their_spaces(tmp_path):

@@ -72,7 +72,9 @@ class Encoder:
     white space of its own; trailing spaces of the template move to the answer, a trailing line break stays. The
     decoder of an encoder-decoder model begins with the answer as it is.
 
-    A conversation is cut in front: its prompt keeps the last `max_tokens` tokens, and its answer the first.
+    What is longer than `max_tokens` is cut. A prompt loses the end of its text, or the beginning if `keep_end`; a
+    conversation always its beginning. A completion and the answer of a conversation lose their end; a choice that is
+    too long is an error, because comparing parts of choices would mean nothing.
 
     Args:
         tokenizer: of transformers.
@@ -82,6 +84,7 @@ class Encoder:
         decoder_start_token_id: from the model's config, for encoder-decoder models.
         first_token_only: what `training_batch` does unless told otherwise.
         whole_prompts: multiple choice: answers are compared with `pairs`.
+        keep_end: prompts are followed by a completion, which goes on where they end.
 
     Raises:
         UserError: the template leaves no room for text, or the decoder has no start token.
@@ -96,6 +99,7 @@ class Encoder:
         decoder_start_token_id: int | None = None,
         first_token_only: bool = False,
         whole_prompts: bool = False,
+        keep_end: bool = False,
     ) -> None:
         if encoder_decoder and decoder_start_token_id is None:
             raise UserError("the model is an encoder-decoder, but its config has no decoder_start_token_id; set one")
@@ -105,6 +109,7 @@ class Encoder:
         self.decoder_start_token_id = decoder_start_token_id
         self.first_token_only = first_token_only
         self.whole_prompts = whole_prompts
+        self.keep_end = keep_end
         self.pad_token_id = next(
             (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
         )
@@ -141,27 +146,33 @@ class Encoder:
         labelled = (task.train or task.test)[:1]
         encoder.first_token_only = task.kind == "classification" and encoder.distinct_first_tokens(labelled)
         encoder.whole_prompts = task.kind == "choices"
+        encoder.keep_end = task.kind == "completion"
         return encoder
 
-    def prompts(self, examples: Sequence[Example]) -> list[list[int]]:
-        """The tokens of every prompt, at most `max_tokens`: the text's end is cut, the template is kept whole."""
-        if any(example.messages for example in examples):
-            return [self._chat(e)[0] if e.messages else self.prompts([e])[0] for e in examples]
-        texts = [self._text_lead + example.text for example in examples]
-        pieces = self._tokens(texts, after="" if self._starts_with_text else "a")
-        return [self._head + piece[: self._room] + self._tail for piece in pieces]
+    def encoded(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+        """The tokens of every prompt and of its right answer: the right choice, or completion and end-of-sequence.
 
-    def share_cut(self, examples: Sequence[Example]) -> float:
-        """The share of the examples (at least one) whose text, or answer in a conversation, `max_tokens` cuts."""
+        Raises:
+            UserError: an answer has no tokens, a choice is longer than `max_tokens`, or the chat template refuses a
+                conversation.
+        """
+        talks = iter(self._chats([example for example in examples if example.messages]))
+        others = [example for example in examples if not example.messages]
+        rest = iter(zip(self._prompts(others), self._answers(others), strict=True))
+        return [next(talks) if example.messages else next(rest) for example in examples]
+
+    def prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The tokens of every prompt, at most `max_tokens`; of a template, only the text is cut."""
+        talks = iter(self._chats([example for example in examples if example.messages]))
+        rest = iter(self._prompts([example for example in examples if not example.messages]))
+        return [next(talks)[0] if example.messages else next(rest) for example in examples]
+
+    def without_limit(self) -> "Encoder":
+        """The same encoder, cutting nothing."""
         whole = copy(self)
         whole.max_tokens = whole._room = sys.maxsize
-
-        def is_cut(example: Example) -> bool:
-            if self.prompts([example]) != whole.prompts([example]):
-                return True
-            return bool(example.messages) and self.answer(example) != whole.answer(example)
-
-        return sum(map(is_cut, examples)) / len(examples)
+        whole._choice_tokens = {}  # those of this one are checked
+        return whole
 
     def pairs(self, examples: Sequence[Example]) -> list[list[tuple[list[int], list[int]]]]:
         """Uncut prompt and choice of every choice of every example, tokenised as lm-evaluation-harness does.
@@ -178,23 +189,12 @@ class Encoder:
         """The tokens of every choice of one example. Raises UserError if one is longer than `max_tokens`."""
         for choice in example.choices:
             if choice not in self._choice_tokens:
-                self._choice_tokens[choice] = self._checked(self._answer_tokens(choice), example)
+                self._choice_tokens[choice] = self._checked(self._answer_tokens([choice])[0], example)
         return [self._choice_tokens[choice] for choice in example.choices]
 
     def answer(self, example: Example) -> list[int]:
-        """The tokens of the right choice, or of the completion and end-of-sequence.
-
-        Raises:
-            UserError: the answer is longer than `max_tokens`.
-        """
-        if example.choices:
-            return self.choices(example)[example.answer]
-        if example.messages:
-            return self._chat(example)[1]
-        tokens = self._answer_tokens(example.completion)
-        if self.tokenizer.eos_token_id is not None:
-            tokens = [*tokens, self.tokenizer.eos_token_id]
-        return self._checked(tokens, example)
+        """The tokens of the right choice, or of the completion and end-of-sequence. Raises as `encoded`."""
+        return self.encoded([example])[0][1]
 
     def first_tokens(self, example: Example) -> list[int]:
         """The first token of every choice, in order."""
@@ -223,12 +223,12 @@ class Encoder:
             UserError: an answer is too long, or `first_token_only` where first tokens do not tell the choices apart.
         """
         distinct = self.distinct_first_tokens(examples)
-        answers = [self.answer(example) for example in examples]
+        prompts, answers = map(list, zip(*self.encoded(examples), strict=True))
         if self.first_token_only if first_token_only is None else first_token_only:
             if not distinct:
                 raise UserError("the first tokens of the answers do not tell the choices apart; train on whole answers")
             answers = [answer[:1] for answer in answers]
-        batch = self.collate(self.prompts(examples), answers)
+        batch = self.collate(prompts, answers)
         batch.answers = torch.tensor([example.answer if example.choices else -1 for example in examples])
         if distinct and len({len(example.choices) for example in examples}) == 1:
             batch.choice_tokens = torch.tensor([self.first_tokens(example) for example in examples])
@@ -254,28 +254,61 @@ class Encoder:
             answers=unknown,
         )
 
-    def _chat(self, example: Example) -> tuple[list[int], list[int]]:
-        """Prompt and answer of a conversation; the template writes the special tokens, so none are added."""
-        prompt, answer = render(self.tokenizer, example.messages)
+    def _chats(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+        """Prompts and answers of conversations; the template writes the special tokens, so none are added."""
+        if not examples:
+            return []
+        written = [self._render(example) for example in examples]
+        prompts = self._tokens([prompt for prompt, _ in written])
         if self.encoder_decoder:
-            prompts, answers = self._tokens([prompt]), self._tokens([answer])
+            answers = self._tokens([answer for _, answer in written])
         else:
-            prompts, answers = self._tokens([prompt]), self._tokens([answer], after=prompt)
-        return prompts[0][-self.max_tokens :], answers[0][: self.max_tokens]
+            answers = self._behind([(p, tokens, a) for (p, a), tokens in zip(written, prompts, strict=True)])
+        return [
+            (prompt[-self.max_tokens :], self._checked(answer[: self.max_tokens], example))
+            for prompt, answer, example in zip(prompts, answers, examples, strict=True)
+        ]
 
-    def _answer_tokens(self, answer: str) -> list[int]:
-        if self.encoder_decoder:
-            return self._tokens([answer])[0]
-        if not answer[:1].isspace():
-            answer = (self._answer_lead or ("" if self._at_line_start else " ")) + answer
-        return self._tokens([answer], after="a\n" if self._at_line_start else "a")[0]
+    def _render(self, example: Example) -> tuple[str, str]:
+        try:
+            return render(self.tokenizer, example.messages)
+        except UserError as error:
+            raise UserError(f"{example}: {error}") from None
+
+    def _prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Prompts of examples without messages."""
+        if not examples:
+            return []
+        texts = [self._text_lead + example.text for example in examples]
+        pieces = self._tokens(texts, after="" if self._starts_with_text else "a")
+        part = slice(-self._room, None) if self.keep_end else slice(self._room)
+        return [self._head + piece[part] + self._tail for piece in pieces]
+
+    def _answers(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Answers of examples without messages."""
+        written = iter(self._answer_tokens([example.completion for example in examples if not example.choices]))
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        return [
+            self.choices(example)[example.answer]
+            if example.choices
+            else self._checked([*next(written), *end][: self.max_tokens], example)
+            for example in examples
+        ]
+
+    def _answer_tokens(self, answers: list[str]) -> list[list[int]]:
+        if self.encoder_decoder or not answers:
+            return self._tokens(answers) if answers else []
+        lead = self._answer_lead or ("" if self._at_line_start else " ")
+        pieces = [answer if answer[:1].isspace() else lead + answer for answer in answers]
+        return self._tokens(pieces, after="a\n" if self._at_line_start else "a")
 
     def _checked(self, tokens: list[int], example: Example) -> list[int]:
-        if not tokens or len(tokens) > self.max_tokens:
-            shown = example.text if len(example.text) <= 40 else example.text[:37] + "..."
+        if not tokens:
+            raise UserError(f"{example}: the tokenizer knows nothing of an answer; change it or remove the row")
+        if len(tokens) > self.max_tokens:
             raise UserError(
-                f"example {shown!r}: an answer has {len(tokens)} tokens, but may have 1 to {self.max_tokens}; "
-                + ("shorten it or raise data.max_tokens" if tokens else "the tokenizer knows none of it")
+                f"{example}: an answer has {len(tokens)} tokens, but may have {self.max_tokens}; shorten it or raise "
+                "data.max_tokens"
             )
         return tokens
 
@@ -286,16 +319,18 @@ class Encoder:
         the middle of a prompt must not get one. Where the joint is not clean (the piece would melt into `after`),
         the piece is tokenised by itself.
         """
-        plain: list[list[int]] = self.tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
-        if not after:
-            return plain
-        joined = self.tokenizer([after, *(after + piece for piece in pieces)], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        lead = joined[0]
+        if after:
+            lead = self._tokens([after])[0]
+            return self._behind([(after, lead, piece) for piece in pieces])
+        tokens: list[list[int]] = self.tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        return tokens
+
+    def _behind(self, joints: Sequence[tuple[str, list[int], str]]) -> list[list[int]]:
+        """The tokens of every piece behind the text in front of it, from text, its tokens and piece."""
+        joined = self._tokens([text + piece for text, _, piece in joints])
         return [
-            long[len(lead) :] if long[: len(lead)] == lead else short
-            for long, short in zip(joined[1:], plain, strict=True)
+            long[len(lead) :] if long[: len(lead)] == lead else self._tokens([piece])[0]
+            for long, (_, lead, piece) in zip(joined, joints, strict=True)
         ]
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,13 @@ class Rows:
     def __len__(self) -> int:
         return self.length
 
+    def first(self, count: int | None) -> "Rows":
+        """At most the first so many rows; None: all."""
+        if count is None or count >= self.length:
+            return self
+        columns = {name: cells[:count] for name, cells in self.columns.items()}
+        return Rows(self.origin, self.names, columns, count, self.lines[:count])
+
     def at(self, index: int) -> str:
         """Name one row for an error message."""
         return f"{self.origin} line {self.lines[index]}" if self.lines else f"{self.origin} row {index + 1}"
@@ -41,6 +49,23 @@ class Rows:
             present = ", ".join(self.names) or "none"
             raise UserError(f'{self.origin}: no column "{name}"; columns present: {present}; set {key} to one of them')
         return self.columns[name]
+
+
+def text_of(cell: Any, rows: Rows, index: int, column: str) -> str:
+    """A cell that must be text, with its spaces. Raises UserError if it is missing, empty or something else."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        raise UserError(f'{rows.at(index)}: column "{column}" is missing; fill it in or remove the row')
+    if not isinstance(cell, str):
+        raise UserError(f'{rows.at(index)}: column "{column}" must be text, got {short(cell)}; write it as text')
+    if not cell.strip():
+        raise UserError(f'{rows.at(index)}: column "{column}" is empty; fill it in or remove the row')
+    return cell
+
+
+def short(value: Any) -> str:
+    """A value for an error message, on one line."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read_file(path: Path, wanted: Collection[str]) -> Rows:
@@ -126,19 +151,21 @@ def _read_jsonl(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = _parse_json(line, f"{origin} line {number}")
         except json.JSONDecodeError as error:
             raise UserError(f"{origin} line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
         if not isinstance(record, dict):
             raise UserError(f'{origin} line {number}: expected an object such as {{"text": ...}} on every line')
+        _check_unicode(line, record, f"{origin} line {number}", wanted)
         records.append(record)
         lines.append(number)
     return _from_records(origin, records, wanted, _names(records), lines)
 
 
 def _read_json(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
+    text = _decode(origin, raw)
     try:
-        records = json.loads(_decode(origin, raw))
+        records = _parse_json(text, origin)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{origin} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); "
@@ -149,7 +176,50 @@ def _read_json(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise UserError(f'{origin} row {index + 1}: expected an object such as {{"text": ...}}')
+        _check_unicode(text, record, f"{origin} row {index + 1}", wanted)
     return _from_records(origin, records, wanted, _names(records), [])
+
+
+def _parse_json(text: str, where: str) -> Any:
+    """JSON without the two things that Python lets pass or fails on: a key that occurs twice, and bottomless nesting.
+
+    Raises:
+        UserError: one of them. JSONDecodeError: not JSON.
+    """
+
+    def record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f'{where}: the key "{twice}" occurs twice in one object; keep one of them')
+        return made
+
+    try:
+        return json.loads(text, object_pairs_hook=record)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply to be a row of data; check the file") from None
+
+
+def _check_unicode(text: str, record: dict[str, Any], where: str, wanted: Collection[str]) -> None:
+    """Raise UserError for a cell with half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return
+    for name in record.keys() & wanted:
+        if half_character(record[name]):
+            raise UserError(
+                f'{where}: column "{name}" holds half a character (such as \\ud83d without the half behind it), '
+                "probably of a text that was cut; repair or remove the row"
+            )
+
+
+def half_character(cell: Any) -> bool:
+    """Whether a text, or any in a list or object, holds half of a surrogate pair, which is no Unicode."""
+    try:
+        json.dumps(cell, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _read_parquet(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
@@ -159,7 +229,12 @@ def _read_parquet(origin: str, raw: bytes, wanted: Collection[str]) -> Rows:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
         names = list(file.schema_arrow.names)
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f'{origin}: the column "{twice}" occurs twice; keep one of them')
         columns = file.read(columns=[name for name in names if name in wanted]).to_pydict()
+    except UnicodeDecodeError:
+        raise UserError(f"{origin}: a text column holds bytes that are not UTF-8; write it again") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{origin}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
     return Rows(origin, names, columns, file.metadata.num_rows)

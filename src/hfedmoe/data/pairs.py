@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hfedmoe.errors import UserError
+
 
 def encode_pairs(
     tokenizer: Any, pairs: Sequence[tuple[str, str]], encoder_decoder: bool = False
@@ -23,6 +25,25 @@ def encode_pairs(
         return list(zip(contexts, continuations, strict=True))
     wholes = _encode(tokenizer, [context + continuation for context, continuation in moved])
     return [(context, whole[len(context) :]) for context, whole in zip(contexts, wholes, strict=True)]
+
+
+def fit(
+    prompt: list[int], answer: list[int], longest: int, encoder_decoder: bool, name: str
+) -> tuple[list[int], list[int]]:
+    """Prompt and answer with the prompt cut in front, so that the model's input has at most `longest` tokens.
+
+    Raises:
+        UserError: the answer has no tokens, or more than that; `name` says of which example.
+    """
+    if not answer:
+        raise UserError(f"{name}: a choice has no tokens behind its prompt; change it or remove the row")
+    if len(answer) > longest:
+        raise UserError(
+            f"{name}: a choice has {len(answer)} tokens, but the model takes {longest}; shorten it or remove the row"
+        )
+    # The last token of the answer is predicted, not put in.
+    room = longest if encoder_decoder else longest + 1 - len(answer)
+    return prompt[-room:], answer
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hfedmoe.config import DataConfig
-from hfedmoe.data.files import Rows
+from hfedmoe.data.answers import answer_indices
+from hfedmoe.data.files import Rows, half_character, short, text_of
 from hfedmoe.errors import UserError
 
 
@@ -16,7 +17,7 @@ class Example:
 
     Either one of `choices` (`answer` is its index) or, when there are no choices, `completion`. A conversation has
     `messages` as well, roles and texts up to the answer, which is the completion: the tokenizer's chat template makes
-    prompt and answer of them, and `text` only names the example in errors.
+    prompt and answer of them. `origin` names file and line in errors.
     """
 
     text: str
@@ -24,6 +25,10 @@ class Example:
     answer: int = -1
     completion: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    origin: str = field(default="", compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.origin or f"example {short(self.text)}"
 
 
 def kind_of(rows: Rows, config: DataConfig) -> str:
@@ -45,7 +50,7 @@ def kind_of(rows: Rows, config: DataConfig) -> str:
 
 
 def labels_of(rows: Rows, config: DataConfig) -> list[str]:
-    """The label of every row, stripped; whole numbers become text. Raises UserError for null and other types."""
+    """The label of every row, stripped; whole numbers and booleans become text. Raises UserError for what is none."""
     return [_label(cell, rows, i, config.label) for i, cell in enumerate(rows.column(config.label, "data.label"))]
 
 
@@ -81,24 +86,20 @@ def classification_examples(
             raise UserError(
                 f'{rows.at(i)}: the label "{label}" is in no training row; training labels: {", ".join(labels)}'
             )
-        examples.append(Example(texts[i], words, index[label]))
+        examples.append(Example(texts[i], words, index[label], origin=rows.at(i)))
     return examples
 
 
 def choice_examples(rows: Rows, config: DataConfig) -> list[Example]:
-    """Rows of prompt, choices and answer.
-
-    Choices are a list, or a JSON list in a text cell. The answer is an index from 0; or text: a choice, else the
-    digits of an index, else a letter from A.
-    """
+    """Rows of prompt, choices and answer; choices are a list, or a JSON list in a text cell."""
     texts = _texts(rows, config)
-    choices = rows.column(config.choices, "data.choices")
-    answers = rows.column(config.answer, "data.answer")
-    examples = []
-    for i in range(len(rows)):
-        options = _choices(choices[i], rows, i, config.choices)
-        examples.append(Example(texts[i], options, _answer(answers[i], options, rows, i, config.answer)))
-    return examples
+    cells = rows.column(config.choices, "data.choices")
+    choices = [_choices(cell, rows, i, config.choices) for i, cell in enumerate(cells)]
+    answers = answer_indices(rows, choices, config)
+    return [
+        Example(text, options, answer, origin=rows.at(i))
+        for i, (text, options, answer) in enumerate(zip(texts, choices, answers, strict=True))
+    ]
 
 
 def completion_examples(rows: Rows, config: DataConfig) -> list[Example]:
@@ -106,7 +107,7 @@ def completion_examples(rows: Rows, config: DataConfig) -> list[Example]:
     texts = _texts(rows, config)
     cells = rows.column(config.completion, "data.completion")
     return [
-        Example(text, completion=_text(cell, rows, i, config.completion))
+        Example(text, completion=text_of(cell, rows, i, config.completion), origin=rows.at(i))
         for i, (text, cell) in enumerate(zip(texts, cells, strict=True))
     ]
 
@@ -128,23 +129,15 @@ def _texts(rows: Rows, config: DataConfig) -> list[str]:
     name = config.text
     if name == "text" and name not in rows.columns and "prompt" in rows.columns:
         name = "prompt"
-    return [_text(cell, rows, i, name).strip() for i, cell in enumerate(rows.column(name, "data.text"))]
-
-
-def _text(cell: Any, rows: Rows, index: int, column: str) -> str:
-    if cell is None:
-        raise UserError(f'{rows.at(index)}: column "{column}" is missing; fill it in or remove the row')
-    if not isinstance(cell, str):
-        raise UserError(f'{rows.at(index)}: column "{column}" must be text, got {short(cell)}')
-    if not cell.strip():
-        raise UserError(f'{rows.at(index)}: column "{column}" is empty; fill it in or remove the row')
-    return cell
+    return [text_of(cell, rows, i, name).strip() for i, cell in enumerate(rows.column(name, "data.text"))]
 
 
 def _label(cell: Any, rows: Rows, index: int, column: str) -> str:
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return str(cell)
-    return _text(cell, rows, index, column).strip()
+    if isinstance(cell, bool):
+        return str(cell).lower()
+    if isinstance(cell, int) or (isinstance(cell, float) and cell.is_integer()):
+        return str(int(cell))  # pandas makes 1.0 of 1 where another row has none
+    return text_of(cell, rows, index, column).strip()
 
 
 def _choices(cell: Any, rows: Rows, index: int, column: str) -> tuple[str, ...]:
@@ -154,33 +147,10 @@ def _choices(cell: Any, rows: Rows, index: int, column: str) -> tuple[str, ...]:
             cell = json.loads(cell)
         except json.JSONDecodeError:
             raise UserError(f'{where} must be a JSON list such as ["yes", "no"], got {short(cell)}') from None
+        if half_character(cell):
+            raise UserError(f"{where} holds half a character (such as \\ud83d by itself); repair or remove the row")
     if not isinstance(cell, list) or not all(isinstance(choice, str) and choice.strip() for choice in cell):
         raise UserError(f"{where} must be a list of non-empty texts, got {short(cell)}")
     if len(cell) < 2:
         raise UserError(f"{where} has {len(cell)} choices; at least two are needed")
     return tuple(choice.strip() for choice in cell)
-
-
-def _answer(cell: Any, choices: tuple[str, ...], rows: Rows, index: int, column: str) -> int:
-    where = f'{rows.at(index)}: column "{column}"'
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        if not 0 <= cell < len(choices):
-            raise UserError(f"{where} is {cell}, but the {len(choices)} choices are numbered 0 to {len(choices) - 1}")
-        return cell
-    text = _text(cell, rows, index, column).strip()
-    if choices.count(text) > 1:
-        raise UserError(f'{where}: the choice "{text}" occurs more than once; give the answer as an index from 0')
-    if text in choices:
-        return choices.index(text)
-    if text.isdecimal():
-        return _answer(int(text), choices, rows, index, column)
-    letter = ord(text.upper()) - ord("A") if len(text) == 1 else -1
-    if not 0 <= letter < len(choices):
-        raise UserError(f"{where} is {short(text)}, which is not among the choices {short(list(choices))}")
-    return letter
-
-
-def short(value: Any) -> str:
-    """A value for an error message, on one line."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else text[:77] + "..."

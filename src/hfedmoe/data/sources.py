@@ -29,7 +29,13 @@ def is_file(source: str) -> bool:
     return source not in PACKAGED and (path.is_file() or path.suffix.lower() in READERS.keys() | OTHER_FORMATS)
 
 
-def read(source: str, wanted: Collection[str], split: str = "train", subset: str | None = None) -> Rows:
+def read(
+    source: str,
+    wanted: Collection[str],
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+) -> Rows:
     """Read the wanted columns of one source.
 
     Args:
@@ -37,7 +43,7 @@ def read(source: str, wanted: Collection[str], split: str = "train", subset: str
             `datasets.save_to_disk`, or a hub id.
         wanted: the columns to read; those that the table does not have are left out.
         split: the split (packaged data, folders and the hub).
-        subset: the configuration name of a hub data set.
+        subset: the configuration name of a hub data set; `revision`: its branch, tag or commit.
 
     Raises:
         UserError: the source or split does not exist, cannot be reached, or is not well-formed.
@@ -53,7 +59,7 @@ def read(source: str, wanted: Collection[str], split: str = "train", subset: str
         return read_file(path, wanted)
     if not HUB_ID.match(source):
         raise UserError(f"{source}: no such file or folder")
-    return _read_hub(source, wanted, split, subset)
+    return _read_hub(source, wanted, split, subset, revision)
 
 
 def _read_packaged(name: str, wanted: Collection[str], split: str) -> Rows:
@@ -107,12 +113,15 @@ def _read_folder(path: Path, wanted: Collection[str], split: str) -> Rows:
         raise UserError(f"{path}: cannot be loaded ({_first_line(error)})") from None
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise UserError(f'{path}: no split "{split}"; it has {", ".join(loaded)}')
+            raise UserError(
+                f'{path}: no split "{split}"; it has {", ".join(loaded)}: set data.split or data.test, or save '
+                "the split that you mean by itself"
+            )
         return _from_datasets(f"{path} ({split})", loaded[split], wanted)
     return _from_datasets(str(path), loaded, wanted)
 
 
-def _read_hub(source: str, wanted: Collection[str], split: str, subset: str | None) -> Rows:
+def _read_hub(source: str, wanted: Collection[str], split: str, subset: str | None, revision: str | None) -> Rows:
     import datasets
 
     from hfedmoe.data.known import KNOWN
@@ -121,7 +130,7 @@ def _read_hub(source: str, wanted: Collection[str], split: str, subset: str | No
     # Without an owner it was perhaps meant as one of the names that hfedmoe knows.
     known = "" if "/" in source else f"; known by name: {', '.join(KNOWN)}"
     try:
-        loaded = datasets.load_dataset(source, subset, split=split)
+        loaded = datasets.load_dataset(source, subset, split=split, revision=revision)
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
             f"{named}: not on the hub (or private), and no file or folder of that name either{known}"
@@ -133,8 +142,8 @@ def _read_hub(source: str, wanted: Collection[str], split: str, subset: str | No
         ) from None
     except Exception as error:  # unknown split or subset, a script, a damaged file: many kinds, one way out
         raise UserError(
-            f'{named}: split "{split}" cannot be loaded ({_first_line(error)}); check data.split, data.test '
-            "and data.subset"
+            f'{named}: split "{split}" cannot be loaded ({_first_line(error)}); check data.split, data.test, '
+            "data.subset and data.revision"
         ) from None
     return _from_datasets(f"{source} ({split})", loaded, wanted)
 

@@ -1,7 +1,7 @@
 """A task: training and held-out examples, from whatever source the configuration names."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
 
@@ -9,17 +9,22 @@ from hfedmoe.config import DataConfig, PartitionConfig
 from hfedmoe.data import rows as row_readers
 from hfedmoe.data.files import Rows
 from hfedmoe.data.known import KNOWN, KnownSet, known_set
+from hfedmoe.data.known.base import Wording
 from hfedmoe.data.partition import natural_groups
 from hfedmoe.data.rows import Example, classification_examples, kind_of, label_words, labels_of, wanted_columns
 from hfedmoe.data.sources import is_file, is_packaged, read
 from hfedmoe.errors import UserError
 
 Kind = Literal["classification", "choices", "completion"]
-TEMPLATE = "News: {text}\nTopic:"
-"""Where neither the configuration nor a known data set has one."""
+TEMPLATES: dict[str, str] = {
+    "classification": "News: {text}\nTopic:",
+    "choices": "Question: {text}\nAnswer:",
+    "completion": "{text}",
+}
+"""By kind, where neither the configuration nor a known data set has one."""
 Item = TypeVar("Item")
 
-__all__ = ["Example", "Kind", "Task", "load_task", "load_test"]
+__all__ = ["Example", "Kind", "Task", "load_rows", "load_task", "load_test"]
 
 
 @dataclass
@@ -62,18 +67,14 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
 
     labels: tuple[str, ...] = () if known is None else known.labels
     if kind == "classification" and known is None:
-        labels = tuple(sorted({label for table in tables for label in labels_of(table, config)}))
-        if len(labels) < 2:
-            raise UserError(
-                f'{tables[0].origin}: every row has the label "{labels[0]}"; classification needs at least two labels'
-            )
+        labels = _labels(tables, config)
     words = label_words(labels, config) if known is None else ()
     wording = None if known is None else known.wording(config)
 
     def rows_of(table: Rows) -> list[list[Example]]:
         """The examples of every row: one, but a conversation may have several, and a row of a known set none."""
         if known is not None and wording is not None:
-            return known.read_rows(table, wording)
+            return _known_rows(known, table, wording)
         if kind == "classification":
             return [[example] for example in classification_examples(table, config, labels, words)]
         return [[example] for example in row_readers.READERS[kind](table, config)]
@@ -100,7 +101,7 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
     task = Task(
         name=config.source if config.clients is None else f"{len(config.clients)} client files",
         kind=kind,
-        template=template_of(config, known),
+        template=template_of(config, known, kind),
         labels=labels,
         train=[example for _, example in owned],
         test=test,
@@ -147,13 +148,72 @@ def load_test(config: DataConfig) -> Task:
         raise UserError(f"{name}: not a data set known by name; known: {', '.join(KNOWN)}")
     wanted = _wanted(config, known, None)
     table = _read_test(config, known, wanted) or _read_train(config.source, config, known, wanted)
-    test = _flat(known.read_rows(table, known.wording(config)))[: config.test_rows]
+    test = _flat(_known_rows(known, table, known.wording(config), config.test_rows))[: config.test_rows]
     return Task(known.name, known.kind, template_of(config, known), known.labels, [], test)
 
 
-def template_of(config: DataConfig, known: KnownSet | None) -> str:
+def load_rows(config: DataConfig, trained_labels: Callable[[], tuple[str, ...]] | None = None) -> Task:
+    """All rows of one source (or the first `data.test_rows`) for measuring, in their own order.
+
+    Args:
+        config: its source is a file, or a folder whose test split is taken.
+        trained_labels: of the rows that a model was trained on; None: those that occur.
+
+    Raises:
+        UserError: the rows are missing or malformed.
+    """
+    known = known_set(config)
+    if known is not None:
+        return load_test(config)
+    table = read(config.source, _wanted(config, None, None), config.split or "test")
+    kind = cast(Kind, kind_of(table, config))
+    labels: tuple[str, ...] = ()
+    if kind == "classification":
+        labels = _labels([table], config) if trained_labels is None else trained_labels()
+    words = label_words(labels, config) if kind == "classification" else ()
+    table = table.first(config.test_rows)
+    if kind == "classification":
+        test = classification_examples(table, config, labels, words)
+    else:
+        test = row_readers.READERS[kind](table, config)
+    return Task(config.source, kind, template_of(config, None, kind), labels, [], test)
+
+
+def _labels(tables: list[Rows], config: DataConfig) -> tuple[str, ...]:
+    """All labels, sorted. Raises UserError if there is only one."""
+    labels = tuple(sorted({label for table in tables for label in labels_of(table, config)}))
+    if len(labels) < 2:
+        raise UserError(
+            f'{tables[0].origin}: every row has the label "{labels[0]}"; classification needs at least two labels'
+        )
+    return labels
+
+
+def _known_rows(known: KnownSet, table: Rows, wording: Wording, enough: int | None = None) -> list[list[Example]]:
+    """The examples of every row, or of the first rows that make `enough` of them: rows behind those are not read.
+
+    Raises:
+        UserError: a row is not as it should be, or no row has an example.
+    """
+
+    def needed(rows: Iterator[list[Example]]) -> Iterator[list[Example]]:
+        count = 0
+        for row in rows:
+            yield row
+            count += len(row)
+            if enough is not None and count >= enough:
+                return
+
+    rows = list(needed(known.read_rows(table, wording)))
+    if not any(rows):
+        raise UserError(f"{table.origin}: all {len(table)} rows are left out, because they have no text or no answer")
+    return rows
+
+
+def template_of(config: DataConfig, known: KnownSet | None, kind: str | None = None) -> str:
+    """The prompt around a text; `kind`: of the task, where `data.format` leaves it to the columns."""
     if config.template is None:
-        return TEMPLATE if known is None else known.template
+        return TEMPLATES.get(kind or config.format, TEMPLATES["classification"]) if known is None else known.template
     if known is not None and known.name == "instructions" and config.chat == "template":
         raise UserError(
             "data.template: conversations are written by the tokenizer's chat template; leave it out, or set "
@@ -171,11 +231,11 @@ def _wanted(config: DataConfig, known: KnownSet | None, extra: str | None) -> se
 def _read_train(source: str, config: DataConfig, known: KnownSet | None, wanted: set[str]) -> Rows:
     if known is not None and source == known.name:
         return _read_known(known, known.train_split(config), config, wanted)
-    return read(source, wanted, config.split or "train", config.subset)
+    return read(source, wanted, config.split or "train", config.subset, config.revision)
 
 
 def _read_known(known: KnownSet, split: str, config: DataConfig, wanted: set[str]) -> Rows:
-    return read(known.hub or known.name, wanted, split, config.subset or known.subset)
+    return read(known.hub or known.name, wanted, split, config.subset or known.subset, config.revision)
 
 
 def _read_test(config: DataConfig, known: KnownSet | None, wanted: set[str]) -> Rows | None:
@@ -193,7 +253,7 @@ def _read_test(config: DataConfig, known: KnownSet | None, wanted: set[str]) -> 
         )
     if known is not None and named:
         return _read_known(known, config.test, config, wanted)
-    return read(config.source, wanted, config.test, config.subset)
+    return read(config.source, wanted, config.test, config.subset, config.revision)
 
 
 def _client_ids(table: Rows, column: str) -> list[str]:

@@ -60,6 +60,13 @@ class RunFolder:
             raise
         return cls(path, config, claim)
 
+    def settle(self, config: RunConfig) -> None:
+        """Write the settings again, now that the data has said what they leave open."""
+        path = self.path / "config.toml"
+        with disk_errors(path, "run again, or choose another --out"), replacing(path) as file:
+            file.write(run_config_toml(config))
+        self.config = config
+
     @classmethod
     def open(cls, path: Path, to_write: bool = False) -> "RunFolder":
         """Open the folder of an earlier run: to read it, even while it goes on, or `to_write` to claim and resume it.

@@ -1,12 +1,12 @@
 """What is known about a data set, and one of its rows."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hfedmoe.config import DataConfig
-from hfedmoe.data.files import Rows
-from hfedmoe.data.rows import Example, label_words, short
+from hfedmoe.data.files import Rows, short
+from hfedmoe.data.rows import Example, label_words
 from hfedmoe.errors import UserError
 
 
@@ -20,6 +20,10 @@ class Row:
     def has(self, column: str) -> bool:
         """Whether the table has the column."""
         return column in self.rows.columns
+
+    def holds(self, column: str) -> bool:
+        """Whether the row has something in the column."""
+        return self.has(column) and self.rows.columns[column][self.index] is not None
 
     def cell(self, column: str) -> Any:
         """The cell as it is. Raises UserError if there is no such column, or nothing in it."""
@@ -41,13 +45,16 @@ class Row:
         return value
 
     def texts(self, column: str) -> tuple[str, ...]:
-        """The cell as a list of at least two texts. Raises UserError if it is none."""
+        """The cell as a list of texts. Raises UserError if it is none."""
         return self.checked_texts(column, self.cell(column))
 
     def checked_texts(self, column: str, value: Any) -> tuple[str, ...]:
-        """`value` as a list of at least two non-empty texts; `column` names it. Raises UserError if it is none."""
-        if not isinstance(value, list) or len(value) < 2 or not all(isinstance(t, str) and t.strip() for t in value):
-            raise self.error(column, f"must be a list of two or more non-empty texts, got {short(value)}")
+        """`value` as a list of texts, which may be empty; `column` names it. Raises UserError if it is none.
+
+        lm-evaluation-harness scores a row with an empty option or a single one, so it is measured here as well.
+        """
+        if not isinstance(value, list) or not value or not all(isinstance(t, str) for t in value):
+            raise self.error(column, f"must be a list of texts, got {short(value)}")
         return tuple(value)
 
     def index_of(self, column: str, count: int) -> int:
@@ -56,12 +63,14 @@ class Row:
         The hub's loader turns numbers into names where a column is declared as labels.
         """
         value = self.cell(column)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # pandas makes 1.0 of 1 where another row has none
         if isinstance(value, str) and value.strip().isdecimal():
             value = int(value)
         elif isinstance(value, str) and len(value) == 1:
             value = ord(value) - ord("A")
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-            raise self.error(column, f"must be a number from 0 to {count - 1}, got {short(value)}")
+            raise self.error(column, f"must be a number from 0 to {count - 1}, got {short(self.cell(column))}")
         return value
 
     def error(self, column: str, problem: str) -> UserError:
@@ -119,6 +128,8 @@ class KnownSet:
         used = label_words(self.labels, config.model_copy(update={"label_words": words}))
         return Wording(used, config.chat == "plain")
 
-    def read_rows(self, rows: Rows, wording: Wording) -> list[list[Example]]:
-        """The examples of every row. Raises UserError for a row that is not as it should be."""
-        return [self.examples(Row(rows, index), wording) for index in range(len(rows))]
+    def read_rows(self, rows: Rows, wording: Wording) -> Iterator[list[Example]]:
+        """The examples of every row, read when asked for. Raises UserError for a row that is not as it should be."""
+        for index in range(len(rows)):
+            found = self.examples(Row(rows, index), wording)
+            yield [replace(example, origin=rows.at(index)) for example in found]

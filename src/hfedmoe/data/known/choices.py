@@ -13,14 +13,14 @@ LETTERS = ("A", "B", "C", "D")
 
 
 def _piqa(row: Row, wording: Wording) -> list[Example]:
-    choices = (row.text("sol1"), row.text("sol2"))
-    return [Example(row.text("goal"), choices, row.index_of("label", 2))]
+    choices = (row.text("sol1", empty=True), row.text("sol2", empty=True))
+    return [Example(row.text("goal", empty=True), choices, row.index_of("label", 2))]
 
 
 def _hellaswag(row: Row, wording: Wording) -> list[Example]:
     context = f"{row.text('ctx_a', empty=True)} {row.text('ctx_b', empty=True).capitalize()}"
     endings = tuple(without_brackets(ending) for ending in row.texts("endings"))
-    text = without_brackets(f"{row.text('activity_label')}: {context}")
+    text = without_brackets(f"{row.text('activity_label', empty=True)}: {context}")
     return [Example(text, endings, row.index_of("label", len(endings)))]
 
 
@@ -35,7 +35,7 @@ def _mmlu(row: Row, wording: Wording) -> list[Example]:
     if len(options) != len(LETTERS):
         raise row.error("choices", f"must have four texts, got {len(options)}")
     lines = [
-        row.text("question").strip(),
+        row.text("question", empty=True).strip(),
         *(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=True)),
     ]
     subject = row.text("subject", empty=True).replace("_", " ")
@@ -49,10 +49,12 @@ def _arc(row: Row, wording: Wording) -> list[Example]:
     if not isinstance(options, dict) or not isinstance(options.get("label"), list):
         raise row.error("choices", 'must be an object such as {"text": ["x", "y"], "label": ["A", "B"]}')
     texts = row.checked_texts("choices", options.get("text"))
-    labels, key = options["label"], row.text("answerKey")
+    labels, key = [str(label) for label in options["label"]], row.cell("answerKey")
+    if isinstance(key, int) and not isinstance(key, bool):
+        key = str(key)
     if len(labels) != len(texts) or key not in labels:
         raise row.error("answerKey", f'is "{key}", which labels none of the {len(texts)} choices')
-    return [Example(row.text("question"), texts, labels.index(key))]
+    return [Example(row.text("question", empty=True), texts, labels.index(key))]
 
 
 PIQA = KnownSet(

@@ -3,17 +3,35 @@
 from typing import Any
 
 from hfedmoe.data.chat import Message, plain_prompt
+from hfedmoe.data.files import short
 from hfedmoe.data.known.base import KnownSet, Row, Wording
-from hfedmoe.data.rows import Example, short
+from hfedmoe.data.rows import Example
+from hfedmoe.errors import UserError
 
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-"""Names in ShareGPT-like data, and their roles."""
+SPEAKERS = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+"""Names in lower case, and their roles. What a tool says is context, like what a user says."""
+
+TURNS = ("messages", "conversations", "conversation")
+REQUESTS = (
+    # What is asked, what it is about, what is answered.
+    ("instruction", ("input", "context"), ("output", "response")),
+    ("prompt", (), ("completion", "response")),
+)
+SCHEMAS = (
+    '"messages" or "conversations" with "role" and "content" or "from" and "value"; "instruction" with "output" or '
+    '"response" (and "input" or "context"); "prompt" with "completion" or "response"'
+)
 
 
 def _examples(row: Row, wording: Wording) -> list[Example]:
-    messages = _messages(row)
-    if all(role != "assistant" for role, _ in messages):
-        raise row.error(_column(row), "has no answer of the assistant")
+    column, messages = _messages(row)
+    if all(role != "assistant" for role, _ in messages[1:]):
+        raise row.error(column, "has no answer of the assistant to a message before it; remove the row")
     examples = []
     for end, (role, content) in enumerate(messages):
         # A few rows of Alpaca have an empty answer: nothing to learn from.
@@ -27,37 +45,44 @@ def _examples(row: Row, wording: Wording) -> list[Example]:
     return examples
 
 
-def _column(row: Row) -> str:
-    return next((name for name in ("messages", "conversations") if row.has(name)), "output")
+def _messages(row: Row) -> tuple[str, list[Message]]:
+    """The conversation as roles and texts, from any of the schemas, and the column that it is in."""
+    for column in TURNS:
+        if row.holds(column):
+            return column, _turns(row, column)
+    for asks, abouts, answers in REQUESTS:
+        answer = next((name for name in answers if row.holds(name)), None)
+        if not row.holds(asks) or answer is None:
+            continue
+        if isinstance(row.cell(asks), list):  # TRL writes both as lists of messages
+            return answer, _turns(row, asks) + _turns(row, answer)
+        request = row.text(asks)
+        about = next((row.text(name, empty=True) for name in abouts if row.holds(name)), "")
+        if about.strip():
+            request = f"{request}\n\n{about}"
+        return answer, [("user", request), ("assistant", row.text(answer, empty=True))]
+    present = ", ".join(row.rows.names) or "none"
+    raise UserError(f"{row.rows.at(row.index)}: no conversation in the columns {present}; it may be {SCHEMAS}")
 
 
-def _messages(row: Row) -> list[Message]:
-    """The conversation as roles and texts, from any of the three schemas."""
-    column = _column(row)
-    if column == "messages":
-        return [_message(row, column, turn, "role", "content") for turn in _turns(row, column)]
-    if column == "conversations":
-        return [_message(row, column, turn, "from", "value") for turn in _turns(row, column)]
-    request = row.text("instruction")
-    extra = row.text("input", empty=True) if row.has("input") else ""
-    if extra.strip():
-        request = f"{request}\n\n{extra}"
-    return [("user", request), ("assistant", row.text("output", empty=True))]
-
-
-def _turns(row: Row, column: str) -> list[Any]:
+def _turns(row: Row, column: str) -> list[Message]:
     turns = row.cell(column)
     if not isinstance(turns, list) or not turns:
         raise row.error(column, f"must be a list of messages, got {short(turns)}")
-    return turns
+    return [_message(row, column, turn) for turn in turns]
 
 
-def _message(row: Row, column: str, turn: Any, who: str, what: str) -> Message:
+def _message(row: Row, column: str, turn: Any) -> Message:
+    who, what = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
     if not isinstance(turn, dict) or not isinstance(turn.get(what), str):
-        raise row.error(column, f'must hold objects with "{who}" and "{what}", got {short(turn)}')
-    role = SPEAKERS.get(str(turn.get(who)))
+        raise row.error(
+            column,
+            f'must hold objects with "role" and "content", or "from" and "value", as text, got {short(turn)}',
+        )
+    role = SPEAKERS.get(str(turn.get(who)).strip().lower())
     if role is None:
-        raise row.error(column, f'has "{who}": {short(turn.get(who))}; known: {", ".join(SPEAKERS)}')
+        known = ", ".join(SPEAKERS)
+        raise row.error(column, f'has "{who}": {short(turn.get(who))}; rename it to one of {known}, or remove the row')
     return role, turn[what]
 
 
@@ -66,8 +91,8 @@ INSTRUCTIONS = KnownSet(
     kind="completion",
     hub="HuggingFaceTB/smoltalk",
     subset="everyday-conversations",
-    columns=("messages",),
-    optional=("conversations", "instruction", "input", "output"),
+    columns=TURNS,
+    optional=("instruction", "input", "context", "output", "response", "prompt", "completion"),
     examples=_examples,
     template="{text}\n\nAssistant:",
 )

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
+from hfedmoe.data.files import short
 from hfedmoe.data.known.base import KnownSet, Row, Wording
-from hfedmoe.data.rows import Example, short
+from hfedmoe.data.rows import Example
 
 TOPIC = "News: {text}\nTopic:"
 TABLE = ("Category", "Text")
@@ -51,9 +52,13 @@ def _ag_news(row: Row, wording: Wording) -> list[Example]:
 
 def _newsgroups(row: Row, wording: Wording) -> list[Example]:
     label, text = ("label_text", "text") if row.has("label_text") else TABLE
+    if not row.has(label) and row.has("label"):
+        label, text = "label", "text"
     if not row.text(text, empty=True).strip():
         return []  # a post whose headers and quotes were all it had
-    return _labelled(row, text, label, row.text(label), NEWSGROUPS, wording)
+    names = NEWSGROUPS.labels
+    named = row.text(label) if label != "label" else names[row.index_of(label, len(names))]
+    return _labelled(row, text, label, named, NEWSGROUPS, wording)
 
 
 def _reuters(name: str, labels: tuple[str, ...], words: Mapping[str, str]) -> KnownSet:
@@ -97,7 +102,7 @@ NEWSGROUPS = KnownSet(
     kind="classification",
     hub="SetFit/20_newsgroups",
     columns=("text", "label_text"),
-    optional=TABLE,
+    optional=("label", *TABLE),
     examples=_newsgroups,
     template="Post: {text}\nTopic:",
     labels=tuple(sorted(NEWSGROUP_WORDS)),

@@ -1,0 +1,104 @@
+"""Which choice is right: a column of indices, of letters or of texts, understood as a whole.
+
+A table of a CSV has text in every cell, and choices may be numbers or letters themselves: the answer 1 of the choices
+1, 2 and 3 is either. What every row of the column can be decides, never one cell by itself.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hfedmoe.config import DataConfig
+from hfedmoe.data.files import Rows, short, text_of
+from hfedmoe.errors import UserError
+
+WHOLE = re.compile(r"\d+(\.0*)?")
+"""A number in text; pandas writes 1.0 for 1 where another row has none."""
+
+
+def answer_indices(rows: Rows, choices: Sequence[tuple[str, ...]], config: DataConfig) -> list[int]:
+    """The index of the right choice in every row.
+
+    `data.answers` says what the column holds. With auto, numbers of JSON and Parquet are indices; text is whatever all
+    rows can be, of a choice's text, a number from 0 and a letter from A, or each by itself if they are mixed.
+
+    Raises:
+        UserError: a cell is none of them, or may be two that disagree.
+    """
+    column = config.answer
+    cells = rows.column(column, "data.answer")
+    texts: dict[int, str] = {}
+    found: dict[int, int] = {}
+    for i, cell in enumerate(cells):
+        number = _number(cell)
+        if number is None or config.answers == "text":
+            texts[i] = str(number) if number is not None else _text(cell, rows, i, column)
+        elif 0 <= number < len(choices[i]):
+            found[i] = number
+        else:
+            raise UserError(
+                f"{_where(rows, i, column)} is {number}, but the {len(choices[i])} choices are numbered 0 to "
+                f'{len(choices[i]) - 1}; if it is the text of a choice, set data.answers = "text"'
+            )
+    readings = [read for name, read in READINGS if config.answers in ("auto", name)]
+    whole = [read for read in readings if all(read(text, choices[i]) for i, text in texts.items())]
+    for i, text in texts.items():
+        meant = {index for read in whole or readings for index in read(text, choices[i])}
+        if len(meant) != 1:
+            raise _unclear(_where(rows, i, column), text, choices[i], config)
+        found[i] = meant.pop()
+    return [found[i] for i in range(len(rows))]
+
+
+def _by_text(text: str, choices: tuple[str, ...]) -> list[int]:
+    return [index for index, choice in enumerate(choices) if choice == text]
+
+
+def _by_number(text: str, choices: tuple[str, ...]) -> list[int]:
+    number = int(text.split(".")[0]) if WHOLE.fullmatch(text) else -1
+    return [number] if 0 <= number < len(choices) else []
+
+
+def _by_letter(text: str, choices: tuple[str, ...]) -> list[int]:
+    index = ord(text.upper()) - ord("A") if len(text) == 1 and text.isalpha() and text.isascii() else -1
+    return [index] if 0 <= index < len(choices) else []
+
+
+READINGS: tuple[tuple[str, Callable[[str, tuple[str, ...]], list[int]]], ...] = (
+    ("text", _by_text),
+    ("index", _by_number),
+    ("index", _by_letter),
+)
+
+
+def _number(cell: Any) -> int | None:
+    whole = isinstance(cell, int) and not isinstance(cell, bool)
+    return int(cell) if whole or (isinstance(cell, float) and cell.is_integer()) else None
+
+
+def _text(cell: Any, rows: Rows, index: int, column: str) -> str:
+    if isinstance(cell, bool):
+        raise UserError(
+            f"{_where(rows, index, column)} is {short(cell)}; write the index of the right choice, from 0, or its text"
+        )
+    return text_of(cell, rows, index, column).strip()
+
+
+def _unclear(where: str, text: str, choices: tuple[str, ...], config: DataConfig) -> UserError:
+    if choices.count(text) > 1:
+        return UserError(f'{where}: the choice "{text}" occurs more than once; give the answer as an index from 0')
+    listed = short(list(choices))
+    if config.answers == "index":
+        return UserError(
+            f"{where} is {short(text)}, which is no number from 0 to {len(choices) - 1} and no such letter"
+        )
+    if text not in choices:
+        return UserError(f"{where} is {short(text)}, which is not among the choices {listed}")
+    return UserError(
+        f"{where} is {short(text)}, which is the text of one of the choices {listed} and the index of another; set "
+        'data.answers = "text" or "index"'
+    )
+
+
+def _where(rows: Rows, index: int, column: str) -> str:
+    return f'{rows.at(index)}: column "{column}"'

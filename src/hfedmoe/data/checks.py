@@ -1,0 +1,111 @@
+"""Look at every example once, before anything trains: a bad row must stop the run, not the client that holds it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hfedmoe.data.encoding import Encoder
+from hfedmoe.data.pairs import fit
+from hfedmoe.data.rows import Example
+from hfedmoe.data.tasks import Task
+from hfedmoe.errors import UserError
+
+CHUNK = 256
+"""Examples tokenised at once."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a model takes.
+
+    Args:
+        positions: tokens of one input at most, by its config; None: it does not say, or has no such limit.
+        longest: the same where something must be assumed, for prompts of multiple choice that are cut to fit.
+    """
+
+    positions: int | None
+    longest: int
+
+
+@dataclass
+class _Counts:
+    examples: int = 0
+    cut: int = 0
+    answers_cut: int = 0
+
+
+def check_task(task: Task, watch: Sequence[Example], encoder: Encoder, room: Room) -> list[str]:
+    """Encode all examples as training and evaluation will.
+
+    Returns:
+        What is worth a warning: answers that are cut, or most of the training examples.
+
+    Raises:
+        UserError: an example cannot be encoded or does not fit into the model; its file and line are named.
+    """
+    held_out = [*task.test, *watch]
+    if task.kind == "classification":
+        # Texts are cut to fit, and their beginning says enough: only the labels can be wrong.
+        _check_labels([*task.train, *held_out], encoder, room)
+        return []
+    train, test = _Counts(), _Counts()
+    for chunk in _chunks(task.train):
+        _check(chunk, encoder, room, train)
+    for chunk in _chunks(held_out):
+        if task.kind == "choices":
+            for example, pairs in zip(chunk, encoder.pairs(chunk), strict=True):
+                for prompt, answer in pairs:
+                    fit(prompt, answer, room.longest, encoder.encoder_decoder, str(example))
+        else:
+            _check(chunk, encoder, room, test)
+    warnings = []
+    if train.cut > train.examples / 2:
+        share = train.cut / train.examples
+        warnings.append(
+            f"data.max_tokens={encoder.max_tokens} cuts about {share:.0%} of the training examples; raise it"
+        )
+    if answers_cut := train.answers_cut + test.answers_cut:
+        warnings.append(
+            f"data.max_tokens={encoder.max_tokens} cuts the end of {answers_cut} of "
+            f"{train.examples + test.examples} answers; raise it, or leave these rows out"
+        )
+    return warnings
+
+
+def _check_labels(examples: Sequence[Example], encoder: Encoder, room: Room) -> None:
+    seen: dict[tuple[str, ...], int] = {}  # tokens of the longest
+    for example in examples:
+        if example.choices not in seen:
+            seen[example.choices] = max(map(len, encoder.choices(example)))
+    if not _never_exceeds(encoder, max(seen.values(), default=1), room):
+        for chunk in _chunks(examples):
+            for example, prompt in zip(chunk, encoder.prompts(chunk), strict=True):
+                _check_length(example, prompt, seen[example.choices], encoder, room)
+
+
+def _check(chunk: Sequence[Example], encoder: Encoder, room: Room, counts: _Counts) -> None:
+    for example in chunk:
+        encoder.choices(example)  # all of them are compared, not only the right one
+    for example, (prompt, answer) in zip(chunk, encoder.without_limit().encoded(chunk), strict=True):
+        _check_length(example, prompt, len(answer), encoder, room)
+        counts.examples += 1
+        counts.cut += max(len(prompt), len(answer)) > encoder.max_tokens
+        counts.answers_cut += len(answer) > encoder.max_tokens
+
+
+def _check_length(example: Example, prompt: list[int], answer: int, encoder: Encoder, room: Room) -> None:
+    used = min(len(prompt), encoder.max_tokens) + min(answer, encoder.max_tokens) - 1
+    # Encoder-decoder models have relative positions: what their config says is no limit.
+    if room.positions is not None and used > room.positions and not encoder.encoder_decoder:
+        raise UserError(
+            f"{example}: prompt and answer take {used} tokens with data.max_tokens={encoder.max_tokens}, but the model "
+            f"has {room.positions} positions; set data.max_tokens to at most {(room.positions + 1) // 2}"
+        )
+
+
+def _never_exceeds(encoder: Encoder, answer: int, room: Room) -> bool:
+    return room.positions is None or encoder.max_tokens + answer - 1 <= room.positions
+
+
+def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), CHUNK):
+        yield examples[start : start + CHUNK]
