@@ -46,9 +46,9 @@ def test_the_host_waits_once_per_layer(residency: str, score: str | None, monkey
                 routing.choose = lambda layer, evidence, hit: torch.arange(len(hit)) < 2
         x = inputs(model.model)
         model.watch(Batch(x["attention_mask"]), score)
-        seen, tolist = Waits(), Tensor.tolist
+        seen = Waits()
         with monkeypatch.context() as patch, seen:
-            patch.setattr(Tensor, "tolist", lambda self, seen=seen: _counted(seen, tolist(self)))
+            patch.setattr(Tensor, "tolist", _counting(seen))
             hidden = model.model.model(**x, use_cache=False).last_hidden_state
             hidden.square().mean().backward()
         counts.append(seen.count)
@@ -57,9 +57,14 @@ def test_the_host_waits_once_per_layer(residency: str, score: str | None, monkey
     assert counts[0] <= 2 * passes + PER_BATCH + _mask_waits()
 
 
-def _counted(waits: Waits, value: Any) -> Any:
-    waits.count += 1
-    return value
+def _counting(waits: Waits) -> Any:
+    original = Tensor.tolist
+
+    def tolist(self: Tensor) -> Any:
+        waits.count += 1
+        return original(self)
+
+    return tolist
 
 
 def _mask_waits() -> int:
