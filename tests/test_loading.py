@@ -1,11 +1,13 @@
 """Loading by name: packaged, folder, hub; and what is said when that fails."""
 
+import json
+
 import pytest
 import torch
 
 from hfedmoe.config import ModelConfig, UpcycleConfig
 from hfedmoe.errors import UserError
-from hfedmoe.loading import device_of, load, structure
+from hfedmoe.loading import device_of, first_line, load, structure
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,33 @@ def test_names_that_are_nothing(tmp_path):
     assert "no such folder" in refused(name="./missing")
     assert "no such file" in refused(name=str(tmp_path / "missing.gguf"))
     assert "has no config.json" in refused(name=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"model_type": "arctic"}, "model type arctic is unknown to the installed transformers"),
+        ({"model_type": "vit"}, "transformers has no language model of type vit (AutoModelForCausalLM does not know"),
+        ({"model_type": "new", "auto_map": {"AutoConfig": "code.C"}}, "model.trust_remote_code = true runs it"),
+        ({"hidden_size": 8}, "config.json has no model_type"),
+        ({"model_type": "mistral4"}, "mistral4: AutoModelForCausalLM"),
+    ],
+)
+def test_what_is_no_language_model_is_said_in_one_line(described, message, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert message in refused(name=str(tmp_path))
+    with pytest.raises(UserError) as error:
+        structure(ModelConfig(name=str(tmp_path)))
+    assert message in str(error.value)
+    # Where experts stay on disk it is said before weights are looked for.
+    monkeypatch.setattr("hfedmoe.carving.checkpoint_folder", lambda config: pytest.fail("looked for weights"))
+    with pytest.raises(UserError) as error:
+        load(ModelConfig(name=str(tmp_path), device="cpu"), seed=0, carve=True)
+    assert message in str(error.value)
+
+
+def test_long_errors_end_at_a_word():
+    assert first_line(ValueError("word " * 60)) == "word " * 39 + "..."
 
 
 def test_what_cannot_be_upcycled():

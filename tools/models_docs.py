@@ -5,18 +5,17 @@
 With `--check` nothing is written, and the exit code is 1 if the file is not up to date.
 """
 
-import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.auto.configuration_auto import model_type_to_module_name
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -45,46 +44,77 @@ are refused: PEFT takes their attention's maps for parts of fused experts, or no
 *Router*: how logits become scores, whether the choice is limited to groups of experts, and whether a correction bias
 shifts it. *Experts*: one stack of matrices for all, `[E, out, in]` or transposed `[E, in, out]`, or a module for each.
 """
+ALIASES = """
+## With more than text
+
+These types have vision or audio too; transformers loads a language model for them, and text is all that is used.
+
+| model type | trained as |
+|---|---|
+"""
 REFUSED = """
 ## Not supported
 
-A model of these families is refused by name with this reason. Vision-language and audio families are used by their text
-model only, where transformers has a model type for that.
+A model of these types is refused by name with this reason, from its configuration alone.
 
 | model type | what is missing |
 |---|---|
 """
-_MOE_CLASS = re.compile(r"(Experts?|MoE|MOE|Moe|SparseMLP|SparseMoe\w*|TopK\w*Router|TopKGating)$")
+_MOE_CODE = re.compile(
+    r"^@use_experts_implementation"
+    r"|^class \w*(Experts?|MoE|MOE|Moe|SparseMLP|SparseMoe\w*|MoeBlock|TopK\w*Router|TopKGating)\(",
+    re.MULTILINE,
+)
+"""What the code of a model with experts has: transformers' interface for them, or classes with their usual names."""
 
 
-def moe_families() -> list[str]:
-    """Model types of the installed transformers whose text model has experts, found by the classes it is made of."""
-    types: dict[str, list[str]] = {}
-    for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        if not class_name.endswith("ForConditionalGeneration"):  # needs an image or audio configuration
-            types.setdefault(class_name, []).append(model_type)
-    for model_type, class_name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.items():
-        types.setdefault(class_name, []).append(model_type)
-    # Where a vision-language type shares the class of its text model, the text model's own type is the longer one.
-    return sorted(max(names, key=len) for class_name, names in types.items() if _has_experts(class_name, names[0]))
+def moe_types() -> list[str]:
+    """Model types of the installed transformers that have experts, whatever they are made for.
+
+    The code of models is read and not run, so that none is missed for a library that is not installed.
+    """
+    root = Path(transformers.__file__).parent / "models"
+    packages = {file.parent.name for file in root.glob("*/modeling_*.py") if _MOE_CODE.search(file.read_text("utf-8"))}
+    return sorted(t for t in CONFIG_MAPPING_NAMES if model_type_to_module_name(t) in packages and _counts_experts(t))
 
 
-def _has_experts(class_name: str, model_type: str) -> bool:
-    package = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
-    assert package.__file__ is not None
-    for file in Path(package.__file__).parent.glob("modeling_*.py"):
-        text = file.read_text(encoding="utf-8")
-        if f"class {class_name}(" in text:
-            return any(_MOE_CLASS.search(name) for name in re.findall(r"^class (\w+)\(", text, re.MULTILINE))
-    return False
+def loaded_as() -> dict[str, str]:
+    """Types with more than text whose language model transformers loads: the tested type of its text, by type."""
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    text = {names[family]: family for family in FAMILIES if family in names}
+    aliases = {}
+    for model_type in moe_types():
+        if model_type in FAMILIES or model_type in UNSUPPORTED:
+            continue
+        # A class for more than text contains the text model.
+        name = names.get(model_type, "").replace("ForConditionalGeneration", "ForCausalLM")
+        if name in text:
+            aliases[model_type] = text[name]
+    return aliases
+
+
+def _counts_experts(model_type: str) -> bool:
+    """Whether a type's configuration, or one inside it, counts experts; True if it cannot be read."""
+    try:
+        kind = CONFIG_MAPPING[model_type]
+    except (ImportError, RuntimeError):
+        return True
+    return _has_count(kind)
+
+
+def _has_count(kind: Any) -> bool:
+    inner = (getattr(kind, "sub_configs", None) or {}).values()
+    return any("expert" in name for name in inspect.signature(kind).parameters) or any(map(_has_count, inner))
 
 
 def page() -> str:
     """The whole page."""
     lines = ["| model type | class | router | experts | shared experts |", "|---|---|---|---|---|"]
     lines += [_row(family) for family in sorted(FAMILIES)]
+    aliases = [f"| `{family}` | `{text}` |" for family, text in sorted(loaded_as().items())]
     refused = [f"| `{family}` | {reason} |" for family, reason in sorted(UNSUPPORTED.items())]
-    return HEAD.format(number=len(FAMILIES)) + "\n" + "\n".join(lines) + "\n" + REFUSED + "\n".join(refused) + "\n"
+    parts = [HEAD.format(number=len(FAMILIES)), *lines, ALIASES + "\n".join(aliases), REFUSED + "\n".join(refused)]
+    return "\n".join(parts) + "\n"
 
 
 def _row(family: str) -> str:

@@ -1,12 +1,15 @@
 """Load a model and its tokenizer by name: packaged, local folder, GGUF file or hub id."""
 
 import os
+import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
+from hfedmoe.moe.families import UNSUPPORTED
 from hfedmoe.packaged import smollm2_folder
 
 PACKAGED = {
@@ -70,6 +73,8 @@ def load(config: ModelConfig, seed: int, carve: bool = False) -> Loaded:
 
     transformers.utils.logging.disable_progress_bar()
     if carve or config.expert_dtype != "same":
+        if config.upcycle is None and config.name not in PACKAGED:
+            _described(config)  # what is refused is refused before its weights are downloaded
         folder = carving.checkpoint_folder(config)
         if folder is not None:
             return carving.open_model(config, folder)
@@ -100,15 +105,12 @@ def structure(config: ModelConfig) -> Any:
         UserError: the model is unknown, unreachable or of no kind that transformers can build, or cannot be upcycled.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     if config.name == "tiny":
         model = _tiny(seed=0).model.to("meta")
     else:
-        source, options = source_of(config)
+        described, auto = _described(config)
         try:
-            described = AutoConfig.from_pretrained(source, **options)
-            auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
             with torch.device("meta"):
                 model = auto.from_config(
                     described, dtype=described.dtype or torch.float32, trust_remote_code=config.trust_remote_code
@@ -144,17 +146,42 @@ def _tiny(seed: int, dtype: str = "float32") -> Loaded:
 
 def _pretrained(config: ModelConfig) -> Loaded:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    _, auto = _described(config)
     source, options = source_of(config)
     try:
-        described = AutoConfig.from_pretrained(source, **options)
-        auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
         model = auto.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
         raise UserError(explain(config, error)) from None
     return Loaded(model, with_padding(tokenizer))
+
+
+def _described(config: ModelConfig) -> tuple[Any, Any]:
+    """The configuration of a model that is not packaged as weights, and the auto class that loads it.
+
+    Raises:
+        UserError: it cannot be had, the family is refused by name, or transformers has no language model of it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    source, options = source_of(config)
+    try:
+        described = AutoConfig.from_pretrained(source, **options)
+    except LOADING_ERRORS as error:
+        raise UserError(explain(config, error)) from None
+    family = described.model_type
+    if family in UNSUPPORTED:
+        raise UserError(f"model.name = {config.name}: {family}: {UNSUPPORTED[family]}")
+    auto: Any = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
+    own_code = auto.__name__ in (getattr(described, "auto_map", None) or {})
+    if type(described) not in auto._model_mapping and not own_code:
+        raise UserError(
+            f"model.name = {config.name}: transformers has no language model of type {family} ({auto.__name__} does "
+            "not know it); give a causal or sequence-to-sequence language model, see docs/models.md"
+        )
+    return described, auto
 
 
 def with_padding(tokenizer: Any) -> Any:
@@ -195,6 +222,9 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 def explain(config: ModelConfig, error: Exception) -> str:
     known = ", ".join(PACKAGED)
+    reason = _reason(error)
+    if reason is not None:
+        return f"model.name = {config.name}: {reason}"
     text = first_line(error)
     if Path(config.name).expanduser().exists() or config.name in PACKAGED:
         return f"model.name = {config.name}: cannot be loaded ({text})"
@@ -205,7 +235,28 @@ def explain(config: ModelConfig, error: Exception) -> str:
     )
 
 
+def _reason(error: Exception) -> str | None:
+    """What is wrong with a config.json that was found, and the way out; None if it is something else.
+
+    transformers says it in paragraphs.
+    """
+    import transformers
+
+    text = str(error)
+    unknown = re.search(r"model type `(.+?)` but Transformers does not recognize", text)
+    if unknown:
+        return (
+            f"model type {unknown[1]} is unknown to the installed transformers {transformers.__version__}; use a "
+            "version that has it, or a model of docs/models.md"
+        )
+    if "contains custom code which must be executed" in text:
+        return "the model brings code of its own; model.trust_remote_code = true runs it, if you trust its source"
+    if "Should have a `model_type` key" in text:
+        return "config.json has no model_type, so it is no transformers model; convert it to one first"
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, short enough for one line of output."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    return textwrap.shorten(lines[0], 200, placeholder=" ...")

@@ -108,12 +108,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hy_v4": {**MLA, **BOTH_SPARSE, "hc_mult": 2},
     "inkling2_text": {},
     "inkling_text": {**BOTH_SPARSE, "logits_mup_width_multiplier": 1.0},
-    "jamba": {"expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+    },
     "kimi_linear": {**MLA, **BOTH_SPARSE, **HYBRID},
     "kolibri1": {**FULL},
     "laguna": {**BOTH_SPARSE, **FULL},
     "lfm2_moe": {"num_dense_layers": 1, "num_hidden_layers": 3, "layer_types": ["conv", "conv", "full_attention"]},
-    "llama4_text": {"num_experts_per_tok": 2, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 40},
+    "llama4_text": {
+        "num_hidden_layers": 4,
+        "num_experts_per_tok": 2,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 40,
+    },
     "longcat_flash": {
         **MLA,
         "num_layers": 2,
@@ -187,7 +198,9 @@ def build(family: str, seed: int = 0, **changes: Any) -> Any:
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    # Other buffers are fixed by the architecture, such as the decay factors of MiniMax.
+    learned = [(name, buffer) for name, buffer in model.named_buffers() if "bias" in name or "tid2eid" in name]
+    for name, tensor in [*model.named_parameters(), *learned]:
         if "tid2eid" in name:  # experts by token: k different ones
             tensor.data = torch.rand(len(tensor), config.n_routed_experts, generator=generator).topk(2).indices
         elif tensor.is_floating_point() and (tensor.dim() >= 2 or "bias" in name):

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hfedmoe.export.merged import merge, save
+from hfedmoe.moe.anatomy import find_moe_layers
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.routing import Batch
 from hfedmoe.moe.shards import Shards
@@ -18,6 +19,38 @@ from tests.families.table import FAMILIES, build, inputs
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 RANK, ALPHA = 4, 8.0
+SIGMOID = [
+    "afmoe",
+    "axk1",
+    "axk2",
+    "bailing_hybrid",
+    "beam",
+    "cohere2_moe",
+    "deepseek_v3",
+    "deepseek_v32",
+    "dots1",
+    "dots3_note_text",
+    "exaone_moe",
+    "flint",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "hy_v3",
+    "hy_v4",
+    "inkling2_text",
+    "inkling_text",
+    "kimi_linear",
+    "kolibri1",
+    "laguna",
+    "lfm2_moe",
+    "llama4_text",
+    "mimo_v2_flash",
+    "minimax_m2",
+    "minimax_m3_vl_text",
+    "nemotron_h",
+    "solar_open",
+]
+"""Families whose routers score by sigmoid; DeepSeek-V4 takes the root of softplus, all others softmax."""
 
 
 def logits_of(model: Any, x: dict[str, Tensor]) -> Tensor:
@@ -203,9 +236,7 @@ def test_one_resident_per_group_never_runs_an_absent_expert(family: str) -> None
 def test_routing_goes_to_residents_only_and_statistics_do_not_see_the_mask(family: str) -> None:
     model = MoEModel(build(family), rank=RANK)
     x = inputs(model.model)
-    mask = x["attention_mask"]
-    decoder_mask = torch.ones_like(x["decoder_input_ids"]) if "decoder_input_ids" in x else mask
-    batch = Batch(decoder_mask, mask if "decoder_input_ids" in x else None)
+    batch = batch_of(x)
     first = model.routing[0]  # only the first layer's input is the same with and without the mask
 
     model.watch(batch)
@@ -214,25 +245,75 @@ def test_routing_goes_to_residents_only_and_statistics_do_not_see_the_mask(famil
     assert whole is not None
     model.set_resident(some_resident(model))
     model.watch(batch)
+    chosen = indices_of(model)
     logits_of(model.model, x)
     assert first.evidence is not None
     torch.testing.assert_close(first.evidence.g, whole.g)
     torch.testing.assert_close(first.evidence.routed, whole.routed)
     torch.testing.assert_close(whole.g.sum(1), torch.ones(whole.g.shape[0]))
-    for routing, resident in zip(model.routing, some_resident(model), strict=True):
-        assert not (routing.tokens > 0)[~resident].any()
+    for routing, resident, index in zip(model.routing, some_resident(model), chosen, strict=True):
+        if not routing.layer.fixed_routing:  # where experts are looked up by token, those of absent ones add nothing
+            index = torch.cat(index).flatten()
+            assert resident[index[index < routing.layer.num_experts]].all()
         tokens = batch.of(routing.layer).keep.sum() * routing.layer.top_k
         assert 0 < routing.tokens.sum() <= tokens, "padding was counted, or nothing was routed"
+
+
+def indices_of(model: MoEModel) -> list[list[Tensor]]:
+    """What routers choose from now on, [T, K] per layer and pass: seen before anything is made of it."""
+    seen: list[list[Tensor]] = []
+    for state in model.states:
+        own: list[Tensor] = []
+
+        def note(index: Tensor, weights: Tensor, own: Any = own, observe: Any = state.observer) -> None:
+            own.append(index)
+            observe(index, weights)
+
+        state.observer = note
+        seen.append(own)
+    return seen
+
+
+def batch_of(x: dict[str, Tensor]) -> Batch:
+    if "decoder_input_ids" in x:
+        return Batch(torch.ones_like(x["decoder_input_ids"]), x["attention_mask"])
+    return Batch(x["attention_mask"])
+
+
+@torch.no_grad()
+def test_statistics_are_those_of_the_stock_router(family: str) -> None:
+    """Shares of each expert per sample, worked out from what goes into the first router of the stock model."""
+    model, stock = MoEModel(build(family).eval(), rank=RANK), build(family).eval()
+    x, batch = inputs(stock), batch_of(inputs(stock))
+    model.watch(batch)
+    model.model(**x)
+    routing, layer = model.routing[0], model.layers[0]
+    number = layer.num_experts
+    router = find_moe_layers(stock)[0].router
+    name, weight = next((n, p) for n, p in router.named_parameters() if p.dim() == 2 and p.shape[0] >= number)
+    hidden: list[Tensor] = []
+    for module in (router, router.get_submodule(name.rpartition(".")[0])):  # some norm it before the linear map
+        module.register_forward_pre_hook(lambda _, args: hidden.append(args[0].reshape(-1, args[0].shape[-1])))
+    stock(**x)
+    logits = hidden[-1].float() @ weight.t()
+    bias = getattr(router, "bias", None)
+    logits = (logits if bias is None else logits + bias)[:, :number]
+    if family == "deepseek_v4":
+        shares = torch.nn.functional.softplus(logits).sqrt()
+    else:
+        shares = logits.sigmoid() if family in SIGMOID else logits.softmax(-1)
+    shares = (shares / shares.sum(-1, keepdim=True)).view(len(x["input_ids"]), -1, number)
+    counted = batch.of(layer).keep
+    expected = torch.stack([rows[keep].mean(0) for rows, keep in zip(shares, counted, strict=True)])
+    assert routing.evidence is not None
+    torch.testing.assert_close(routing.evidence.g, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_padding_does_not_change_statistics(family: str) -> None:
     model = MoEModel(build(family), rank=RANK)
     x = inputs(model.model)
     encoder = {**x, "input_ids": torch.where(x["attention_mask"] > 0, x["input_ids"], 7)}
-    batch = Batch(
-        torch.ones_like(x["decoder_input_ids"]) if "decoder_input_ids" in x else x["attention_mask"],
-        x["attention_mask"] if "decoder_input_ids" in x else None,
-    )
+    batch = batch_of(x)
     seen = []
     for variant in (x, encoder):
         model.watch(batch)

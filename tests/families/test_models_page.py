@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
 from hfedmoe.cli import main
+from hfedmoe.moe.anatomy import find_moe_layers
 from hfedmoe.moe.families import UNSUPPORTED
-from tests.families.table import FAMILIES
+from tests.families.table import FAMILIES, config_of
 
 SMALL: dict[str, dict[str, Any]] = {
     "dbrx": {"n_layers": 2, "attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 4}},
@@ -29,8 +30,22 @@ def tool() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "tools" / "models_docs.py"))
 
 
-def test_every_family_of_the_installed_transformers_is_tested_or_refused(tool: dict[str, Any]) -> None:
-    assert sorted([*FAMILIES, *UNSUPPORTED]) == tool["moe_families"]()
+def test_every_moe_type_of_the_installed_transformers_is_tested_or_refused(tool: dict[str, Any]) -> None:
+    assert sorted([*FAMILIES, *UNSUPPORTED, *tool["loaded_as"]()]) == tool["moe_types"]()
+
+
+def test_types_with_more_than_text_are_loaded_as_the_tested_type_of_their_text(tool: dict[str, Any]) -> None:
+    aliases = tool["loaded_as"]()
+    assert aliases["llama4"] == "llama4_text"
+    for family, text in aliases.items():
+        small = config_of(text, hidden_size=CONFIG_MAPPING[text]().hidden_size)  # other parts are made for this width
+        config = CONFIG_MAPPING[family](text_config=small.to_dict())
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            tested = AutoModelForCausalLM.from_config(small)
+        ours, theirs = find_moe_layers(model), find_moe_layers(tested)
+        assert ours
+        assert [type(layer.block) for layer in ours] == [type(layer.block) for layer in theirs]
 
 
 def test_docs_models_is_up_to_date(tool: dict[str, Any]) -> None:
@@ -42,7 +57,7 @@ def test_docs_models_is_up_to_date(tool: dict[str, Any]) -> None:
 def test_an_unsupported_family_is_refused_by_name(
     family: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = CONFIG_MAPPING[family](**SMALL[family])
+    config = CONFIG_MAPPING[family](**SMALL.get(family, {}))
     config.save_pretrained(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         main([command, *(["--model"] if command == "plan" else []), str(tmp_path)])

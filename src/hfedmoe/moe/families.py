@@ -28,11 +28,52 @@ WITHOUT_INTERFACE = {
 }
 """By class name of the experts."""
 
+
+def _text_only(text_type: str) -> str:
+    return f"takes more than text; use a checkpoint of its text model alone, of type {text_type}"
+
+
+_NO_CLASS = "takes more than text, and transformers has no causal language model class for its text model"
+_NO_TEXT_CLASS = "transformers has no causal language model class for this text model, it is a part of another model"
+_NO_LANGUAGE_MODEL = "is no causal language model"
+
 UNSUPPORTED = {
+    "aria": _text_only("aria_text"),
     "dbrx": "experts are flat matrices w1, v1, w2 of all experts together, which cannot be read or trained one by one",
+    "deepseek_ocr2": _NO_CLASS,
+    "deepseek_ocr2_text": _NO_TEXT_CLASS,
+    "diffusion_gemma": "writes blocks of text by diffusion, not one token after another",
+    "diffusion_gemma_text": "writes blocks of text by diffusion, not one token after another",
     "doge": "experts are single embedding rows behind product keys, too small to be placed on devices one by one",
+    "dots3_note_vision_encoder": f"encodes images and {_NO_LANGUAGE_MODEL}",
+    "ernie4_5_vl_moe": _NO_CLASS,
+    "ernie4_5_vl_moe_text": _NO_TEXT_CLASS,
+    "glm4v_moe": _NO_CLASS,
+    "glm4v_moe_text": _NO_TEXT_CLASS,
+    "glm5_next": _NO_CLASS,
+    "glm5_next_text": _NO_TEXT_CLASS,
+    "inkling2": _text_only("inkling2_text"),
+    "inkling_mm_model": _text_only("inkling_text"),
     "jetmoe": "its attention is a mixture of experts too, and experts run on sorted tokens without routed indices",
+    "minimax_m3_vl": _text_only("minimax_m3_vl_text"),
+    "mistral4": "AutoModelForCausalLM of the installed transformers does not know it, so no export could be loaded",
+    "mistral_large4": _NO_CLASS,
+    "mistral_large4_text": _NO_TEXT_CLASS,
+    "muse_spark": _NO_CLASS,
+    "muse_spark_text": _NO_TEXT_CLASS,
     "nllb-moe": "the forward of the installed transformers runs experts 0 and 1 only, whatever the router chooses",
+    "openai_privacy_filter": f"labels tokens and {_NO_LANGUAGE_MODEL}",
+    "qwen3_omni_moe": _NO_CLASS,
+    "qwen3_omni_moe_talker_text": _NO_TEXT_CLASS,
+    "qwen3_omni_moe_text": _NO_TEXT_CLASS,
+    "qwen3_omni_moe_thinker": _NO_CLASS,
+    "qwen3_vl_moe": _NO_CLASS,
+    "qwen3_vl_moe_text": _NO_TEXT_CLASS,
+    "step3p5": _NO_TEXT_CLASS,
+    "step3p7": _NO_CLASS,
+    "unlimited_ocr": _NO_CLASS,
+    "unlimited_ocr_text": _NO_TEXT_CLASS,
+    "vitpose_backbone": f"finds poses in images and {_NO_LANGUAGE_MODEL}",
     "zaya": "routers hand states from layer to layer and may choose to skip the experts",
 }
 """Reason by model type; the error says both."""
