@@ -50,6 +50,10 @@ def test_a_lower_precision_leaves_the_rotary_tables_alone(tiny, tmp_path):
 def test_a_damaged_folder(tiny, tmp_path):
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(8)
+        file.write(b"xx")
+    assert f"model.name = {tmp_path}: cannot be loaded" in refused(name=str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert f"model.name = {tmp_path}: cannot be loaded" in refused(name=str(tmp_path))
 

@@ -203,9 +203,10 @@ def measure_checkpoint(prepared: Prepared, checkpoint: Checkpoint, watcher: Watc
 
 def checkpoint_of(folder: RunFolder, which: str) -> Checkpoint:
     """The checkpoint that "last", "best" or the number of a round names. Raises UserError if there is none."""
-    if which not in ("last", "best") and not which.isdigit():
+    numbered = which.isascii() and which.isdecimal()  # int() does not take every digit there is
+    if which not in ("last", "best") and not numbered:
         raise UserError(f'checkpoint "{which}": expected last, best or the number of a round')
-    return folder.load_checkpoint(int(which) if which.isdigit() else which)  # type: ignore[arg-type]
+    return folder.load_checkpoint(int(which) if numbered else which)  # type: ignore[arg-type]
 
 
 def _split(prepared: Prepared, watcher: Watcher) -> list[list[int]]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
 from hfedmoe.packaged import smollm2_folder
@@ -14,7 +16,7 @@ PACKAGED = {
     "tiny": "a tiny random Mixtral, for trying settings",
 }
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 """What transformers raises for a model that is missing, unreachable, damaged or unknown."""
 
 

@@ -279,6 +279,8 @@ def test_user_errors_are_one_line_and_exit_code_2(finished, own, tmp_path, capsy
         ((finished, full), "is not empty"),
         ((finished, full / "note.txt"), "is a file"),
         ((finished, full / "note.txt" / "below"), "cannot be written"),
+        ((finished, finished / "checkpoints" / "round-0009"), "is in the run's own folder"),
+        ((finished, finished), "is in the run's own folder"),
         ((finished, out, "--as", "client", "--client", "4"), "the run has clients 0 to 3"),
         ((finished, out, "--as", "client", "--client", "-1"), "the run has clients 0 to 3"),
         ((finished, out, "--as", "client"), "add --client"),
@@ -286,6 +288,7 @@ def test_user_errors_are_one_line_and_exit_code_2(finished, own, tmp_path, capsy
         ((finished, out, "--as", "zip"), "expected merged, adapter, client"),
         ((finished, out, "--dtype", "int8"), "expected float32"),
         ((finished, out, "--checkpoint", "9"), "no checkpoint of round 9"),
+        ((finished, out, "--checkpoint", "\N{SUPERSCRIPT TWO}"), "expected last, best or the number"),
         ((finished, out, "--checkpoint", "worst"), "expected last, best or the number"),
         ((tmp_path / "whole", out, "--as", "adapter"), "--as merged"),
         ((own / "run", out, "--as", "client", "--client", "0"), "took part in no round"),
@@ -296,7 +299,7 @@ def test_user_errors_are_one_line_and_exit_code_2(finished, own, tmp_path, capsy
         assert (code, len(errors)) == (2, 1), (arguments, errors)
         assert message in errors[0], (arguments, errors)
     assert not out.exists()
-    assert not list(tmp_path.glob(".tmp-*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_failed_export_leaves_nothing(finished, tmp_path, monkeypatch):

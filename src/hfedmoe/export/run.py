@@ -1,6 +1,7 @@
 """`hfedmoe export`: from a run folder to a folder that stock libraries load."""
 
 import json
+import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ def export_run(
         UserError: bad options, no such run or checkpoint, or a run that has no such form.
     """
     _check_options(form, client, dtype)
+    _check_outside(out, path)
     check_free(out)
     with RunFolder.open(path) as run:
         config = run.config
@@ -60,8 +62,8 @@ def export_run(
         model = config.model.model_copy(update={"device": "cpu", "compute": "same", "expert_dtype": "same"})
         train = config.train.model_copy(update={"gradient_checkpointing": False})
         config = config.model_copy(update={"model": model, "train": train})
-        loaded = load(config.model, config.seed)
         with written_whole(out) as scratch:
+            loaded = load(config.model, config.seed)
             about = Export(
                 form=form,
                 dtype=dtype or ("float32" if form == "adapter" else config.model.dtype),
@@ -98,6 +100,12 @@ def _check_options(form: str, client: int | None, dtype: str | None) -> None:
         raise UserError("--as client: whose sub-model? add --client with the client's number")
     if form != "client" and client is not None:
         raise UserError(f"--client {client}: only with --as client")
+
+
+def _check_outside(out: Path, run: Path) -> None:
+    """Raise UserError if `out` is the run's folder or in it: what is in there belongs to the run, which deletes it."""
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(run)):
+        raise UserError(f"{out}: is in the run's own folder, where a resumed run may delete it; choose another folder")
 
 
 def _trained(job: _Job) -> MoEModel:
