@@ -185,11 +185,33 @@ def test_an_adapter_of_a_folder_refers_to_it(own, capsys):
     assert "## Clients" not in card.text
 
 
-def test_the_origin_of_a_model_is_what_is_known_here(own):
-    assert origin(ModelConfig(name="smollm2")) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
-    assert origin(ModelConfig(name="tiny")) == (None, None)
-    assert origin(ModelConfig(name="nobody/not-in-the-cache")) == ("nobody/not-in-the-cache", None)
-    assert origin(ModelConfig(name=str(own / "model"))) == (None, "mit")  # what it was made from is another model
+def test_the_origin_of_a_model_is_what_is_known_here(own, tmp_path, monkeypatch):
+    smollm2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", {"license": "apache-2.0"})
+    assert origin(ModelConfig(name="smollm2")) == smollm2
+    assert origin(ModelConfig(name="tiny")) == (None, {})
+    assert origin(ModelConfig(name="nobody/not-in-the-cache")) == ("nobody/not-in-the-cache", {})
+    assert origin(ModelConfig(name=str(own / "model"))) == (None, {"license": "mit"})  # not of what it was made from
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(tmp_path / "README.md"))
+    link = "https://huggingface.co/who/what/blob/main/LICENSE"
+    named = {"license": "other", "license_name": "own", "license_link": link}
+    assert origin(ModelConfig(name="who/what")) == ("who/what", named)
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        (b"---\nlicense: mit\ntags: [\n---\n", {}),
+        (b"---\n- license\n- mit\n---\n", {}),
+        (b"---\nlicense: 3\n---\n", {}),
+        (b"# no front matter\n", {}),
+        (b"---\nlicense: mit\nauthor: Andr\xe9\n---\n", {"license": "mit"}),
+        (b"---\nlicense: [mit, apache-2.0]\n3: 4\n---\n", {"license": ["mit", "apache-2.0"]}),
+    ],
+)
+def test_a_card_written_by_hand_stops_no_export(tmp_path, card, found):
+    (tmp_path / "README.md").write_bytes(card)
+    assert origin(ModelConfig(name=str(tmp_path))) == (None, found)
 
 
 def test_conversations_are_prompted_with_the_chat_template(own, tmp_path, monkeypatch, capsys):
@@ -291,7 +313,7 @@ def test_user_errors_are_one_line_and_exit_code_2(finished, own, tmp_path, capsy
         ((finished, out, "--checkpoint", "\N{SUPERSCRIPT TWO}"), "expected last, best or the number"),
         ((finished, out, "--checkpoint", "worst"), "expected last, best or the number"),
         ((tmp_path / "whole", out, "--as", "adapter"), "--as merged"),
-        ((own / "run", out, "--as", "client", "--client", "0"), "took part in no round"),
+        ((own / "run", out, "--as", "client", "--client", "0"), "has no experts.npy"),
     ]
     for arguments, message in cases:
         code = hfedmoe("export", *arguments)

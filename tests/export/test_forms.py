@@ -204,9 +204,12 @@ def test_scores_are_of_the_last_round_of_the_client():
     rows = rows_of((1, 0, here, [[1, 2]], [[0, 0]]), (2, 0, here, [[3, 4]], [[0, 0]]), (3, 1, here, [[5, 6]], [[0, 0]]))
     assert last_scores(rows, 0).round == 2
     assert last_scores(rows, 0).importance.tolist() == [[3.0, 4.0]]
-    for unknown in (rows, None):
-        with pytest.raises(UserError, match="--client 7: took part in no round"):
-            last_scores(unknown, 7)
+    more = rows_of(*((1, client, here, [[1, 2]], [[0, 0]]) for client in (5, 3, 0, 1, 4)))
+    with pytest.raises(UserError, match=r"--client 7: took part in no round yet.*; clients that did: 0-1, 3-5$"):
+        last_scores(more, 7)
+    for nothing in (rows[:0], None):
+        with pytest.raises(UserError, match=r"--client 7: the run has no experts.npy"):
+            last_scores(nothing, 7)
 
 
 def test_the_number_of_experts_is_the_mean_rounded_down_and_at_least_top_k():

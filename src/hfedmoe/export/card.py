@@ -59,11 +59,11 @@ def card(run: RunFolder, checkpoint: Checkpoint, export: Export) -> str:
 def _front_matter(config: RunConfig, export: Export) -> str:
     from huggingface_hub import ModelCardData
 
-    base, license_ = origin(config.model)
+    base, licence = origin(config.model)
     relation = "adapter" if export.form == "adapter" and export.base != BASE else "finetune"
     data = ModelCardData(
         base_model=base,
-        license=license_,
+        **licence,
         library_name="peft" if export.form == "adapter" else "transformers",
         pipeline_tag=None if export.encoder_decoder else "text-generation",
         datasets=hub_data_set(config.data),
