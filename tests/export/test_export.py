@@ -12,7 +12,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hfedmoe import cli
-from hfedmoe.config import ClientsConfig, DataConfig, ModelConfig, PartitionConfig, RunConfig, TrainConfig
+from hfedmoe.config import (
+    ClientsConfig,
+    DataConfig,
+    FederationConfig,
+    MethodConfig,
+    ModelConfig,
+    PartitionConfig,
+    RunConfig,
+    TrainConfig,
+)
 from hfedmoe.experiment import wrap
 from hfedmoe.export.card import Export, card
 from hfedmoe.export.provenance import data_name, hub_data_set, origin
@@ -110,11 +119,14 @@ def test_the_cards_say_what_the_run_folder_knows(finished, exports):
         assert "Dirichlet 0.3 over the labels, seed 0" in text
         assert f"Training rows: {sum(row['examples'] for row in end['clients'])}, of 4 clients" in text
         assert "LoRA of rank 4, alpha 16" in text
-        assert "LoRA on the attention projections" in text
+        assert "LoRA of rank 4, alpha 16, on the attention projections; routers" in text
+        assert "2 steps of batch 8, AdamW, learning rate 0.01" in text
+        assert ("of the whole shared model, not of this sub-model" in text) == (name == "client")
         assert f"| before | all held-out rows (20) | {100 * before['accuracy']:.1f} % |" in text
         assert f"| round 1 | all held-out rows (20) | {100 * after['accuracy']:.1f} % |" in text
-        for row in end["clients"]:
-            assert f"| {row['resident']} of 32 | {row['examples']} |" in text
+        for row, budget in zip(end["clients"], ("25%", "50%", "100%", "12"), strict=True):
+            this = " (this one)" if name == "client" and row["client"] == CLIENT else ""
+            assert f"| {row['client']}{this} | {budget} | {row['resident']} of 32 | {row['examples']} |" in text
         assert f"torch {version}" in text
         assert "None" not in text
     assert "Precision of these files: bfloat16" in (exports["small"] / "README.md").read_text()
@@ -282,6 +294,46 @@ def test_results_have_the_figures_that_were_measured(tmp_path):
     assert "| | measured on | accuracy | acc_norm | loss |\n|---|---|---|---|---|\n" in text
     assert "| before | all held-out rows (8) | 50.0 % | 62.5 % | 2 |\n" in text
     assert ModelCard(text).data.datasets == "baber/piqa"
+
+
+def card_of(folder: Path, config: RunConfig, export: Export) -> str:
+    """The card of a run of which one round is written down."""
+    with RunFolder.create(folder, config) as run:
+        row = {"client": 0, "status": "ok", "resident": 4, "examples": 9}
+        run.append_round({"round": 1, "evaluation": {}, "clients": [row]})
+        run.save_checkpoint(1, {"router.0.weight": torch.zeros(2)}, {})
+        return card(run, run.load_checkpoint("last"), export)
+
+
+def test_a_card_says_only_what_is_so(tmp_path):
+    export = Export("adapter", "float32", "base", model_type="llama4_text", whole_type="llama4", num_experts=[4])
+    own = card_of(tmp_path / "own", RunConfig(), export)
+    assert "fine-tuned it with HFedMoE" in own
+    assert "What was trained (LoRA of rank 8, alpha 16, on every expert, routers) as a PEFT adapter" in own
+    assert "| LoRA pairs | A and B averaged one by one |" in own
+    assert "The base is a llama4 model, of which this is the text model alone" in own
+    assert "| 0 | 25% | 4 of 4 | 9 |" in own
+    assert "`train." not in own  # the defaults
+    other = RunConfig(
+        method=MethodConfig(score="random", residency="all"),
+        train=TrainConfig(
+            experts="frozen", router=False, attention=True, rank=2, lora="exact", loss="choices", max_grad_norm=None
+        ),
+        federation=FederationConfig(clients_per_round=3),
+    )
+    text = card_of(tmp_path / "other", other, export)
+    assert "HFedMoE" not in text
+    assert "fine-tuned it (expert score `random`, residency `all`)" in text
+    assert "What was trained (LoRA of rank 2, alpha 16, on the attention projections) as a PEFT adapter" in text
+    assert "| LoRA pairs | products B A averaged |" in text
+    assert "| 0 | 4 of 4 | 9 |" in text
+    assert "udget" not in text
+    unusual = [
+        "| `train.max_grad_norm` | none |",
+        "| `train.loss` | choices |",
+        "| `federation.clients_per_round` | 3 |",
+    ]
+    assert unusual == re.findall(r"^\| `.*", text, re.MULTILINE)
 
 
 # errors
