@@ -29,6 +29,7 @@ from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
 from hfedmoe.moe.shards import CheckpointError
 from hfedmoe.moe.store import ExpertStore
+from hfedmoe.places import with_absolute_paths
 from hfedmoe.report.live import Watcher
 from hfedmoe.runs import Checkpoint, RunFolder
 
@@ -154,6 +155,7 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
     Raises:
         UserError: the configuration, model, data or folder cannot be used, or too few clients gave a valid update.
     """
+    config = with_absolute_paths(config)
     with RunFolder.create(out, config) as folder:
         try:
             prepared = prepare(config, watcher)

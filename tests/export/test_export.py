@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hfedmoe import cli
@@ -180,6 +181,25 @@ def own(exports, tmp_path_factory):
         whole = wrap(load(model.model_copy(update={"expert_dtype": "same"}), 0).model, config)
         run.save_checkpoint(0, global_tensors(whole), {}, score=0.5)
     return root
+
+
+def test_a_run_on_a_relative_folder_is_exported_from_anywhere(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(own)
+    settings = [
+        "model.name=./model",
+        "model.dtype=bfloat16",
+        "federation.rounds=1",
+        "train.steps=1",
+        "data.test_rows=8",
+    ]
+    options = [part for value in settings for part in ("--set", value)]
+    assert hfedmoe("run", "tiny", "--out", tmp_path / "run", *options) == 0
+    monkeypatch.chdir(tmp_path)
+    assert hfedmoe("export", "run", "out", "--dtype", "float32") == 0
+    base, merged = (load_file(folder / "model.safetensors") for folder in (own / "model", tmp_path / "out"))
+    # What was not trained is as it is stored, although the run rounded it.
+    assert torch.equal(base["model.embed_tokens.weight"], merged["model.embed_tokens.weight"])
+    assert not torch.equal(base["model.embed_tokens.weight"], base["model.embed_tokens.weight"].bfloat16().float())
 
 
 def test_an_adapter_of_a_folder_refers_to_it(own, capsys):
