@@ -1,6 +1,9 @@
 """Load a model and its tokenizer by name: packaged, local folder, GGUF file or hub id."""
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,11 +155,32 @@ def _pretrained(config: ModelConfig) -> Loaded:
     try:
         described = AutoConfig.from_pretrained(source, **options)
         auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
+        part = described.get_text_config().model_type != described.model_type
+        with _left_out_on_purpose() if part else nullcontext():
+            model = auto.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
         raise UserError(explain(config, error)) from None
     return Loaded(model, with_padding(tokenizer))
+
+
+@contextmanager
+def _left_out_on_purpose() -> Iterator[None]:
+    """Leave out the list of tensors that have no place in the model, unless it also says that some are missing.
+
+    Of a model that also sees, only the text model is loaded.
+    """
+
+    def worth_reading(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or any(status in text for status in ("MISSING", "MISMATCH", "CONVERSION"))
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(worth_reading)
+    try:
+        yield
+    finally:
+        logger.removeFilter(worth_reading)
 
 
 def with_padding(tokenizer: Any) -> Any:

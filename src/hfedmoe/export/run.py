@@ -1,6 +1,7 @@
 """`hfedmoe export`: from a run folder to a folder that stock libraries load."""
 
 import json
+import logging
 import os
 import shlex
 from dataclasses import dataclass, replace
@@ -47,6 +48,8 @@ def export_run(
     Raises:
         UserError: bad options, no such run or checkpoint, or a run that has no such form.
     """
+    # PEFT imports bitsandbytes, which then misses a package that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _check_options(form, client, dtype)
     _check_outside(out, path)
     check_free(out)
