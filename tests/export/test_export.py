@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from hfedmoe import cli
 from hfedmoe.config import (
@@ -139,6 +140,7 @@ def test_the_sub_model_is_what_the_client_valued(finished, exports):
         history = run.read_experts()
     resident = history.resident[-1, CLIENT]
     assert (note["client"], note["experts_held"], note["experts_per_layer"]) == (CLIENT, 12, 3)
+    assert (note["round"], note["scores_of_round"]) == (1, 1)
     assert json.loads((exports["client"] / "config.json").read_text())["num_local_experts"] == 3
     text = (exports["client"] / "README.md").read_text()
     for layer, entry in enumerate(note["layers"]):
@@ -156,6 +158,28 @@ def test_files_have_the_precision_that_was_asked_for(exports):
     merged, small = ((exports[name] / "model.safetensors").stat().st_size for name in ("merged", "small"))
     assert small < 0.6 * merged
     assert (exports["merged"] / "model.safetensors").stat().st_mode & 0o044  # others may read it
+
+
+def test_every_folder_has_a_tokenizer(exports):
+    for folder in (*exports.values(), exports["adapter"] / "base"):
+        assert len(AutoTokenizer.from_pretrained(folder)) > 500, folder
+
+
+def test_the_best_checkpoint_is_not_the_last(own, tmp_path, capsys):
+    shutil.copytree(own / "run", tmp_path / "run")
+    with RunFolder.open(tmp_path / "run", to_write=True) as run:
+        best = run.load_checkpoint("last").tensors
+        run.save_checkpoint(1, {name: tensor + 1 for name, tensor in best.items()}, {}, score=0.25)
+    for which, round in (("best", 0), ("last", 1)):
+        assert hfedmoe("export", tmp_path / "run", tmp_path / which, "--checkpoint", which) == 0
+        assert f"of round {round}" in capsys.readouterr().out
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    kept, last = (load_file(tmp_path / which / "model.safetensors")[gate] for which in ("best", "last"))
+    assert torch.equal(kept + 1, last)
+    # Experts that were held in 4 bit are as they were stored.
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    stored = load_file(own / "model" / "model.safetensors")[name]
+    assert torch.equal(load_file(tmp_path / "best" / "model.safetensors")[name], stored)
 
 
 def test_the_adapter_names_its_base(exports):
