@@ -1,13 +1,17 @@
 """Loading by name: packaged, folder, hub; and what is said when that fails."""
 
 import json
+import logging
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import Llama4Config
 
 from hfedmoe.config import ModelConfig, UpcycleConfig
 from hfedmoe.errors import UserError
 from hfedmoe.loading import device_of, first_line, load, structure
+from tests.export.models import fresh
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +56,28 @@ def test_a_lower_precision_leaves_the_rotary_tables_alone(tiny, tmp_path):
 def test_a_damaged_folder(tiny, tmp_path):
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(8)
+        file.write(b"xx")
+    assert f"model.name = {tmp_path}: cannot be loaded" in refused(name=str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert f"model.name = {tmp_path}: cannot be loaded" in refused(name=str(tmp_path))
+
+
+def test_the_text_model_of_one_that_also_sees_loads_without_a_list_of_the_rest(tiny, tmp_path, caplog, monkeypatch):
+    tiny.tokenizer.save_pretrained(tmp_path)
+    text = fresh("llama4_text")
+    Llama4Config(text_config=text.config.to_dict()).save_pretrained(tmp_path)
+    tensors = {f"language_model.{name}": tensor for name, tensor in text.state_dict().items()}
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    save_file(tensors | {"vision_model.x": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(ModelConfig(name=str(tmp_path), device="cpu"), seed=0)
+    assert loaded.model.config.model_type == "llama4_text"
+    assert "LOAD REPORT" not in caplog.text
+    del tensors["language_model.model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load(ModelConfig(name=str(tmp_path), device="cpu"), seed=0)
+    assert "MISSING" in caplog.text
 
 
 def test_names_that_are_nothing(tmp_path):

@@ -31,6 +31,7 @@ from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
 from hfedmoe.moe.shards import CheckpointError
 from hfedmoe.moe.store import ExpertStore
+from hfedmoe.places import with_absolute_paths
 from hfedmoe.report.live import Watcher
 from hfedmoe.runs import Checkpoint, RunFolder
 
@@ -157,6 +158,7 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
     Raises:
         UserError: the configuration, model, data or folder cannot be used, or too few clients gave a valid update.
     """
+    config = with_absolute_paths(config)
     with RunFolder.create(out, config) as folder:
         try:
             prepared = prepare(config, watcher)
@@ -210,9 +212,10 @@ def measure_checkpoint(prepared: Prepared, checkpoint: Checkpoint, watcher: Watc
 
 def checkpoint_of(folder: RunFolder, which: str) -> Checkpoint:
     """The checkpoint that "last", "best" or the number of a round names. Raises UserError if there is none."""
-    if which not in ("last", "best") and not which.isdigit():
+    numbered = which.isascii() and which.isdecimal()  # int() does not take every digit there is
+    if which not in ("last", "best") and not numbered:
         raise UserError(f'checkpoint "{which}": expected last, best or the number of a round')
-    return folder.load_checkpoint(int(which) if which.isdigit() else which)  # type: ignore[arg-type]
+    return folder.load_checkpoint(int(which) if numbered else which)  # type: ignore[arg-type]
 
 
 def _split(prepared: Prepared, watcher: Watcher) -> list[list[int]]:

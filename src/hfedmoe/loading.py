@@ -1,11 +1,16 @@
 """Load a model and its tokenizer by name: packaged, local folder, GGUF file or hub id."""
 
+import logging
 import os
 import re
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
@@ -17,7 +22,7 @@ PACKAGED = {
     "tiny": "a tiny random Mixtral, for trying settings",
 }
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 """What transformers raises for a model that is missing, unreachable, damaged or unknown."""
 
 
@@ -148,10 +153,12 @@ def _pretrained(config: ModelConfig) -> Loaded:
     import torch
     from transformers import AutoTokenizer
 
-    _, auto = _described(config)
+    described, auto = _described(config)
     source, options = source_of(config)
     try:
-        model = auto.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
+        part = described.get_text_config().model_type != described.model_type
+        with _left_out_on_purpose() if part else nullcontext():
+            model = auto.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
         raise UserError(explain(config, error)) from None
@@ -182,6 +189,25 @@ def _described(config: ModelConfig) -> tuple[Any, Any]:
             "not know it); give a causal or sequence-to-sequence language model, see docs/models.md"
         )
     return described, auto
+
+
+@contextmanager
+def _left_out_on_purpose() -> Iterator[None]:
+    """Leave out the list of tensors that have no place in the model, unless it also says that some are missing.
+
+    Of a model that also sees, only the text model is loaded.
+    """
+
+    def worth_reading(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or any(status in text for status in ("MISSING", "MISMATCH", "CONVERSION"))
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(worth_reading)
+    try:
+        yield
+    finally:
+        logger.removeFilter(worth_reading)
 
 
 def with_padding(tokenizer: Any) -> Any:

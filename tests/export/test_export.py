@@ -9,10 +9,21 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from hfedmoe import cli
-from hfedmoe.config import ClientsConfig, DataConfig, ModelConfig, PartitionConfig, RunConfig, TrainConfig
+from hfedmoe.config import (
+    ClientsConfig,
+    DataConfig,
+    FederationConfig,
+    MethodConfig,
+    ModelConfig,
+    PartitionConfig,
+    RunConfig,
+    TrainConfig,
+)
 from hfedmoe.experiment import wrap
 from hfedmoe.export.card import Export, card
 from hfedmoe.export.provenance import data_name, hub_data_set, origin
@@ -110,11 +121,14 @@ def test_the_cards_say_what_the_run_folder_knows(finished, exports):
         assert "Dirichlet 0.3 over the labels, seed 0" in text
         assert f"Training rows: {sum(row['examples'] for row in end['clients'])}, of 4 clients" in text
         assert "LoRA of rank 4, alpha 16" in text
-        assert "LoRA on the attention projections" in text
+        assert "LoRA of rank 4, alpha 16, on the attention projections; routers" in text
+        assert "2 steps of batch 8, AdamW, learning rate 0.01" in text
+        assert ("of the whole shared model, not of this sub-model" in text) == (name == "client")
         assert f"| before | all held-out rows (20) | {100 * before['accuracy']:.1f} % |" in text
         assert f"| round 1 | all held-out rows (20) | {100 * after['accuracy']:.1f} % |" in text
-        for row in end["clients"]:
-            assert f"| {row['resident']} of 32 | {row['examples']} |" in text
+        for row, budget in zip(end["clients"], ("25%", "50%", "100%", "12"), strict=True):
+            this = " (this one)" if name == "client" and row["client"] == CLIENT else ""
+            assert f"| {row['client']}{this} | {budget} | {row['resident']} of 32 | {row['examples']} |" in text
         assert f"torch {version}" in text
         assert "None" not in text
     assert "Precision of these files: bfloat16" in (exports["small"] / "README.md").read_text()
@@ -126,6 +140,7 @@ def test_the_sub_model_is_what_the_client_valued(finished, exports):
         history = run.read_experts()
     resident = history.resident[-1, CLIENT]
     assert (note["client"], note["experts_held"], note["experts_per_layer"]) == (CLIENT, 12, 3)
+    assert (note["round"], note["scores_of_round"]) == (1, 1)
     assert json.loads((exports["client"] / "config.json").read_text())["num_local_experts"] == 3
     text = (exports["client"] / "README.md").read_text()
     for layer, entry in enumerate(note["layers"]):
@@ -143,6 +158,28 @@ def test_files_have_the_precision_that_was_asked_for(exports):
     merged, small = ((exports[name] / "model.safetensors").stat().st_size for name in ("merged", "small"))
     assert small < 0.6 * merged
     assert (exports["merged"] / "model.safetensors").stat().st_mode & 0o044  # others may read it
+
+
+def test_every_folder_has_a_tokenizer(exports):
+    for folder in (*exports.values(), exports["adapter"] / "base"):
+        assert len(AutoTokenizer.from_pretrained(folder)) > 500, folder
+
+
+def test_the_best_checkpoint_is_not_the_last(own, tmp_path, capsys):
+    shutil.copytree(own / "run", tmp_path / "run")
+    with RunFolder.open(tmp_path / "run", to_write=True) as run:
+        best = run.load_checkpoint("last").tensors
+        run.save_checkpoint(1, {name: tensor + 1 for name, tensor in best.items()}, {}, score=0.25)
+    for which, round in (("best", 0), ("last", 1)):
+        assert hfedmoe("export", tmp_path / "run", tmp_path / which, "--checkpoint", which) == 0
+        assert f"of round {round}" in capsys.readouterr().out
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    kept, last = (load_file(tmp_path / which / "model.safetensors")[gate] for which in ("best", "last"))
+    assert torch.equal(kept + 1, last)
+    # Experts that were held in 4 bit are as they were stored.
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    stored = load_file(own / "model" / "model.safetensors")[name]
+    assert torch.equal(load_file(tmp_path / "best" / "model.safetensors")[name], stored)
 
 
 def test_the_adapter_names_its_base(exports):
@@ -170,6 +207,25 @@ def own(exports, tmp_path_factory):
     return root
 
 
+def test_a_run_on_a_relative_folder_is_exported_from_anywhere(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(own)
+    settings = [
+        "model.name=./model",
+        "model.dtype=bfloat16",
+        "federation.rounds=1",
+        "train.steps=1",
+        "data.test_rows=8",
+    ]
+    options = [part for value in settings for part in ("--set", value)]
+    assert hfedmoe("run", "tiny", "--out", tmp_path / "run", *options) == 0
+    monkeypatch.chdir(tmp_path)
+    assert hfedmoe("export", "run", "out", "--dtype", "float32") == 0
+    base, merged = (load_file(folder / "model.safetensors") for folder in (own / "model", tmp_path / "out"))
+    # What was not trained is as it is stored, although the run rounded it.
+    assert torch.equal(base["model.embed_tokens.weight"], merged["model.embed_tokens.weight"])
+    assert not torch.equal(base["model.embed_tokens.weight"], base["model.embed_tokens.weight"].bfloat16().float())
+
+
 def test_an_adapter_of_a_folder_refers_to_it(own, capsys):
     out = own / "adapter"
     assert hfedmoe("export", own / "run", out, "--as", "adapter") == 0
@@ -185,11 +241,33 @@ def test_an_adapter_of_a_folder_refers_to_it(own, capsys):
     assert "## Clients" not in card.text
 
 
-def test_the_origin_of_a_model_is_what_is_known_here(own):
-    assert origin(ModelConfig(name="smollm2")) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
-    assert origin(ModelConfig(name="tiny")) == (None, None)
-    assert origin(ModelConfig(name="nobody/not-in-the-cache")) == ("nobody/not-in-the-cache", None)
-    assert origin(ModelConfig(name=str(own / "model"))) == (None, "mit")  # what it was made from is another model
+def test_the_origin_of_a_model_is_what_is_known_here(own, tmp_path, monkeypatch):
+    smollm2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", {"license": "apache-2.0"})
+    assert origin(ModelConfig(name="smollm2")) == smollm2
+    assert origin(ModelConfig(name="tiny")) == (None, {})
+    assert origin(ModelConfig(name="nobody/not-in-the-cache")) == ("nobody/not-in-the-cache", {})
+    assert origin(ModelConfig(name=str(own / "model"))) == (None, {"license": "mit"})  # not of what it was made from
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(tmp_path / "README.md"))
+    link = "https://huggingface.co/who/what/blob/main/LICENSE"
+    named = {"license": "other", "license_name": "own", "license_link": link}
+    assert origin(ModelConfig(name="who/what")) == ("who/what", named)
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        (b"---\nlicense: mit\ntags: [\n---\n", {}),
+        (b"---\n- license\n- mit\n---\n", {}),
+        (b"---\nlicense: 3\n---\n", {}),
+        (b"# no front matter\n", {}),
+        (b"---\nlicense: mit\nauthor: Andr\xe9\n---\n", {"license": "mit"}),
+        (b"---\nlicense: [mit, apache-2.0]\n3: 4\n---\n", {"license": ["mit", "apache-2.0"]}),
+    ],
+)
+def test_a_card_written_by_hand_stops_no_export(tmp_path, card, found):
+    (tmp_path / "README.md").write_bytes(card)
+    assert origin(ModelConfig(name=str(tmp_path))) == (None, found)
 
 
 def test_conversations_are_prompted_with_the_chat_template(own, tmp_path, monkeypatch, capsys):
@@ -262,6 +340,46 @@ def test_results_have_the_figures_that_were_measured(tmp_path):
     assert ModelCard(text).data.datasets == "baber/piqa"
 
 
+def card_of(folder: Path, config: RunConfig, export: Export) -> str:
+    """The card of a run of which one round is written down."""
+    with RunFolder.create(folder, config) as run:
+        row = {"client": 0, "status": "ok", "resident": 4, "examples": 9}
+        run.append_round({"round": 1, "evaluation": {}, "clients": [row]})
+        run.save_checkpoint(1, {"router.0.weight": torch.zeros(2)}, {})
+        return card(run, run.load_checkpoint("last"), export)
+
+
+def test_a_card_says_only_what_is_so(tmp_path):
+    export = Export("adapter", "float32", "base", model_type="llama4_text", whole_type="llama4", num_experts=[4])
+    own = card_of(tmp_path / "own", RunConfig(), export)
+    assert "fine-tuned it with HFedMoE" in own
+    assert "What was trained (LoRA of rank 8, alpha 16, on every expert, routers) as a PEFT adapter" in own
+    assert "| LoRA pairs | A and B averaged one by one |" in own
+    assert "The base is a llama4 model, of which this is the text model alone" in own
+    assert "| 0 | 25% | 4 of 4 | 9 |" in own
+    assert "`train." not in own  # the defaults
+    other = RunConfig(
+        method=MethodConfig(score="random", residency="all"),
+        train=TrainConfig(
+            experts="frozen", router=False, attention=True, rank=2, lora="exact", loss="choices", max_grad_norm=None
+        ),
+        federation=FederationConfig(clients_per_round=3),
+    )
+    text = card_of(tmp_path / "other", other, export)
+    assert "HFedMoE" not in text
+    assert "fine-tuned it (expert score `random`, residency `all`)" in text
+    assert "What was trained (LoRA of rank 2, alpha 16, on the attention projections) as a PEFT adapter" in text
+    assert "| LoRA pairs | products B A averaged |" in text
+    assert "| 0 | 4 of 4 | 9 |" in text
+    assert "udget" not in text
+    unusual = [
+        "| `train.max_grad_norm` | none |",
+        "| `train.loss` | choices |",
+        "| `federation.clients_per_round` | 3 |",
+    ]
+    assert unusual == re.findall(r"^\| `.*", text, re.MULTILINE)
+
+
 # errors
 
 
@@ -279,6 +397,8 @@ def test_user_errors_are_one_line_and_exit_code_2(finished, own, tmp_path, capsy
         ((finished, full), "is not empty"),
         ((finished, full / "note.txt"), "is a file"),
         ((finished, full / "note.txt" / "below"), "cannot be written"),
+        ((finished, finished / "checkpoints" / "round-0009"), "is in the run's own folder"),
+        ((finished, finished), "is in the run's own folder"),
         ((finished, out, "--as", "client", "--client", "4"), "the run has clients 0 to 3"),
         ((finished, out, "--as", "client", "--client", "-1"), "the run has clients 0 to 3"),
         ((finished, out, "--as", "client"), "add --client"),
@@ -286,9 +406,10 @@ def test_user_errors_are_one_line_and_exit_code_2(finished, own, tmp_path, capsy
         ((finished, out, "--as", "zip"), "expected merged, adapter, client"),
         ((finished, out, "--dtype", "int8"), "expected float32"),
         ((finished, out, "--checkpoint", "9"), "no checkpoint of round 9"),
+        ((finished, out, "--checkpoint", "\N{SUPERSCRIPT TWO}"), "expected last, best or the number"),
         ((finished, out, "--checkpoint", "worst"), "expected last, best or the number"),
         ((tmp_path / "whole", out, "--as", "adapter"), "--as merged"),
-        ((own / "run", out, "--as", "client", "--client", "0"), "took part in no round"),
+        ((own / "run", out, "--as", "client", "--client", "0"), "has no experts.npy"),
     ]
     for arguments, message in cases:
         code = hfedmoe("export", *arguments)
@@ -296,7 +417,7 @@ def test_user_errors_are_one_line_and_exit_code_2(finished, own, tmp_path, capsy
         assert (code, len(errors)) == (2, 1), (arguments, errors)
         assert message in errors[0], (arguments, errors)
     assert not out.exists()
-    assert not list(tmp_path.glob(".tmp-*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_failed_export_leaves_nothing(finished, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Every form of export, for families that keep experts and route differently: equal logits from stock libraries."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from hfedmoe.errors import UserError
+from hfedmoe.export import merged
 from hfedmoe.export.adapter import save_adapter, shortest
 from hfedmoe.export.merged import merge, save
 from hfedmoe.export.personal import Scores, experts_per_layer, last_scores, most_valuable, shrink
@@ -25,10 +27,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {},
     "deepseek_v3": {"attention": True},  # correction biases, groups, dense first layer
     "gpt_oss": {"attention": True},  # transposed stacks, biases of experts and routers
+    "llama4_text": {},  # stacks that PEFT takes for their transpose
+    "nemotron_h": {},  # layers of other kinds between
+    "longcat_flash": {},  # entries for experts that compute nothing
     "switch_transformers": {"attention": True},  # a module per expert
     "upcycled": {},  # equal experts share memory
 }
-CHANGES = {"deepseek_v3": {"n_routed_experts": 16}}  # two experts of each group remain
+CHANGES = {
+    family: {"n_routed_experts": 16} for family in ("deepseek_v3", "nemotron_h")
+}  # two experts of each group remain
 FULL = ("gpt_oss", "longcat_flash", "switch_transformers", "upcycled")
 
 
@@ -122,6 +129,18 @@ def test_the_sum_is_made_in_float32_and_rounded_once(dtype):
     assert {p.dtype for p in model.model.parameters()} == {dtype}
 
 
+def test_what_a_family_keeps_in_float32_stays_so_in_16_bit():
+    stock = dict(build("deepseek_v4").named_parameters())
+    model = MoEModel(build("deepseek_v4"))
+    merge(model, torch.bfloat16)
+    found = dict(model.model.named_parameters())
+    whole = {name for name, tensor in found.items() if tensor.dtype == torch.float32}
+    for part in ("sinks", "attn_hc", "input_layernorm"):
+        assert any(part in name for name in whole)
+    assert all(torch.equal(found[name], stock[name]) for name in whole)
+    assert {found[name].dtype for name in found if "experts" in name or "embed" in name} == {torch.bfloat16}
+
+
 def test_merging_needs_the_experts_in_the_model():
     model = MoEModel(build("mixtral"))
     model.store = object()  # type: ignore[assignment]
@@ -148,6 +167,12 @@ def test_an_adapter_of_a_16_bit_run_is_exact_on_its_base_in_float32(tmp_path):
     # What the card's code avoids: a 16-bit base rounds the adapter, and all that is computed.
     rounded = PeftModel.from_pretrained(stock(torch.bfloat16), tmp_path)
     assert (logits_of(rounded, x) - logits_of(exact.model, x)).abs().max() > 100 * TOLERANCE
+
+
+def test_an_adapter_names_the_revision_of_its_base(tmp_path):
+    save_adapter(trained(fresh("mixtral")), tmp_path, "who/what", revision="abc")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("who/what", "abc")
 
 
 def test_what_is_no_adapter_is_refused(tmp_path):
@@ -204,9 +229,12 @@ def test_scores_are_of_the_last_round_of_the_client():
     rows = rows_of((1, 0, here, [[1, 2]], [[0, 0]]), (2, 0, here, [[3, 4]], [[0, 0]]), (3, 1, here, [[5, 6]], [[0, 0]]))
     assert last_scores(rows, 0).round == 2
     assert last_scores(rows, 0).importance.tolist() == [[3.0, 4.0]]
-    for unknown in (rows, None):
-        with pytest.raises(UserError, match="--client 7: took part in no round"):
-            last_scores(unknown, 7)
+    more = rows_of(*((1, client, here, [[1, 2]], [[0, 0]]) for client in (5, 3, 0, 1, 4)))
+    with pytest.raises(UserError, match=r"--client 7: took part in no round yet.*; clients that did: 0-1, 3-5$"):
+        last_scores(more, 7)
+    for nothing in (rows[:0], None):
+        with pytest.raises(UserError, match=r"--client 7: the run has no experts.npy"):
+            last_scores(nothing, 7)
 
 
 def test_the_number_of_experts_is_the_mean_rounded_down_and_at_least_top_k():
@@ -229,6 +257,27 @@ def test_routers_that_choose_among_groups_need_some_of_each():
         experts_per_layer(8, [8, 8], 4, greedy)
     greedy.topk_method = "greedy"  # groups are in the config, but not in use
     assert experts_per_layer(10, [8, 8], 4, greedy) == 5
+
+
+@torch.no_grad()
+def test_large_models_are_written_in_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(merged, "SHARD_SIZE", "100KB")
+    model = trained(fresh("mixtral"))
+    x = plain(model.model)
+    expected = logits_of(model.model, x)
+    merge(model, torch.float32)
+    save(model.model, tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    again = type(model.model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert (logits_of(again, x) - expected).abs().max() <= TOLERANCE
+
+
+def test_a_sub_model_generates_as_the_whole_does():
+    model = trained(fresh("mixtral"))
+    keep = half_of(model)
+    model.model.generation_config.top_k = 7
+    merge(model, torch.float32)
+    assert shrink(model, keep).generation_config.top_k == 7
 
 
 def test_layers_of_unequal_size_have_no_standard_checkpoint(monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfedmoe.config import RunConfig
+from hfedmoe.config import RunConfig, TrainConfig
 from hfedmoe.export.provenance import data_name, hub_data_set, is_local, origin
 from hfedmoe.export.usage import Loading, loading_code, prompt_words
 from hfedmoe.runs import Checkpoint, RunFolder
@@ -31,6 +31,8 @@ class Export:
     base: str | None = None
     """Of an adapter: what to load it on, as seen from its folder."""
     model_type: str = ""
+    whole_type: str | None = None
+    """Of a base that does more than text: what it is as a whole."""
     num_experts: list[int] = field(default_factory=list)
     encoder_decoder: bool = False
     client: int | None = None
@@ -59,11 +61,11 @@ def card(run: RunFolder, checkpoint: Checkpoint, export: Export) -> str:
 def _front_matter(config: RunConfig, export: Export) -> str:
     from huggingface_hub import ModelCardData
 
-    base, license_ = origin(config.model)
+    base, licence = origin(config.model)
     relation = "adapter" if export.form == "adapter" and export.base != BASE else "finetune"
     data = ModelCardData(
         base_model=base,
-        license=license_,
+        **licence,
         library_name="peft" if export.form == "adapter" else "transformers",
         pipeline_tag=None if export.encoder_decoder else "text-generation",
         datasets=hub_data_set(config.data),
@@ -76,7 +78,7 @@ def _front_matter(config: RunConfig, export: Export) -> str:
 def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
     what = {
         "merged": "The fine-tuned model as a plain transformers checkpoint, with what was trained in its weights.",
-        "adapter": "What was trained, experts and routers included, as a PEFT adapter.",
+        "adapter": f"What was trained ({', '.join(_trained(config.train))}) as a PEFT adapter.",
         "client": f"The personal sub-model of client {export.client}: the experts that are worth most to it, and no "
         "others, as a plain transformers checkpoint.",
     }[export.form]
@@ -88,13 +90,20 @@ def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
     if model.upcycle is not None:
         made += f", a dense model upcycled to {model.upcycle.experts} experts per layer, top-{model.upcycle.top_k}"
     layers = f"{len(export.num_experts)} MoE layers, {sum(export.num_experts)} experts in all"
+    method = config.method
+    if method.score == "ib" and method.residency == "budget":
+        how = f"with HFedMoE ([paper]({PAPER}))"
+    else:
+        how = f"(expert score `{method.score}`, residency `{method.residency}`)"
     text = [
         f"# {config.name}\n",
-        f"{what} A federation of {config.clients.count} clients fine-tuned it with HFedMoE ([paper]({PAPER})); this is "
-        f"round {checkpoint.round}.\n",
+        f"{what} A federation of {config.clients.count} clients fine-tuned it {how}; this is round "
+        f"{checkpoint.round}.\n",
         f"* Base model: {made} ({export.model_type}; {layers}).",
         f"* Precision of these files: {export.dtype}.",
     ]
+    if export.whole_type is not None:
+        text.append(f"* The base is a {export.whole_type} model, of which this is the text model alone.")
     if model.expert_dtype != "same":
         text.append(
             f"* The clients held the frozen experts as {model.expert_dtype}; what they trained belongs here to the "
@@ -159,16 +168,21 @@ def _data(config: RunConfig, lines: list[dict[str, Any]]) -> str:
     return text + how + f"* Prompt: {prompt_words(data)}.\n"
 
 
+def _trained(train: TrainConfig) -> list[str]:
+    """What a run trained, in words."""
+    size = f"LoRA of rank {train.rank}, alpha {train.alpha:g}"
+    experts = {"lora": [f"{size}, on every expert"], "full": ["whole experts"], "frozen": []}[train.experts]
+    attention = [f"{size}, on the attention projections"] if train.attention else []
+    return [*experts, *attention, *(["routers"] if train.router else [])]
+
+
 def _method(config: RunConfig) -> str:
     method, train = config.method, config.train
-    trained = {
-        "lora": f"LoRA of rank {train.rank}, alpha {train.alpha:g}, on every expert (averaged by {train.lora})",
-        "full": "whole experts",
-        "frozen": "no experts",
-    }[train.experts]
-    more = [
-        name for name, on in (("routers", train.router), ("LoRA on the attention projections", train.attention)) if on
-    ]
+    pairs = {
+        "factors": "A and B averaged one by one",
+        "freeze_a": "A frozen, B averaged",
+        "exact": "products B A averaged",
+    }
     settings = {
         "expert score": method.score,
         "lam": f"{method.lam:g}",
@@ -177,11 +191,33 @@ def _method(config: RunConfig) -> str:
         "residency": method.residency,
         "expert weight": method.expert_weight,
         "gate rule": method.gate,
-        "trained": ", ".join([trained, *more]),
+        "trained": "; ".join(_trained(train)),
+        **({"LoRA pairs": pairs[train.lora]} if train.attention or train.experts == "lora" else {}),
         "per client and round": f"{train.steps} steps of batch {train.batch_size}, AdamW, learning rate {train.lr:g}",
         "rounds": f"{config.federation.rounds} planned",
+        **_unusual(config),
     }
     return "## Method\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in settings.items()) + "\n"
+
+
+SAID = {
+    "method": {"score", "lam", "beta", "tau", "residency", "expert_weight", "gate"},
+    "train": {"experts", "rank", "alpha", "lora", "router", "attention", "steps", "batch_size", "lr"},
+    "clients": {"count", "budgets"},
+    "federation": {"rounds"},
+}
+"""Settings that a card names in other words."""
+
+
+def _unusual(config: RunConfig) -> dict[str, str]:
+    """The other settings that decide a result, where they are not the defaults."""
+    found = {}
+    for name, said in SAID.items():
+        section, usual = getattr(config, name).model_dump(), getattr(RunConfig(), name).model_dump()
+        for key, value in section.items():
+            if key not in said and value != usual[key]:
+                found[f"`{name}.{key}`"] = "none" if value is None else str(value)
+    return found
 
 
 def _clients(config: RunConfig, lines: list[dict[str, Any]], export: Export) -> str:
@@ -189,15 +225,19 @@ def _clients(config: RunConfig, lines: list[dict[str, Any]], export: Export) -> 
     if not last:
         return ""
     total, budgets = sum(export.num_experts), config.clients.budgets
+    limited = config.method.residency == "budget"
     rows = [
-        f"| {number}{' (this one)' if number == export.client else ''} | {budgets[number % len(budgets)]} | "
-        f"{row['resident']} of {total} | {row['examples']} |"
+        f"| {number}{' (this one)' if number == export.client else ''} | "
+        + (f"{budgets[number % len(budgets)]} | " if limited else "")
+        + f"{row['resident']} of {total} | {row['examples']} |"
         for number, row in sorted(last.items())
     ]
-    return (
-        "## Clients\n\nBudgets, and what each client held and trained on in its last round.\n\n"
-        "| client | budget | experts held | rows |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    first, column, line = ("Budgets, and what", " budget |", "---|") if limited else ("What", "", "")
+    head = (
+        f"{first} each client held and trained on in its last round.\n\n"
+        f"| client |{column} experts held | rows |\n|---|{line}---|---|\n"
     )
+    return f"## Clients\n\n{head}" + "\n".join(rows) + "\n"
 
 
 def _results(lines: list[dict[str, Any]], checkpoint: Checkpoint, export: Export) -> str:

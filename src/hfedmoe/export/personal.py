@@ -5,6 +5,7 @@ mean per layer. What is dropped is dropped from the routers as well; the outputs
 mask over the same experts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +44,34 @@ class Scores:
 
 
 def last_scores(rows: Any, client: int) -> Scores:
-    """A client's last recorded scores in the rows of experts.npy (None: there are none yet).
+    """A client's last recorded scores in the rows of experts.npy (None: the run has no such file).
 
     Raises:
-        UserError: it took part in no round.
+        UserError: it took part in no round, or nothing is recorded of any client.
     """
-    own: Any = [] if rows is None else np.flatnonzero(rows["client"] == client)
+    if rows is None or len(rows) == 0:
+        raise UserError(
+            f"--client {client}: the run has no experts.npy with what experts are worth to its clients; finish a "
+            "round, or use --as merged"
+        )
+    own: Any = np.flatnonzero(rows["client"] == client)
     if len(own) == 0:
-        raise UserError(f"--client {client}: took part in no round yet, so nothing is known about its experts")
+        known = ", ".join(_ranges(sorted({int(number) for number in rows["client"]})))
+        raise UserError(
+            f"--client {client}: took part in no round yet, so nothing is known about its experts; clients that did: "
+            f"{known}"
+        )
     last = rows[own[-1]]
     return Scores(int(last["round"]), *(np.array(last[name]) for name in ("resident", "importance", "usage")))
+
+
+def _ranges(numbers: list[int]) -> Iterator[str]:
+    """Sorted numbers as "0-3", "5", "7-8"."""
+    first = 0
+    for i, number in enumerate(numbers):
+        if i + 1 == len(numbers) or numbers[i + 1] != number + 1:
+            yield f"{number}" if first == i else f"{numbers[first]}-{number}"
+            first = i + 1
 
 
 def experts_per_layer(held: int, num_experts: list[int], top_k: int, config: Any) -> int:

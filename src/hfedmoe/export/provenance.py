@@ -12,20 +12,25 @@ PACKAGED_ORIGIN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.
 """Hub id and licence of packaged models that have them."""
 
 
-def origin(model: ModelConfig) -> tuple[str | None, str | None]:
-    """Hub id and licence of a run's base model.
+def origin(model: ModelConfig) -> tuple[str | None, dict[str, Any]]:
+    """Hub id of a run's base model, and what its card says of the licence under the card's own keys.
 
-    A local model has no id of its own, whatever it was made from; its licence is what its card says.
+    A local model has no id of its own, whatever it was made from.
     """
     if model.name in PACKAGED_MODELS:
-        return PACKAGED_ORIGIN.get(model.name, (None, None))
+        name, packaged = PACKAGED_ORIGIN.get(model.name, (None, None))
+        return name, {} if packaged is None else {"license": packaged}
     if is_local(model):
         folder = Path(model.name).expanduser()
         return None, _licence(folder / "README.md" if folder.is_dir() else folder.parent / "README.md")
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(model.name, "README.md", revision=model.revision)
-    return model.name, _licence(Path(cached)) if isinstance(cached, str) else None
+    licence = _licence(Path(cached)) if isinstance(cached, str) else {}
+    link = licence.get("license_link")
+    if link is not None and "://" not in link:  # a file of the base model, which is not in the export
+        licence["license_link"] = f"https://huggingface.co/{model.name}/blob/{model.revision or 'main'}/{link}"
+    return model.name, licence
 
 
 def is_local(model: ModelConfig) -> bool:
@@ -57,11 +62,24 @@ def data_name(data: DataConfig) -> str:
     return name + (f", subset `{subset}`" if subset else "")
 
 
-def _licence(card: Path) -> str | None:
-    from huggingface_hub import ModelCard
+def _licence(card: Path) -> dict[str, Any]:
+    """The licence in a card's front matter, and its name and link where it is none of the Hub's; {} if none is legible.
 
-    if not card.is_file():
-        return None
-    known: dict[str, Any] = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    Cards are written by hand, and hold anything.
+    """
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    try:
+        front = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8", errors="replace"))
+        known = yaml.safe_load(front.group(2)) if front is not None else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
     value = known.get("license")
-    return value if isinstance(value, str) else None
+    several = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    if not isinstance(value, str) and not several:
+        return {}
+    more = {key: known[key] for key in ("license_name", "license_link") if isinstance(known.get(key), str)}
+    return {"license": value, **(more if value == "other" else {})}

@@ -1,6 +1,8 @@
 """`hfedmoe export`: from a run folder to a folder that stock libraries load."""
 
 import json
+import logging
+import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from hfedmoe.export.folder import check_free, writing, written_whole
 from hfedmoe.export.merged import merge, save
 from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuable, router_groups, shrink
 from hfedmoe.loading import PACKAGED, Loaded, load, source_of
+from hfedmoe.moe.anatomy import text_config
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import load as put
 from hfedmoe.runs import Checkpoint, RunFolder
@@ -45,7 +48,10 @@ def export_run(
     Raises:
         UserError: bad options, no such run or checkpoint, or a run that has no such form.
     """
+    # PEFT imports bitsandbytes, which then misses a package that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _check_options(form, client, dtype)
+    _check_outside(out, path)
     check_free(out)
     with RunFolder.open(path) as run:
         config = run.config
@@ -57,15 +63,18 @@ def export_run(
             )
         chosen = checkpoint_of(run, checkpoint)
         # The unquantised model, as it is: a float32 arithmetic would change its modules.
-        model = config.model.model_copy(update={"device": "cpu", "compute": "same", "expert_dtype": "same"})
+        stored = {"dtype": "float32"} if _needs_float32(config.model, form, dtype) else {}
+        plain = {"device": "cpu", "compute": "same", "expert_dtype": "same"}
+        model = config.model.model_copy(update=plain | stored)
         train = config.train.model_copy(update={"gradient_checkpointing": False})
         config = config.model_copy(update={"model": model, "train": train})
-        loaded = load(config.model, config.seed)
         with written_whole(out) as scratch:
+            loaded = load(config.model, config.seed)
             about = Export(
                 form=form,
                 dtype=dtype or ("float32" if form == "adapter" else config.model.dtype),
                 model_type=loaded.model.config.model_type,
+                whole_type=_whole_type(config.model),
                 encoder_decoder=loaded.encoder_decoder,
                 client=client,
             )
@@ -100,6 +109,39 @@ def _check_options(form: str, client: int | None, dtype: str | None) -> None:
         raise UserError(f"--client {client}: only with --as client")
 
 
+def _check_outside(out: Path, run: Path) -> None:
+    """Raise UserError if `out` is the run's folder or in it: what is in there belongs to the run, which deletes it."""
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(run)):
+        raise UserError(f"{out}: is in the run's own folder, where a resumed run may delete it; choose another folder")
+
+
+def _whole_type(model: ModelConfig) -> str | None:
+    """The type of a base that does more than text, of which only the text model is loaded; None of any other."""
+    from transformers import AutoConfig
+
+    if model.name in PACKAGED:
+        return None
+    source, options = source_of(model)
+    if "gguf_file" in options:
+        return None
+    described = AutoConfig.from_pretrained(source, **options)
+    text = text_config(described)
+    return described.model_type if text.model_type != described.model_type else None
+
+
+def _needs_float32(model: ModelConfig, form: str, dtype: str | None) -> bool:
+    """Whether a base is read again as it is stored, so that a float32 result has no weights rounded for training.
+
+    Not a base that was made for the run: with that, an adapter is written as the run had it.
+    """
+    return form != "adapter" and dtype == "float32" and not _made_here(model)
+
+
+def _made_here(model: ModelConfig) -> bool:
+    """Whether a base is on no hub and in no folder that transformers loads."""
+    return model.upcycle is not None or model.name in PACKAGED or "gguf_file" in source_of(model)[1]
+
+
 def _trained(job: _Job) -> MoEModel:
     """The model with the trained tensors of the checkpoint in it."""
     model = wrap(job.loaded.model, job.config, job.loaded.store)
@@ -119,8 +161,8 @@ def _merged(job: _Job, scratch: Path, about: Export) -> Export:
 
 
 def _adapter(job: _Job, scratch: Path, about: Export) -> Export:
-    base, options = source_of(job.config.model)
-    own = job.config.model.upcycle is not None or job.config.model.name in PACKAGED or "gguf_file" in options
+    base, _ = source_of(job.config.model)
+    own = _made_here(job.config.model)
     if own:
         with writing(job.out):
             _write_base(job.loaded.model, scratch / BASE, job.config)  # before anything is trained into it

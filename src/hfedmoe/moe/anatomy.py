@@ -25,7 +25,11 @@ class UnsupportedModelError(ValueError):
 
 
 class DenseModelError(UnsupportedModelError):
-    """The model has no MoE layers."""
+    """The model has no MoE layers; `can_be_upcycled` says whether its family can get some."""
+
+    def __init__(self, message: str, can_be_upcycled: bool) -> None:
+        super().__init__(message)
+        self.can_be_upcycled = can_be_upcycled
 
 
 @dataclass
@@ -117,9 +121,14 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     if not layers and lonely:
         raise UnsupportedModelError(lonely)
     if not layers:
-        raise DenseModelError(
-            f"{family} has no Mixture-of-Experts layers; `hfedmoe upcycle` makes some from a dense model"
+        from hfedmoe.moe.upcycle import DENSE  # that module needs this one
+
+        way = (
+            "`hfedmoe upcycle` makes some from a dense model"
+            if family in DENSE
+            else f"name a MoE model, or a dense one of {', '.join(DENSE)}, which `hfedmoe upcycle` makes one of"
         )
+        raise DenseModelError(f"{family} has no Mixture-of-Experts layers; {way}", family in DENSE)
     return layers
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from hfedmoe.moe.anatomy import UnsupportedModelError
 
-_DENSE = ("llama", "mistral")
+DENSE = ("llama", "mistral")
 """Dense families with Mixtral's blocks: RMS norm, rotary attention without biases, SwiGLU feed-forward."""
 _COPIED = (
     "vocab_size",
@@ -48,9 +48,9 @@ def upcycle(dense: Any, experts: int, top_k: int, router_std: float, seed: int) 
         ValueError: top_k or experts out of range.
     """
     source = dense.config
-    if source.model_type not in _DENSE:
+    if source.model_type not in DENSE:
         raise UnsupportedModelError(
-            f"cannot upcycle a {source.model_type} model yet; dense families that work: {', '.join(_DENSE)}"
+            f"cannot upcycle a {source.model_type} model yet; dense families that work: {', '.join(DENSE)}"
         )
     if getattr(source, "attention_bias", False) or getattr(source, "mlp_bias", False):
         raise UnsupportedModelError(f"cannot upcycle this {source.model_type} model: Mixtral has no biases")

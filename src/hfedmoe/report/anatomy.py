@@ -77,7 +77,7 @@ def anatomy_of(name: str, experts: int | None = None, top_k: int = 2) -> Anatomy
         parts = _parts(model, find_moe_layers(model))  # before routers become float32 to be trained
         moe = MoEModel(model, experts="frozen")
     except UnsupportedModelError as error:
-        dense = isinstance(error, DenseModelError)
+        dense = isinstance(error, DenseModelError) and error.can_be_upcycled
         hint = "; --upcycle-experts 8 shows how it would look" if dense and experts is None else ""
         raise UserError(f"{name}: {error}{hint}") from None
     dtype = next(model.parameters()).dtype
