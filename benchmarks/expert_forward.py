@@ -1,6 +1,6 @@
 """Fine-tuning experts: our expert forward against stock transformers and PEFT, over a grid of shapes.
 
-    python -m benchmarks.expert_forward [--quick] [--seconds 1.0] [--json FILE]
+    python -m benchmarks.expert_forward [--quick] [--seconds 1.0] [--rows FILE] [--json FILE]
 
 A cell is a number of experts, a top-k, a number of tokens, a resident share and a precision. In every cell a training
 step of the same small OLMoE (see `expert_step`) is measured, each variant in a process of its own, one after the other:
@@ -19,16 +19,17 @@ without 16-bit products compute bfloat16 cells in float32 with our forward, and 
 minutes: there these cells are few and small. Float32 and bfloat16 have medians of their own beside the common ones.
 """
 
+import json
 import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import expert_layers, expert_step
-from benchmarks.common import parser, report
+from benchmarks.common import machine, parser, report
 from benchmarks.expert_step import LENGTH, STOCK, Cell
 from benchmarks.forked import in_forked_process
 
@@ -178,22 +179,45 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--quick", action="store_true", help="a small part of the grid")
     arguments.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each step, after a first one")
+    arguments.add_argument("--rows", type=Path, metavar="FILE", help="keep rows here, and do not measure them again")
     options = arguments.parse_args()
     assert all(cell.tokens % LENGTH == 0 for cell in cells(options.quick))
+    rows = Rows(options.rows)
     with tempfile.TemporaryDirectory() as folder:
-        lora, full = _measure(Bench(options.seconds, Path(folder)), options.quick)
+        bench = Bench(options.seconds, Path(folder))
+        lora = [rows.get("lora", cell, bench.compare) for cell in cells(options.quick)]
+        full = [rows.get("full", cell, bench.compare_full) for cell in full_cells(options.quick)]
     _report(lora, full, options.json)
 
 
-def _measure(bench: Bench, quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    lora, full = [], []
-    for cell in cells(quick):
-        lora.append(bench.compare(cell))
-        _show(lora[-1])
-    for cell in full_cells(quick):
-        full.append(bench.compare_full(cell))
-        _show(full[-1])
-    return lora, full
+class Rows:
+    """Rows measured so far, kept in a file of one JSON object a line, so that an interrupted run can go on."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file, self._known = file, {}
+        here = machine()
+        if file is not None and file.exists():
+            first, *rows = map(json.loads, file.read_text().splitlines())
+            if first != here:
+                sys.exit(f"{file}: rows of another machine or other versions; name a new file")
+            self._known = {(row["kind"], *_place_of(row)): row for row in rows}
+        elif file is not None:
+            file.write_text(json.dumps(here) + "\n")
+
+    def get(self, kind: str, cell: Cell, measure: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
+        """The row of a cell, measured now if it is not known."""
+        key = (kind, *_place(cell).values())
+        if key not in self._known:
+            self._known[key] = {"kind": kind, **measure(cell)}
+            _show(self._known[key])
+            if self._file is not None:
+                with self._file.open("a") as file:
+                    file.write(json.dumps(self._known[key]) + "\n")
+        return {column: value for column, value in self._known[key].items() if column != "kind"}
+
+
+def _place_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[column] for column in _place(Cell(1, 1, 1)))
 
 
 def _show(row: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -314,3 +316,11 @@ def test_doctor(capsys):
     tree = json.loads(capsys.readouterr().out)
     assert tree["fit"]
     assert tree["packages"]["flwr"]
+
+
+def test_the_picture_of_a_run_shows_its_last_table(finished, tmp_path):
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "run_picture.py"))
+    tool["main"](finished, tmp_path / "run.svg")
+    text = re.sub(r"<[^>]*>|&#160;", " ", (tmp_path / "run.svg").read_text())
+    assert re.search(r"client\s+3", text)
+    assert re.search(r"after\s+\(round\s+1\)", text)

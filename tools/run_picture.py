@@ -17,13 +17,13 @@ from hfedmoe.runs import RunFolder
 def main(run: Path, picture: Path) -> None:
     """Print the run's last table on a recording console and save the picture."""
     with RunFolder.open(run) as folder, open("/dev/null", "w") as nowhere:
-        keeper = Keeper(folder)
-        clients = sorted({row["client"] for line in keeper.lines for row in line["clients"]})
+        keeper, rounds = Keeper(folder), folder.read_rounds()
+        clients = sorted({row["client"] for line in rounds for row in line["clients"]})
         keeper.name_clients({number: f"client {number}" for number in clients})
         console = Console(record=True, width=104, file=nowhere, force_terminal=False)
         watcher = Live(console)
         lines = keeper.final_lines()
-        first = next(line for line in keeper.lines if line["round"] == 1)
+        first = next(line for line in rounds if line["round"] == 1)
         total = lines[0].total_experts
         examples = {row["client"]: row["examples"] for row in first["clients"]}
         budgets = {row["client"]: row["resident"] for row in first["clients"]}
@@ -33,7 +33,7 @@ def main(run: Path, picture: Path) -> None:
             1,
             [ClientLine(f"client {n}", examples[n], budgets[n], budgets[n] / total) for n in clients],
         )
-        for line in keeper.lines:
+        for line in rounds:
             for kind, metrics in line["evaluation"].items():
                 watcher.evaluated(
                     line["round"],

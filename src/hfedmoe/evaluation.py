@@ -115,10 +115,11 @@ def evaluate(
             batch = encoder.collate([r.prompt for r in chunk], [r.answers[0] for r in chunk]).to(device)
             logits = model(**batch.model_inputs()).logits[:, -batch.targets.shape[1] :].float()  # [B, A, V]
             sums = _sums(logits, batch.targets, chunk, encoder)
+            last = logits[:, -1].cpu() if first_token else logits  # one wait for the batch, not one per example
             for index, request in enumerate(chunk):
                 example = examples[request.row]
                 if first_token:
-                    scores[request.row] = logits[index, -1, encoder.first_tokens(example)].tolist()
+                    scores[request.row] = last[index, encoder.first_tokens(example)].tolist()
                 for choice, answer in zip(request.choices, request.answers, strict=True):
                     total = next(sums)
                     if not completions and not first_token:

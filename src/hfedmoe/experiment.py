@@ -50,6 +50,14 @@ class Prepared:
     warnings: list[str] = field(default_factory=list)
     """What is worth knowing about the rows before a run."""
 
+    @property
+    def settled(self) -> RunConfig:
+        """The configuration with the kind of task that the rows turned out to be: an export says how it was asked."""
+        data = self.config.data
+        if data.format != "auto" or known_set(data) is not None:
+            return self.config
+        return self.config.model_copy(update={"data": data.model_copy(update={"format": self.task.kind})})
+
     def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
         """The model with these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""
         everything = [torch.ones(number, dtype=torch.bool) for number in self.model.num_experts]
@@ -166,10 +174,7 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
         except UserError:
             folder.discard()  # nothing has run: the same folder can be asked for again
             raise
-        if config.data.format == "auto" and known_set(config.data) is None:
-            # An export says how the model was asked, and that depends on the kind.
-            found = config.data.model_copy(update={"format": prepared.task.kind})
-            folder.settle(config.model_copy(update={"data": found}))
+        folder.settle(prepared.settled)
         _run(folder, prepared, parts, None, watcher)
         return folder.path
 

@@ -65,7 +65,24 @@ def test_rows_that_are_not_aligned_go_without_the_kernel(groups: Groups) -> None
 def test_mixed_precision_goes_without_the_kernel(groups: Groups) -> None:
     left, stack = draw(S, K).bfloat16(), draw(E, K, N)
     assert not grouped.has_kernel(groups, left, stack)
-    assert grouped.product(left, stack, groups).dtype == torch.bfloat16
+    torch.testing.assert_close(grouped.product(left, stack, groups), grouped.product(left.float(), stack, groups))
+
+
+@pytest.mark.parametrize("many_rows", [1, 1000])
+def test_coarser_rows_keep_their_precision(groups: Groups, many_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "_MANY_ROWS", many_rows)
+    left, stack, rows = draw(S, K), draw(E, K, N), draw(S, N).bfloat16()
+    exact = grouped.product(left, stack, groups)
+    written = grouped.write_product(rows.clone(), left, stack, groups)
+    torch.testing.assert_close(written.float(), exact.bfloat16().float() if many_rows == 1 else exact)
+    expected = (rows.float() + exact).bfloat16()
+    grouped.add_product(rows, left, stack, groups)
+    assert rows.dtype == torch.bfloat16
+    torch.testing.assert_close(rows, expected)
+    (one, *_), (other, *_) = (
+        grouped.outer(left.to(dtype), draw(S, N), groups, torch.float32) for dtype in (torch.float32, torch.bfloat16)
+    )
+    torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -94,9 +94,9 @@ def test_absent_and_dropped_pairs_give_nothing() -> None:
     assert not nothing.any()
 
 
-@pytest.mark.parametrize("few_rows", [0, kernel._FEW_ROWS])  # thin products in bfloat16, and in float32
-def test_bfloat16_is_close_to_double(few_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_FEW_ROWS", few_rows)
+@pytest.mark.parametrize("thin", [torch.bfloat16, torch.float32])  # as on a GPU, and as on a processor
+def test_bfloat16_is_close_to_double(thin: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_thin_dtype", lambda x: thin if x.dtype == torch.bfloat16 else x.dtype)
     wanted = ["x", "weights", *LORA]
     results = []
     for dtype in (torch.float64, torch.bfloat16):

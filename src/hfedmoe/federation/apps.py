@@ -30,6 +30,7 @@ from hfedmoe.federation.server import Server, server_app
 from hfedmoe.loading import device_of
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.packaged import cache_folder
+from hfedmoe.places import with_absolute_paths
 from hfedmoe.report.live import Live, Silent, Watcher
 from hfedmoe.runs import RunFolder
 
@@ -125,12 +126,14 @@ def _experts(context: Context, config: RunConfig, budget: Budget, prepared: Prep
 
 
 def _server(context: Context) -> Server:
-    config = config_of(context)
+    config = with_absolute_paths(config_of(context))
     # A server app's output is a log, not a screen: plain lines, or nothing if Flower closed the stream.
     watcher: Watcher = Live()
     out = context.run_config.get("out")
     prepared = prepare(config, watcher)
-    folder = RunFolder.create(Path(str(out)), config) if out else None
+    for text in prepared.warnings:
+        watcher.warning(text)
+    folder = RunFolder.create(Path(str(out)), prepared.settled) if out else None
     return Server(
         config=config,
         tensors=global_tensors(prepared.model),

@@ -5,10 +5,10 @@ torch itself waits for the groups' ends and launches a product for each, so ther
 of a size that is no multiple of 16 bytes. On a processor a grouped call is the same loop of matrix products without
 Python between them: what counts for the thin products of LoRA, whose matrices take less time than a call.
 
-Rows may be of another precision than the product that is added to them; both factors have one.
+Factors of two precisions are multiplied in the finer one, and rows may be coarser than what is added to them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -21,6 +21,8 @@ from hfedmoe.moe.grouping import Groups
 _SMALL = 1 << 22
 """Elements of all results of `outer` together below which calls cost more than the arithmetic, on a processor."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MANY_ROWS = 128
+"""Per expert: from there on its own rows in float32 fit the cache, and those of all experts do not."""
 _MOST_GROUPS = 1024
 """Groups from which on torch refuses a grouped product on a GPU."""
 _ALIGNMENT = 16
@@ -55,34 +57,55 @@ def _is_aligned(operand: Tensor) -> bool:
     return rows == 1 and columns >= max(1, operand.shape[-2]) and columns * size % _ALIGNMENT == 0
 
 
+def are_large(groups: Groups) -> bool:
+    """Whether the groups have so many rows that a call for each costs less than passes over all rows in memory."""
+    return groups.size >= _MANY_ROWS * len(groups.spans)
+
+
 def product(left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
-    """left [S, K] times each group's own matrix of stack [E, K, N]: [S, N]."""
+    """left [S, K] times each group's own matrix of stack [E, K, N]: [S, N], in the finer precision of the two."""
     if has_kernel(groups, left, stack):
         return grouped_mm(left, stack, offs=groups.ends)
-    return write_product(left.new_empty(groups.size, stack.shape[2]), left, stack, groups)
+    rows = left.new_empty(groups.size, stack.shape[2], dtype=torch.promote_types(left.dtype, stack.dtype))
+    for target, own, matrix in _by_group(rows, left, stack, groups):
+        torch.mm(own, matrix, out=target)
+    return rows
 
 
 def add_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> None:
-    """rows [S, N] += left [S, K] times each group's own matrix of stack [E, K, N]."""
-    if rows.dtype != left.dtype or (rows.is_cuda and has_kernel(groups, left, stack)):
+    """rows [S, N] += left [S, K] times each group's own matrix of stack [E, K, N]; rows keep their precision."""
+    coarser = rows.dtype != left.dtype
+    if (coarser and not are_large(groups)) or (rows.is_cuda and has_kernel(groups, left, stack)):
         rows.add_(product(left, stack, groups))
         return
-    for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
-        target.addmm_(own, stack[expert].to(left.dtype))
+    for target, own, matrix in _by_group(rows, left, stack, groups):
+        if coarser:
+            target.add_(own @ matrix)
+        else:
+            target.addmm_(own, matrix)
 
 
 def write_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
     """left [S, K] times each group's own matrix of stack [E, K, N], in place of the contents of rows [S, N].
 
-    In fresh memory where a GPU has a kernel, and where rows have another precision.
+    In fresh memory where a GPU has a kernel, and in the precision of left where that is finer and groups are small.
     """
-    if rows.dtype != left.dtype:
+    coarser = rows.dtype != left.dtype
+    if (coarser and not are_large(groups)) or (rows.is_cuda and has_kernel(groups, left, stack)):
         return product(left, stack, groups)
-    if rows.is_cuda and has_kernel(groups, left, stack):
-        return grouped_mm(left, stack, offs=groups.ends)
-    for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
-        torch.mm(own, stack[expert].to(left.dtype), out=target)
+    for target, own, matrix in _by_group(rows, left, stack, groups):
+        if coarser:
+            target.copy_(own @ matrix)
+        else:
+            torch.mm(own, matrix, out=target)
     return rows
+
+
+def _by_group(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For every group its part of rows, and its part of left and its matrix in the finer precision of these two."""
+    finer = torch.promote_types(left.dtype, stack.dtype)
+    for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
+        yield target, own.to(finer), stack[expert].to(finer)
 
 
 def outer(left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -93,4 +116,6 @@ def outer(left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Se
     if not few and not large and has_kernel(groups, left.t(), right):
         stacked = grouped_mm(left.t(), right, offs=groups.ends).to(dtype)
         return [stacked[expert] for expert, _, _ in groups.spans]
-    return [(a.t() @ b).to(dtype) for a, b in zip(groups.split(left), groups.split(right), strict=True)]
+    finer = torch.promote_types(left.dtype, right.dtype)
+    pairs = zip(groups.split(left), groups.split(right), strict=True)
+    return [(a.to(finer).t() @ b.to(finer)).to(dtype) for a, b in pairs]

@@ -20,16 +20,13 @@ from torch.autograd.function import once_differentiable
 
 from hfedmoe.moe.base import ExpertBase
 from hfedmoe.moe.gate import Gate
-from hfedmoe.moe.grouped import add_product, outer, product, write_product
+from hfedmoe.moe.grouped import add_product, are_large, outer, product, write_product
 from hfedmoe.moe.grouping import Groups
 
 LORA = ("up_a", "up_b", "down_a", "down_b")
 """Trained matrices of an expert with LoRA: A [R, in] and B [out, R] of the up and of the down projection."""
 FULL = ("up", "down", "up_bias", "down_bias")
 """Trained tensors of an expert without LoRA; the biases only where the family has them."""
-
-_FEW_ROWS = 48
-"""Rows per expert below which a processor makes a thin product in float32 sooner than it sets one up in 16 bit."""
 
 
 @dataclass
@@ -72,7 +69,7 @@ class _GroupedExperts(torch.autograd.Function):
         *leaves: Tensor,
     ) -> Tensor:
         w = weights[groups.pair].to(x.dtype)[:, None]
-        trained = _Trained(stacks, _thin_dtype(x, groups))
+        trained = _Trained(stacks, _thin_dtype(x), groups)
         rows = x.index_select(0, groups.token)
         u = math.base.up(x, rows, groups)
         low_up = low_down = None
@@ -101,7 +98,7 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         math, groups = ctx.math, ctx.groups
         x, w, u, low_up, low_down, mask = ctx.saved_tensors
-        trained = _Trained(ctx.stacks, _thin_dtype(x, groups), ctx.needs_input_grad[5:])
+        trained = _Trained(ctx.stacks, _thin_dtype(x), groups, ctx.needs_input_grad[5:])
         grad = grads[0].contiguous()
         rows = grad.index_select(0, groups.token)
         d_a = math.base.down_t(grad, rows, groups)
@@ -120,19 +117,25 @@ class _GroupedExperts(torch.autograd.Function):
         return (None, None, None, d_x, d_weights, *trained.grads)
 
 
-def _thin_dtype(x: Tensor, groups: Groups) -> torch.dtype:
-    """The precision of LoRA's products with inputs x: that of the pass, or float32 where a processor is faster so."""
-    few = x.dtype.itemsize == 2 and groups.size < _FEW_ROWS * len(groups.spans)
-    return torch.float32 if few and x.device.type == "cpu" else x.dtype
+def _thin_dtype(x: Tensor) -> torch.dtype:
+    """The precision of LoRA's products with inputs x: that of the pass, but float32 for 16 bit on a processor.
+
+    For each product in 16 bit a processor makes code for its number of rows, which differs from batch to batch: that
+    takes longer than a thin product in float32.
+    """
+    return torch.float32 if x.dtype.itemsize == 2 and x.device.type == "cpu" else x.dtype
 
 
 class _Trained:
     """The trained stacks in the precision of LoRA's products, and the gradients of their rows."""
 
-    def __init__(self, stacks: Mapping[str, Tensor], dtype: torch.dtype, wanted: Sequence[bool] = ()) -> None:
+    def __init__(
+        self, stacks: Mapping[str, Tensor], dtype: torch.dtype, groups: Groups, wanted: Sequence[bool] = ()
+    ) -> None:
         self._slots = {name: slot for slot, name in enumerate(stacks)}
         self._stacks, self._dtype, self._wanted = stacks, dtype, wanted
         self._cast: dict[str, Tensor] = {}
+        self._one_by_one = are_large(groups)
         self.grads: list[Tensor | None] = [None] * len(wanted)
         self.lora = "up_a" in stacks
 
@@ -142,8 +145,8 @@ class _Trained:
         return self._cast[name]
 
     def thin(self, rows: Tensor) -> Tensor:
-        """Rows in the precision of LoRA's products."""
-        return rows.to(self._dtype)
+        """Rows in the precision of LoRA's products, unless they get it group by group."""
+        return rows if self._one_by_one else rows.to(self._dtype)
 
     def wants(self, name: str) -> bool:
         """Whether gradients of `name` are asked for: all experts are trained alike."""
