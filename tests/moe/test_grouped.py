@@ -68,6 +68,23 @@ def test_mixed_precision_goes_without_the_kernel(groups: Groups) -> None:
     torch.testing.assert_close(grouped.product(left, stack, groups), grouped.product(left.float(), stack, groups))
 
 
+def test_16_bit_products_on_a_processor_have_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [5, 30, 0, 17, 40]
+    groups = group_pairs(torch.repeat_interleave(torch.arange(E), torch.tensor(sizes)), E, 1)
+    left, stack = draw(sum(sizes), K).bfloat16(), draw(E, K, N).bfloat16()
+    exact = grouped.product(left.float(), stack.float(), groups)
+    numbers: list[int] = []
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: (numbers.append(len(a)), multiply(a, b, out=out))[1])
+    found = grouped.product(left, stack, groups)
+    assert numbers == [16, 32, 32, 40]  # the last group has no rows behind it
+    torch.testing.assert_close(found.float(), exact, atol=0.03, rtol=0.02)
+    rows = draw(sum(sizes), N).bfloat16()
+    expected = rows + found
+    grouped.add_product(rows, left, stack, groups)
+    torch.testing.assert_close(rows, expected)
+
+
 @pytest.mark.parametrize("many_rows", [1, 1000])
 def test_coarser_rows_keep_their_precision(groups: Groups, many_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "_MANY_ROWS", many_rows)

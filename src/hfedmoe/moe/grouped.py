@@ -64,6 +64,8 @@ def are_large(groups: Groups) -> bool:
 
 def product(left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
     """left [S, K] times each group's own matrix of stack [E, K, N]: [S, N], in the finer precision of the two."""
+    if _makes_code(left, stack):
+        return _rounded_product(left, stack, groups)
     if has_kernel(groups, left, stack):
         return grouped_mm(left, stack, offs=groups.ends)
     rows = left.new_empty(groups.size, stack.shape[2], dtype=torch.promote_types(left.dtype, stack.dtype))
@@ -75,7 +77,8 @@ def product(left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
 def add_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> None:
     """rows [S, N] += left [S, K] times each group's own matrix of stack [E, K, N]; rows keep their precision."""
     coarser = rows.dtype != left.dtype
-    if (coarser and not are_large(groups)) or (rows.is_cuda and has_kernel(groups, left, stack)):
+    at_once = _makes_code(left, stack) or (rows.is_cuda and has_kernel(groups, left, stack))
+    if (coarser and not are_large(groups)) or at_once:
         rows.add_(product(left, stack, groups))
         return
     for target, own, matrix in _by_group(rows, left, stack, groups):
@@ -98,6 +101,23 @@ def write_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> 
             target.copy_(own @ matrix)
         else:
             torch.mm(own, matrix, out=target)
+    return rows
+
+
+def _makes_code(left: Tensor, stack: Tensor) -> bool:
+    """Whether a product is one for which a processor makes code anew for every number of rows."""
+    return left.device.type == "cpu" and left.dtype == stack.dtype and left.dtype.itemsize == 2
+
+
+def _rounded_product(left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
+    """As `product`, with few different numbers of rows: rows too many are overwritten by the groups they belong to."""
+    rows = left.new_empty(groups.size, stack.shape[2])
+    for expert, start, end in groups.spans:
+        number = end - start
+        step = 16 if number <= 256 else 64 if number <= 1024 else 256
+        until = start + -(-number // step) * step
+        until = until if until <= groups.size else end
+        torch.mm(left[start:until], stack[expert], out=rows[start:until])
     return rows
 
 
