@@ -61,16 +61,23 @@ def add_product(rows: Tensor | None, left: Tensor, weights: Weights, groups: Gro
             return grouped.product(left, stack, groups)
         grouped.add_product(rows, left, stack, groups)
         return rows
+    columns = weights.rows if t else weights.columns
+
+    def matrix(expert: int) -> Tensor:
+        weight = weights(expert, left.dtype)
+        return weight.t() if t else weight
+
+    if grouped.makes_code(left):
+        product = grouped.rounded_product(left, matrix, columns, groups)
+        return product if rows is None else product.add_(rows)
     fresh = rows is None
     if rows is None:
-        rows = left.new_empty(groups.size, weights.rows if t else weights.columns)
+        rows = left.new_empty(groups.size, columns)
     for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
-        weight = weights(expert, left.dtype)
-        right = weight.t() if t else weight
         if fresh:
-            torch.mm(own, right, out=target)
+            torch.mm(own, matrix(expert), out=target)
         else:
-            target.addmm_(own, right)
+            target.addmm_(own, matrix(expert))
     return rows
 
 

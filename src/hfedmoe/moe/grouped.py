@@ -8,7 +8,7 @@ Python between them: what counts for the thin products of LoRA, whose matrices t
 Factors of two precisions are multiplied in the finer one, and rows may be coarser than what is added to them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -64,8 +64,8 @@ def are_large(groups: Groups) -> bool:
 
 def product(left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
     """left [S, K] times each group's own matrix of stack [E, K, N]: [S, N], in the finer precision of the two."""
-    if _makes_code(left, stack):
-        return _rounded_product(left, stack, groups)
+    if left.dtype == stack.dtype and makes_code(left):
+        return rounded_product(left, stack.__getitem__, stack.shape[2], groups)
     if has_kernel(groups, left, stack):
         return grouped_mm(left, stack, offs=groups.ends)
     rows = left.new_empty(groups.size, stack.shape[2], dtype=torch.promote_types(left.dtype, stack.dtype))
@@ -77,7 +77,7 @@ def product(left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
 def add_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> None:
     """rows [S, N] += left [S, K] times each group's own matrix of stack [E, K, N]; rows keep their precision."""
     coarser = rows.dtype != left.dtype
-    at_once = _makes_code(left, stack) or (rows.is_cuda and has_kernel(groups, left, stack))
+    at_once = (left.dtype == stack.dtype and makes_code(left)) or (rows.is_cuda and has_kernel(groups, left, stack))
     if (coarser and not are_large(groups)) or at_once:
         rows.add_(product(left, stack, groups))
         return
@@ -104,20 +104,23 @@ def write_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> 
     return rows
 
 
-def _makes_code(left: Tensor, stack: Tensor) -> bool:
-    """Whether a product is one for which a processor makes code anew for every number of rows."""
-    return left.device.type == "cpu" and left.dtype == stack.dtype and left.dtype.itemsize == 2
+def makes_code(left: Tensor) -> bool:
+    """Whether products are such that a processor makes code for every number of rows: in 16 bit."""
+    return left.device.type == "cpu" and left.dtype.itemsize == 2
 
 
-def _rounded_product(left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
-    """As `product`, with few different numbers of rows: rows too many are overwritten by the groups they belong to."""
-    rows = left.new_empty(groups.size, stack.shape[2])
+def rounded_product(left: Tensor, matrix: Callable[[int], Tensor], columns: int, groups: Groups) -> Tensor:
+    """left [S, K] times matrix(expert) [K, N = columns] of each group: [S, N], with few different numbers of rows.
+
+    A group's rows are rounded up to those behind it, which the groups that they belong to then overwrite.
+    """
+    rows = left.new_empty(groups.size, columns)
     for expert, start, end in groups.spans:
         number = end - start
         step = 16 if number <= 256 else 64 if number <= 1024 else 256
         until = start + -(-number // step) * step
         until = until if until <= groups.size else end
-        torch.mm(left[start:until], stack[expert], out=rows[start:until])
+        torch.mm(left[start:until], matrix(expert), out=rows[start:until])
     return rows
 
 
