@@ -155,7 +155,7 @@ def test_sixteen_bits_computed_in_float32(planner: Planner) -> None:
     half = replace(planner.workload, dtype="bfloat16")
     plain, cast = planner.forecast(4, half), planner.forecast(4, replace(half, compute_float32=True))
     assert plain.kinds["embeddings_head"] == cast.kinds["embeddings_head"] == 2 * V * H * 2
-    assert cast.kinds["activations"] > 1.5 * plain.kinds["activations"]
+    assert cast.kinds["activations"] > 1.25 * plain.kinds["activations"]  # LoRA's products are float32 in both
     assert cast.kinds["routers"] == plain.kinds["routers"] == L * E * H * 4  # what is trained is float32
 
 
