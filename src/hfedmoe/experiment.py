@@ -174,7 +174,8 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
         except UserError:
             folder.discard()  # nothing has run: the same folder can be asked for again
             raise
-        folder.settle(prepared.settled)
+        if prepared.settled is not config:
+            folder.settle(prepared.settled)
         _run(folder, prepared, parts, None, watcher)
         return folder.path
 
