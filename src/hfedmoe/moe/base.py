@@ -50,9 +50,9 @@ class Weights(Protocol):
 def add_product(rows: Tensor | None, left: Tensor, weights: Weights, groups: Groups, *, t: bool) -> Tensor:
     """rows[s:e] += left[s:e] @ W_expert (or its transpose) for every group; allocates `rows` where it is None.
 
-    Rows of another precision are added to the product, which keeps that of `left`.
+    Rows are added to a fresh product, in the precision of `left`, where theirs is another or the product is rounded.
     """
-    if rows is not None and rows.dtype != left.dtype:
+    if rows is not None and (rows.dtype != left.dtype or grouped.makes_code(left)):
         return add_product(None, left, weights, groups, t=t).add_(rows)
     stack = weights.whole(left.dtype) if isinstance(weights, StackedWeights) else None
     if stack is not None:
@@ -68,8 +68,7 @@ def add_product(rows: Tensor | None, left: Tensor, weights: Weights, groups: Gro
         return weight.t() if t else weight
 
     if grouped.makes_code(left):
-        product = grouped.rounded_product(left, matrix, columns, groups)
-        return product if rows is None else product.add_(rows)
+        return grouped.rounded_product(left, matrix, columns, groups)
     fresh = rows is None
     if rows is None:
         rows = left.new_empty(groups.size, columns)
