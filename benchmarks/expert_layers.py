@@ -96,7 +96,10 @@ def _thin_products(stacks: dict[str, Any], groups: Any) -> Callable[[], None]:
 
     size, dtype = groups.size, stacks["up_a"].dtype
     widths = {"up": (HIDDEN, 2 * INTERMEDIATE), "down": (INTERMEDIATE, HIDDEN)}
-    sides = [(side, *(torch.randn(size, w, dtype=dtype) for w in wide)) for side, wide in widths.items()]
+    sides = [
+        (side, torch.randn(size, into, dtype=dtype), torch.randn(size, out, dtype=dtype))
+        for side, (into, out) in widths.items()
+    ]
     low = torch.randn(size, RANK, dtype=dtype)
     grads = {name: torch.empty_like(stack) for name, stack in stacks.items()}
 

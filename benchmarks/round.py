@@ -6,8 +6,8 @@
   time of every round, by phase. Overhead is all of it but training, evaluation and the clients' first forward pass.
 * Folding: updates in the shape of OLMoE-1B-7B's LoRA (16 layers of 64 experts, rank 8). Its bandwidth is the bytes of
   an update over the time to fold it; that of memory, the same bytes over the time of `Tensor.copy_` on tensors of the
-  same sizes, with as many threads, measured in turns. A fold reads the update once, and reads and writes the
-  accumulator.
+  same sizes, with as many threads, measured in turns: first with one thread, then with all. A fold reads the update
+  once, and reads and writes the accumulator, so it moves three bytes where a copy moves two.
 * The peak memory of a server, in a process of its own, that takes 10 and 10,000 updates in a round.
 * 10,000 registered clients of which each round draws 100, through `hfedmoe run`'s own entry point.
 """
@@ -27,13 +27,13 @@ from unittest.mock import patch
 
 import torch
 from flwr.app import Context, Message
-from torch import Tensor
 from transformers import OlmoeConfig
 
 from benchmarks import checkpoints
 from benchmarks.common import in_own_process, parser, peak_bytes, report
+from benchmarks.folding import fold_rows, fold_summary, global_tensors, update_with
 from hfedmoe import experiment
-from hfedmoe.config import MethodConfig, load_config
+from hfedmoe.config import load_config
 from hfedmoe.evaluation import Metrics
 from hfedmoe.federation import checks, client, server
 from hfedmoe.federation.fold import Fold
@@ -42,7 +42,6 @@ from hfedmoe.federation.messages import (
     DESCRIBE,
     PLAN,
     Description,
-    Update,
     describe_reply,
     facts_of,
     pack_bits,
@@ -155,93 +154,6 @@ def rounds_of(quick: bool) -> list[dict[str, Any]]:
     return rounds.rows
 
 
-def global_tensors(layers: int, experts: int, hidden: int, inner: int, rank: int, lora: str) -> dict[str, Tensor]:
-    """The global tensors of a model: LoRA pairs of its experts, and its routers."""
-    tensors = {f"router.{layer}.weight": torch.zeros(experts, hidden) for layer in range(layers)}
-    kinds = {"up_b": (2 * inner, rank), "down_b": (hidden, rank)}
-    if lora != "freeze_a":
-        kinds |= {"up_a": (rank, hidden), "down_a": (rank, inner)}
-    for layer in range(layers):
-        tensors |= {f"experts.{layer}.{name}": torch.zeros(experts, *shape) for name, shape in kinds.items()}
-    return tensors
-
-
-def update_of(tensors: dict[str, Tensor], num_experts: list[int], share: float, draws: torch.Generator) -> Update:
-    """An update in which a share of each layer's experts is trained, drawn at random."""
-    trained = []
-    for number in num_experts:
-        flags = torch.zeros(number, dtype=torch.bool)
-        flags[torch.randperm(number, generator=draws)[: max(1, round(number * share))]] = True
-        trained.append(flags)
-    return _update(tensors, trained, draws)
-
-
-def _update(tensors: dict[str, Tensor], trained: list[Tensor], draws: torch.Generator) -> Update:
-    sent = {}
-    for name, tensor in tensors.items():
-        rows = int(trained[int(name.split(".")[1])].sum()) if name.startswith("experts.") else len(tensor)
-        sent[name] = torch.empty(rows, *tensor.shape[1:]).uniform_(-1, 1, generator=draws)
-    uniform = [torch.full((len(flags),), 1 / len(flags)) for flags in trained]
-    tokens = [torch.full((len(flags),), 100.0) for flags in trained]
-    return Update(sent, trained, uniform, uniform, tokens, 100, [1.0], 1.0, 1, False, 1, 1)
-
-
-def fold_rows(quick: bool) -> list[dict[str, Any]]:
-    """Time to check and to fold updates, beside that of copying their bytes."""
-    layers, experts = (2, 16) if quick else (16, 64)
-    rows = []
-    for lora, shares in (("factors", (0.05, 0.25, 1.0)), ("freeze_a", (0.05, 0.25, 1.0)), ("exact", (0.05,))):
-        tensors = global_tensors(layers, experts, 2048, 1024, 8, lora)
-        for share in shares:
-            rows.append(_fold_row(tensors, [experts] * layers, lora, share))
-    return rows
-
-
-def _fold_row(tensors: dict[str, Tensor], num_experts: list[int], lora: str, share: float) -> dict[str, Any]:
-    draws = torch.Generator().manual_seed(0)
-    fold = Fold(tensors, MethodConfig(), lora == "exact", 8)
-    everything = [torch.ones(number, dtype=torch.bool) for number in num_experts]
-    times: dict[str, list[float]] = {"copy": [], "check": [], "fold": []}
-
-    def timed(what: str, work: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
-        result = work()
-        times[what].append(time.perf_counter() - started)
-        return result
-
-    size = 0
-    for _ in range(3 if lora == "exact" else 8):
-        message = _message(train_reply(update_of(tensors, num_experts, share, draws)))
-        update = timed("check", lambda message=message: checks.update(message, everything, tensors))
-        timed("fold", lambda update=update: fold.add(update))
-        copies = [torch.zeros_like(tensor) for tensor in update.tensors.values()]
-        timed("copy", lambda copies=copies, update=update: _copy(copies, update))
-        size = sum(tensor.nbytes for tensor in copies)
-    # The first fold also makes the accumulators, once per round.
-    copy, check, folding = (statistics.median(times[what][1:]) for what in ("copy", "check", "fold"))
-    return {
-        "lora": lora,
-        "share of experts": share,
-        "MB": size / 1e6,
-        "copy GB/s": size / copy / 1e9,
-        "check ms": 1e3 * check,
-        "fold ms": 1e3 * folding,
-        "fold ms per MB": 1e9 * folding / size,
-        "fold of memcpy": copy / folding,
-        "check and fold of memcpy": copy / (check + folding),
-    }
-
-
-def _copy(into: list[Tensor], update: Update) -> None:
-    for target, tensor in zip(into, update.tensors.values(), strict=True):
-        target.copy_(tensor)
-
-
-def _message(content: Any) -> Message:
-    grid = InProcessGrid(lambda message, context: message, 1)  # type: ignore[arg-type]
-    return grid.create_message(content, "train", 1, "benchmark")
-
-
 def server_of(clients: int) -> dict[str, Any]:
     """A server that takes one update of each of so many clients in a round; they exist only while they answer."""
     num_experts = [16] * 2  # an update is 0.4 MB: 10,000 of them would show
@@ -259,7 +171,7 @@ def server_of(clients: int) -> dict[str, Any]:
             return Message(record({"resident": pack_bits(bits)}), reply_to=message)
         resident = unpack_bits(facts_of(message)["resident"], num_experts)
         tensors_of(message)
-        return Message(train_reply(_update(tensors, resident, draws)), reply_to=message)
+        return Message(train_reply(update_with(tensors, resident, draws)), reply_to=message)
 
     config = load_config(None, [f"clients.count={clients}", "federation.rounds=1", "train.steps=1"])
     measured = Metrics(accuracy=0.5, macro_f1=0.5, loss=1.0, examples=1, perplexity=2.718)
@@ -333,10 +245,7 @@ def main() -> None:
         # The clients' first pass is in the first round only, so here it is the sum over all rounds that tells.
         "overhead_share_with_first_pass": sum(row["seconds"] * row["overhead_share_with_first_pass"] for row in rounds)
         / sum(row["seconds"] for row in rounds),
-        "fold_share_of_memcpy": min(
-            row["fold of memcpy"] for row in folds if row["lora"] == "factors" and row["share of experts"] >= 0.25
-        ),
-        "worst_fold_share": min(row["fold of memcpy"] for row in folds if row["lora"] != "exact"),
+        **fold_summary(folds),
         "server_bytes_10_clients": few_server["peak_bytes"],
         f"server_bytes_{many}_clients": many_server["peak_bytes"],
         "server_seconds_per_update": many_server["seconds"] / many,
@@ -345,7 +254,7 @@ def main() -> None:
     names = list(dict.fromkeys(name for row in rounds for name in row))
     for row in folds:
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
-    report([{name: row.get(name, 0.0) for name in names} for row in rounds], summary | {"folds": folds}, options.json)
+    report([{name: row.get(name, 0.0) for name in names} for row in rounds], summary, options.json, {"folds": folds})
 
 
 if __name__ == "__main__":
