@@ -18,7 +18,7 @@ from hfedmoe.config import RunConfig, Section
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
-<!-- Written by tools/config_docs.py from src/hfedmoe/config.py: change it there. -->
+<!-- Written by tools/config_docs.py from src/hfedmoe/config/: change it there. -->
 
 A config is a TOML file; every setting has a default, so it only holds what differs. `configs/demo.toml` is the built-in
 example and `configs/tiny.toml` a run of seconds. For one run, any setting can be changed on the command line, and

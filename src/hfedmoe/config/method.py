@@ -1,0 +1,70 @@
+"""Sections `method` and `train`: what distinguishes one method from another."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hfedmoe.config.section import Section
+
+
+class MethodConfig(Section):
+    """The method: four choices and their constants (docs/method.md)."""
+
+    score: Annotated[
+        Literal["ib", "importance", "frequency", "random", "activation", "taylor"],
+        Field(description="what an expert is worth to a client"),
+    ] = "ib"
+    lam: Annotated[float, Field(ge=0, le=1, description="eq. 5: cumulative against specific importance")] = 0.5
+    beta: Annotated[float, Field(description="eq. 14: weight of redundancy")] = 0.5
+    tau: Annotated[float, Field(ge=0, description="eq. 17: usage threshold as a multiple of 1/E")] = 0.1
+    level: Annotated[Literal["sample", "token"], Field(description="what x_i is")] = "sample"
+    residency: Annotated[Literal["budget", "all"], Field(description="`all`: every client holds every expert")] = (
+        "budget"
+    )
+    expert_weight: Annotated[Literal["samples", "tokens", "importance"], Field(description="w_c(e) of eq. 17")] = (
+        "samples"
+    )
+    gate: Annotated[Literal["importance", "rows", "fedavg"], Field(description="rule for the gates, eq. 21")] = (
+        "importance"
+    )
+    bootstrap: Annotated[
+        Literal["forward", "stream", "prior", "none"],
+        Field(
+            description="first scores: a forward pass over local data (a stream of experts from disk, within the "
+            "budget, on devices that carve); the federation's usage so far; or none (random)"
+        ),
+    ] = "forward"
+    bootstrap_batches: Annotated[int, Field(ge=1, description="batches of that forward pass")] = 2
+
+
+class TrainConfig(Section):
+    """What one client does in one round."""
+
+    experts: Annotated[Literal["lora", "full", "frozen"], Field(description="what of the experts is trained")] = "lora"
+    rank: Annotated[int, Field(ge=1, description="LoRA rank")] = 8
+    alpha: Annotated[float, Field(gt=0, description="LoRA scale is alpha / rank")] = 16.0
+    lora: Annotated[Literal["factors", "freeze_a", "exact"], Field(description="how LoRA pairs are averaged")] = (
+        "factors"
+    )
+    router: Annotated[bool, Field(description="train the routers (gates)")] = True
+    attention: Annotated[bool, Field(description="LoRA on the attention projections, averaged over all clients")] = (
+        False
+    )
+    steps: Annotated[int, Field(ge=1, description="optimizer steps per client and round")] = 2
+    batch_size: Annotated[int, Field(ge=1, description="rows per step")] = 8
+    lr: Annotated[float, Field(gt=0, description="learning rate of AdamW")] = 2e-3
+    lr_final_share: Annotated[
+        float, Field(gt=0, le=1, description="lr falls evenly over the rounds to this share of itself; 1: constant")
+    ] = 1.0
+    weight_decay: Annotated[float, Field(ge=0, description="of AdamW")] = 0.0
+    max_grad_norm: Annotated[
+        float | None, Field(gt=0, description="gradients are scaled down to this norm; None: not")
+    ] = 1.0
+    loss: Annotated[
+        Literal["vocabulary", "choices"],
+        Field(description="compare the answer's first token with the whole vocabulary, or with the other choices only"),
+    ] = "vocabulary"
+    logit_adjustment: Annotated[
+        float, Field(ge=0, description="strength of the correction for local label skew (choice tasks); 0: off")
+    ] = 0.0
+    gradient_checkpointing: Annotated[bool, Field(description="less memory for activations, more time")] = False

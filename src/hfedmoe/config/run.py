@@ -1,0 +1,49 @@
+"""The whole tree."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from hfedmoe.config.clients import ClientsConfig
+from hfedmoe.config.data import DataConfig, PartitionConfig
+from hfedmoe.config.federation import EvaluationConfig, FederationConfig
+from hfedmoe.config.method import MethodConfig, TrainConfig
+from hfedmoe.config.model import ModelConfig
+from hfedmoe.config.section import Section
+
+
+class RunConfig(Section):
+    """Everything about one run."""
+
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9._-]+$", description="of the run folder: runs/<date>-<name>; letters, digits, . _ -"
+        ),
+    ] = "r8-hfedmoe"
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="of the split, every draw and every fresh weight")] = 0
+    threads: Annotated[int | None, Field(ge=1, description="CPU threads; None: torch decides")] = None
+    keep_checkpoints: Annotated[int, Field(ge=1, description="latest checkpoints kept, besides the best")] = 2
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    clients: ClientsConfig = Field(default_factory=ClientsConfig)
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    federation: FederationConfig = Field(default_factory=FederationConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "RunConfig":
+        if self.data.clients is not None and len(self.data.clients) != self.clients.count:
+            raise ValueError(
+                f"data.clients names {len(self.data.clients)} files but clients.count is {self.clients.count}"
+            )
+        sampled = self.federation.clients_per_round or self.clients.count
+        if sampled > self.clients.count:
+            raise ValueError(f"federation.clients_per_round={sampled} is more than clients.count={self.clients.count}")
+        if self.federation.min_clients > sampled:
+            raise ValueError(
+                f"federation.min_clients={self.federation.min_clients} is more than the {sampled} clients of a round"
+            )
+        return self

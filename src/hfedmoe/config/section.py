@@ -1,0 +1,9 @@
+"""What all sections of the configuration are made of."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A part of the tree. Unknown keys are errors: a misspelt setting must not be silently ignored."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
