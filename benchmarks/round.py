@@ -38,6 +38,7 @@ from hfedmoe.evaluation import Metrics
 from hfedmoe.federation import checks, client, server
 from hfedmoe.federation.fold import Fold
 from hfedmoe.federation.inprocess import InProcessGrid
+from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.messages import (
     DESCRIBE,
     PLAN,
@@ -50,7 +51,6 @@ from hfedmoe.federation.messages import (
     train_reply,
     unpack_bits,
 )
-from hfedmoe.federation.records import Keeper
 from hfedmoe.report.live import Silent
 from hfedmoe.runs import RunFolder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hfedmoe.federation.records import Keeper
+from hfedmoe.federation.keeper import Keeper
 from hfedmoe.report.live import ClientLine, Live
 from hfedmoe.runs import RunFolder
 

@@ -21,7 +21,7 @@ from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate, longest_input, positions
 from hfedmoe.federation.client import Device, client_app
 from hfedmoe.federation.inprocess import InProcessGrid, changed_contexts, restore_contexts
-from hfedmoe.federation.records import Keeper
+from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.server import Server, server_app
 from hfedmoe.loading import Loaded, device_of, load
 from hfedmoe.moe.anatomy import UnsupportedModelError

@@ -10,7 +10,7 @@ from hfedmoe.data.partition import partition
 from hfedmoe.experiment import Prepared, make_devices, prepare
 from hfedmoe.federation.client import Device, client_app
 from hfedmoe.federation.inprocess import InProcessGrid
-from hfedmoe.federation.records import Keeper
+from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.server import Server
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.report.live import Silent, Watcher

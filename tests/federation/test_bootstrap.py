@@ -11,9 +11,9 @@ from flwr.app import Message, Metadata, RecordDict
 
 from hfedmoe.experiment import prepare, resume, run
 from hfedmoe.federation.client import Device
+from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.messages import InvalidReplyError, plan_request, record, usage_of
 from hfedmoe.federation.prior import UsageMean
-from hfedmoe.federation.records import Keeper
 from hfedmoe.federation.trouble import Trouble, attempt
 from hfedmoe.history import ClientHistory
 from hfedmoe.method.selection import select

@@ -17,8 +17,8 @@ from hfedmoe.federation import checks
 from hfedmoe.federation import client as at_client
 from hfedmoe.federation.client import Device
 from hfedmoe.federation.exchange import clean
+from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.messages import InvalidReplyError, Update, tensors_of
-from hfedmoe.federation.records import Keeper
 from hfedmoe.moe.payload import expert_shapes
 from hfedmoe.report.live import ClientSummary, Silent
 from hfedmoe.runs import RunFolder

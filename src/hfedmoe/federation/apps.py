@@ -25,7 +25,7 @@ from hfedmoe.device.limits import hold_process_to
 from hfedmoe.errors import UserError
 from hfedmoe.experiment import Prepared, prepare
 from hfedmoe.federation.client import Device, client_app
-from hfedmoe.federation.records import Keeper
+from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.server import Server, server_app
 from hfedmoe.loading import device_of
 from hfedmoe.moe.payload import global_tensors

@@ -17,6 +17,7 @@ from hfedmoe.evaluation import Metrics
 from hfedmoe.federation import checks
 from hfedmoe.federation.exchange import POLL_S, Answer, Request, clean, exchange
 from hfedmoe.federation.fold import Fold
+from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.messages import (
     DESCRIBE,
     PLAN,
@@ -31,7 +32,7 @@ from hfedmoe.federation.messages import (
     unpack_bits,
     wire_bytes,
 )
-from hfedmoe.federation.records import Keeper, RoundRecord
+from hfedmoe.federation.records import RoundRecord
 from hfedmoe.moe.payload import pack
 from hfedmoe.report.live import ClientLine, ClientSummary, PaceLine, Watcher
 from hfedmoe.seeds import generator
