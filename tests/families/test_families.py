@@ -324,6 +324,20 @@ def test_padding_does_not_change_statistics(family: str) -> None:
         torch.testing.assert_close(routed, other_routed)
 
 
+def test_no_expert_works_on_padding_or_learns_from_it(family: str) -> None:
+    model = MoEModel(build(family).eval(), rank=RANK)
+    randomise_adapters(model)
+    x = inputs(model.model)
+    batch = batch_of(x)
+    expected = logits_of(model.model, x)[batch.mask.bool()]
+    model.watch(batch)
+    logits = logits_of(model.model, x)
+    torch.testing.assert_close(logits[batch.mask.bool()], expected, atol=1e-4, rtol=1e-4)
+    loss_of(logits, batch.mask).backward()
+    for routing, flags in zip(model.routing, model.trained_now(), strict=True):
+        assert flags == (routing.tokens > 0).tolist()
+
+
 def test_routers_receive_gradient(family: str) -> None:
     model = MoEModel(build(family), rank=RANK)
     assert model.router_gradient_problem() is None

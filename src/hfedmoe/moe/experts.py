@@ -41,6 +41,8 @@ class ExpertState:
         """int64 [E + 1]: place of each expert in the (carved) stacks; None where experts keep their own index."""
         self.trainable: Tensor | None = None
         """bool [E]: experts that build a graph for this batch; None means all."""
+        self.counted: Tensor | None = None
+        """bool [T]: tokens that are no padding; None means all. No expert works on the others, or learns from them."""
         self.off_budget = "frozen"
         self.observer: Observer | None = None
         self.norms: Callable[[Tensor], None] | None = None
@@ -102,6 +104,9 @@ class ExpertState:
         math = self.math()
         top_k = index.shape[1]
         experts = index.reshape(-1)
+        if self.counted is not None:
+            padding = ~self.counted.repeat_interleave(len(experts) // len(self.counted))
+            experts = experts.masked_fill(padding, self.layer.num_experts)
         trainable, here = self.trainable, self.resident
         if self.local is not None:
             experts = self.local[experts]

@@ -135,6 +135,7 @@ class LayerRouting:
         """
         self.batch, self.evidence, self.tokens, self.hit = batch, None, None, None
         self.state.trainable = None
+        self.state.counted = None if batch is None else batch.of(self.layer).keep.reshape(-1)
         self._measure = measure if batch is not None else None
         self.state.norms = self._activation if self._measure == "activation" else None
 
