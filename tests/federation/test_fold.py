@@ -127,3 +127,47 @@ def test_exact_lora_averages_products() -> None:
     expected = (b[0, 0] @ a[0] + 3 * b[1, 0] @ a[0]) / 4
     torch.testing.assert_close(new["experts.0.up_b"][0] @ new["experts.0.up_a"][0], expected)
     assert torch.equal(new["experts.0.up_a"][1], tensors["experts.0.up_a"][1])
+
+
+def test_exact_lora_averages_the_products_of_the_attention_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    name = "shared.layers.0.q_proj.lora_{}.default.weight"
+
+    def sent(rank: int) -> dict[str, torch.Tensor]:
+        shapes = {"A": (rank, 5), "B": (6, rank)}
+        return {name.format(part): torch.randn(shape, generator=generator) for part, shape in shapes.items()}
+
+    fold = Fold(sent(4), MethodConfig(), exact_lora=True, rank=4)
+    clients = [(sent(4), 1), (sent(4), 3)]
+    for tensors, examples in clients:
+        for part, own in (("A", slice(0, 2)), ("B", (slice(None), slice(0, 2)))):  # of rank 2: the sum has rank 4
+            whole = torch.zeros_like(tensors[name.format(part)])
+            whole[own] = tensors[name.format(part)][own]
+            tensors[name.format(part)] = whole
+        given = {"usage": [torch.full((E,), 0.25)], "importance": [torch.ones(E)], "tokens": [torch.ones(E)]}
+        fold.add(Update(tensors, trained=[torch.zeros(E, dtype=torch.bool)], examples=examples, **given))
+    new = fold.result()
+    products = [tensors[name.format("B")] @ tensors[name.format("A")] for tensors, _ in clients]
+    expected = (products[0] + 3 * products[1]) / 4
+    torch.testing.assert_close(new[name.format("B")] @ new[name.format("A")], expected)
+
+
+def test_gate_rows_are_those_of_experts_and_the_rest_goes_by_importance() -> None:
+    """LongCat scores identities beside its experts, Gemma scales the input of its router."""
+    before = {
+        "router.0.weight": torch.full((E + 1, 2), 7.0),
+        "router.0.scale": torch.full((3,), 7.0),
+        "router.0.bias": torch.full((E,), 7.0),
+    }
+    fold = Fold(before, MethodConfig(gate="rows"))
+    for value, trained, importance in ((1.0, [0], 0.2), (3.0, [0, 1], 0.6)):
+        flags = torch.zeros(E, dtype=torch.bool)
+        flags[trained] = True
+        given = {"usage": [torch.full((E,), 0.25)], "importance": [torch.full((E,), importance)]}
+        tensors = {name: torch.full_like(tensor, value) for name, tensor in before.items()}
+        fold.add(Update(tensors, trained=[flags], examples=1, tokens=[torch.ones(E)], **given))
+    new = fold.result()
+    # expert 0: p = 0.05 and 0.15, so 1/4 and 3/4; expert 1 by the second; what is no expert's: alpha 1/4 and 3/4
+    assert new["router.0.weight"][:, 0].tolist() == [2.5, 3.0, 7.0, 7.0, 2.5]
+    assert new["router.0.bias"].tolist() == [2.5, 3.0, 7.0, 7.0]
+    assert new["router.0.scale"].tolist() == [2.5] * 3

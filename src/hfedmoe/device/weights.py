@@ -108,14 +108,22 @@ class Weights:
             router=workload.router,
             attention=workload.attention,
             rank=workload.rank if workload.attention else 1,
+            freeze_a=workload.freeze_a and workload.attention,
         )
         if key not in self._prepared:
-            moe = MoEModel(self.model(key), experts="frozen", router=key.router, attention=key.attention, rank=key.rank)
+            moe = MoEModel(
+                self.model(key),
+                experts="frozen",
+                rank=key.rank,
+                freeze_a=key.freeze_a,
+                router=key.router,
+                attention=key.attention,
+            )
             whole = moe.routers | moe.shared
             self._prepared[key] = _Prepared(
                 _kinds(moe),
                 Tensors({n: tuple(t.shape) for n, t in whole.items()}, {n: t.dtype for n, t in whole.items()}),
-                sum(tensor.nbytes for tensor in moe.shared.values()),
+                sum(tensor.nbytes for tensor in moe.attention.values()),
             )
         return self._prepared[key]
 
@@ -177,7 +185,7 @@ def blob_bytes(tensors: Tensors) -> int:
 def _kinds(moe: MoEModel) -> list[tuple[str, torch.Tensor]]:
     """(kind, tensor) of all tensors of the model but the experts' and LoRA's."""
     model = moe.model
-    owner = dict.fromkeys(map(id, moe.shared.values()), "adapters")
+    owner = dict.fromkeys(map(id, moe.attention.values()), "adapters")
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is not None:
             owner |= {id(parameter): "embeddings_head" for parameter in module.parameters()}

@@ -43,7 +43,7 @@ def save_adapter(
     check_adaptable(model)
     rank, alpha = _rank_and_alpha(model)
     experts = dict(_expert_names(model))
-    attention = {name.removeprefix("shared.").split(".lora_")[0] for name in model.shared}
+    attention = {name.removeprefix("shared.").split(".lora_")[0] for name in model.attention}
     stock = skeleton(model.model)
     modules = [name for name, _ in stock.named_modules()]
     listed = {name.removesuffix(".weight") for name, (_, _, expert) in experts.items() if expert is not None}
@@ -78,7 +78,7 @@ def check_adaptable(model: MoEModel) -> None:
     low_rank = [state for state in model.states if state.trained is not None and "up_a" in state.trained.stacks]
     if not low_rank and any(state.trained is not None for state in model.states):
         raise UserError('this run trained whole experts (train.experts = "full"), which no adapter holds; --as merged')
-    if not low_rank and not model.shared:
+    if not low_rank and not model.attention:
         raise UserError("this run trained the routers alone, which PEFT does not take for an adapter; use --as merged")
 
 
@@ -118,7 +118,7 @@ def _values(
             state, side, expert = experts[f"{own}.weight"]
             a, b = state.trained.stacks[f"{side}_a"][expert], state.trained.stacks[f"{side}_b"][expert]
         elif isinstance(module, LoraLayer):
-            a, b = (model.shared[f"shared.{own}.lora_{part}.{ADAPTER}.weight"].detach() for part in "AB")
+            a, b = (model.attention[f"shared.{own}.lora_{part}.{ADAPTER}.weight"].detach() for part in "AB")
         else:
             continue
         yield f"{name}.lora_A.{ADAPTER}.weight", a.contiguous()
@@ -158,6 +158,6 @@ def _rank_and_alpha(model: MoEModel) -> tuple[int, float]:
         if state.trained is not None and "up_a" in state.trained.stacks:
             rank = state.trained.stacks["up_a"].shape[1]
             return rank, state.trained.scale * rank
-    name = next(iter(model.shared)).removeprefix("shared.").split(".lora_")[0]
+    name = next(iter(model.attention)).removeprefix("shared.").split(".lora_")[0]
     layer = model.model.get_submodule(name)
     return layer.r[ADAPTER], float(layer.lora_alpha[ADAPTER])

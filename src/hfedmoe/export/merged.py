@@ -33,14 +33,14 @@ def merge(model: MoEModel, dtype: torch.dtype) -> None:
         raise ValueError("the experts of this model are in a store; load it whole to merge")
     for state in model.states:
         _merge_experts(model.model, state, dtype)
-    if model.shared:
+    if model.attention:
         _merge_attention(model.model, dtype)
     kept = [name.split("*")[-1].strip(".") for name in model.model._get_dtype_plan(dtype)]
     for name, parameter in model.model.named_parameters():
         whole = any(part in name for part in kept)
         parameter.data = parameter.data.to(torch.float32 if whole else dtype)
         parameter.requires_grad_(False)
-    model.routers, model.shared = {}, {}
+    model.routers, model.shared, model.attention = {}, {}, {}
 
 
 def save(model: Any, folder: Path) -> None:

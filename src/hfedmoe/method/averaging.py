@@ -168,6 +168,7 @@ class RowAverage:
     """The weighted average of each row over the clients that sent it: a `StacksAverage` of one stack."""
 
     def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
         self._stacks = StacksAverage({"rows": (0, num_rows)})
 
     def add(self, rows: Tensor, index: Tensor, weight: Tensor, checked: bool = False) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
-from hfedmoe.moe.compact import CompactLinear
+from hfedmoe.moe.anatomy import MoELayer, find_moe_layers
+from hfedmoe.moe.attention import add_attention_lora
 from hfedmoe.moe.dispatch import keep_eager
 from hfedmoe.moe.experts import ExpertState, attach
 from hfedmoe.moe.residency import carve, mask, reside
@@ -68,7 +68,9 @@ class MoEModel:
         self.routing = [LayerRouting(state) for state in self.states]
         for layer in self.layers:
             keep_eager(layer.block)
-        self.shared = _add_attention_lora(model, rank, alpha, seed) if attention else {}
+        self.attention = add_attention_lora(model, rank, alpha, seed, freeze_a) if attention else {}
+        """LoRA on the attention, A and B by their travelling names; those that are trained are in `shared`."""
+        self.shared = {name: tensor for name, tensor in self.attention.items() if tensor.requires_grad}
         for state in self.states:
             state.off_budget = off_budget
             self._train_experts(state, experts, rank, alpha, freeze_a, seed)
@@ -225,38 +227,3 @@ def _router_learns(layer: MoELayer, weight: Tensor) -> bool:
         (gradient,) = torch.autograd.grad((scores[0] * mix).sum(), weight)
     # Renormalised top-1 weights are w / w: what is left is rounding, about 1e-7, where real gradients are 0.1 to 1.
     return bool(gradient.abs().max() > 1e-5)
-
-
-def _add_attention_lora(model: Any, rank: int, alpha: float, seed: int) -> dict[str, Tensor]:
-    """PEFT's LoRA on every linear map of the attention; the adapters' parameters under their travelling names."""
-    from peft import LoraConfig, inject_adapter_in_model  # here, because importing it takes 70 MB of a small device
-
-    # Whole names: a gate_proj of the attention is one of the feed-forward network by its last part, too.
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if _is_plain_linear(module) and any("att" in part.lower() for part in name.split(".")[:-1])
-    ]
-    if not targets:
-        raise UnsupportedModelError(f"{type(model).__name__}: no attention projections found to put LoRA on")
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
-    try:
-        inject_adapter_in_model(settings, model)
-    except ValueError as error:  # an attention's gate_proj, say, is taken for a part of fused experts
-        raise UnsupportedModelError(f"{type(model).__name__}: PEFT has no LoRA for this attention ({error})") from None
-    torch.random.set_rng_state(state)
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()  # PEFT casts its inputs; in 16 bit, small updates would be lost
-    return {
-        f"shared.{name}": parameter.requires_grad_(True)
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name
-    }
-
-
-def _is_plain_linear(module: torch.nn.Module) -> bool:
-    """A linear map with the forward that PEFT expects; families have subclasses with forwards of their own."""
-    return type(module) is torch.nn.Linear or isinstance(module, CompactLinear)

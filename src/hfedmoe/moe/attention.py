@@ -1,0 +1,58 @@
+"""LoRA on the attention: PEFT's, on every linear map of it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfedmoe.moe.anatomy import UnsupportedModelError
+from hfedmoe.moe.compact import CompactLinear
+
+A, B = ".lora_A.", ".lora_B."
+"""In the names of the two factors: A [R, in] and B [out, R]."""
+
+
+def add_attention_lora(model: Any, rank: int, alpha: float, seed: int, freeze_a: bool = False) -> dict[str, Tensor]:
+    """Put fresh adapters into the model; the factors A and B under their travelling names, `shared.*`.
+
+    Every device that uses the same seed gets the same A, bit for bit, whatever it computes in.
+
+    Args:
+        alpha: the low-rank term is scaled by alpha / rank.
+        freeze_a: A stays as it is and only B is trained (FFA-LoRA).
+
+    Raises:
+        UnsupportedModelError: the model's attention has no linear maps, or none that PEFT has LoRA for.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # here, because importing it takes 70 MB of a small device
+
+    # Whole names: a gate_proj of the attention is one of the feed-forward network by its last part, too.
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if _is_plain_linear(module) and any("att" in part.lower() for part in name.split(".")[:-1])
+    ]
+    if not targets:
+        raise UnsupportedModelError(f"{type(model).__name__}: no attention projections found to put LoRA on")
+    state = torch.random.get_rng_state()
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
+    try:
+        inject_adapter_in_model(settings, model)
+    except ValueError as error:  # an attention's gate_proj, say, is taken for a part of fused experts
+        raise UnsupportedModelError(f"{type(model).__name__}: PEFT has no LoRA for this attention ({error})") from None
+    torch.random.set_rng_state(state)
+    factors = {name: parameter for name, parameter in model.named_parameters() if A in name or B in name}
+    generator = torch.Generator().manual_seed(seed)
+    for name, factor in factors.items():
+        factor.data = factor.data.float()  # PEFT casts its inputs; in 16 bit, small updates would be lost
+        if A in name:
+            bound = 1 / math.sqrt(factor.shape[1])  # as PEFT draws it (Kaiming, a = sqrt 5)
+            factor.data.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
+        factor.requires_grad_(not (freeze_a and A in name))
+    return {f"shared.{name}": factor for name, factor in factors.items()}
+
+
+def _is_plain_linear(module: torch.nn.Module) -> bool:
+    """A linear map with the forward that PEFT expects; families have subclasses with forwards of their own."""
+    return type(module) is torch.nn.Linear or isinstance(module, CompactLinear)
