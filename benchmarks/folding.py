@@ -86,6 +86,7 @@ def _fold_row(tensors: dict[str, Tensor], num_experts: list[int], lora: str, sha
     draws = torch.Generator().manual_seed(0)
     fold = Fold(tensors, MethodConfig(), lora == "exact", 8)
     everything = [torch.ones(number, dtype=torch.bool) for number in num_experts]
+    work = checks.Work(1, [1 << 20] * len(num_experts))
     times: dict[str, list[float]] = {"copy": [], "check": [], "fold": []}
 
     def timed(what: str, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -97,7 +98,7 @@ def _fold_row(tensors: dict[str, Tensor], num_experts: list[int], lora: str, sha
     size = 0
     for _ in range(3 if lora == "exact" else 8):
         message = _message(train_reply(update_of(tensors, num_experts, share, draws)))
-        update = timed("check", checks.update, message, everything, tensors)
+        update = timed("check", checks.update, message, everything, tensors, work)
         timed("fold", fold.add, update)
         copies = [torch.zeros_like(tensor) for tensor in update.tensors.values()]
         timed("copy", _copy, copies, update)

@@ -126,23 +126,30 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "more experts than there are": ({"activation": 8.5}, "activation is not a number in (0, 8]"),
     "a deadline that did nothing": ({"activation": None}, "does not say what its steps trained"),
     "deadline": ({"deadline_s": -1.0}, "deadline_s is not a number"),
+    "another number of steps": ({"steps_wanted": 4}, "steps_wanted is not a whole number in [3, 3]"),
+    "one that counts more": ({"usage": [torch.full((8,), 0.25)] * 2}, "usage of a layer does not add up to 1"),
+    "usage": ({"usage": [torch.full((8,), -0.125)] * 2}, "usage is outside"),
+    "importance": ({"importance": [torch.full((8,), 1.1)] * 2}, "importance is outside"),
+    "tokens": ({"tokens": [torch.full((8,), 8.0)] * 2}, "more tokens than its steps"),
 }
 
 
-def test_what_a_client_says_of_its_pace_is_checked() -> None:
+def test_what_a_client_says_of_its_work_is_checked() -> None:
     numbers = [8, 8]
     resident = [torch.ones(number, dtype=torch.bool) for number in numbers]
-    vectors = [torch.full((number,), 0.1) for number in numbers]
+    vectors = [torch.full((number,), 1 / number) for number in numbers]
+    work = checks.Work(3, [20, 20])
     honest = Update(
         {}, resident, vectors, vectors, vectors, 10, [1.0] * 3, 2.0, 5, False, 3, 3, activation=2.5, deadline_s=4.0
     )
 
     def checked(update: Update) -> Update:
         metadata = Metadata(1, "1", 1, 0, "", "", 0.0, 60.0, "train")
-        return checks.update(Message(train_reply(update), metadata=metadata), resident, {})  # type: ignore[call-overload]
+        return checks.update(Message(train_reply(update), metadata=metadata), resident, {}, work)  # type: ignore[call-overload]
 
     good = checked(honest)
     assert (good.steps, good.steps_wanted, good.activation, good.deadline_s) == (3, 3, 2.5, 4.0)
+    checked(replace(honest, tokens=[torch.full((8,), 7.5)] * 2, usage=[torch.zeros(8), vectors[0]]))
     free = checked(replace(honest, activation=None, deadline_s=None))
     assert free.activation is free.deadline_s is None
     for lie, reason in LIES.values():

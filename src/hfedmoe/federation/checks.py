@@ -1,12 +1,14 @@
 """Nothing from a client is trusted: what it sends is checked before any of it is used."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Message
 from torch import Tensor
 
+from hfedmoe.config import RunConfig
 from hfedmoe.federation.messages import (
     VECTORS,
     Description,
@@ -20,11 +22,27 @@ from hfedmoe.federation.trouble import OUT_OF_MEMORY, OUT_OF_TIME
 
 MAX_EXAMPLES = 10**9
 MAX_NAME = 80
-MAX_STEPS = 10**9
 MAX_VALUE = 1e6
 """No trained weight comes near it; larger values could overflow an average."""
+ROUNDING = 1e-3
+"""Of sums of float32 shares over the experts of a layer."""
 HEADER_ROOM = 1 << 20
 """Bytes that names and shapes may add to the tensors of an update."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every client is asked to do in a round, which bounds what it can have done."""
+
+    steps: int
+    pairs: list[int]
+    """Per layer, the most (token, expert) pairs of one step."""
+
+    @classmethod
+    def of(cls, config: RunConfig, top_k: list[int]) -> "Work":
+        """The work that a configuration asks for; a row has a prompt and an answer of at most data.max_tokens each."""
+        tokens = 2 * config.data.max_tokens * config.train.batch_size
+        return cls(config.train.steps, [tokens * k for k in top_k])
 
 
 class TroubleError(InvalidReplyError):
@@ -76,12 +94,13 @@ def resident_set(message: Message, num_experts: list[int], top_k: list[int], bud
     return resident
 
 
-def update(message: Message, resident: list[Tensor], like: dict[str, Tensor]) -> Update:
+def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], work: Work) -> Update:
     """A client's update, every tensor of the expected name, shape and precision, and finite.
 
     Args:
         resident: what the client was given, bool [E] per layer.
         like: the global tensors, experts as [E, ...].
+        work: what it was asked to do.
 
     Raises:
         InvalidReplyError: anything is missing, unexpected, misshapen, out of range or not finite.
@@ -115,17 +134,15 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor]) ->
             if name not in VECTORS and max(-low, high) > MAX_VALUE:
                 raise InvalidReplyError(f"{name} has values over {MAX_VALUE:g}")
     vectors = {name: list(tensors.pop(name).split(num_experts)) for name in VECTORS}
-    for name, limit in (("usage", 1.001), ("importance", 1.001), ("tokens", 1e12)):
-        if any(bool(((part < 0) | (part > limit)).any()) for part in vectors[name]):
-            raise InvalidReplyError(f"{name} is outside [0, {limit:g}]")
     losses = facts.get("losses")
     if not isinstance(losses, list) or not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
         raise InvalidReplyError("its losses are not finite numbers")
     seconds = facts.get("seconds")
     if not isinstance(seconds, float) or not 0 <= seconds < 1e9:
         raise InvalidReplyError("its training time is not a number of seconds")
-    steps_wanted = _whole(facts, "steps_wanted", 1, MAX_STEPS)
+    steps_wanted = _whole(facts, "steps_wanted", work.steps, work.steps)
     steps = _whole(facts, "steps", 1, steps_wanted)
+    _check_vectors(vectors, [steps * pairs for pairs in work.pairs])
     if len(losses) != steps:
         raise InvalidReplyError(f"sends {len(losses)} losses of {steps} steps")
     activation, deadline_s = _positive(facts, "activation", max(num_experts)), _positive(facts, "deadline_s", 1e9)
@@ -145,6 +162,23 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor]) ->
         deadline_s=deadline_s,
         **vectors,
     )
+
+
+def _check_vectors(vectors: dict[str, list[Tensor]], pairs: list[int]) -> None:
+    """What decides how much a client counts: shares of a whole, and no more tokens than there can have been.
+
+    Args:
+        pairs: per layer, the most (token, expert) pairs of the round.
+    """
+    for name, limit in (("usage", 1 + ROUNDING), ("importance", 1 + ROUNDING), ("tokens", math.inf)):
+        if any(bool(((part < 0) | (part > limit)).any()) for part in vectors[name]):
+            raise InvalidReplyError(f"{name} is outside [0, {limit:g}]")
+    usage = [float(part.sum()) for part in vectors["usage"]]
+    if any(total and abs(total - 1) > ROUNDING for total in usage):  # 0: nothing was seen of a layer
+        raise InvalidReplyError("usage of a layer does not add up to 1")
+    tokens = [float(part.sum()) for part in vectors["tokens"]]
+    if any(total > most for total, most in zip(tokens, pairs, strict=True)):
+        raise InvalidReplyError("says that it saw more tokens than its steps can have had")
 
 
 def _layer(name: str) -> int:

@@ -75,6 +75,9 @@ class Server:
     """Whether there are held-out rows to measure after every round."""
     round: int = 0
 
+    def __post_init__(self) -> None:
+        self._work = checks.Work.of(self.config, self.top_k)
+
     def run(self, grid: Grid) -> None:
         """All rounds that are left, then the last evaluation.
 
@@ -172,7 +175,7 @@ class Server:
         resident = member.resident
         try:
             with log.phases("check"):
-                update = checks.update(_reply(answer), resident, self.tensors)
+                update = checks.update(_reply(answer), resident, self.tensors, self._work)
             if update.examples != member.about.examples:
                 raise InvalidReplyError(f"says it has {update.examples} examples, but had {member.about.examples}")
         except InvalidReplyError as error:
