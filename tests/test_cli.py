@@ -191,6 +191,12 @@ def test_an_interrupted_resume_can_be_resumed(finished, monkeypatch, capsys):
     assert f"`hfedmoe resume {finished}` continues" in capsys.readouterr().err
 
 
+def test_resume_takes_a_name_that_would_be_a_pattern_for_what_it_is(here, capsys):
+    assert hfedmoe("resume", "a**b[") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a**b[" in line
+
+
 # commands
 
 

@@ -61,7 +61,7 @@ def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: P
         if number < needed:
             share = -(-100 * needed // total)
             raise UserError(
-                f"clients.budgets: {budget!r} is {number} of {total} experts, but top-{top_k[0]} routing in {layers} "
+                f"clients.budgets: {budget!r} is {number} of {total} experts, but top-{max(top_k)} routing in {layers} "
                 f'layers needs at least {needed} ("{share}%")'
             )
         return number
@@ -75,8 +75,8 @@ def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: P
     change = planner.smallest_change(memory, workload)
     way_out = "no change of settings is enough: take a smaller model" if change is None else f"it would with {change}"
     raise UserError(
-        f"clients.budgets: {budget!r} ({_gib(memory)}) cannot hold the {needed} experts that top-{top_k[0]} routing in "
-        f"{layers} layers needs: that takes {_gib(fit.needed_bytes)}; {way_out}"
+        f"clients.budgets: {budget!r} ({_gib(memory)}) cannot hold the {needed} experts that top-{max(top_k)} routing "
+        f"in {layers} layers needs: that takes {_gib(fit.needed_bytes)}; {way_out}"
     )
 
 

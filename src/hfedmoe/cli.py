@@ -1,5 +1,6 @@
 """The command line: one short function per command. Nothing heavy is imported before a command needs it."""
 
+import glob
 import shlex
 import sys
 from collections.abc import Iterator
@@ -137,7 +138,7 @@ def plan(
         return
     settings = _load(config, overrides)
     if model is not None:
-        changed = settings.model.model_copy(update={"name": model, "upcycle": None})
+        changed = settings.model.model_copy(update={"name": model, "revision": None, "upcycle": None})
         settings = settings.model_copy(update={"model": changed})
     from hfedmoe.report.plan import plan_for, to_json
     from hfedmoe.report.plan_text import as_text
@@ -307,11 +308,12 @@ def _load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
 @contextmanager
 def _resumable(folder: Path | None, name: str) -> Iterator[None]:
     """Tell how to go on if the run in `folder` (None: a new one below runs/) is interrupted."""
-    before = set(Path("runs").glob(f"*-{name}*"))
+    pattern = f"*-{glob.escape(name)}*"
+    before = set(Path("runs").glob(pattern))
     try:
         yield
     except KeyboardInterrupt:
-        found = [folder] if folder is not None else sorted(set(Path("runs").glob(f"*-{name}*")) - before)
+        found = [folder] if folder is not None else sorted(set(Path("runs").glob(pattern)) - before)
         started = next((path for path in found if (path / "config.toml").is_file()), None)
         way_on = "nothing was begun" if started is None else f"`hfedmoe resume {shlex.quote(str(started))}` continues"
         _say(f"interrupted; {way_on}")

@@ -104,11 +104,6 @@ def test_resource_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
     assert module._resource_limits(tmp_path / "nothing") == [(2 * MB, name)]  # macOS has no /proc
 
 
-def test_without_a_resource_module_there_are_no_resource_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    assert module._resource_limits() == []
-
-
 @linux
 @pytest.mark.parametrize("how", ["cgroup", "rlimit"])
 def test_a_limited_process_finds_its_limit(how: str) -> None:

@@ -100,9 +100,12 @@ def test_processors_say_what_they_multiply(machine, flags, dtype, expected, monk
     assert compact.multiplies_16_bit(torch.device("cpu"), dtype) is expected
 
 
-def test_accelerators_multiply_16_bit():
-    assert compact.multiplies_16_bit(torch.device("cuda"), torch.bfloat16)
-    assert not compact.wants_float32("auto", torch.device("cuda"), torch.bfloat16)
+@pytest.mark.parametrize(("capability", "multiplies"), [(None, True), ((7, 5), False), ((8, 0), True)])
+def test_accelerators_multiply_16_bit_from_ampere_on(capability, multiplies, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert compact.multiplies_16_bit(torch.device("cuda"), torch.bfloat16) is multiplies
+    assert compact.wants_float32("auto", torch.device("cuda"), torch.bfloat16) is not multiplies
 
 
 def test_float16_is_for_storage():

@@ -174,16 +174,31 @@ def why_no_cgroup() -> str | None:
         return str(error)
 
 
-def hold_process_to(limit_bytes: int) -> bool:
+def hold_process_to(limit_bytes: int | None) -> bool:
     """Refuse this process more private memory than this from now on; returns whether the system can (Linux).
+
+    None takes back what earlier calls set.
 
     A device with a budget that was planned wrongly then runs out of memory inside, which it reports and learns from,
     instead of taking what other programs on the machine need.
     """
     if not sys.platform.startswith("linux"):
         return False
-    _limit_data(limit_bytes, for_good=False)
+    import resource
+
+    global _soft_before
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit_bytes is not None:
+        _soft_before = soft if _soft_before is None else _soft_before
+        _limit_data(limit_bytes, for_good=False)
+    elif _soft_before is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (_soft_before, hard))
+        _soft_before = None
     return True
+
+
+_soft_before: int | None = None
+"""RLIMIT_DATA of this process before `hold_process_to`, while that holds."""
 
 
 def _limit_data(limit_bytes: int, for_good: bool) -> None:
@@ -302,6 +317,7 @@ def _in_launcher(order: dict[str, Any], env: dict[str, str] | None, capture: boo
 
 
 _LAUNCH = "--launch"
+_AGAIN_S = 0.05
 
 
 def _launch(order: dict[str, Any]) -> None:
@@ -317,14 +333,17 @@ def _launch(order: dict[str, Any]) -> None:
 
     def stop(number: int, _: object) -> None:
         nonlocal timed_out
-        timed_out = number == signal.SIGALRM
+        timed_out = timed_out or number == signal.SIGALRM
         _kill_all(folder, pid)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGALRM, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    with contextlib.suppress(PermissionError):  # it has done so itself, and is the command by now
+        os.setpgid(pid, pid)
     if order["timeout_s"] is not None:
-        signal.setitimer(signal.ITIMER_REAL, max(order["timeout_s"], 1e-3))
+        # Again and again: the first time the forked process may not be in its group yet.
+        signal.setitimer(signal.ITIMER_REAL, max(order["timeout_s"], 1e-3), _AGAIN_S)
     _, status, usage = os.wait4(pid, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
     _kill_all(folder, pid)

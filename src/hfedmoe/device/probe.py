@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hfedmoe.device.limits import memory_groups
@@ -79,10 +80,8 @@ def _groups(proc: Path = _PROC) -> list[tuple[int, str]]:
 
 def _resource_limits(proc: Path = _PROC) -> list[tuple[int, str]]:
     """RLIMIT_DATA and RLIMIT_AS where they are set, less address space that is reserved and not in use."""
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return []
+    import resource
+
     found = []
     for name, counted in (("RLIMIT_DATA", "VmData"), ("RLIMIT_AS", "VmSize")):
         soft = resource.getrlimit(getattr(resource, name))[0]
@@ -116,9 +115,11 @@ def matmul_flops(device: str = "cpu", budget_s: float = 0.4) -> float:
     import torch
 
     kind = device.partition(":")[0]
-    synchronise: Callable[[], None] = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
-        kind, lambda: None
-    )
+    ways: dict[str, Callable[[], None]] = {
+        "cuda": partial(torch.cuda.synchronize, device),
+        "mps": torch.mps.synchronize,
+    }
+    synchronise = ways.get(kind, lambda: None)
     rate, size, repeats = 0.0, 128, 1
     end = time.perf_counter() + budget_s
     a = b = out = torch.empty(0)

@@ -71,8 +71,8 @@ def _device(context: Context) -> Device:
     budget = _budget(context, config, number)
     place = device_of(config.model.device)
     memory = memory_of(budget, str(place)) if config.method.residency == "budget" else None
-    if memory is not None and place.type == "cpu" and budget != AUTO:
-        hold_process_to(memory)
+    # Also where there is no limit: Flower may have had this process serve a client with one before.
+    hold_process_to(memory if place.type == "cpu" and budget != AUTO else None)
     prepared = _prepared(config.model_dump_json())
     if memory is not None and prepared.model.masked:
         raise UserError(
@@ -92,8 +92,9 @@ def _device(context: Context) -> Device:
         examples,
         config,
         budget_experts=_experts(context, config, budget, prepared, str(place)),
-        # By its number: a SuperNode that is started again may be given another node id.
-        notes=cache_folder() / "devices" / f"client-{number}.json",
+        # By run and number: another federation's client of that number may be at work on this machine, and a SuperNode
+        # that is started again may be given another node id.
+        notes=cache_folder() / "devices" / f"{context.run_id}-client-{number}.json",
     )
 
 

@@ -20,7 +20,12 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 def multiplies_16_bit(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device has instructions for products in `dtype`; accelerators do, processors say so."""
+    """Whether the device has instructions for products in `dtype`; processors say so.
+
+    CUDA has them for bfloat16 from compute capability 8 on. Of a card that is not here (planned for) that is assumed.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu" or dtype == torch.float32:
         return True
     if not CPUINFO.exists():
