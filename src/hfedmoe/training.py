@@ -16,6 +16,7 @@ from hfedmoe.history import ClientHistory
 from hfedmoe.method.importance import importance
 from hfedmoe.method.scores import NEEDS, RunningMean, score
 from hfedmoe.method.selection import activation
+from hfedmoe.method.usage import usage
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.routing import Batch as RoutingBatch
 from hfedmoe.moe.routing import LayerRouting
@@ -67,7 +68,7 @@ class _Statistics:
         assert routing.tokens is not None
         if len(evidence.g) == 0:  # a batch without a single token
             return
-        self.usage[layer].update(evidence.g.mean(0), weight=len(evidence.g))
+        self.usage[layer].update(usage(evidence.g), weight=len(evidence.g))
         self.importance[layer].update(importance(evidence.g, lam))
         self.tokens[layer] += routing.tokens
 

@@ -46,11 +46,9 @@ def test_permuting_experts_permutes_scores(order: list[int], name: str):
     torch.testing.assert_close(score(name, permuted), score(name, EVIDENCE)[order], equal_nan=True)
 
 
-def test_unknown_and_planned_names_are_errors():
+def test_an_unknown_name_is_an_error():
     with pytest.raises(ValueError, match="known: ib, importance, frequency, random, activation, taylor"):
         score("magic", EVIDENCE)
-    with pytest.raises(ValueError, match="not available yet"):
-        score("ghost", EVIDENCE)
 
 
 @pytest.mark.parametrize("name", [name for name, need in NEEDS.items() if need])

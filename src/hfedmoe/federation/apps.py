@@ -8,6 +8,8 @@ runs the hfedmoe that is installed on it. The run's configuration travels as one
 A SuperNode says which client it is, and may keep data of its own and say what it has room for:
 
     flower-supernode ... --node-config "partition-id=0 data='/data/hospital.csv' budget='4GiB'"
+
+Code that is shipped with a checkpoint runs on a node only if that says `trust-remote-code=true`, too.
 """
 
 import functools
@@ -35,6 +37,8 @@ from hfedmoe.report.live import Live, Silent, Watcher
 from hfedmoe.runs import RunFolder
 
 PLANNED = "planned"
+TRUST = "trust-remote-code"
+"""What a node says if it lets the server's configuration turn `model.trust_remote_code` on."""
 
 
 def config_of(context: Context) -> RunConfig:
@@ -64,6 +68,11 @@ def _prepared(document: str) -> Prepared:
 def _device(context: Context) -> Device:
     config = config_of(context)
     number = _number(context, config)
+    if config.model.trust_remote_code and context.node_config.get(TRUST) is not True:
+        raise UserError(
+            f"the run wants to execute code that is shipped with {config.model.name} (model.trust_remote_code); only "
+            f'this node can allow that: start it with --node-config "... {TRUST}=true"'
+        )
     own: Any = context.node_config.get("data")
     if own is not None:
         data = config.data.model_copy(update={"source": str(own), "clients": None, "test": None})

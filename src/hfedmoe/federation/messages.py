@@ -139,6 +139,7 @@ def _value_bytes(value: object) -> int:
 
 
 def describe_reply(description: Description) -> RecordDict:
+    """Who a client is; the server reads it with `checks.description`."""
     return record(
         {
             "client": description.client,
@@ -151,6 +152,7 @@ def describe_reply(description: Description) -> RecordDict:
 
 
 def plan_request(round: int, usage: Tensor | None = None) -> RecordDict:
+    """Which experts do you want? `usage` float32 [sum E_l]: the federation's so far, for method.bootstrap = "prior"."""
     return record({"round": round}, None if usage is None else {USAGE: usage})
 
 
@@ -170,14 +172,17 @@ def usage_of(message: Message, num_experts: list[int]) -> list[Tensor] | None:
 
 
 def trouble_reply(trouble: Trouble) -> RecordDict:
+    """A client ran out of memory or time; the server reads it with `checks.trouble`."""
     return record({"status": trouble.status, "reason": trouble.reason})
 
 
 def train_request(round: int, resident: list[Tensor], tensors: dict[str, Tensor]) -> RecordDict:
+    """Train these experts: `resident` bool [E] per layer; of `tensors` gates whole, of experts the residents' rows."""
     return record({"round": round, "resident": pack_bits(resident)}, tensors)
 
 
 def train_reply(update: Update) -> RecordDict:
+    """What a client trained and measured; the server reads it with `checks.update`."""
     vectors = {name: torch.cat(getattr(update, name)).float() for name in VECTORS}
     return record(
         {

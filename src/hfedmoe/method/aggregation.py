@@ -5,7 +5,7 @@
     averaging.py  streaming averages of rows and of whole tensors              17, 21
     products.py   the same for LoRA pairs, exact in the product B A
 
-The server folds in one client at a time and keeps nothing of it. A round reads:
+The server folds in one client at a time and keeps nothing of it (`ProductAverage` keeps factors). A round reads:
 
     experts = RowAverage(E)
     for every reply:    experts.add(rows, index, expert_weights(...)[index])

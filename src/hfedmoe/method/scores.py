@@ -87,8 +87,6 @@ def score(
     Raises:
         ValueError: the name is unknown, or the evidence it needs is missing.
     """
-    if name == "ghost":
-        raise ValueError(f'score "ghost" is not available yet; known: {", ".join(SCORES)}')
     if name not in SCORES:
         raise ValueError(f'score "{name}" is unknown; known: {", ".join(SCORES)}')
     return SCORES[name](evidence, lam, beta, generator)

@@ -42,7 +42,7 @@ class Tracker(Watcher):
         self.history: dict[str, list[Score]] = {"all": [], "watch": []}
         self.moved_bytes = 0
         self._finished = 0
-        self._began: float | None = None  # when the first round of this session began
+        self._began: float | None = None  # when the first round of this process began
         self._done_at = 0.0
 
     def start(
@@ -108,7 +108,7 @@ class Tracker(Watcher):
         self._done_at = self.clock()
 
     def time_left(self) -> float | None:
-        """Seconds, by the rounds finished in this session with all that lay between them; None: none was yet."""
+        """Seconds, by the rounds finished in this process with all that lay between them; None: none was yet."""
         if not self._finished or self._began is None:
             return None
         per_round = (self._done_at - self._began) / self._finished
