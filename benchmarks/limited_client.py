@@ -26,7 +26,8 @@ from hfedmoe.device.limits import LimitedRun, run_limited
 from hfedmoe.device.memory import peak_process_bytes
 from hfedmoe.experiment import prepare, wrap
 from hfedmoe.federation import checks
-from hfedmoe.federation.client import Device, client_app
+from hfedmoe.federation.client import client_app
+from hfedmoe.federation.device import Device
 from hfedmoe.federation.inprocess import InProcessGrid
 from hfedmoe.federation.messages import DESCRIBE, PLAN, TRAIN, Update, facts_of, record, train_request
 from hfedmoe.moe.payload import global_tensors, pack

@@ -186,7 +186,8 @@ def client(folder: Path, case: Case, residents: list[int]) -> dict[str, Any]:
 
     from hfedmoe.device.memory import peak_process_bytes
     from hfedmoe.experiment import prepare
-    from hfedmoe.federation.client import Device, client_app
+    from hfedmoe.federation.client import client_app
+    from hfedmoe.federation.device import Device
     from hfedmoe.federation.inprocess import InProcessGrid
     from hfedmoe.federation.messages import TRAIN, facts_of, train_request, unpack_bits
     from hfedmoe.moe.payload import expected_shapes

@@ -35,7 +35,7 @@ from benchmarks.folding import fold_rows, fold_summary, global_tensors, update_w
 from hfedmoe import experiment
 from hfedmoe.config import load_config
 from hfedmoe.evaluation import Metrics
-from hfedmoe.federation import checks, client, server
+from hfedmoe.federation import checks, client, device, server
 from hfedmoe.federation.fold import Fold
 from hfedmoe.federation.inprocess import InProcessGrid
 from hfedmoe.federation.keeper import Keeper
@@ -56,17 +56,17 @@ from hfedmoe.runs import RunFolder
 
 # (where it is looked up, name, phase): a phase's time is without that of the phases called within it
 TIMED = [
-    (client, "train", "training"),
-    (client, "bootstrap", "first pass"),
+    (device, "train", "training"),
+    (device, "bootstrap", "first pass"),
     (experiment, "evaluate", "evaluation"),
     (experiment, "put", "client set-up"),
-    (client, "load", "client set-up"),
-    (client, "extract", "packing"),
+    (device, "load", "client set-up"),
+    (device, "extract", "packing"),
     (client, "train_reply", "packing"),
     (client, "tensors_of", "packing"),
     (server, "train_request", "packing"),
     (server, "pack", "packing"),
-    (client, "sub_model_bytes", "records"),
+    (device, "sub_model_bytes", "records"),
     (client, "_read_history", "client history"),
     (client, "_write_history", "client history"),
     (checks, "update", "checks"),

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""What can go wrong and is expected to: what the user can mend, and training that leads nowhere."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line that names the thing at fault and the way out. The command line prints it without a
     traceback and exits with code 2.
     """
+
+
+class TrainingError(RuntimeError):
+    """The local training cannot give a usable update; the message says why."""

@@ -19,7 +19,8 @@ from hfedmoe.data.tasks import Task, load_watched_task
 from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, trim
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate, longest_input, positions
-from hfedmoe.federation.client import Device, client_app
+from hfedmoe.federation.client import client_app
+from hfedmoe.federation.device import Device
 from hfedmoe.federation.inprocess import InProcessGrid, changed_contexts, restore_contexts
 from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.server import Server, server_app

@@ -12,7 +12,9 @@ from hfedmoe.config import MethodConfig, TrainConfig
 from hfedmoe.data.encoding import IGNORED, Batch, Encoder
 from hfedmoe.data.rows import Example
 from hfedmoe.device.pace import Pace
+from hfedmoe.errors import TrainingError
 from hfedmoe.history import ClientHistory
+from hfedmoe.losses import answer_loss, label_adjustment
 from hfedmoe.method.importance import importance
 from hfedmoe.method.scores import NEEDS, RunningMean, score
 from hfedmoe.method.selection import activation
@@ -21,10 +23,6 @@ from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.routing import Batch as RoutingBatch
 from hfedmoe.moe.routing import LayerRouting
 from hfedmoe.seeds import derive, generator
-
-
-class TrainingError(RuntimeError):
-    """The local training cannot give a usable update; the message says why."""
 
 
 class OutOfTimeError(TrainingError):
@@ -129,7 +127,7 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.lr * lr_factor, weight_decay=settings.weight_decay, fused=True
     )
-    adjustment = _label_adjustment(examples, settings.logit_adjustment)
+    adjustment = label_adjustment(examples, settings.logit_adjustment)
     statistics, losses = _Statistics(model), []
     draws = generator(seed, "activation", client, history.rounds)
     _choose_by_budget(model, method, history, activation_budget, draws)
@@ -227,34 +225,6 @@ def bootstrap(
         history.prior = scratch.contribution()
 
 
-def answer_loss(logits: Tensor, batch: Batch, among_choices: bool = False, adjustment: Tensor | None = None) -> Tensor:
-    """Mean cross entropy of the answer's tokens: logits [B, A, V].
-
-    Args:
-        among_choices: compare only the first tokens of the choices with each other, as accuracy does.
-        adjustment: [N] added to the choices' logits; it corrects for the client's own label frequencies (logit
-            adjustment, Menon et al., 2021).
-
-    Raises:
-        TrainingError: the last two are asked for, but first tokens do not tell the choices apart.
-    """
-    logits = logits.float()
-    if not among_choices and adjustment is None:
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
-    if batch.choice_tokens is None or logits.shape[1] != 1:
-        raise TrainingError(
-            'train.loss = "choices" and train.logit_adjustment need choices that differ in their first token; '
-            "set data.label_words, or leave both settings out"
-        )
-    last = logits[:, -1]
-    chosen = last.gather(1, batch.choice_tokens)
-    if adjustment is not None:
-        chosen = chosen + adjustment.to(chosen)
-    if among_choices:
-        return torch.nn.functional.cross_entropy(chosen, batch.answers)
-    return torch.nn.functional.cross_entropy(last.scatter(1, batch.choice_tokens, chosen), batch.targets[:, -1])
-
-
 def _tokens(batch: Batch) -> RoutingBatch:
     if batch.decoder_input_ids is None:
         return RoutingBatch(batch.attention_mask)
@@ -325,18 +295,6 @@ def _check_gradients(model: MoEModel) -> None:
     leaking = [name for name, p in model.model.named_parameters() if p.grad is not None and not p.requires_grad]
     if leaking:
         raise TrainingError(f"{leaking[0]} is frozen but received a gradient")
-
-
-def _label_adjustment(examples: Sequence[Example], strength: float) -> Tensor | None:
-    """[N] strength x log frequency of each choice among the client's answers, centred; None where it does not apply."""
-    if strength == 0 or not examples or not examples[0].choices:
-        return None
-    choices = examples[0].choices
-    if any(example.choices != choices for example in examples):
-        return None
-    counts = torch.bincount(torch.tensor([example.answer for example in examples]), minlength=len(choices)).float()
-    logs = ((counts + 1) / (counts + 1).sum()).log()
-    return strength * (logs - logs.mean())
 
 
 def _batches(

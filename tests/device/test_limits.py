@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hfedmoe.device.limits import LimitedRun, MemoryGroup, main, memory_groups, run_limited, why_no_cgroup
+from hfedmoe.device.cgroups import MemoryGroup, memory_groups
+from hfedmoe.device.limits import LimitedRun, main, run_limited, why_no_cgroup
 
 MB = 1 << 20
 ALLOCATE = "import sys; data = b'x' * (200 << 20); print(len(data) >> 20)"  # every page is written

@@ -11,8 +11,8 @@ from hfedmoe.data.encoding import Batch
 from hfedmoe.device.rehearsal import rehearse
 from hfedmoe.device.trace import Trace
 from hfedmoe.device.workload import Workload
+from hfedmoe.losses import answer_loss
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.training import answer_loss
 from tests.families.table import config_of
 
 KB = 1024

@@ -8,7 +8,8 @@ import pytest
 from hfedmoe.config import RunConfig, load_config
 from hfedmoe.data.partition import partition
 from hfedmoe.experiment import Prepared, make_devices, prepare
-from hfedmoe.federation.client import Device, client_app
+from hfedmoe.federation.client import client_app
+from hfedmoe.federation.device import Device
 from hfedmoe.federation.inprocess import InProcessGrid
 from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.server import Server

@@ -10,7 +10,7 @@ import torch
 from flwr.app import Message, Metadata, RecordDict
 
 from hfedmoe.experiment import prepare, resume, run
-from hfedmoe.federation.client import Device
+from hfedmoe.federation.device import Device
 from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.messages import InvalidReplyError, plan_request, record, usage_of
 from hfedmoe.federation.prior import UsageMean

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hfedmoe.device.pace import Pace, StepTimes
 from hfedmoe.federation import checks
-from hfedmoe.federation.client import Device
+from hfedmoe.federation.device import Device
 from hfedmoe.federation.messages import InvalidReplyError, Update, train_reply
 from hfedmoe.history import ClientHistory
 from hfedmoe.report.live import Live

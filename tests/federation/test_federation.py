@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, Message, Metadata, RecordDict
 from hfedmoe.errors import UserError
 from hfedmoe.federation import checks
 from hfedmoe.federation import client as at_client
-from hfedmoe.federation.client import Device
+from hfedmoe.federation.device import Device
 from hfedmoe.federation.exchange import clean
 from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.messages import InvalidReplyError, Update, tensors_of

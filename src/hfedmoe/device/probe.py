@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hfedmoe.device.limits import memory_groups
+from hfedmoe.device.cgroups import memory_groups
 
 _PROC = Path("/proc/self")
 

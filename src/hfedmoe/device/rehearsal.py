@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from hfedmoe.data.encoding import Batch
 from hfedmoe.device.trace import Segment, Timeline, Trace
 from hfedmoe.device.workload import Workload
+from hfedmoe.losses import answer_loss
 from hfedmoe.moe.anatomy import find_moe_layers
 from hfedmoe.moe.experts import ExpertState
 from hfedmoe.moe.grouping import Groups
@@ -26,7 +27,6 @@ from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.storage import BLOCK, stored_bytes
 from hfedmoe.moe.store import ExpertStore
 from hfedmoe.moe.trained import full_experts, lora_experts
-from hfedmoe.training import answer_loss
 
 GROUPS = 2
 """Experts per layer in a rehearsal; two, so that one is fetched while its predecessor is still there."""

@@ -26,7 +26,8 @@ from hfedmoe.device.budgets import AUTO, Budget, check_budget
 from hfedmoe.device.limits import hold_process_to
 from hfedmoe.errors import UserError
 from hfedmoe.experiment import Prepared, prepare
-from hfedmoe.federation.client import Device, client_app
+from hfedmoe.federation.client import client_app
+from hfedmoe.federation.device import Device
 from hfedmoe.federation.keeper import Keeper
 from hfedmoe.federation.server import Server, server_app
 from hfedmoe.loading import device_of

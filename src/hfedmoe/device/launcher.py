@@ -1,0 +1,89 @@
+"""A bare program between a process and a command that runs under a memory limit; see `limits.run_limited`.
+
+It is run as a file, by a Python without site packages, so it imports nothing of hfedmoe.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+_AGAIN_S = 0.05
+
+
+def launch(order: dict[str, Any]) -> None:
+    """The launcher: put a forked process under the limit, let it become the command, report how it ended."""
+    folder = order["group"] and Path(order["group"])
+    os.set_inheritable(order["report"], False)
+    timed_out = False
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until there is somebody to pass it on to
+    pid = os.fork()
+    if pid == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        _become(order["command"], folder, order["limit_bytes"])
+
+    def stop(number: int, _: object) -> None:
+        nonlocal timed_out
+        timed_out = timed_out or number == signal.SIGALRM
+        kill_all(folder, pid)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGALRM, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    with contextlib.suppress(PermissionError):  # it has done so itself, and is the command by now
+        os.setpgid(pid, pid)
+    if order["timeout_s"] is not None:
+        # Again and again: the first time the forked process may not be in its group yet.
+        signal.setitimer(signal.ITIMER_REAL, max(order["timeout_s"], 1e-3), _AGAIN_S)
+    _, status, usage = os.wait4(pid, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    kill_all(folder, pid)
+    report = {
+        "returncode": os.waitstatus_to_exitcode(status),
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "timed_out": timed_out,
+    }
+    os.write(order["report"], json.dumps(report).encode())
+
+
+def _become(command: list[str], folder: Path | None, limit_bytes: int) -> NoReturn:
+    """In the forked process: take the limit, and exec."""
+    try:
+        os.setpgid(0, 0)
+        if folder is not None:
+            (folder / "cgroup.procs").write_text(str(os.getpid()))
+        else:
+            limit_data(limit_bytes, for_good=True)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec would hand that on
+            signal.signal(number, signal.SIG_DFL)
+        os.execvp(command[0], command)
+    except OSError as error:
+        sys.stderr.write(f"{command[0]}: {error.strerror}\n")
+        sys.stderr.flush()
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)  # as shells do
+
+
+def kill_all(folder: Path | None, leader: int = 0) -> None:
+    """Kill the processes of the control group, or else of the process group of `leader`."""
+    if folder is not None:
+        for pid in (folder / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):  # it went by itself
+                os.kill(int(pid), signal.SIGKILL)
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
+
+
+def limit_data(limit_bytes: int, for_good: bool) -> None:
+    """Set RLIMIT_DATA of this process, never above what it may have; `for_good`: it cannot raise it again."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit if for_good else hard))
+
+
+if __name__ == "__main__":
+    launch(json.loads(sys.argv[1]))
