@@ -20,8 +20,8 @@ from hfedmoe.method.scores import NEEDS, RunningMean, score
 from hfedmoe.method.selection import activation
 from hfedmoe.method.usage import usage
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.routing import Batch as RoutingBatch
 from hfedmoe.moe.routing import LayerRouting
+from hfedmoe.moe.tokens import Batch as RoutingBatch
 from hfedmoe.seeds import derive, generator
 
 

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from hfedmoe.export.merged import merge, save
 from hfedmoe.moe.anatomy import find_moe_layers
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.routing import Batch
 from hfedmoe.moe.shards import Shards
 from hfedmoe.moe.skeleton import empty_model, fill
+from hfedmoe.moe.tokens import Batch
 from tests.families.table import FAMILIES, build, inputs
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)

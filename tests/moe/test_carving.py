@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hfedmoe.moe import payload
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.routing import Batch
 from hfedmoe.moe.shards import CheckpointError, Shards
 from hfedmoe.moe.skeleton import empty_model, fill
+from hfedmoe.moe.tokens import Batch
 from tests.families.table import CORE, FAMILIES, build, inputs
 
 CPU = torch.device("cpu")

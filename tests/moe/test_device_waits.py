@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.routing import Batch
+from hfedmoe.moe.tokens import Batch
 from tests.families.table import build, inputs
 
 PER_BATCH = 1  # which samples have a token that counts

@@ -12,7 +12,7 @@ from hfedmoe.moe.gate import Gate
 from hfedmoe.moe.grouping import group_pairs
 from hfedmoe.moe.kernel import LORA, ExpertMath, experts_forward
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.routing import Batch as RoutingBatch
+from hfedmoe.moe.tokens import Batch as RoutingBatch
 from tests.families.table import build, inputs
 
 T, K, E, H, WIDTH, R = 12, 2, 5, 8, 6, 2

@@ -20,8 +20,9 @@ from hfedmoe.moe.attention import add_attention_lora
 from hfedmoe.moe.dispatch import keep_eager
 from hfedmoe.moe.experts import ExpertState, attach
 from hfedmoe.moe.residency import carve, mask, reside
-from hfedmoe.moe.routing import Batch, LayerRouting
+from hfedmoe.moe.routing import LayerRouting
 from hfedmoe.moe.store import ExpertStore
+from hfedmoe.moe.tokens import Batch
 from hfedmoe.moe.trained import full_experts, lora_experts
 
 

@@ -6,93 +6,22 @@ router; so weights renormalise as the family does. The unmasked logits of the sa
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from hfedmoe.method.importance import routing_probabilities, sample_mean
+from hfedmoe.method.importance import sample_mean
 from hfedmoe.method.scores import Evidence
-from hfedmoe.moe.anatomy import MoELayer
 from hfedmoe.moe.experts import ExpertState
+from hfedmoe.moe.tap import LogitTap, probabilities_of, widened
+from hfedmoe.moe.tokens import Batch
 
-_LINEAR = {torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
-_SIGMOID = {torch.sigmoid, Tensor.sigmoid, torch.nn.functional.sigmoid, torch.special.expit}
-_SOFTPLUS = {torch.nn.functional.softplus}
 _ABSENT_BIAS = -1e4
 """Added to the correction bias of absent experts; finite, so that a group with one resident beats an empty one."""
 
 Choose = Callable[[int, Evidence, Tensor], Tensor]
 """(layer, evidence so far, hit bool [E]) -> experts bool [E] that build a graph for this batch."""
-
-
-@dataclass
-class Batch:
-    """Which tokens of a batch count, for decoder (or only) and encoder layers."""
-
-    mask: Tensor
-    """[B, S]: 1 for tokens, 0 for padding."""
-    encoder_mask: Tensor | None = None
-    """[B, S'] of the encoder, in encoder-decoder models."""
-
-    def of(self, layer: MoELayer) -> "Tokens":
-        """The tokens that pass through a layer."""
-        return self._decoder if layer.in_decoder or self.encoder_mask is None else self._encoder
-
-    @cached_property
-    def _decoder(self) -> "Tokens":
-        return Tokens(self.mask.bool())
-
-    @cached_property
-    def _encoder(self) -> "Tokens":
-        assert self.encoder_mask is not None
-        return Tokens(self.encoder_mask.bool())
-
-
-@dataclass
-class Tokens:
-    """Which tokens count, found out once per batch and not once per layer: it waits for a GPU."""
-
-    keep: Tensor
-    """bool [B, S]."""
-
-    @cached_property
-    def kept(self) -> Tensor:
-        """int64: those that count, among all B * S."""
-        return self.keep.reshape(-1).nonzero()[:, 0]
-
-    @cached_property
-    def observed(self) -> Tensor:
-        """int64: the samples with a token that counts."""
-        return self.keep.any(1).nonzero()[:, 0]
-
-
-class _LogitTap(TorchFunctionMode):
-    """Inside a router's forward: notes its raw logits, masks absent experts in them, and sees how it scores."""
-
-    def __init__(self, layer: MoELayer, absent: Tensor | None) -> None:
-        super().__init__()
-        self._num_logits, self._num_experts, self._top_k = layer.num_logits, layer.num_experts, layer.top_k
-        self._absent = None if absent is None else _widened(absent, self._num_logits)
-        self.logits: Tensor | None = None
-        """[T, E]: of the experts, before masking."""
-        self.kind = "softmax"
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self.logits is None:
-            if func in _LINEAR and out.shape[-1] == self._num_logits:
-                self.logits = out.detach().reshape(-1, self._num_logits)[:, : self._num_experts]
-                if self._absent is not None:
-                    out = out.masked_fill(self._absent.to(out.device), float("-inf"))
-        elif func in _SIGMOID and out.shape[-1] in (self._num_logits, self._num_experts, self._top_k):
-            self.kind = "sigmoid"
-        elif func in _SOFTPLUS and out.shape[-1] == self._num_logits:
-            self.kind = "sqrtsoftplus"
-        return out
 
 
 class LayerRouting:
@@ -109,7 +38,7 @@ class LayerRouting:
         self.hit: Tensor | None = None
         self._measure: str | None = None
         self._index = torch.empty(0, dtype=torch.int64)
-        self._tap: _LogitTap | None = None
+        self._tap: LogitTap | None = None
         self._wanted: Tensor | None = None
         """int64 [T, K]: what the router would choose among all experts for the watched batch; None if it is silent."""
         self._biases = self.layer.correction_biases()
@@ -147,7 +76,7 @@ class LayerRouting:
         resident = self.state.resident
         if resident is not None and self.batch is not None and self.evidence is None:
             self._wanted = self._unmasked_choice(module, args)
-        self._tap = _LogitTap(self.layer, None if resident is None else ~resident)
+        self._tap = LogitTap(self.layer, None if resident is None else ~resident)
         self._tap.__enter__()
         return args
 
@@ -187,7 +116,7 @@ class LayerRouting:
         if resident is not None:
             for owner, name in self._biases:
                 bias = getattr(owner, name)
-                absent = _widened(~resident, bias.numel()).to(bias).view_as(bias)
+                absent = widened(~resident, bias.numel()).to(bias).view_as(bias)
                 # Seen before the parameter or buffer of that name, which stays as it is.
                 owner.__dict__[name] = bias.detach() + _ABSENT_BIAS * absent
 
@@ -208,7 +137,7 @@ class LayerRouting:
             raise RuntimeError(
                 f"layer {self.layer.name}: {index.shape[0]} tokens routed, but the mask has {keep.shape[0]}"
             )
-        probabilities = self._shares(index) if self.layer.fixed_routing else _probabilities(tap.logits, tap.kind)
+        probabilities = self._shares(index) if self.layer.fixed_routing else probabilities_of(tap.logits, tap.kind)
         if self.token_level:
             g = probabilities[counted.kept]
         else:
@@ -275,24 +204,12 @@ def _per_expert(values: Tensor, index: Tensor, present: Tensor) -> Tensor:
     return spread[:, :num_experts].sum(0).masked_fill(~present, float("nan"))
 
 
-def _probabilities(logits: Tensor, kind: str) -> Tensor:
-    """`routing_probabilities`, with one kind more: the square root of softplus, normalised (DeepSeek-V4)."""
-    if kind == "sqrtsoftplus":
-        return routing_probabilities(0.5 * torch.nn.functional.softplus(logits.float()).log(), "softmax")
-    return routing_probabilities(logits, kind)
-
-
 def _indices(outputs: Any, top_k: int) -> Tensor | None:
     """The chosen experts among a router's outputs."""
     for out in outputs if isinstance(outputs, tuple) else (outputs,):
         if isinstance(out, Tensor) and not out.is_floating_point() and out.dim() == 2 and out.shape[-1] == top_k:
             return out
     return None
-
-
-def _widened(flags: Tensor, width: int) -> Tensor:
-    """bool [E] -> [width]: what a router scores beside the experts is never absent."""
-    return torch.nn.functional.pad(flags, (0, width - flags.shape[0]))
 
 
 def _cuda_devices(device: torch.device) -> list[torch.device]:
