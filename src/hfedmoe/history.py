@@ -26,6 +26,7 @@ class ClientHistory:
 
     @classmethod
     def new(cls, num_experts: list[int]) -> "ClientHistory":
+        """Of a client that has seen nothing; `num_experts` is E_l of every layer."""
         return cls([RunningScore(number) for number in num_experts])
 
     @property

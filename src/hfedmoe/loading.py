@@ -36,10 +36,12 @@ class Loaded:
 
     @property
     def encoder_decoder(self) -> bool:
+        """Whether it is a sequence-to-sequence model."""
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
     @property
     def decoder_start_token_id(self) -> int | None:
+        """What an encoder-decoder's answers begin with."""
         start: int | None = getattr(self.model.config, "decoder_start_token_id", None)
         return start
 
@@ -247,6 +249,7 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 
 def explain(config: ModelConfig, error: Exception) -> str:
+    """One line for the user about why a model could not be loaded."""
     known = ", ".join(PACKAGED)
     reason = _reason(error)
     if reason is not None:

@@ -40,6 +40,7 @@ class Forecast:
 
     @property
     def num_residents(self) -> int:
+        """Over all layers."""
         return sum(self.residents)
 
     @property
@@ -71,6 +72,7 @@ class Fit:
 
     @property
     def fits(self) -> bool:
+        """Whether the budget holds at least the fewest experts that can train."""
         return self.residents > 0
 
 

@@ -67,6 +67,7 @@ class Tensors:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all of them."""
         return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
 
 

@@ -52,6 +52,7 @@ class Device:
 
     @property
     def simulated(self) -> bool:
+        """Whether other clients of the same process use the same model in memory."""
         return self.initial is not None
 
     @property

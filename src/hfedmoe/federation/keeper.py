@@ -80,6 +80,7 @@ class Keeper:
 
     @property
     def resume_hint(self) -> str:
+        """The end of an error message: how the run goes on; empty where it could not."""
         # Without its clients' memory in the checkpoint a run cannot go on as it would have.
         return (
             ""

@@ -29,6 +29,7 @@ class Sources:
 
     @property
     def first(self) -> str:
+        """The name of one of them, to name in messages."""
         return next(iter(self.names.values()))[0]
 
 

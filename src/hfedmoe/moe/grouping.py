@@ -28,6 +28,7 @@ class Groups:
 
     @property
     def size(self) -> int:
+        """S, the number of pairs."""
         return self.token.shape[0]
 
     def sum_per_token(self, rows: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ class MoEModel:
 
     @property
     def config(self) -> Any:
+        """Of the transformers model."""
         return self.model.config
 
     @property
@@ -116,6 +117,7 @@ class MoEModel:
 
     @property
     def device(self) -> torch.device:
+        """Where its weights are; of a model without contents, the meta device."""
         devices = [parameter.device for parameter in self.model.parameters()]
         return next((device for device in devices if device.type != "meta"), devices[0])
 

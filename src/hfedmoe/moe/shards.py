@@ -49,6 +49,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
         return self.end - self.start
 
 

@@ -7,7 +7,7 @@ and a forward pass can stream over all experts while a few of them are in memory
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -174,7 +174,7 @@ class HeldBiases(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._store.present[self._layer])
 
-    def __getitem__(self, expert):  # type: ignore[no-untyped-def]
+    def __getitem__(self, expert: Any) -> Any:  # one place, as in kernel; slices of a Sequence are not used
         stored = self._store.get(self._layer, self._store.present[self._layer][expert])[self._name]
         return stored(self._store.dtype)
 

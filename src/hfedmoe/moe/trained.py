@@ -27,6 +27,7 @@ class TrainedExperts:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the stacks."""
         return tuple(self.stacks)
 
     @property
@@ -36,6 +37,7 @@ class TrainedExperts:
 
     @property
     def num_experts(self) -> int:
+        """E, the experts that are present."""
         return next(iter(self.stacks.values())).shape[0]
 
     def of(self, experts: Sequence[int]) -> list[Tensor]:

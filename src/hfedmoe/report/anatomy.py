@@ -55,10 +55,12 @@ class Anatomy:
 
     @property
     def num_experts(self) -> int:
+        """Over all layers."""
         return sum(layer.num_experts for layer in self.layers)
 
     @property
     def total(self) -> Part:
+        """The whole model."""
         parts = self.parts.values()
         return Part(sum(part.parameters for part in parts), sum(part.bytes for part in parts))
 
