@@ -79,16 +79,3 @@ def in_own_process(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         raise RuntimeError(f"{module} {' '.join(arguments)} exited with {done.returncode}: {done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: what it says survives exec, so that a child begins with the peak of the process that forked it.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

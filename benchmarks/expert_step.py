@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import peak_bytes
+from hfedmoe.device.peak import peak_process_bytes
 
 LAYERS, HIDDEN, INTERMEDIATE, LENGTH, RANK, VOCABULARY = 4, 576, 768, 64, 8, 4096
 STOCK = ("grouped_mm", "batched_mm", "eager")
@@ -178,7 +178,7 @@ def measure(
     return {
         "passes": passes[1:] or passes,
         "updates": updates[1:] or updates,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_process_bytes(),
         "loss": loss.item(),
     }
 

@@ -27,7 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import in_own_process, parser, peak_bytes, report
+from benchmarks.common import in_own_process, parser, report
+from hfedmoe.device.peak import peak_process_bytes
 
 MODULE = "benchmarks.expert_storage"
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, RANK = 4, 16, 2048, 1024, 8, 8
@@ -123,7 +124,7 @@ def worker(storage: str, output: Path, threads: int) -> None:
         save_file({"output": stack(TOKENS)}, output)
     print(json.dumps({"bytes": stack.bytes_per_expert, "error": stack.weight_error}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(stack.step(int(line)) | {"peak_bytes": peak_bytes()}), flush=True)
+        print(json.dumps(stack.step(int(line)) | {"peak_bytes": peak_process_bytes()}), flush=True)
 
 
 class Worker:

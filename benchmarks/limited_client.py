@@ -23,7 +23,7 @@ from hfedmoe.budgeting import budgets_in_experts
 from hfedmoe.carving import checkpoint_folder, open_model
 from hfedmoe.config import RunConfig, load_config
 from hfedmoe.device.limits import LimitedRun, run_limited
-from hfedmoe.device.memory import peak_process_bytes
+from hfedmoe.device.peak import peak_process_bytes
 from hfedmoe.experiment import prepare, wrap
 from hfedmoe.federation import checks
 from hfedmoe.federation.client import client_app

@@ -184,7 +184,7 @@ def client(folder: Path, case: Case, residents: list[int]) -> dict[str, Any]:
     """What a device does in its first round, from opening the checkpoint to packing the update."""
     import torch
 
-    from hfedmoe.device.memory import peak_process_bytes
+    from hfedmoe.device.peak import peak_process_bytes
     from hfedmoe.experiment import prepare
     from hfedmoe.federation.client import client_app
     from hfedmoe.federation.device import Device

@@ -30,10 +30,11 @@ from flwr.app import Context, Message
 from transformers import OlmoeConfig
 
 from benchmarks import checkpoints
-from benchmarks.common import in_own_process, parser, peak_bytes, report
+from benchmarks.common import in_own_process, parser, report
 from benchmarks.folding import fold_rows, fold_summary, global_tensors, update_with
 from hfedmoe import experiment
 from hfedmoe.config import load_config
+from hfedmoe.device.peak import peak_process_bytes
 from hfedmoe.evaluation import Metrics
 from hfedmoe.federation import checks, client, device, server
 from hfedmoe.federation.fold import Fold
@@ -187,7 +188,7 @@ def server_of(clients: int) -> dict[str, Any]:
             watcher=Silent(),
             watches=False,
         ).run(InProcessGrid(answer, clients))  # type: ignore[arg-type]
-        seconds, peak = time.perf_counter() - started, peak_bytes()  # before the whole line is read back below
+        seconds, peak = time.perf_counter() - started, peak_process_bytes()  # before the whole line is read back below
         (line,) = [line for line in run.iter_rounds() if line["round"] == 1]
         assert sum(row["status"] == "ok" for row in line["clients"]) == clients
     return {"clients": clients, "seconds": seconds, "peak_bytes": peak}
@@ -218,7 +219,7 @@ def registered(clients: int, per_round: int) -> dict[str, Any]:
             "seconds": seconds,
             "round_s": statistics.median(line["seconds"] for line in lines),
             "training_s": statistics.median(line["seconds_training"] for line in lines),
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak_process_bytes(),
             "folder_bytes": sum(path.stat().st_size for path in run.rglob("*") if path.is_file()),
         }
 

@@ -1,11 +1,9 @@
-"""Bytes of a client's sub-model, counted from shapes; and the peak of this process, from the operating system."""
-
-import sys
-from pathlib import Path
+"""Bytes of a client's sub-model, counted from shapes; and the peak of a device that trains."""
 
 import torch
 from torch import Tensor
 
+from hfedmoe.device.peak import peak_process_bytes
 from hfedmoe.moe.model import MoEModel
 
 
@@ -34,16 +32,3 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return peak_process_bytes()
-
-
-def peak_process_bytes() -> int:
-    """Peak resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: what it says survives exec, so that a child begins with the peak of the process that forked it.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hfedmoe.device.workload import Workload
+from hfedmoe.moe.attention import is_attention
 from hfedmoe.moe.compact import compute_in_float32
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.storage import stored_bytes
@@ -196,8 +197,7 @@ def _kinds(moe: MoEModel) -> list[tuple[str, torch.Tensor]]:
         owner |= {id(parameter): "routers" for parameter in layer.router.parameters()}
     found = []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        attention = any("att" in part.lower() and "norm" not in part for part in name.split(".")[:-1])
-        kind = owner.get(id(tensor), "attention" if attention else "other_base")
+        kind = owner.get(id(tensor), "attention" if is_attention(name) else "other_base")
         if kind in BASE:
             found.append((kind, tensor))
     return found

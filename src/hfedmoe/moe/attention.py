@@ -13,6 +13,11 @@ A, B = ".lora_A.", ".lora_B."
 """In the names of the two factors: A [R, in] and B [out, R]."""
 
 
+def is_attention(name: str) -> bool:
+    """Whether a parameter or module of this name belongs to the attention, but for its norms."""
+    return any("att" in part.lower() and "norm" not in part for part in name.split(".")[:-1])
+
+
 def add_attention_lora(model: Any, rank: int, alpha: float, seed: int, freeze_a: bool = False) -> dict[str, Tensor]:
     """Put fresh adapters into the model; the factors A and B under their travelling names, `shared.*`.
 
@@ -28,11 +33,7 @@ def add_attention_lora(model: Any, rank: int, alpha: float, seed: int, freeze_a:
     from peft import LoraConfig, inject_adapter_in_model  # here, because importing it takes 70 MB of a small device
 
     # Whole names: a gate_proj of the attention is one of the feed-forward network by its last part, too.
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if _is_plain_linear(module) and any("att" in part.lower() for part in name.split(".")[:-1])
-    ]
+    targets = [name for name, module in model.named_modules() if _is_plain_linear(module) and is_attention(name)]
     if not targets:
         raise UnsupportedModelError(f"{type(model).__name__}: no attention projections found to put LoRA on")
     state = torch.random.get_rng_state()

@@ -12,6 +12,7 @@ from hfedmoe.config import ModelConfig, UpcycleConfig
 from hfedmoe.errors import UserError
 from hfedmoe.loading import structure
 from hfedmoe.moe.anatomy import DenseModelError, MoELayer, UnsupportedModelError, find_moe_layers
+from hfedmoe.moe.attention import is_attention
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.report.live.words import human_bytes, percent
 from hfedmoe.report.table import table
@@ -174,8 +175,7 @@ def _parts(model: Any, layers: list[MoELayer]) -> dict[str, Part]:
         owner |= {id(parameter): "routers" for parameter in layer.router.parameters()}
     numel, size = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     for name, parameter in model.named_parameters():
-        attention = any("att" in part.lower() and "norm" not in part for part in name.split(".")[:-1])
-        kind = owner.get(id(parameter), "attention" if attention else "other")
+        kind = owner.get(id(parameter), "attention" if is_attention(name) else "other")
         numel[kind] += parameter.numel()
         size[kind] += parameter.nbytes
     return {kind: Part(numel[kind], size[kind]) for kind in KINDS}
