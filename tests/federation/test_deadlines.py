@@ -127,10 +127,6 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "a deadline that did nothing": ({"activation": None}, "does not say what its steps trained"),
     "deadline": ({"deadline_s": -1.0}, "deadline_s is not a number"),
     "another number of steps": ({"steps_wanted": 4}, "steps_wanted is not a whole number in [3, 3]"),
-    "one that counts more": ({"usage": [torch.full((8,), 0.25)] * 2}, "usage of a layer does not add up to 1"),
-    "usage": ({"usage": [torch.full((8,), -0.125)] * 2}, "usage is outside"),
-    "importance": ({"importance": [torch.full((8,), 1.1)] * 2}, "importance is outside"),
-    "tokens": ({"tokens": [torch.full((8,), 8.0)] * 2}, "more tokens than its steps"),
 }
 
 

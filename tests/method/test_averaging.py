@@ -175,3 +175,25 @@ def test_stacks_that_do_not_fit_change_nothing() -> None:
         stacks.add({"a": rows}, torch.tensor([1]), torch.ones(1))
     previous = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}
     assert not any(average.any() for average in stacks.result(previous).values())
+
+
+def test_a_mean_refuses_what_would_spoil_it_and_stays_as_it_was() -> None:
+    mean = MeanAverage()
+    mean.add(torch.ones(2), 1)
+    for tensor, weight, what in (
+        (torch.ones(2), -1.0, "negative"),
+        (torch.ones(2), NAN, "not finite"),
+        (torch.ones(1), 1.0, "differs"),
+        (torch.tensor([1.0, -torch.inf]), 1.0, "not finite"),
+        (torch.tensor([NAN, 1.0]), 1.0, "not finite"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            mean.add(tensor, weight)
+    assert torch.equal(mean.result(torch.zeros(2)), torch.ones(2))
+
+
+def test_16_bit_tensors_are_averaged_in_float32() -> None:
+    mean, neighbour = MeanAverage(), 1.0078125  # of 1 in bfloat16
+    for value in [1.0] + [neighbour] * 7:
+        mean.add(torch.tensor([value]).bfloat16(), 1)
+    assert mean.result(torch.zeros(1)).item() == pytest.approx(1 + 7 / 8 * (neighbour - 1), abs=1e-6)
