@@ -26,7 +26,7 @@ from hfedmoe.evaluation import Metrics, evaluate, macro_f1
 from hfedmoe.loading import load
 from hfedmoe.packaged import smollm2_folder
 from hfedmoe.report.scores import as_text, to_json
-from hfedmoe.tiny import tiny_model
+from hfedmoe.tiny import tiny_model, tiny_tokenizer
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 WORDS = ["<pad>", "</s>", "<unk>", "say", "so", "big", "small", "red", "green", "blue", "sky", "sea", "sun", "moon"]
@@ -209,7 +209,7 @@ def test_equal_choices_tie_to_the_lower_index(llama, tokenizer):
     assert evaluate(llama, rows, encoder_for("llama", tokenizer), 4).accuracy == 0.5
 
 
-def test_modes_gradients_and_random_state_are_left_alone(llama, tokenizer):
+def test_modes_and_random_state_are_left_alone(llama, tokenizer):
     llama.train()
     llama.model.layers[0].eval()
     modes = [module.training for module in llama.modules()]
@@ -217,9 +217,20 @@ def test_modes_gradients_and_random_state_are_left_alone(llama, tokenizer):
     calls = []
     evaluate(llama, examples(WHOLE, 5), encoder_for("llama", tokenizer), 4, on_batch=lambda *a: calls.append(a))
     assert [module.training for module in llama.modules()] == modes
-    assert all(parameter.grad is None for parameter in llama.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert calls == [(4, 15), (8, 15), (12, 15), (15, 15)]
+
+
+def test_no_graph_is_built_and_a_loss_beyond_exp_is_infinite():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(len(tokenizer), 0)
+    model.lm_head.weight.data *= 1e5
+    graphs = []
+    model.register_forward_hook(lambda module, inputs, output: graphs.append(output.logits.requires_grad))
+    metrics = evaluate(model, [Example("x", completion="y")], Encoder(tokenizer, "{text}", 64), 4)
+    assert graphs == [False]
+    assert metrics.loss > 1000
+    assert metrics.perplexity == math.inf
 
 
 def test_a_broken_model_is_reported_as_such(llama, tokenizer):

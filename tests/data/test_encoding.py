@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.tasks import Example, Task
 from hfedmoe.errors import UserError
+from hfedmoe.tiny import tiny_tokenizer
 
 CORPUS = ["News: one two three four five six\nTopic: acq earn grain money-fx", "money market trade acquired (yes) 1 2"]
 CHOICES = ("acq", "earn", "money-fx")
@@ -228,3 +229,8 @@ def test_classification_trains_on_first_tokens_by_default(tokenizer):
 def test_a_batch_moves_as_a_whole(tokenizer):
     batch = Encoder(tokenizer, TEMPLATE, 64).training_batch(rows()).to("meta")
     assert {value.device.type for value in vars(batch).values() if value is not None} == {"meta"}
+
+
+def test_positions_do_not_count_padding():
+    batch = Encoder(tiny_tokenizer(), "{text}", 64).collate([[5, 6, 7], [5]], [[1], [2]])
+    assert batch.model_inputs()["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]

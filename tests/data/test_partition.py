@@ -89,3 +89,19 @@ def test_tasks_without_labels_are_split_evenly_or_not_at_all():
     assert label_counts(task, parts) == [[], []]
     with pytest.raises(UserError, match=r"a choices task has none; use partition\.scheme=iid"):
         partition(task, PartitionConfig(), 2, 0)
+
+
+def test_parts_are_sorted_shards_take_what_is_left_over_and_small_parts_are_refused():
+    task = task_of([0] * 5 + [1] * 6, labels=2)
+    parts = partition(task, PartitionConfig(scheme="shards", shards_per_client=1, min_rows=1), 2, 0)
+    assert all(part == sorted(part) for part in parts)
+    assert sorted(label_counts(task, parts)) == [[0, 6], [5, 0]]  # the row left over joins those of its label
+    with pytest.raises(UserError, match=r"gets 2 rows, fewer than partition\.min_rows=3"):
+        partition(
+            task_of([0] * 5 + [1] * 4), PartitionConfig(scheme="shards", shards_per_client=2, min_rows=3), 3, 0
+        )  # fmt: skip
+
+
+def test_even_parts_differ_by_one_row():
+    parts = partition(task_of([i % 2 for i in range(11)]), PartitionConfig(scheme="iid", min_rows=1), 4, 0)
+    assert sorted(map(len, parts)) == [2, 3, 3, 3]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hfedmoe.config import DataConfig, PartitionConfig
-from hfedmoe.data.tasks import Example, load_rows, load_task
+from hfedmoe.data.tasks import Example, load_rows, load_task, load_watched_task
 from hfedmoe.errors import UserError
 
 ANY = PartitionConfig()
@@ -202,3 +202,20 @@ def test_bad_natural_ids(tmp_path, column, message):
     config = DataConfig(source=write(tmp_path / "r.jsonl", rows))
     with pytest.raises(UserError, match=message):
         load_task(config, PartitionConfig(scheme="natural", column=column), seed=0)
+
+
+def test_watched_rows_are_a_fifth_and_training_rows_are_drawn_by_seed(tmp_path):
+    source = write(tmp_path / "rows.jsonl", labelled(50))
+    config = DataConfig(source=source, test_share=0.2, train_rows=10)
+    task, watch = load_watched_task(config, ANY, 0, 64)
+    assert (len(task.test), len(watch)) == (8, 2)
+    assert not {e.text for e in task.test} & {e.text for e in watch}
+    test = write(tmp_path / "test.jsonl", labelled(2))
+    drawn = [{e.text for e in load_task(config.model_copy(update={"test": test}), ANY, s).train} for s in (0, 1, 0)]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] == drawn[2]
+
+
+def test_choices_are_stripped(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "q", "choices": [" x ", "y\n"], "answer": 0}])
+    assert load_rows(DataConfig(source=source)).test[0].choices == ("x", "y")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hfedmoe.errors import UserError
@@ -285,3 +286,8 @@ def test_layers_of_unequal_size_have_no_standard_checkpoint(monkeypatch):
     model.layers[0].num_experts = 5
     with pytest.raises(UserError, match="mixtral: its config has no number of experts"):
         shrink(model, [torch.tensor([True] * 2 + [False] * 3), torch.tensor([True] * 2 + [False] * 4)])
+
+
+def test_an_adapter_is_written_in_the_precision_that_is_asked_for(tmp_path):
+    save_adapter(trained(fresh("mixtral")), tmp_path, "base", dtype=torch.bfloat16)
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}

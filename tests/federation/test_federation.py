@@ -273,7 +273,12 @@ def test_a_crafted_blob_is_an_invalid_reply() -> None:
             tensors_of(Message(content, metadata=metadata))
 
 
-def test_few_held_out_rows_leave_none_to_watch(federation: Make) -> None:
-    run = federation("data.test_rows=3", "evaluation.watch_rows=1", "federation.rounds=1")
+def test_few_held_out_rows_leave_none_to_watch(federation: Make, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"word {number},{'ab'[number % 2]}\n" for number in range(40)))
+    own = (f"data.source={rows}", "data.format=classification", "data.test_share=0.1", "partition.scheme=iid")
+    run = federation(*own, "partition.min_rows=1", "evaluation.watch_rows=64", "federation.rounds=1")
     run.run()
     assert run.server.round == 1
+    assert not run.server.watches
+    assert [score.examples for score in run.server.keeper.scores] == [4, 4]
