@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from hfedmoe.config import DataConfig, ModelConfig, RunConfig
-from hfedmoe.data.known import KNOWN, known_set
 from hfedmoe.data.tasks import Task, load_rows, load_task, load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.evaluation import Metrics, evaluate
@@ -67,64 +66,6 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
     encoder = encoder_of(loaded, task, data.max_tokens)
     prepared = Prepared(_comparable(config, task), model, encoder, task, watch=[])
     return measure_checkpoint(prepared, checkpoint, watcher)
-
-
-def task_data(task: str, config: RunConfig, limit: int | None = None, rows: Path | None = None) -> DataConfig:
-    """The data settings of `hfedmoe evaluate --task NAME[:SUBSET] --limit N --rows FILE`.
-
-    Raises:
-        UserError: no data set has that name, or there are no subsets to choose from.
-    """
-    name, _, subset = task.partition(":")
-    if name not in KNOWN:
-        raise UserError(f"--task {task}: not a data set known by name; known: {', '.join(KNOWN)}")
-    if subset and rows is not None:
-        raise UserError(
-            f"--task {task} with --rows: a file is measured whole; use --task {name} and a file that holds {subset}"
-        )
-    if subset and KNOWN[name].hub is None:
-        raise UserError(f"--task {task}: {name} has no subsets; use --task {name}")
-    return DataConfig.model_validate(
-        {
-            "source": name if rows is None else _local(rows),
-            "format": name,
-            "subset": subset or None,
-            "split": KNOWN[name].test if rows is not None else None,
-            "test_rows": limit,
-            "max_tokens": config.data.max_tokens,
-            "chat": config.data.chat,
-        }
-    )
-
-
-def rows_data(rows: Path, config: RunConfig, limit: int | None = None) -> DataConfig:
-    """The data settings of `hfedmoe evaluate --rows FILE --limit N`: columns and template are those of the config.
-
-    Raises:
-        UserError: there is no such file or folder.
-    """
-    own = config.data
-    # A config that names no source means no data set by it, though the setting has a default.
-    known = known_set(own) if own.format != "auto" or "source" in own.model_fields_set else None
-    changed = {
-        "source": _local(rows),
-        "format": own.format if known is None else known.name,
-        "test": None,
-        "clients": None,
-        "subset": None,
-        "split": None if known is None else known.test,
-        "test_rows": limit,
-    }
-    return own.model_copy(update=changed)
-
-
-def _local(rows: Path) -> str:
-    """A file, or a folder of which the test split is taken. Raises UserError if there is none: never a hub id."""
-    path = rows.expanduser()
-    if not path.exists():
-        raise UserError(f"--rows {rows}: no such file or folder")
-    # The name of a data set may be that of a folder as well.
-    return str(path.absolute() if path.is_dir() else path)
 
 
 def _comparable(config: RunConfig, task: Task) -> RunConfig:

@@ -1,6 +1,7 @@
 """The command line: one short function per command. Nothing heavy is imported before a command needs it."""
 
 import glob
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import click
 import typer
 import typer.core
+import typer.main
 
 from hfedmoe import __version__
 from hfedmoe.errors import UserError
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from hfedmoe.config import RunConfig
 
 INTERRUPTED = 2
+TYPERS_INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt that a command lets out."""
 typer.core.HAS_RICH = False  # or it writes "\\[required]" into the plain help
 
 app = typer.Typer(
@@ -36,6 +40,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point: user errors become one line and exit code 2, and so does an interruption."""
     try:
         code = app(args=arguments, prog_name="hfedmoe", standalone_mode=False)
+        if code == TYPERS_INTERRUPTED:
+            _say("interrupted")
+            code = INTERRUPTED
     except UserError as error:
         _say(f"error: {' '.join(str(error).split())}")
         code = 2
@@ -47,10 +54,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = 2
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
-        command = context.command_path if context else "hfedmoe"
-        _say(f"error: {error.format_message().rstrip('.')}; `{command} --help` explains")
+        command = context.command_path if context else _named(arguments)
+        text = re.sub(r"( Did you mean [^?]+\?)\1", r"\1", error.format_message())  # from click, and again from typer
+        _say(f"error: {text.rstrip('.')}; `{command} --help` explains")
         code = 2
     sys.exit(code)
+
+
+def _named(arguments: list[str] | None) -> str:
+    """The command that arguments begin with."""
+    first = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+    return f"hfedmoe {first}" if first in getattr(typer.main.get_command(app), "commands", {}) else "hfedmoe"
 
 
 def _say(text: str) -> None:
@@ -215,6 +229,7 @@ def evaluate(
         raise UserError("--set: a run keeps its own settings; only data.* can change, with --task or --rows")
     from hfedmoe import baseline, experiment
     from hfedmoe.config import load_config
+    from hfedmoe.data.measured import rows_data, task_data
     from hfedmoe.report.live import Live, Silent
     from hfedmoe.report.scores import as_text, to_json
 
@@ -225,10 +240,12 @@ def evaluate(
                 settings = load_config(Path(target) / "config.toml" if of_run else None, overrides)
             else:
                 settings = _load(config, overrides)
+            keys = (text.partition("=")[0].strip().split(".") for text in overrides or [])
+            given = {key[1] for key in keys if key[0] == "data" and len(key) > 1}
             if task is not None:
-                data = baseline.task_data(task, settings, limit, rows)
+                data = task_data(task, settings, limit, rows, given)
             else:
-                data = baseline.rows_data(rows, settings, limit)  # type: ignore[arg-type]
+                data = rows_data(rows, settings, limit, given)  # type: ignore[arg-type]
             if of_run:
                 metrics = baseline.evaluate_run_on(Path(target), checkpoint or "best", data, live)
             else:

@@ -31,22 +31,42 @@ class Example:
         return self.origin or f"example {short(self.text)}"
 
 
+KIND_COLUMNS = {"choices": ("choices", "answer"), "completion": ("completion",), "classification": ("label",)}
+"""Settings that name the columns of a kind, beside the text; the first kind whose columns a table has is its own."""
+
+
 def kind_of(rows: Rows, config: DataConfig) -> str:
     """The kind of task: `data.format`, or by the columns that the table has. Raises UserError if none fits."""
     if config.format != "auto":
         return config.format
     present = set(rows.names)
-    if {config.choices, config.answer} <= present:
-        return "choices"
-    if config.completion in present:
-        return "completion"
-    if config.label in present:
-        return "classification"
+    has_text = config.text in present or (config.text == "text" and "prompt" in present)
+    for kind, columns in KIND_COLUMNS.items():
+        if {getattr(config, column) for column in columns} <= present and (has_text or not _named_set(rows)):
+            return kind
+    named = _named_set(rows)
+    if named:
+        raise UserError(f'{rows.origin}: looks like rows of {named}; say so with data.format = "{named}"')
     raise UserError(
         f'{rows.origin}: no column "{config.label}" (classification), "{config.choices}" with "{config.answer}" '
         f'(choices) or "{config.completion}" (completion); columns present: {", ".join(rows.names) or "none"}; '
         "name yours with data.label, data.choices, data.answer or data.completion"
     )
+
+
+def _named_set(rows: Rows) -> str | None:
+    """A data set with a name that has rows with all these columns, where they are not those of a plain kind."""
+    from hfedmoe.data.known import KNOWN  # which is made of what is in here
+
+    if "messages" in rows.names or "conversations" in rows.names:
+        return "instructions"
+    found = [known for known in KNOWN.values() if known.kind == "choices" and set(known.columns) <= set(rows.names)]
+    return found[0].name if found else None
+
+
+def has_columns_of(kind: str, rows: Rows, config: DataConfig) -> bool:
+    """Whether a table has the columns that rows of a kind have beside the text."""
+    return {getattr(config, column) for column in KIND_COLUMNS[kind]} <= set(rows.names)
 
 
 def labels_of(rows: Rows, config: DataConfig) -> list[str]:

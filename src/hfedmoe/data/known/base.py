@@ -117,6 +117,10 @@ class KnownSet:
     words: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
 
+    def reads(self, rows: Rows) -> bool:
+        """Whether a table has the columns that its rows need; those of conversations have several ways."""
+        return self.kind == "completion" or set(self.columns) <= set(rows.names)
+
     def train_split(self, config: DataConfig) -> str:
         """The split to train on."""
         own = self.train if config.subset is None else self.subset_train or self.train

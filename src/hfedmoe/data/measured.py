@@ -1,0 +1,105 @@
+"""The rows of `hfedmoe evaluate` where they are not a run's own: of a data set known by name, or of a file."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from hfedmoe.config import DataConfig, RunConfig
+from hfedmoe.data.known import KNOWN, known_set
+from hfedmoe.data.rows import has_columns_of
+from hfedmoe.data.sources import read
+from hfedmoe.errors import UserError
+
+OF_NAMED_SETS = {"chat", "label_words", "max_tokens", "revision", "split", "subset", "template", "test", "test_rows"}
+"""Settings of `data` that mean something where the data set has a name, and so columns of its own."""
+
+
+def task_data(
+    task: str, config: RunConfig, limit: int | None = None, rows: Path | None = None, given: Collection[str] = ()
+) -> DataConfig:
+    """The data settings of `hfedmoe evaluate --task NAME[:SUBSET] --limit N --rows FILE --set data.KEY=VALUE`.
+
+    Args:
+        given: the keys of `--set`: of the config's data settings only these, its max_tokens and chat are taken.
+
+    Raises:
+        UserError: no data set has that name, there are no subsets to choose from, or a key is not for it.
+    """
+    name, _, subset = task.partition(":")
+    if name not in KNOWN:
+        raise UserError(f"--task {task}: not a data set known by name; known: {', '.join(KNOWN)}")
+    if subset and rows is not None:
+        raise UserError(
+            f"--task {task} with --rows: a file is measured whole; use --task {name} and a file that holds {subset}"
+        )
+    if subset and KNOWN[name].hub is None:
+        raise UserError(f"--task {task}: {name} has no subsets; use --task {name}")
+    strangers = sorted(set(given) - OF_NAMED_SETS)
+    if strangers:
+        raise UserError(
+            f"--set data.{strangers[0]}: {name} has columns and a source of its own; leave it out, or measure a file "
+            "by its columns with --rows alone"
+        )
+    own = config.data
+    split = own.split if "split" in given else own.test if "test" in given else None
+    changed: dict[str, object] = {key: getattr(own, key) for key in {*given, "max_tokens", "chat"} - {"split", "test"}}
+    changed |= {"source": name, "format": name, "test": split}
+    if rows is not None:
+        changed |= {"source": _local(rows), "split": split or _test_split(rows, KNOWN[name].test), "test": None}
+    if subset:
+        changed["subset"] = subset
+    if "test_rows" not in given or limit is not None:
+        changed["test_rows"] = limit
+    return DataConfig.model_validate(changed)
+
+
+def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Collection[str] = ()) -> DataConfig:
+    """The data settings of `hfedmoe evaluate --rows FILE --limit N --set data.KEY=VALUE`.
+
+    Columns and template are those of the config. So is the format, where the file has its columns; else the columns
+    tell.
+
+    Args:
+        given: the keys of `--set`.
+
+    Raises:
+        UserError: there is no such file or folder, or it cannot be read.
+    """
+    own = config.data
+    # A config that names no source means no data set by it, though the setting has a default.
+    known = known_set(own) if own.format != "auto" or "source" in own.model_fields_set else None
+    split = own.split if "split" in given else own.test if "test" in given else None
+    split = split or _test_split(rows, "test" if known is None else known.test)
+    format: str = own.format if known is None else known.name
+    changed: dict[str, object] = {"source": _local(rows), "test": None, "clients": None, "subset": None, "split": split}
+    if "format" not in given and format != "auto":
+        table = read(_local(rows), (), split)
+        fits = has_columns_of(format, table, own) if known is None else known.reads(table)
+        if not fits:
+            format = "auto"
+            # The words of other rows' labels would be errors here.
+            changed["label_words"] = own.label_words if "label_words" in given else None
+            changed["template"] = own.template if "template" in given else None
+    changed |= {"format": format, "test_rows": own.test_rows if limit is None and "test_rows" in given else limit}
+    return own.model_copy(update=changed)
+
+
+def _test_split(rows: Path, usual: str) -> str:
+    """The split for measuring in a folder written by `save_to_disk`; in others, and of files, the usual one."""
+    listed = rows.expanduser() / "dataset_dict.json"
+    if not listed.is_file():
+        return usual
+    try:
+        splits = json.loads(listed.read_text(encoding="utf-8")).get("splits", [])
+    except (OSError, ValueError, AttributeError):  # reading the rows says what is wrong with the folder
+        return usual
+    return next((name for name in (usual, "test") if name in splits), usual)
+
+
+def _local(rows: Path) -> str:
+    """A file, or a folder of which the test split is taken. Raises UserError if there is none: never a hub id."""
+    path = rows.expanduser()
+    if not path.exists():
+        raise UserError(f"--rows {rows}: no such file or folder")
+    # The name of a data set may be that of a folder as well.
+    return str(path.absolute() if path.is_dir() else path)
