@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,11 @@ def test_user_errors_are_one_line_and_exit_code_2(here, capfd):
         (["run", "--set", "model.nme=x"], "did you mean name?"),
         (["run", "--set", "train.lr"], "expected section.key=value"),
         (["run", "--set", "train.lr=-1"], "train.lr"),
+        (["run", "--set", "train.lr=inf"], "train.lr: "),
+        (["run", "--set", "method.beta=nan"], "method.beta: "),
+        (["run", "--out"], "`hfedmoe run --help` explains"),
+        (["rnu"], "Did you mean 'run'?; `hfedmoe --help`"),
+        (["evaluate", "tiny", "--task", "piqa", "--set", "data.text=question"], "--set data.text: piqa has columns"),
         (["run", "tiny", "--set", "model.name=nowhere/nothing", "--out", here / "a"], "model.name = nowhere/nothing"),
         (["run", "tiny", "--set", "data.source=nothing.csv", "--out", here / "b"], "nothing.csv"),
         (["run", "tiny", "--set", few, "--out", here / "c"], "needs at least 8"),
@@ -189,6 +195,53 @@ def test_an_interrupted_resume_can_be_resumed(finished, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "resume", interrupt)
     assert hfedmoe("resume", finished) == 2
     assert f"`hfedmoe resume {finished}` continues" in capsys.readouterr().err
+
+
+def test_an_interruption_anywhere_is_one_line(here, monkeypatch, capsys):
+    from hfedmoe import __main__
+    from hfedmoe.report import plan
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "plan_for", interrupt)
+    assert hfedmoe("plan", "tiny") == 2
+    assert capsys.readouterr().err == "interrupted\n"
+    monkeypatch.setattr(cli, "main", interrupt)  # as while it is imported
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_help_says_what_arguments_are(capsys):
+    assert hfedmoe("run", "--help") == 0
+    assert "A TOML file, or the name of a shipped one" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so_when_resumed(finished, capsys):
+    assert hfedmoe("resume", finished) == 0
+    assert "all 1 rounds are done" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(finished, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    settings = (copy / "config.toml").read_text()
+    assert "rank = 4" in settings
+    (copy / "config.toml").write_text(settings.replace("rank = 4", "rank = 8").replace("rounds = 1", "rounds = 2"))
+    assert hfedmoe("resume", copy) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "round-0001: does not fit the model (" in line
+
+
+def test_rows_of_another_kind_than_the_runs_are_told_by_their_columns(finished, tmp_path, capsys):
+    choices = {"prompt": "bank", "choices": ["oil rose", "trade fell"], "answer": 1}
+    rows = write(tmp_path / "rows.jsonl", (json.dumps(choices) + "\n") * 3)
+    assert hfedmoe("evaluate", finished, "--rows", rows, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["examples"] == 3
+    assert found["accuracy_norm"] is not None
 
 
 def test_resume_takes_a_name_that_would_be_a_pattern_for_what_it_is(here, capsys):

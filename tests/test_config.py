@@ -110,7 +110,7 @@ def test_unset_and_versions(tmp_path):
 
 def test_unreadable_files(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
-    for path, expected in ((tmp_path, "cannot be read"), (tmp_path / "binary.toml", "cannot be read")):
+    for path, expected in ((tmp_path, "is a folder; name a"), (tmp_path / "binary.toml", "not text in UTF-8")):
         with pytest.raises(UserError, match=expected):
             load_config(path)
 

@@ -58,3 +58,13 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
 def test_the_hub_is_asked_only_on_request():
     assert doctor.examine(hub=True).can_run["models and data sets from the hub"] is False
     assert "models and data sets from the hub" not in doctor.examine().can_run
+
+
+def test_a_command_beside_this_python_counts_as_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "bin" / "python"))
+    over_a_network = "a Flower federation over a network"
+    assert not doctor.examine().can_run[over_a_network]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "flower-superlink").touch()
+    assert doctor.examine().can_run[over_a_network]

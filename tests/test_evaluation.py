@@ -383,9 +383,34 @@ def test_evaluate_a_folder_of_splits(tmp_path, capsys):
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "piqa"))
     assert hfedmoe("evaluate", "tiny", "--task", "piqa", "--rows", tmp_path / "piqa") == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("on 2 rows")
+    datasets.DatasetDict(train=splits["train"], test=splits["validation"]).save_to_disk(str(tmp_path / "own"))
+    for given in ([], ["--set", "data.split=test"], ["--set", "data.test=test"]):
+        assert hfedmoe("evaluate", "tiny", "--task", "piqa", "--rows", tmp_path / "own", *given) == 0
+        assert capsys.readouterr().out.splitlines()[-1].endswith("on 2 rows")
+    assert hfedmoe("evaluate", "tiny", "--rows", tmp_path / "own", "--set", "data.source=piqa") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("on 2 rows")
     datasets.DatasetDict(train=splits["train"]).save_to_disk(str(tmp_path / "half"))
     assert hfedmoe("evaluate", "tiny", "--task", "piqa", "--rows", tmp_path / "half") == 2
     assert 'half: no split "validation"; it has train' in capsys.readouterr().err
+
+
+def test_settings_given_with_a_task_reach_it(capsys):
+    arguments = ["evaluate", "tiny", "--task", "piqa", "--rows", FIXTURES / "piqa.jsonl", "--json"]
+    losses = []
+    for given in ([], ["--set", "data.template=x{text}"]):
+        assert hfedmoe(*arguments, *given) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] != losses[1]
+    assert hfedmoe("evaluate", "tiny", "--task", "reuters-r8", "--set", 'data.label_words={nothing="x"}') == 2
+    assert 'no row has the label "nothing"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("piqa", "piqa"), ("instructions", "instructions"), ("hellaswag", "hellaswag")]
+)
+def test_rows_of_a_named_set_without_its_name_are_told_which(file, name, capsys):
+    assert hfedmoe("evaluate", "tiny", "--rows", FIXTURES / f"{file}.jsonl") == 2
+    assert f'looks like rows of {name}; say so with data.format = "{name}"' in capsys.readouterr().err
 
 
 def test_conversations_for_a_tokenizer_without_a_template(capsys):

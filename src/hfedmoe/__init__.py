@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Its retries of a hub that cannot be reached are many lines; the error that follows is one.
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 # Fast tokenizers warn about every fork after their first use, as in simulations; their threads gain nothing here.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

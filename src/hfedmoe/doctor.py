@@ -8,9 +8,11 @@ import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
 from hfedmoe import __version__, packaged
@@ -64,11 +66,16 @@ def examine(hub: bool = False) -> Report:
         "the built-in example (hfedmoe run)": report.fit and model,
         "models on a GPU": accelerator,
         "Flower simulations in parallel (Ray)": report.fit and parallel,
-        "a Flower federation over a network": report.fit and shutil.which("flower-superlink") is not None,
+        "a Flower federation over a network": report.fit and _has_command("flower-superlink"),
     }
     if hub:
         report.can_run["models and data sets from the hub"] = _hub(report)
     return report
+
+
+def _has_command(name: str) -> bool:
+    """Whether a command is on the path, or beside this Python: a virtual environment need not be activated."""
+    return shutil.which(name) is not None or (Path(sys.executable).parent / name).exists()
 
 
 def _packages(report: Report) -> None:

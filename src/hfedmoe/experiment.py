@@ -1,6 +1,7 @@
 """Run a federation on this machine from a configuration: the embedded default behind `hfedmoe run`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,10 +212,19 @@ def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
 
 def measure_checkpoint(prepared: Prepared, checkpoint: Checkpoint, watcher: Watcher) -> Metrics:
     """A checkpoint on all held-out rows. Raises UserError if it does not fit the model."""
-    try:
+    with _fitting(checkpoint):
         return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
+
+
+@contextmanager
+def _fitting(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raises UserError where the block finds that the checkpoint does not fit the model."""
+    try:
+        yield
     except ValueError as error:
-        raise UserError(f"{checkpoint.path}: does not fit the model ({error})") from None
+        raise UserError(
+            f"{checkpoint.path}: does not fit the model ({error}); a run's config.toml must stay as it was begun with"
+        ) from None
 
 
 def checkpoint_of(folder: RunFolder, which: str) -> Checkpoint:
@@ -245,6 +255,8 @@ def _run(
     if from_round is not None:
         checkpoint = folder.load_checkpoint(from_round)
         tensors = checkpoint.tensors
+        with _fitting(checkpoint):
+            put(model, tensors, [torch.ones(number, dtype=torch.bool) for number in model.num_experts])
         restore_contexts(grid, _to_bytes(checkpoint.clients or {}))
     server = Server(
         config=config,

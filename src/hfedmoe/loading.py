@@ -260,7 +260,7 @@ def explain(config: ModelConfig, error: Exception) -> str:
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
     return (
         f"model.name = {config.name}: neither packaged ({known}) nor a local folder, and the hub did not give it"
-        f"{offline}: {text}"
+        f"{offline}: {text.rstrip('.')}; check the name, or download the model and name its folder"
     )
 
 

@@ -281,4 +281,4 @@ def test_few_held_out_rows_leave_none_to_watch(federation: Make, tmp_path: Path)
     run.run()
     assert run.server.round == 1
     assert not run.server.watches
-    assert [score.examples for score in run.server.keeper.scores] == [4, 4]
+    assert [len(run.prepared.task.test), len(run.prepared.watch)] == [4, 0]

@@ -28,7 +28,13 @@ def test_a_number_too_high_and_one_given_twice_are_left_out() -> None:
 def test_too_few_clients_at_the_start_stop_the_run() -> None:
     run = Federation(None, tiny_config(*QUICK, "federation.min_clients=4"))
     run.devices[1].number = 0
-    with pytest.raises(UserError, match="3 of 4 clients connected"):
+    with pytest.raises(UserError, match=r"3 of 4 clients connected .* raise federation.connect_timeout_s"):
+        run.run()
+
+
+def test_too_little_time_for_an_answer_is_not_blamed_on_connecting() -> None:
+    run = Federation(None, tiny_config(*QUICK, "federation.timeout_s=1e-9"))
+    with pytest.raises(UserError, match=r"0 of 4 clients connected .* within 1e-09 s.* raise federation.timeout_s"):
         run.run()
 
 

@@ -85,7 +85,7 @@ def test_asking_for_what_is_not_there(run):
     run.save_checkpoint(1, tensors(1), {})
     with pytest.raises(UserError, match="no checkpoint of round 7; there are rounds 1"):
         run.load_checkpoint(7)
-    with pytest.raises(UserError, match="has a score"):
+    with pytest.raises(UserError, match="no undamaged checkpoint has a score; use --checkpoint last"):
         run.load_checkpoint("best")
 
 
@@ -169,3 +169,14 @@ def test_rewind_drops_what_is_later(run):
 def test_rewind_of_a_run_without_records_does_nothing(run):
     run.rewind(0)
     assert sorted(p.name for p in run.path.iterdir()) == [".lock", "config.toml"]
+
+
+@pytest.mark.parametrize("harm", [cut, flip, lose_tensors, lose_state])
+def test_a_damaged_best_checkpoint_is_passed_over_with_a_warning(run, harm, caplog):
+    run.save_checkpoint(1, tensors(1), {}, score=0.1)
+    harm(run.save_checkpoint(2, tensors(2), {}, score=0.2))
+    assert run.load_checkpoint("best").round == 1
+    assert "round-0002 is damaged" in caplog.text
+    harm(run.path / "checkpoints/round-0001")
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        run.load_checkpoint("best")

@@ -21,7 +21,14 @@ class EvaluationConfig(Section):
     """When and how the global model is measured."""
 
     every: Annotated[int, Field(ge=0, description="rounds between evaluations on all held-out rows; 0: ends only")] = 0
-    watch_rows: Annotated[int, Field(ge=0, description="held-out rows measured after every round; 0: none")] = 64
+    watch_rows: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="held-out rows measured after every round, beside those of the final figures: at most a fifth "
+            "of what is held out, where that is little; 0: none",
+        ),
+    ] = 64
     batch_size: Annotated[int, Field(ge=1, description="rows per forward pass")] = 32
     scoring: Annotated[
         Literal["auto", "first_token", "loglikelihood"],

@@ -25,8 +25,12 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: cannot be read ({error})") from None
+    except IsADirectoryError:
+        raise UserError(f"config {path}: is a folder; name a TOML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config {path}: is not text in UTF-8; save it as that") from None
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
     return config_from_text(text, f"config {path}", overrides)
 
 

@@ -118,10 +118,11 @@ class Server:
                 continue
             members[about.client] = Member(answer.node, about, 0)
         if len(members) < settings.min_clients:
+            tight = "timeout_s" if settings.timeout_s < settings.connect_timeout_s else "connect_timeout_s"
             raise UserError(
-                f"{len(members)} of {self.config.clients.count} clients connected within "
-                f"{settings.connect_timeout_s:g} s, fewer than federation.min_clients = {settings.min_clients}; "
-                "start more clients or raise federation.connect_timeout_s"
+                f"{len(members)} of {self.config.clients.count} clients connected and said who they are within "
+                f"{getattr(settings, tight):g} s, fewer than federation.min_clients = {settings.min_clients}; "
+                f"start more clients or raise federation.{tight}"
             )
         for position, client in enumerate(sorted(members)):
             members[client].position = position

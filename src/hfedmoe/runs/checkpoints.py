@@ -183,8 +183,8 @@ def read(root: Path, which: Which) -> Checkpoint:
             return _load(read_manifest(path))
         except Damaged as damage:
             logger.warning("%s is damaged (%s); trying the one before", path, damage)
-    if which == "best":
-        raise UserError(f"{root}: no undamaged checkpoint has a score; ask for the last one instead")
+    if which == "best" and any(manifest.score is None for manifest in in_full_size(root)):
+        raise UserError(f"{root}: no undamaged checkpoint has a score; use --checkpoint last, or the number of a round")
     raise UserError(f"{root}: every checkpoint is damaged; start the run again with `hfedmoe run`")
 
 
@@ -210,7 +210,12 @@ def read_manifest(folder: Path) -> Manifest:
 def _candidates(root: Path, which: Literal["last", "best"]) -> list[Path]:
     if which == "last":
         return [folder_of(root, round) for round in reversed(saved_rounds(root))]
-    found = in_full_size(root)
+    found = []
+    for round in saved_rounds(root):
+        try:
+            found.append(read_manifest(folder_of(root, round)))
+        except Damaged as damage:
+            logger.warning("%s is damaged (%s) and passed over", folder_of(root, round), damage)
     order = []
     while best := best_of(found):
         found.remove(best)

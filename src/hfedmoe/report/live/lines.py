@@ -32,7 +32,12 @@ class Lines(Tracker):
         history: Sequence[Score] = (),
     ) -> None:
         super().start(title, num_rounds, first_round, clients, history)
-        self.write(f"{title}: rounds {first_round} to {num_rounds}, {len(clients)} clients")
+        work = (
+            f"rounds {first_round} to {num_rounds}"
+            if first_round <= num_rounds
+            else f"all {num_rounds} rounds are done"
+        )
+        self.write(f"{title}: {work}, {len(clients)} clients")
         for line in clients if len(clients) <= MANY else ():
             self.write(f"  {line.name}: {line.examples} examples, budget {budget(line)} experts")
         if len(clients) > MANY:
