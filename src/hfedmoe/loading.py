@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
 from hfedmoe.moe.families import UNSUPPORTED
+from hfedmoe.moe.head import keep_head_one_product
 from hfedmoe.packaged import smollm2_folder
 
 PACKAGED = {
@@ -86,6 +87,7 @@ def load(config: ModelConfig, seed: int, carve: bool = False) -> Loaded:
         if folder is not None:
             return carving.open_model(config, folder)
     loaded = _whole(config, seed)
+    keep_head_one_product(loaded.model)
     if config.expert_dtype != "same":
         loaded.store = carving.store_experts(loaded.model, config)
     return loaded

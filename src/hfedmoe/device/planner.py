@@ -30,10 +30,14 @@ PARQUET_BYTES = 56 << 20
 """Libraries that read Parquet, where the data are packaged, on the hub or in such a file; measured in the same way."""
 QUANTISER_BYTES = 44 << 20
 """bitsandbytes, where experts are stored in 8 or 4 bit."""
-RECEIVED_COPIES = 2
-"""The server's message is in memory while the client trains: the blob, and the tensors read from it."""
+ATTENTION_LORA_BYTES = 106 << 20
+"""PEFT, which is imported for LoRA on the attention only."""
+CODE_BYTES = 112 << 20
+"""Code that oneDNN makes for 16-bit products and keeps, after some tens of steps; `hfedmoe` limits how much."""
+RECEIVED_COPIES = 1
+"""The server's message is in memory while the client trains: the blob, of which the tensors are views."""
 UPDATE_COPIES = 3
-"""Afterwards the update is: rows taken from the model, their bytes one by one, and the blob."""
+"""Afterwards the update is: rows taken from the model, the blob, and what a carrier makes of it."""
 _BYTES_OF_FACTS = 1024
 _VECTORS = 3
 
@@ -135,6 +139,10 @@ class Planner:
             return known
         if workload.expert_dtype in ("8bit", "4bit"):
             known += QUANTISER_BYTES
+        if workload.attention:
+            known += ATTENTION_LORA_BYTES
+        if workload.torch_dtype.itemsize == 2 and not workload.compute_float32:
+            known += CODE_BYTES
         plain = (".jsonl", ".json", ".csv", ".tsv")
         sources = self.config.data.clients or [self.config.data.source]
         return known + (0 if all(source.endswith(plain) for source in sources) else PARQUET_BYTES)

@@ -101,11 +101,12 @@ class _CastProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         blocks = _blocks(ctx.weight)
-        parts = grads[0].split([len(block) for block in blocks], dim=-1)
+        rows = grads[0].reshape(-1, ctx.weight.shape[0])  # two dimensions: parts of three would go sample by sample
+        parts = rows.split([len(block) for block in blocks], dim=1)
         out = parts[0] @ blocks[0].float()
         for part, block in zip(parts[1:], blocks[1:], strict=True):
-            out += part @ block.float()
-        return out, None
+            out.addmm_(part, block.float())
+        return out.view(*grads[0].shape[:-1], -1), None
 
 
 def _blocks(weight: Tensor) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from hfedmoe.moe.anatomy import MoELayer, find_moe_layers
 from hfedmoe.moe.attention import add_attention_lora
 from hfedmoe.moe.dispatch import keep_eager
 from hfedmoe.moe.experts import ExpertState, attach
+from hfedmoe.moe.head import keep_head_one_product
 from hfedmoe.moe.residency import carve, mask, reside
 from hfedmoe.moe.routing import LayerRouting
 from hfedmoe.moe.store import ExpertStore
@@ -69,6 +70,7 @@ class MoEModel:
         self.routing = [LayerRouting(state) for state in self.states]
         for layer in self.layers:
             keep_eager(layer.block)
+        keep_head_one_product(model)
         self.attention = add_attention_lora(model, rank, alpha, seed, freeze_a) if attention else {}
         """LoRA on the attention, A and B by their travelling names; those that are trained are in `shared`."""
         self.shared = {name: tensor for name, tensor in self.attention.items() if tensor.requires_grad}
