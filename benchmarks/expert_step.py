@@ -11,6 +11,7 @@ AdamW, whose time is measured apart. What is trained:
 * `frozen X`: one attention matrix of the stock model; `full X`: the stock model's experts themselves.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,9 @@ def measure(
 
     from hfedmoe.device.allocator import keep_freed_memory
 
+    if not variant.startswith("ours"):
+        # hfedmoe limits what oneDNN keeps of its code; others make other code and have oneDNN's own limit.
+        os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
     transformers.utils.logging.disable_progress_bar()
     keep_freed_memory()  # as `hfedmoe run` does; here for all variants alike
     cell = Cell(experts, top_k, tokens, dtype, share)
