@@ -394,6 +394,18 @@ def test_evaluate_a_folder_of_splits(tmp_path, capsys):
     assert 'half: no split "validation"; it has train' in capsys.readouterr().err
 
 
+def test_rows_without_the_columns_of_conversations_are_told_by_their_own(tmp_path, capsys):
+    config = tmp_path / "talks.toml"
+    config.write_text('[data]\nformat = "instructions"\nchat = "plain"\n', encoding="utf-8")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "bank,a\noil,b\n" * 3, encoding="utf-8")
+    assert hfedmoe("evaluate", "tiny", "--rows", rows, "--config", config, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] is not None
+    talks = ["--rows", FIXTURES / "instructions-alpaca.jsonl", "--config", config, "--json"]
+    assert hfedmoe("evaluate", "tiny", *talks) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] is None
+
+
 def test_settings_given_with_a_task_reach_it(capsys):
     arguments = ["evaluate", "tiny", "--task", "piqa", "--rows", FIXTURES / "piqa.jsonl", "--json"]
     losses = []

@@ -152,7 +152,9 @@ def plan(
         return
     settings = _load(config, overrides)
     if model is not None:
-        changed = settings.model.model_copy(update={"name": model, "revision": None, "upcycle": None})
+        changed = settings.model.model_copy(update={"name": model, "upcycle": None})
+        if not any(text.strip().startswith("model.revision") for text in overrides or []):
+            changed = changed.model_copy(update={"revision": None})  # that of the config's own model
         settings = settings.model_copy(update={"model": changed})
     from hfedmoe.report.plan import plan_for, to_json
     from hfedmoe.report.plan_text import as_text

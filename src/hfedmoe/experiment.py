@@ -140,7 +140,7 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
         )
     dtype = getattr(torch, config.model.dtype)
     try:
-        if wants_float32(config.model.compute, device_of(config.model.device), dtype):
+        if wants_float32(config.model.compute, device_of(config.model.device), dtype, here=True):
             compute_in_float32(model)
         wrapped = MoEModel(
             model,

@@ -1,5 +1,7 @@
 """Memory limits that the operating system enforces: on real processes, and on made-up control group trees."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hfedmoe.device import launcher
 from hfedmoe.device.cgroups import MemoryGroup, memory_groups
 from hfedmoe.device.limits import LimitedRun, main, run_limited, why_no_cgroup
 
@@ -132,6 +135,21 @@ def test_an_interrupt_takes_the_command_along(how: str, tmp_path: Path) -> None:
         assert process.wait(20) != 0
     assert not alive(int(pids.read_text()))
     assert leaves_nothing(before)
+
+
+def test_an_interrupt_before_the_command_is_there_still_ends_it() -> None:
+    for delay in range(0, 60, 4):
+        reading, writing = os.pipe()
+        order = {"command": ["sleep", "20"], "group": None, "limit_bytes": 100 * MB, "timeout_s": None}
+        command = [sys.executable, "-I", "-S", launcher.__file__, json.dumps(order | {"report": writing})]
+        start = time.monotonic()
+        with subprocess.Popen(command, pass_fds=[writing], start_new_session=True) as process:
+            os.close(writing)
+            time.sleep(delay / 1000)
+            process.terminate()
+            process.wait(timeout=10)
+        assert time.monotonic() - start < 10
+        os.close(reading)
 
 
 @both_ways

@@ -25,6 +25,10 @@ def test_only_the_node_itself_allows_code_of_a_checkpoint(said: dict[str, bool |
         apps._device(context(**said))
 
 
+def test_in_a_simulation_the_runs_own_setting_is_enough() -> None:
+    assert apps._device(context(**{"num-partitions": 1})).config.model.trust_remote_code
+
+
 def test_a_node_that_allows_it_takes_part_and_its_note_is_of_this_run() -> None:
     device = apps._device(context(**{"trust-remote-code": True}))
     assert device.config.model.trust_remote_code

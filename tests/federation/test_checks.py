@@ -88,5 +88,6 @@ def test_updates_are_checked(lie: dict[str, Any], reason: str) -> None:
         return checks.update(message(train_reply(update)), flags, {"shared.x": torch.ones(1)}, work)
 
     assert checked(honest).examples == 10
+    assert checked(replace(honest, usage=[torch.zeros(2)], tokens=[torch.tensor([4.0, 6.0])])).steps == 1
     with pytest.raises(InvalidReplyError, match=reason):
         checked(replace(honest, **lie))

@@ -102,10 +102,10 @@ def test_processors_say_what_they_multiply(machine, flags, dtype, expected, monk
 
 @pytest.mark.parametrize(("capability", "multiplies"), [(None, True), ((7, 5), False), ((8, 0), True)])
 def test_accelerators_multiply_16_bit_from_ampere_on(capability, multiplies, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert compact.multiplies_16_bit(torch.device("cuda"), torch.bfloat16) is multiplies
-    assert compact.wants_float32("auto", torch.device("cuda"), torch.bfloat16) is not multiplies
+    here = capability is not None
+    assert compact.multiplies_16_bit(torch.device("cuda"), torch.bfloat16, here) is multiplies
+    assert compact.wants_float32("auto", torch.device("cuda"), torch.bfloat16, here) is not multiplies
 
 
 def test_float16_is_for_storage():

@@ -97,6 +97,15 @@ def test_shares_sum_to_one_also_where_experts_are_looked_up_by_token() -> None:
     model.watch(Batch(x["attention_mask"]))
     model.model(**x)
     assert any(routing.layer.fixed_routing for routing in model.routing)
+    fixed = next(routing for routing in model.routing if routing.layer.fixed_routing)
+    for name, table in fixed.layer.router.named_buffers():
+        if not table.is_floating_point():
+            table.zero_()  # as transformers begins: every token is bound to expert 0, twice
+            assert name
+    model.watch(Batch(x["attention_mask"]))
+    model.model(**x)
+    assert fixed.evidence is not None
+    assert (fixed.evidence.g[:, 0] == 1).all()
     for routing in model.routing:
         assert routing.evidence is not None
         torch.testing.assert_close(routing.evidence.g.sum(1), torch.ones(len(routing.evidence.g)))

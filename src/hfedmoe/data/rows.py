@@ -58,9 +58,7 @@ def _named_set(rows: Rows) -> str | None:
     """A data set with a name that has rows with all these columns, where they are not those of a plain kind."""
     from hfedmoe.data.known import KNOWN  # which is made of what is in here
 
-    if "messages" in rows.names or "conversations" in rows.names:
-        return "instructions"
-    found = [known for known in KNOWN.values() if known.kind == "choices" and set(known.columns) <= set(rows.names)]
+    found = [known for known in KNOWN.values() if known.kind != "classification" and known.reads(rows)]
     return found[0].name if found else None
 
 

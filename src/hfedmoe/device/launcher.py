@@ -19,7 +19,7 @@ def launch(order: dict[str, Any]) -> None:
     """The launcher: put a forked process under the limit, let it become the command, report how it ended."""
     folder = order["group"] and Path(order["group"])
     os.set_inheritable(order["report"], False)
-    timed_out = False
+    timed_out = interrupted = False
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until there is somebody to pass it on to
     pid = os.fork()
     if pid == 0:
@@ -27,18 +27,21 @@ def launch(order: dict[str, Any]) -> None:
         _become(order["command"], folder, order["limit_bytes"])
 
     def stop(number: int, _: object) -> None:
-        nonlocal timed_out
-        timed_out = timed_out or number == signal.SIGALRM
+        nonlocal timed_out, interrupted
+        if number == signal.SIGTERM:
+            interrupted = True
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
+        timed_out = timed_out or not interrupted
         kill_all(folder, pid)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGALRM, stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     with contextlib.suppress(PermissionError):  # it has done so itself, and is the command by now
         os.setpgid(pid, pid)
+    # Timers go off again and again: the first time the forked process may not be in its control group yet.
     if order["timeout_s"] is not None:
-        # Again and again: the first time the forked process may not be in its group yet.
         signal.setitimer(signal.ITIMER_REAL, max(order["timeout_s"], 1e-3), _AGAIN_S)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _, status, usage = os.wait4(pid, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
     kill_all(folder, pid)

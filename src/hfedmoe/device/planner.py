@@ -141,7 +141,7 @@ class Planner:
             known += QUANTISER_BYTES
         if workload.attention:
             known += ATTENTION_LORA_BYTES
-        if workload.torch_dtype.itemsize == 2 and not workload.compute_float32:
+        if workload.device == "cpu" and workload.torch_dtype.itemsize == 2 and not workload.compute_float32:
             known += CODE_BYTES
         plain = (".jsonl", ".json", ".csv", ".tsv")
         sources = self.config.data.clients or [self.config.data.source]

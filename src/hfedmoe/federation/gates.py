@@ -40,19 +40,21 @@ class GateFold:
             if number:
                 own = self._rows.setdefault(name, RowAverage(number))
                 own.add(tensor[:number], torch.arange(number), rows[layer], checked=True)
-            if number < len(tensor):
-                whole.add(tensor[number:], alphas[layer], update.examples)
+            rest = tensor[number:] if number else tensor
+            if rest.numel():
+                whole.add(rest, alphas[layer], update.examples)
 
     def result(self, previous: dict[str, Tensor]) -> dict[str, Tensor]:
         """The new tensors; what nobody's update counts for keeps its value bit for bit."""
         new = {}
         for name, whole in self._whole.items():
             before, rows = previous[name], self._rows.get(name)
-            number = 0 if rows is None else rows.num_rows
-            parts = [] if rows is None else [rows.result(before[:number])]
-            if number < len(before):
-                parts.append(whole.result(before[number:]))
-            new[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if rows is None:
+                new[name] = whole.result(before)
+                continue
+            by_row = rows.result(before[: rows.num_rows])
+            rest = before[rows.num_rows :]
+            new[name] = torch.cat([by_row, whole.result(rest)]) if rest.numel() else by_row
         return new
 
 

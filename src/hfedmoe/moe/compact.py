@@ -19,12 +19,15 @@ BLOCK_ELEMENTS = 1 << 22
 """Weights cast at once: 16 MB in float32. A vocabulary's head is far larger than any other matrix."""
 
 
-def multiplies_16_bit(device: torch.device, dtype: torch.dtype) -> bool:
+def multiplies_16_bit(device: torch.device, dtype: torch.dtype, here: bool = False) -> bool:
     """Whether the device has instructions for products in `dtype`; processors say so.
 
-    CUDA has them for bfloat16 from compute capability 8 on. Of a card that is not here (planned for) that is assumed.
+    CUDA has them for bfloat16 from compute capability 8 on, which is assumed of a card that is only planned for.
+
+    Args:
+        here: the device is one of this machine.
     """
-    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.is_available():
+    if here and device.type == "cuda" and dtype == torch.bfloat16:
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu" or dtype == torch.float32:
         return True
@@ -38,12 +41,12 @@ def multiplies_16_bit(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(wanted & flags)
 
 
-def wants_float32(compute: str, device: torch.device, dtype: torch.dtype) -> bool:
+def wants_float32(compute: str, device: torch.device, dtype: torch.dtype, here: bool = False) -> bool:
     """What `model.compute` ("auto", "float32" or "same") means for weights of this precision on this device.
 
     "auto" never computes in float16: the gradients of a low-rank pair whose other half is still small vanish in it.
     """
-    slow = dtype == torch.float16 or not multiplies_16_bit(device, dtype)
+    slow = dtype == torch.float16 or not multiplies_16_bit(device, dtype, here)
     return compute == "float32" or (compute == "auto" and slow)
 
 

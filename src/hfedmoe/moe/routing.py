@@ -161,7 +161,8 @@ class LayerRouting:
     def _shares(self, index: Tensor) -> Tensor:
         """[T, E]: an equal share for each expert that a token is bound to."""
         shares = torch.zeros(index.shape[0], self.layer.num_experts, device=index.device)
-        return shares.scatter_(1, index, 1 / index.shape[1])
+        # Added up: a table may name an expert twice.
+        return shares.scatter_add_(1, index, torch.full(index.shape, 1 / index.shape[1], device=index.device))
 
     def _watch_gradient(self, weights: Tensor, keep: Tensor) -> None:
         evidence, index, present, values = self.evidence, self._index, self.resident(), weights.detach().float()

@@ -1,6 +1,6 @@
 """What is known about a data set, and one of its rows."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -100,6 +100,7 @@ class KnownSet:
         subset: its configuration on the hub, unless `data.subset` says otherwise.
         train: its training split; `subset_train`: that of a subset which was asked for.
         test: its split for measuring.
+        has_columns: whether a table has what a row needs, where there are several ways; None: all of `columns`.
         labels: sorted (classification); `words` holds what the model says, where that is not the label itself.
     """
 
@@ -116,10 +117,13 @@ class KnownSet:
     labels: tuple[str, ...] = ()
     words: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
+    has_columns: Callable[[Collection[str]], bool] | None = None
 
     def reads(self, rows: Rows) -> bool:
-        """Whether a table has the columns that its rows need; those of conversations have several ways."""
-        return self.kind == "completion" or set(self.columns) <= set(rows.names)
+        """Whether a table has the columns that its rows need."""
+        if self.has_columns is not None:
+            return self.has_columns(rows.names)
+        return set(self.columns) <= set(rows.names)
 
     def train_split(self, config: DataConfig) -> str:
         """The split to train on."""

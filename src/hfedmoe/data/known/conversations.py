@@ -1,5 +1,6 @@
 """Instruction data: every answer of the assistant is an example, with what came before it as the prompt."""
 
+from collections.abc import Collection
 from typing import Any
 
 from hfedmoe.data.chat import Message, plain_prompt
@@ -43,6 +44,12 @@ def _examples(row: Row, wording: Wording) -> list[Example]:
             asked = messages[end - 1][1]
             examples.append(Example(asked, completion=content, messages=tuple(messages[: end + 1])))
     return examples
+
+
+def _has_conversation(names: Collection[str]) -> bool:
+    """Whether a table with these columns may hold conversations."""
+    asked = any(asks in names and any(name in names for name in answers) for asks, _, answers in REQUESTS)
+    return asked or any(column in names for column in TURNS)
 
 
 def _messages(row: Row) -> tuple[str, list[Message]]:
@@ -92,6 +99,7 @@ INSTRUCTIONS = KnownSet(
     hub="HuggingFaceTB/smoltalk",
     subset="everyday-conversations",
     columns=TURNS,
+    has_columns=_has_conversation,
     optional=("instruction", "input", "context", "output", "response", "prompt", "completion"),
     examples=_examples,
     template="{text}\n\nAssistant:",
