@@ -1,5 +1,8 @@
 """What a device lets the server's configuration do to it."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 from flwr.app import Context, RecordDict
 
@@ -19,13 +22,16 @@ def context(**node: bool | float | str) -> Context:
     )
 
 
-@pytest.mark.parametrize("said", [{}, {"trust-remote-code": False}, {"trust-remote-code": "yes"}])
+@pytest.mark.parametrize(
+    "said", [{}, {"num-partitions": 2}, {"trust-remote-code": False}, {"trust-remote-code": "yes"}]
+)
 def test_only_the_node_itself_allows_code_of_a_checkpoint(said: dict[str, bool | str]) -> None:
     with pytest.raises(UserError, match=r"code that is shipped with tiny .*--node-config \"... trust-remote-code=true"):
         apps._device(context(**said))
 
 
-def test_in_a_simulation_the_runs_own_setting_is_enough() -> None:
+def test_in_a_simulation_the_runs_own_setting_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     assert apps._device(context(**{"num-partitions": 1})).config.model.trust_remote_code
 
 

@@ -14,6 +14,7 @@ Code that is shipped with a checkpoint runs on a node only if that says `trust-r
 
 import functools
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,19 @@ def _prepared(document: str) -> Prepared:
     return prepare(RunConfig.model_validate_json(document), Silent(), carve=True)
 
 
+def _is_simulated() -> bool:
+    """Whether this is a worker of Flower's simulation engine, both sides of which one user starts.
+
+    Not told by the node's configuration: what the engine writes there, many write for real nodes as well.
+    """
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
 def _device(context: Context) -> Device:
     config = config_of(context)
     number = _number(context, config)
-    simulated = "num-partitions" in context.node_config  # by Flower's simulation engine: one user starts both sides
-    if config.model.trust_remote_code and not simulated and context.node_config.get(TRUST) is not True:
+    if config.model.trust_remote_code and not _is_simulated() and context.node_config.get(TRUST) is not True:
         raise UserError(
             f"the run wants to execute code that is shipped with {config.model.name} (model.trust_remote_code); only "
             f'this node can allow that: start it with --node-config "... {TRUST}=true"'
