@@ -14,6 +14,7 @@ from hfedmoe.federation import checks
 from hfedmoe.federation.fold import Fold
 from hfedmoe.federation.inprocess import InProcessGrid
 from hfedmoe.federation.messages import Update, train_reply
+from hfedmoe.moe.payload import layer_of
 
 
 def global_tensors(layers: int, experts: int, hidden: int, inner: int, rank: int, lora: str) -> dict[str, Tensor]:
@@ -41,7 +42,7 @@ def update_with(tensors: dict[str, Tensor], trained: list[Tensor], draws: torch.
     """An update in which the experts of `trained`, flags [E] for each layer, have random rows."""
     sent = {}
     for name, tensor in tensors.items():
-        rows = int(trained[int(name.split(".")[1])].sum()) if name.startswith("experts.") else len(tensor)
+        rows = int(trained[layer_of(name)].sum()) if name.startswith("experts.") else len(tensor)
         sent[name] = torch.empty(rows, *tensor.shape[1:]).uniform_(-1, 1, generator=draws)
     uniform = [torch.full((len(flags),), 1 / len(flags)) for flags in trained]
     tokens = [torch.full((len(flags),), 100.0) for flags in trained]

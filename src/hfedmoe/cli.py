@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         code = app(args=arguments, prog_name="hfedmoe", standalone_mode=False)
         if code == TYPERS_INTERRUPTED:
-            _say("interrupted")
-            code = INTERRUPTED
+            raise KeyboardInterrupt
     except UserError as error:
         _say(f"error: {' '.join(str(error).split())}")
         code = 2
@@ -153,7 +152,7 @@ def plan(
     settings = _load(config, overrides)
     if model is not None:
         changed = settings.model.model_copy(update={"name": model, "upcycle": None})
-        if not any(text.strip().startswith("model.revision") for text in overrides or []):
+        if "model.revision" not in _keys(overrides):
             changed = changed.model_copy(update={"revision": None})  # that of the config's own model
         settings = settings.model_copy(update={"model": changed})
     from hfedmoe.report.plan import plan_for, to_json
@@ -227,7 +226,7 @@ def evaluate(
     if task is None and rows is None and limit is not None:
         raise UserError("--limit: goes with --task or --rows; a config has data.test_rows")
     elsewhere = task is not None or rows is not None
-    if of_run and overrides and not (elsewhere and all(text.strip().startswith("data.") for text in overrides)):
+    if of_run and overrides and not (elsewhere and all(key.startswith("data.") for key in _keys(overrides))):
         raise UserError("--set: a run keeps its own settings; only data.* can change, with --task or --rows")
     from hfedmoe import baseline, experiment
     from hfedmoe.config import load_config
@@ -242,8 +241,7 @@ def evaluate(
                 settings = load_config(Path(target) / "config.toml" if of_run else None, overrides)
             else:
                 settings = _load(config, overrides)
-            keys = (text.partition("=")[0].strip().split(".") for text in overrides or [])
-            given = {key[1] for key in keys if key[0] == "data" and len(key) > 1}
+            given = {key.split(".")[1] for key in _keys(overrides) if key.startswith("data.")}
             if task is not None:
                 data = task_data(task, settings, limit, rows, given)
             else:
@@ -322,6 +320,11 @@ def _load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
     elif str(config) in NAMES and not config.exists():
         config = shipped_config(str(config))
     return load_config(config, overrides)
+
+
+def _keys(overrides: list[str] | None) -> list[str]:
+    """The keys that `--set` names."""
+    return [text.partition("=")[0].strip() for text in overrides or []]
 
 
 @contextmanager

@@ -29,8 +29,7 @@ from hfedmoe.loading import Loaded, device_of, load
 from hfedmoe.moe.anatomy import UnsupportedModelError
 from hfedmoe.moe.compact import compute_in_float32, wants_float32
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.payload import global_tensors
-from hfedmoe.moe.payload import load as put
+from hfedmoe.moe.payload import global_tensors, load_all
 from hfedmoe.moe.shards import CheckpointError
 from hfedmoe.moe.store import ExpertStore
 from hfedmoe.places import with_absolute_paths
@@ -62,9 +61,8 @@ class Prepared:
 
     def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
         """The model with these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""
-        everything = [torch.ones(number, dtype=torch.bool) for number in self.model.num_experts]
         self.model.set_resident(None)
-        put(self.model, tensors, everything)
+        load_all(self.model, tensors)
         settings = self.config.evaluation
         rows = self.task.test if kind == "all" else self.watch
         return evaluate(self.model.model, rows, self.encoder, settings.batch_size, settings.scoring, on_batch)
@@ -212,12 +210,12 @@ def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
 
 def measure_checkpoint(prepared: Prepared, checkpoint: Checkpoint, watcher: Watcher) -> Metrics:
     """A checkpoint on all held-out rows. Raises UserError if it does not fit the model."""
-    with _fitting(checkpoint):
+    with fitting(checkpoint):
         return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
 
 
 @contextmanager
-def _fitting(checkpoint: Checkpoint) -> Iterator[None]:
+def fitting(checkpoint: Checkpoint) -> Iterator[None]:
     """Raises UserError where the block finds that the checkpoint does not fit the model."""
     try:
         yield
@@ -255,8 +253,8 @@ def _run(
     if from_round is not None:
         checkpoint = folder.load_checkpoint(from_round)
         tensors = checkpoint.tensors
-        with _fitting(checkpoint):
-            put(model, tensors, [torch.ones(number, dtype=torch.bool) for number in model.num_experts])
+        with fitting(checkpoint):
+            load_all(model, tensors)
         restore_contexts(grid, _to_bytes(checkpoint.clients or {}))
     server = Server(
         config=config,

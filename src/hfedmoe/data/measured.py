@@ -41,7 +41,7 @@ def task_data(
             "by its columns with --rows alone"
         )
     own = config.data
-    split = own.split if "split" in given else own.test if "test" in given else None
+    split = _given_split(own, given)
     changed: dict[str, object] = {key: getattr(own, key) for key in {*given, "max_tokens", "chat"} - {"split", "test"}}
     changed |= {"source": name, "format": name, "test": split}
     if rows is not None:
@@ -68,8 +68,7 @@ def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Co
     own = config.data
     # A config that names no source means no data set by it, though the setting has a default.
     known = known_set(own) if own.format != "auto" or "source" in own.model_fields_set else None
-    split = own.split if "split" in given else own.test if "test" in given else None
-    split = split or _test_split(rows, "test" if known is None else known.test)
+    split = _given_split(own, given) or _test_split(rows, "test" if known is None else known.test)
     format: str = own.format if known is None else known.name
     changed: dict[str, object] = {"source": _local(rows), "test": None, "clients": None, "subset": None, "split": split}
     if "format" not in given and format != "auto":
@@ -82,6 +81,11 @@ def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Co
             changed["template"] = own.template if "template" in given else None
     changed |= {"format": format, "test_rows": own.test_rows if limit is None and "test_rows" in given else limit}
     return own.model_copy(update=changed)
+
+
+def _given_split(own: DataConfig, given: Collection[str]) -> str | None:
+    """The split to measure, where `--set` names one."""
+    return own.split if "split" in given else own.test if "test" in given else None
 
 
 def _test_split(rows: Path, usual: str) -> str:

@@ -39,13 +39,12 @@ def kind_of(rows: Rows, config: DataConfig) -> str:
     """The kind of task: `data.format`, or by the columns that the table has. Raises UserError if none fits."""
     if config.format != "auto":
         return config.format
-    present = set(rows.names)
-    has_text = config.text in present or (config.text == "text" and "prompt" in present)
-    for kind, columns in KIND_COLUMNS.items():
-        if {getattr(config, column) for column in columns} <= present and (has_text or not _named_set(rows)):
-            return kind
     named = _named_set(rows)
-    if named:
+    has_text = config.text in rows.names or (config.text == "text" and "prompt" in rows.names)
+    kind = next((kind for kind in KIND_COLUMNS if has_columns_of(kind, rows, config)), None)
+    if kind is not None and (has_text or named is None):
+        return kind
+    if named is not None:
         raise UserError(f'{rows.origin}: looks like rows of {named}; say so with data.format = "{named}"')
     raise UserError(
         f'{rows.origin}: no column "{config.label}" (classification), "{config.choices}" with "{config.answer}" '

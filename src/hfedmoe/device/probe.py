@@ -1,6 +1,7 @@
 """What this machine offers to this process: memory, and what sets its limit; speed, measured in under a second."""
 
 import os
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,8 +81,6 @@ def _groups(proc: Path = _PROC) -> list[tuple[int, str]]:
 
 def _resource_limits(proc: Path = _PROC) -> list[tuple[int, str]]:
     """RLIMIT_DATA and RLIMIT_AS where they are set, less address space that is reserved and not in use."""
-    import resource
-
     found = []
     for name, counted in (("RLIMIT_DATA", "VmData"), ("RLIMIT_AS", "VmSize")):
         soft = resource.getrlimit(getattr(resource, name))[0]

@@ -12,7 +12,7 @@ import torch
 
 from hfedmoe.config import ModelConfig, RunConfig
 from hfedmoe.errors import UserError
-from hfedmoe.experiment import checkpoint_of, wrap
+from hfedmoe.experiment import checkpoint_of, fitting, wrap
 from hfedmoe.export.adapter import check_adaptable, save_adapter
 from hfedmoe.export.card import BASE, Export, card
 from hfedmoe.export.folder import check_free, writing, written_whole
@@ -21,7 +21,7 @@ from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuabl
 from hfedmoe.loading import PACKAGED, Loaded, load, source_of
 from hfedmoe.moe.anatomy import text_config
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.payload import load as put
+from hfedmoe.moe.payload import load_all
 from hfedmoe.runs import Checkpoint, RunFolder
 from hfedmoe.upcycling import write_mixtral
 
@@ -145,10 +145,8 @@ def _made_here(model: ModelConfig) -> bool:
 def _trained(job: _Job) -> MoEModel:
     """The model with the trained tensors of the checkpoint in it."""
     model = wrap(job.loaded.model, job.config, job.loaded.store)
-    try:
-        put(model, job.checkpoint.tensors, [torch.ones(number, dtype=torch.bool) for number in model.num_experts])
-    except ValueError as error:
-        raise UserError(f"{job.checkpoint.path}: does not fit the model ({error})") from None
+    with fitting(job.checkpoint):
+        load_all(model, job.checkpoint.tensors)
     return model
 
 

@@ -19,6 +19,7 @@ from hfedmoe.federation.messages import (
     unpack_bits,
 )
 from hfedmoe.federation.trouble import OUT_OF_MEMORY, OUT_OF_TIME
+from hfedmoe.moe.payload import layer_of
 
 MAX_EXAMPLES = 10**9
 MAX_NAME = 80
@@ -112,7 +113,7 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], wo
         if bool((did & ~had).any()):
             raise InvalidReplyError(f"says it trained experts of layer {layer} that it was not given")
     expected = {
-        name: (torch.Size([int(trained[_layer(name)].sum()), *tensor.shape[1:]]), tensor.dtype)
+        name: (torch.Size([int(trained[layer_of(name)].sum()), *tensor.shape[1:]]), tensor.dtype)
         if name.startswith("experts.")
         else (tensor.shape, tensor.dtype)
         for name, tensor in like.items()
@@ -179,10 +180,6 @@ def _check_vectors(vectors: dict[str, list[Tensor]], pairs: list[int]) -> None:
     tokens = [float(part.sum()) for part in vectors["tokens"]]
     if any(total > most for total, most in zip(tokens, pairs, strict=True)):
         raise InvalidReplyError("says that it saw more tokens than its steps can have had")
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".")[1])
 
 
 def _whole(facts: ConfigRecord, key: str, low: int, high: int) -> int:

@@ -24,7 +24,7 @@ from hfedmoe.federation.trouble import OUT_OF_MEMORY, Trouble, smaller
 from hfedmoe.history import ClientHistory
 from hfedmoe.method.selection import select
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.payload import extract, load
+from hfedmoe.moe.payload import extract, load, load_all
 from hfedmoe.seeds import generator
 from hfedmoe.training import bootstrap, train
 
@@ -139,9 +139,8 @@ class Device:
         return self.model.store is not None and not self.model.masked
 
     def _bootstrap(self, history: ClientHistory) -> None:
-        everything = [torch.ones(number, dtype=torch.bool) for number in self.model.num_experts]
         if self.initial is not None:
-            load(self.model, self.initial, everything)
+            load_all(self.model, self.initial)
         if not self._streams:
             self.model.set_resident(None)
         method, seed, size = self.config.method, self.config.seed, self.config.train.batch_size

@@ -15,6 +15,7 @@ from hfedmoe.method.aggregation import (
     expert_weights,
 )
 from hfedmoe.moe.attention import A, B
+from hfedmoe.moe.payload import layer_of
 
 PAIRS = (("up_a", "up_b"), ("down_a", "down_b"))
 
@@ -76,7 +77,7 @@ class Fold:
             weight = torch.cat([weights[layer] for layer in self._layers])[trained]
             self._experts.add({name: update.tensors[name] for name in self._stacks}, trained, weight, checked=True)
         for (a, b), products in self._products.items():
-            layer = int(a.split(".")[1])
+            layer = layer_of(a)
             index = update.trained[layer].nonzero()[:, 0]
             products.add(update.tensors[a], update.tensors[b], index, weights[layer][index])
         for (a, b), products in self._shared_products.items():

@@ -9,6 +9,7 @@ from torch import Tensor
 from hfedmoe.config import MethodConfig
 from hfedmoe.federation.messages import Update
 from hfedmoe.method.aggregation import MeanAverage, RowAverage, gate_alpha_numerator, gate_row_weights
+from hfedmoe.moe.payload import layer_of
 
 
 class GateFold:
@@ -35,7 +36,7 @@ class GateFold:
             weigh_rows = partial(gate_row_weights, tau=self._method.tau)
             rows = over_layers(weigh_rows, update.usage, update.importance, update.trained)
         for name, whole in self._whole.items():
-            tensor, layer = update.tensors[name], int(name.split(".")[1])
+            tensor, layer = update.tensors[name], layer_of(name)
             number = _num_rows(tensor, len(rows[layer])) if rows else 0
             if number:
                 own = self._rows.setdefault(name, RowAverage(number))

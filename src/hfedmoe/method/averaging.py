@@ -174,7 +174,7 @@ class RowAverage:
     def add(self, rows: Tensor, index: Tensor, weight: Tensor, checked: bool = False) -> None:
         """Fold in some rows [n, ...] of one client, in any order; arguments and errors as `StacksAverage.add`."""
         if not checked:
-            check_rows(self._stacks.num_rows, index, weight)
+            check_rows(self.num_rows, index, weight)
         if not _ascends(index) and len(rows) == len(index):
             order = index.argsort()
             rows, index, weight = rows[order], index[order], weight[order]

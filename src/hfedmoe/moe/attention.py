@@ -1,6 +1,5 @@
 """LoRA on the attention: PEFT's, on every linear map of it."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from hfedmoe.moe.anatomy import UnsupportedModelError
 from hfedmoe.moe.compact import CompactLinear
+from hfedmoe.moe.trained import fresh_a
 
 A, B = ".lora_A.", ".lora_B."
 """In the names of the two factors: A [R, in] and B [out, R]."""
@@ -48,8 +48,7 @@ def add_attention_lora(model: Any, rank: int, alpha: float, seed: int, freeze_a:
     for name, factor in factors.items():
         factor.data = factor.data.float()  # PEFT casts its inputs; in 16 bit, small updates would be lost
         if A in name:
-            bound = 1 / math.sqrt(factor.shape[1])  # as PEFT draws it (Kaiming, a = sqrt 5)
-            factor.data.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
+            factor.data.copy_(fresh_a(tuple(factor.shape), generator))
         factor.requires_grad_(not (freeze_a and A in name))
     return {f"shared.{name}": factor for name, factor in factors.items()}
 

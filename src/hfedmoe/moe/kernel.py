@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from hfedmoe.moe.base import ExpertBase
 from hfedmoe.moe.gate import Gate
-from hfedmoe.moe.grouped import add_product, are_large, outer, product, write_product
+from hfedmoe.moe.grouped import add_product, are_large, makes_code, outer, product, write_product
 from hfedmoe.moe.grouping import Groups
 
 LORA = ("up_a", "up_b", "down_a", "down_b")
@@ -123,7 +123,7 @@ def _thin_dtype(x: Tensor) -> torch.dtype:
     For each product in 16 bit a processor makes code for its number of rows, which differs from batch to batch: that
     takes longer than a thin product in float32.
     """
-    return torch.float32 if x.dtype.itemsize == 2 and x.device.type == "cpu" else x.dtype
+    return torch.float32 if makes_code(x) else x.dtype
 
 
 class _Trained:

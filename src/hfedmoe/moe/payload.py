@@ -12,6 +12,11 @@ from hfedmoe.moe.experts import ExpertState
 from hfedmoe.moe.model import MoEModel
 
 
+def layer_of(name: str) -> int:
+    """The MoE layer of a travelling tensor `experts.{layer}.*` or `router.{layer}.*`."""
+    return int(name.split(".")[1])
+
+
 def expert_shapes(model: MoEModel) -> dict[str, tuple[int, ...]]:
     """Shape [E, ...] of every trained expert tensor, over all experts of its layer (also in a carved model)."""
     return {
@@ -81,11 +86,16 @@ def load(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> N
             stack.index_copy_(0, rows, packed[f"experts.{state.layer.index}.{name}"].to(stack))
 
 
+def load_all(model: MoEModel, packed: dict[str, Tensor]) -> None:
+    """As `load`, over all experts: the other way round of `global_tensors`. Raises ValueError as `load`."""
+    load(model, packed, [torch.ones(number, dtype=torch.bool) for number in model.num_experts])
+
+
 def expected_shapes(model: MoEModel, experts: list[Tensor]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that travels when the rows of `experts` (bool [E] per layer) do."""
     shapes = {name: tuple(tensor.shape) for name, tensor in whole_tensors(model).items()}
     for name, shape in expert_shapes(model).items():
-        shapes[name] = (int(experts[int(name.split(".")[1])].sum()), *shape[1:])
+        shapes[name] = (int(experts[layer_of(name)].sum()), *shape[1:])
     return shapes
 
 

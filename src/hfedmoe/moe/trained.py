@@ -68,6 +68,12 @@ def _rows(stack: Tensor, experts: Tensor) -> Tensor:
     return stack.transpose(1, 2).index_select(0, experts).transpose(1, 2)
 
 
+def fresh_a(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A of fresh LoRA pairs [..., R, in] as PEFT draws it (Kaiming, a = sqrt 5): float32, on the processor."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
 def lora_experts(
     num_experts: int,
     up_shape: tuple[int, int],
@@ -92,9 +98,7 @@ def lora_experts(
     generator = torch.Generator().manual_seed(seed)
     stacks: dict[str, Tensor] = {}
     for side, (rows, columns) in (("up", up_shape), ("down", down_shape)):
-        bound = 1 / math.sqrt(columns)
-        a = torch.empty(num_experts, rank, columns).uniform_(-bound, bound, generator=generator)
-        stacks[f"{side}_a"] = a.to(device)
+        stacks[f"{side}_a"] = fresh_a((num_experts, rank, columns), generator).to(device)
         stacks[f"{side}_b"] = torch.zeros(num_experts, rank, rows, device=device).transpose(1, 2)
     fixed = ("up_a", "down_a") if freeze_a else ()
     return TrainedExperts({name: stacks[name] for name in LORA}, alpha / rank, fixed)

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -146,12 +146,15 @@ def drop_after(root: Path, last: int) -> None:
             discard(folder_of(root, round))
 
 
-def in_full_size(root: Path) -> list[Manifest]:
-    """The checkpoints that look undamaged without reading their tensors, in order."""
+def in_full_size(root: Path, warn: bool = False) -> list[Manifest]:
+    """The checkpoints that look undamaged without reading their tensors, in order; `warn`: of those that do not."""
     found = []
     for round in saved_rounds(root):
-        with suppress(Damaged):
+        try:
             found.append(read_manifest(folder_of(root, round)))
+        except Damaged as damage:
+            if warn:
+                logger.warning("%s is damaged (%s) and passed over", folder_of(root, round), damage)
     return found
 
 
@@ -210,12 +213,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _candidates(root: Path, which: Literal["last", "best"]) -> list[Path]:
     if which == "last":
         return [folder_of(root, round) for round in reversed(saved_rounds(root))]
-    found = []
-    for round in saved_rounds(root):
-        try:
-            found.append(read_manifest(folder_of(root, round)))
-        except Damaged as damage:
-            logger.warning("%s is damaged (%s) and passed over", folder_of(root, round), damage)
+    found = in_full_size(root, warn=True)
     order = []
     while best := best_of(found):
         found.remove(best)
