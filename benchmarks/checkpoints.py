@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, OlmoeConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from hfedmoe.packaged import smollm2_folder
+from hfedmoe.models.packaged import smollm2_folder
 
 
 def olmoe_1b_7b() -> OlmoeConfig:

@@ -19,12 +19,12 @@ def measure(experts: int, top_k: int, tokens: int, dtype: str, seconds: float) -
     import torch
 
     from hfedmoe.device.allocator import keep_freed_memory
-    from hfedmoe.moe.base import base_of
     from hfedmoe.moe.compact import wants_float32
-    from hfedmoe.moe.gate import Gate
-    from hfedmoe.moe.grouping import group_pairs
-    from hfedmoe.moe.kernel import ExpertMath, experts_forward
-    from hfedmoe.moe.trained import lora_experts
+    from hfedmoe.moe.experts.activation import Gate
+    from hfedmoe.moe.experts.base import base_of
+    from hfedmoe.moe.experts.groups import group_pairs
+    from hfedmoe.moe.experts.kernel import ExpertMath, experts_forward
+    from hfedmoe.moe.experts.trained import lora_experts
 
     keep_freed_memory()
     torch.manual_seed(0)

@@ -103,8 +103,8 @@ def _carved(folder: str, cell: Cell, experts: str) -> tuple[Any, list[Any]]:
     import torch
     from transformers import AutoModelForCausalLM, OlmoeConfig
 
-    from hfedmoe.moe.shards import Shards
-    from hfedmoe.moe.skeleton import empty_model, fill
+    from hfedmoe.moe.weights.shards import Shards
+    from hfedmoe.moe.weights.skeleton import empty_model, fill
 
     dtype = getattr(torch, cell.dtype)
     config = OlmoeConfig.from_pretrained(folder, num_experts_per_tok=cell.top_k)

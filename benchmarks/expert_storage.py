@@ -44,11 +44,11 @@ class Stack:
     def __init__(self, storage: str) -> None:
         import torch
 
-        from hfedmoe.moe.base import SeparateBase
-        from hfedmoe.moe.gate import Gate
-        from hfedmoe.moe.kernel import ExpertMath
-        from hfedmoe.moe.storage import Stored, StoredWeights, relative_error, store_as
-        from hfedmoe.moe.trained import lora_experts
+        from hfedmoe.moe.experts.activation import Gate
+        from hfedmoe.moe.experts.base import SeparateBase
+        from hfedmoe.moe.experts.kernel import ExpertMath
+        from hfedmoe.moe.experts.quantised import Stored, StoredWeights, relative_error, store_as
+        from hfedmoe.moe.experts.trained import lora_experts
 
         up_shape, down_shape = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
         generator = torch.Generator().manual_seed(0)
@@ -79,8 +79,8 @@ class Stack:
         """What the layers add to their input, [tokens, HIDDEN]."""
         import torch
 
-        from hfedmoe.moe.grouping import group_pairs
-        from hfedmoe.moe.kernel import experts_forward
+        from hfedmoe.moe.experts.groups import group_pairs
+        from hfedmoe.moe.experts.kernel import experts_forward
 
         generator = torch.Generator().manual_seed(1)
         x = start = torch.randn(tokens, HIDDEN, generator=generator)
@@ -168,8 +168,8 @@ def language_losses() -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hfedmoe.data.sources import read
-    from hfedmoe.moe.storage import store_as
-    from hfedmoe.packaged import smollm2_folder
+    from hfedmoe.models.packaged import smollm2_folder
+    from hfedmoe.moe.experts.quantised import store_as
 
     folder = smollm2_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -10,11 +10,11 @@ from flwr.app import Message
 from torch import Tensor
 
 from hfedmoe.config import MethodConfig
-from hfedmoe.federation import checks
-from hfedmoe.federation.fold import Fold
-from hfedmoe.federation.inprocess import InProcessGrid
-from hfedmoe.federation.messages import Update, train_reply
 from hfedmoe.moe.payload import layer_of
+from hfedmoe.server.fold import Fold
+from hfedmoe.wire import checks
+from hfedmoe.wire.inprocess import InProcessGrid
+from hfedmoe.wire.messages import Update, train_reply
 
 
 def global_tensors(layers: int, experts: int, hidden: int, inner: int, rank: int, lora: str) -> dict[str, Tensor]:

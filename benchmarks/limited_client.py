@@ -19,19 +19,20 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 from torch import Tensor
 
-from hfedmoe.budgeting import budgets_in_experts
-from hfedmoe.carving import checkpoint_folder, open_model
+from hfedmoe.client.app import client_app
+from hfedmoe.client.device import Device
 from hfedmoe.config import RunConfig, load_config
+from hfedmoe.device.budgets import budgets_in_experts
 from hfedmoe.device.limits import LimitedRun, run_limited
 from hfedmoe.device.peak import peak_process_bytes
-from hfedmoe.experiment import prepare, wrap
-from hfedmoe.federation import checks
-from hfedmoe.federation.client import client_app
-from hfedmoe.federation.device import Device
-from hfedmoe.federation.inprocess import InProcessGrid
-from hfedmoe.federation.messages import DESCRIBE, PLAN, TRAIN, Update, facts_of, record, train_request
+from hfedmoe.events import Silent
+from hfedmoe.models.carved import checkpoint_folder, open_model
+from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.payload import global_tensors, pack
-from hfedmoe.report.live import Silent
+from hfedmoe.prepare import prepare
+from hfedmoe.wire import checks
+from hfedmoe.wire.inprocess import InProcessGrid
+from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, Update, facts_of, record, train_request
 
 PATIENCE_S = 900.0
 STOP = "stop"

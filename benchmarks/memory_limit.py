@@ -16,7 +16,7 @@ from benchmarks.checkpoints import olmoe_1b_7b, write
 from benchmarks.common import parser, report
 from benchmarks.limited_client import Round, one_round
 from hfedmoe.config import load_config
-from hfedmoe.device.budgets import in_experts, is_count, parse_bytes
+from hfedmoe.config.budgets import in_experts, is_count, parse_bytes
 from hfedmoe.device.planner import Planner
 
 CLIENT = """

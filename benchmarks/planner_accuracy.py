@@ -184,14 +184,14 @@ def client(folder: Path, case: Case, residents: list[int]) -> dict[str, Any]:
     """What a device does in its first round, from opening the checkpoint to packing the update."""
     import torch
 
+    from hfedmoe.client.app import client_app
+    from hfedmoe.client.device import Device
     from hfedmoe.device.peak import peak_process_bytes
-    from hfedmoe.experiment import prepare
-    from hfedmoe.federation.client import client_app
-    from hfedmoe.federation.device import Device
-    from hfedmoe.federation.inprocess import InProcessGrid
-    from hfedmoe.federation.messages import TRAIN, facts_of, train_request, unpack_bits
+    from hfedmoe.events import Silent
     from hfedmoe.moe.payload import expected_shapes
-    from hfedmoe.report.live import Silent
+    from hfedmoe.prepare import prepare
+    from hfedmoe.wire.inprocess import InProcessGrid
+    from hfedmoe.wire.messages import TRAIN, facts_of, train_request, unpack_bits
 
     config = _config(folder, case)
     prepared = prepare(config, Silent(), carve=True)

@@ -32,15 +32,20 @@ from transformers import OlmoeConfig
 from benchmarks import checkpoints
 from benchmarks.common import in_own_process, parser, report
 from benchmarks.folding import fold_rows, fold_summary, global_tensors, update_with
-from hfedmoe import experiment
+from hfedmoe import prepare, simulation
+from hfedmoe.client import app as client
+from hfedmoe.client import device
 from hfedmoe.config import load_config
 from hfedmoe.device.peak import peak_process_bytes
-from hfedmoe.evaluation import Metrics
-from hfedmoe.federation import checks, client, device, server
-from hfedmoe.federation.fold import Fold
-from hfedmoe.federation.inprocess import InProcessGrid
-from hfedmoe.federation.keeper import Keeper
-from hfedmoe.federation.messages import (
+from hfedmoe.events import Silent
+from hfedmoe.runs import RunFolder
+from hfedmoe.server import server
+from hfedmoe.server.evaluation import Metrics
+from hfedmoe.server.fold import Fold
+from hfedmoe.server.keeper import Keeper
+from hfedmoe.wire import checks
+from hfedmoe.wire.inprocess import InProcessGrid
+from hfedmoe.wire.messages import (
     DESCRIBE,
     PLAN,
     Description,
@@ -52,15 +57,13 @@ from hfedmoe.federation.messages import (
     train_reply,
     unpack_bits,
 )
-from hfedmoe.report.live import Silent
-from hfedmoe.runs import RunFolder
 
 # (where it is looked up, name, phase): a phase's time is without that of the phases called within it
 TIMED = [
     (device, "train", "training"),
     (device, "bootstrap", "first pass"),
-    (experiment, "evaluate", "evaluation"),
-    (experiment, "load_all", "client set-up"),
+    (prepare, "evaluate", "evaluation"),
+    (prepare, "load_all", "client set-up"),
     (device, "load", "client set-up"),
     (device, "load_all", "client set-up"),
     (device, "extract", "packing"),
@@ -152,7 +155,7 @@ def rounds_of(quick: bool) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, watch.watching():
         checkpoints.write(shape, Path(folder) / "model", torch.float32)
         config = load_config(None, [f"model.name={folder}/model", *settings])
-        experiment.run(config, Path(folder) / "run", rounds)
+        simulation.run(config, Path(folder) / "run", rounds)
     return rounds.rows
 
 
@@ -211,7 +214,7 @@ def registered(clients: int, per_round: int) -> dict[str, Any]:
         settings += ["partition.scheme=iid", "partition.min_rows=1", f"clients.count={clients}"]
         settings += [f"federation.clients_per_round={per_round}", "federation.rounds=3", "train.steps=1"]
         started = time.perf_counter()
-        run = experiment.run(load_config(None, settings), Path(folder) / "run", Silent())
+        run = simulation.run(load_config(None, settings), Path(folder) / "run", Silent())
         seconds = time.perf_counter() - started
         lines = RunFolder.open(run).read_rounds()[1:]
         return {

@@ -7,3 +7,26 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from hfedmoe.events import Watcher
+    from tests.federation import Federation
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> "Callable[..., Federation]":
+    """Makes a tiny federation with overrides; its run folder is `tmp_path / "run"`."""
+    from hfedmoe.runs import RunFolder
+    from tests.federation import Federation, tiny_config
+
+    def make(*overrides: str, watcher: "Watcher | None" = None) -> Federation:
+        config = tiny_config(*overrides)
+        return Federation(RunFolder.create(tmp_path / "run", config), config, watcher)
+
+    return make

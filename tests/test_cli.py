@@ -120,12 +120,12 @@ def test_user_errors_are_one_line_and_exit_code_2(here, capfd):
 
 
 def test_unexpected_errors_keep_their_traceback(here, monkeypatch):
-    from hfedmoe import experiment
+    from hfedmoe import simulation
 
     def broken(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(experiment, "run", broken)
+    monkeypatch.setattr(simulation, "run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["run", "tiny"])
 
@@ -175,9 +175,9 @@ def interrupted(config, out, watcher):
 
 
 def test_an_interrupted_run_tells_how_to_resume(here, monkeypatch, capsys):
-    from hfedmoe import experiment
+    from hfedmoe import simulation
 
-    monkeypatch.setattr(experiment, "run", interrupted)
+    monkeypatch.setattr(simulation, "run", interrupted)
     assert hfedmoe("run", "tiny", "--out", "my run") == 2
     assert capsys.readouterr().err == "interrupted; `hfedmoe resume 'my run'` continues\n"
     for suffix in ("", "-2"):  # without --out the folder is a new one every time
@@ -187,12 +187,12 @@ def test_an_interrupted_run_tells_how_to_resume(here, monkeypatch, capsys):
 
 
 def test_an_interrupted_resume_can_be_resumed(finished, monkeypatch, capsys):
-    from hfedmoe import experiment
+    from hfedmoe import simulation
 
     def interrupt(path, watcher):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "resume", interrupt)
+    monkeypatch.setattr(simulation, "resume", interrupt)
     assert hfedmoe("resume", finished) == 2
     assert f"`hfedmoe resume {finished}` continues" in capsys.readouterr().err
 

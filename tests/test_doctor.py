@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from hfedmoe import doctor, packaged
+from hfedmoe import doctor
+from hfedmoe.models import packaged
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hfedmoe.federation.keeper import Keeper
-from hfedmoe.report.live import ClientLine, Live
+from hfedmoe.events import ClientLine
+from hfedmoe.report.live import Live
 from hfedmoe.runs import RunFolder
+from hfedmoe.server.keeper import Keeper
 
 
 def main(run: Path, picture: Path) -> None:

@@ -103,21 +103,21 @@ def run(
 
         typer.echo(config_toml(settings), nl=False)
         return
-    from hfedmoe import experiment
+    from hfedmoe import simulation
     from hfedmoe.report.live import Live
 
     with _resumable(out, settings.name), Live() as live:
-        experiment.run(settings, out, live)
+        simulation.run(settings, out, live)
 
 
 @app.command()
 def resume(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the run.")]) -> None:
     """Continue a run that was interrupted."""
-    from hfedmoe import experiment
+    from hfedmoe import simulation
     from hfedmoe.report.live import Live
 
     with _resumable(folder, folder.name), Live() as live:
-        experiment.resume(folder, live)
+        simulation.resume(folder, live)
 
 
 @app.command()
@@ -145,7 +145,7 @@ def plan(
 ) -> None:
     """Show which devices could take part, with how many experts, in what memory and time. Loads no weights."""
     if presets:
-        from hfedmoe.report import presets as listed
+        from hfedmoe.report import device_presets as listed
 
         typer.echo(listed.to_json() if as_json else listed.as_text())
         return
@@ -172,7 +172,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the MoE anatomy of a model: layers, experts, routers, and bytes by kind. Loads no weights."""
-    from hfedmoe.report.anatomy import anatomy_of, as_text, to_json
+    from hfedmoe.report.inspection import anatomy_of, as_text, to_json
 
     anatomy = anatomy_of(model, upcycle_experts, upcycle_top_k)
     typer.echo(to_json(anatomy) if as_json else as_text(anatomy))
@@ -228,11 +228,12 @@ def evaluate(
     elsewhere = task is not None or rows is not None
     if of_run and overrides and not (elsewhere and all(key.startswith("data.") for key in _keys(overrides))):
         raise UserError("--set: a run keeps its own settings; only data.* can change, with --task or --rows")
-    from hfedmoe import baseline, experiment
+    from hfedmoe import measure
     from hfedmoe.config import load_config
     from hfedmoe.data.measured import rows_data, task_data
-    from hfedmoe.report.live import Live, Silent
-    from hfedmoe.report.scores import as_text, to_json
+    from hfedmoe.events import Silent
+    from hfedmoe.report.live import Live
+    from hfedmoe.report.metrics import as_text, to_json
 
     with nullcontext(Silent()) if as_json else Live() as live:
         if elsewhere:
@@ -247,13 +248,13 @@ def evaluate(
             else:
                 data = rows_data(rows, settings, limit, given)  # type: ignore[arg-type]
             if of_run:
-                metrics = baseline.evaluate_run_on(Path(target), checkpoint or "best", data, live)
+                metrics = measure.evaluate_run_on(Path(target), checkpoint or "best", data, live)
             else:
-                metrics = baseline.evaluate_model_on(target, data, settings, live)
+                metrics = measure.evaluate_model_on(target, data, settings, live)
         elif of_run:
-            metrics = experiment.evaluate_run(Path(target), checkpoint or "best", live)
+            metrics = measure.evaluate_run(Path(target), checkpoint or "best", live)
         else:
-            metrics = baseline.evaluate_model(target, _load(config, overrides), live)
+            metrics = measure.evaluate_model(target, _load(config, overrides), live)
     typer.echo(to_json(metrics) if as_json else as_text(metrics))
 
 
@@ -291,7 +292,7 @@ def upcycle(
     seed: Annotated[int, typer.Option(min=0, help="Of the fresh routers.")] = 0,
 ) -> None:
     """Turn a dense model into a Mixtral checkpoint with equal experts."""
-    from hfedmoe.upcycling import upcycle_to_folder
+    from hfedmoe.export.mixtral import upcycle_to_folder
 
     upcycle_to_folder(dense, out, experts, top_k, dtype, seed)
     typer.echo(f"{out}: {experts} experts per layer, top-{top_k}; `hfedmoe inspect {shlex.quote(str(out))}` shows it")
@@ -313,7 +314,7 @@ def doctor(
 def _load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
     """The settings of a config file, of a shipped config by name, or of the built-in example."""
     from hfedmoe.config import load_config
-    from hfedmoe.shipped import NAMES, shipped_config
+    from hfedmoe.config.builtin import NAMES, shipped_config
 
     if config is None:
         config = shipped_config("demo")

@@ -15,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from hfedmoe import __version__, packaged
+from hfedmoe import __version__
+from hfedmoe.models import packaged
 
 HUB_TIMEOUT_S = 5.0
 ENOUGH_DISK = 2 * 10**9

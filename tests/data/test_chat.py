@@ -13,8 +13,8 @@ from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.rows import Example
 from hfedmoe.data.tasks import load_test
 from hfedmoe.errors import UserError
-from hfedmoe.evaluation import evaluate
-from hfedmoe.packaged import smollm2_folder
+from hfedmoe.models.packaged import smollm2_folder
+from hfedmoe.server.evaluation import evaluate
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

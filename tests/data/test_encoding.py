@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.tasks import Example, Task
 from hfedmoe.errors import UserError
-from hfedmoe.tiny import tiny_tokenizer
+from hfedmoe.models.tiny import tiny_tokenizer
 
 CORPUS = ["News: one two three four five six\nTopic: acq earn grain money-fx", "money market trade acquired (yes) 1 2"]
 CHOICES = ("acq", "earn", "money-fx")

@@ -15,9 +15,9 @@ from hfedmoe.data.known import KNOWN
 from hfedmoe.data.partition import partition
 from hfedmoe.data.tasks import load_task, load_test
 from hfedmoe.errors import UserError
-from hfedmoe.experiment import run
-from hfedmoe.packaged import smollm2_folder
-from hfedmoe.report.live import Silent
+from hfedmoe.events import Silent
+from hfedmoe.models.packaged import smollm2_folder
+from hfedmoe.simulation import run
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FILES = {name: FIXTURES / f"{name}.{'tab' if name.startswith('reuters') else 'jsonl'}" for name in KNOWN}

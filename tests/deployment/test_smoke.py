@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hfedmoe.experiment import run
-from hfedmoe.report.live import Silent
+from hfedmoe.events import Silent
+from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 from hfedmoe.runs import RunFolder
 from hfedmoe.runs.settings import run_config_toml
-from hfedmoe.tiny import tiny_model, tiny_tokenizer
+from hfedmoe.simulation import run
 from tests.deployment.harness import deployment
-from tests.federation.conftest import tiny_config
+from tests.federation import tiny_config
 
 APP = Path(__file__).parents[2] / "examples" / "flower"
 

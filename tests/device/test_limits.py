@@ -274,7 +274,8 @@ def test_a_limit_inside_a_limit() -> None:
 HELD = """
 import torch
 from hfedmoe.device.limits import hold_process_to
-from hfedmoe.federation.trouble import OUT_OF_MEMORY, Trouble, attempt
+from hfedmoe.wire.trouble import OUT_OF_MEMORY, Trouble
+from hfedmoe.client.trouble import attempt
 
 assert hold_process_to(600 << 20)
 kept = attempt(lambda: torch.ones(50 << 20, dtype=torch.uint8))

@@ -18,7 +18,7 @@ from hfedmoe.device.rehearsal import Rehearsed
 from hfedmoe.device.trace import Timeline
 from hfedmoe.device.weights import Tensors, blob_bytes
 from hfedmoe.device.workload import Workload
-from hfedmoe.moe.storage import stored_bytes
+from hfedmoe.moe.experts.quantised import stored_bytes
 
 H, I, E, L, V = 64, 96, 4, 2, 500  # noqa: E741
 TOP_K, RANK = 2, 8

@@ -8,10 +8,10 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from hfedmoe.data.encoding import Batch
+from hfedmoe.data.losses import answer_loss
 from hfedmoe.device.rehearsal import rehearse
 from hfedmoe.device.trace import Trace
 from hfedmoe.device.workload import Workload
-from hfedmoe.losses import answer_loss
 from hfedmoe.moe.model import MoEModel
 from tests.families.table import config_of
 

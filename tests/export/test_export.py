@@ -24,11 +24,11 @@ from hfedmoe.config import (
     RunConfig,
     TrainConfig,
 )
-from hfedmoe.experiment import wrap
 from hfedmoe.export.card import Export, card
 from hfedmoe.export.provenance import data_name, hub_data_set, origin
-from hfedmoe.export.usage import Loading, loading_code
-from hfedmoe.loading import load
+from hfedmoe.export.snippet import Loading, loading_code
+from hfedmoe.models.loading import load
+from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
 from hfedmoe.runs import RunFolder

@@ -53,7 +53,7 @@ def results(tmp_path_factory):
         base = root / f"{family}-base"
         stock = fresh(family, **CHANGES.get(family, {}))
         if family == "upcycled":
-            from hfedmoe.upcycling import write_mixtral
+            from hfedmoe.export.mixtral import write_mixtral
 
             base.mkdir()
             write_mixtral(stock, base)

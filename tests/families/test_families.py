@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from hfedmoe.export.merged import merge, save
 from hfedmoe.moe.anatomy import find_moe_layers
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.shards import Shards
-from hfedmoe.moe.skeleton import empty_model, fill
-from hfedmoe.moe.tokens import Batch
+from hfedmoe.moe.routing.tokens import TokenMasks
+from hfedmoe.moe.weights.shards import Shards
+from hfedmoe.moe.weights.skeleton import empty_model, fill
 from tests.families.table import FAMILIES, build, inputs
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
@@ -274,10 +274,10 @@ def indices_of(model: MoEModel) -> list[list[Tensor]]:
     return seen
 
 
-def batch_of(x: dict[str, Tensor]) -> Batch:
+def batch_of(x: dict[str, Tensor]) -> TokenMasks:
     if "decoder_input_ids" in x:
-        return Batch(torch.ones_like(x["decoder_input_ids"]), x["attention_mask"])
-    return Batch(x["attention_mask"])
+        return TokenMasks(torch.ones_like(x["decoder_input_ids"]), x["attention_mask"])
+    return TokenMasks(x["attention_mask"])
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hfedmoe.moe import payload
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.shards import CheckpointError, Shards
-from hfedmoe.moe.skeleton import empty_model, fill
-from hfedmoe.moe.tokens import Batch
+from hfedmoe.moe.routing.tokens import TokenMasks
+from hfedmoe.moe.weights.shards import CheckpointError, Shards
+from hfedmoe.moe.weights.skeleton import empty_model, fill
 from tests.families.table import CORE, FAMILIES, build, inputs
 
 CPU = torch.device("cpu")
@@ -93,9 +93,9 @@ def test_streaming_shows_what_the_whole_model_shows(family, tmp_path):
     whole = MoEModel(saved(family, tmp_path))
     carved = opened(tmp_path)
     batch = inputs(whole.model)
-    watched = Batch(batch["attention_mask"])
+    watched = TokenMasks(batch["attention_mask"])
     if whole.config.is_encoder_decoder:
-        watched = Batch(torch.ones_like(batch["decoder_input_ids"]), batch["attention_mask"])
+        watched = TokenMasks(torch.ones_like(batch["decoder_input_ids"]), batch["attention_mask"])
     held = []
     read = carved.store.source.read
     carved.store.source.read = lambda *key: (held.append(len(carved.store)), read(*key))[1]
@@ -218,8 +218,8 @@ import json, sys, torch
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.shards import Shards
-from hfedmoe.moe.skeleton import empty_model, fill
+from hfedmoe.moe.weights.shards import Shards
+from hfedmoe.moe.weights.skeleton import empty_model, fill
 
 def status(key):
     return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024

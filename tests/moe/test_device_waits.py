@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.tokens import Batch
+from hfedmoe.moe.routing.tokens import TokenMasks
 from tests.families.table import build, inputs
 
 PER_BATCH = 1  # which samples have a token that counts
@@ -45,7 +45,7 @@ def test_the_host_waits_once_per_layer(residency: str, score: str | None, monkey
             for routing in model.routing:
                 routing.choose = lambda layer, evidence, hit: torch.arange(len(hit)) < 2
         x = inputs(model.model)
-        model.watch(Batch(x["attention_mask"]), score)
+        model.watch(TokenMasks(x["attention_mask"]), score)
         seen = Waits()
         with monkeypatch.context() as patch, seen:
             patch.setattr(Tensor, "tolist", _counting(seen))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfedmoe.moe.base import SeparateBase, StackedWeights, base_of
-from hfedmoe.moe.gate import Gate
-from hfedmoe.moe.grouping import group_pairs
-from hfedmoe.moe.kernel import LORA, ExpertMath, experts_forward
+from hfedmoe.moe.experts.activation import Gate
+from hfedmoe.moe.experts.base import SeparateBase, StackedWeights, base_of
+from hfedmoe.moe.experts.groups import group_pairs
+from hfedmoe.moe.experts.kernel import LORA, ExpertMath, experts_forward
 from tests.moe.test_kernel import E, K, gate, problem
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.tokens import Batch
+from hfedmoe.moe.routing.tokens import TokenMasks
 from tests.families.table import build, inputs
 from tests.moe.test_kernel import gate, losses
 
@@ -17,7 +17,7 @@ def test_taylor_is_minus_gate_times_its_gradient_and_padding_is_left_out() -> No
     model = MoEModel(build("mixtral"), experts="frozen")
     x = inputs(model.model)
     routing, state = model.routing[-1], model.states[-1]
-    model.watch(Batch(x["attention_mask"]), "taylor")
+    model.watch(TokenMasks(x["attention_mask"]), "taylor")
     model.model(**x).logits.logsumexp(-1).sum().backward()  # padding has a loss, too, but does not count
     assert routing.evidence is not None
     found = routing.evidence.taylor
@@ -42,7 +42,7 @@ def test_taylor_survives_recomputed_activations() -> None:
         if again:
             model.checkpoint_activations()
         x = inputs(model.model)
-        model.watch(Batch(x["attention_mask"]), "taylor")
+        model.watch(TokenMasks(x["attention_mask"]), "taylor")
         model.model(**x).logits.float().logsumexp(-1)[x["attention_mask"].bool()].sum().backward()
         seen.append(torch.stack([routing.evidence.taylor for routing in model.routing]))  # type: ignore[union-attr,misc]
     torch.testing.assert_close(*seen)
@@ -62,7 +62,7 @@ def test_activation_is_the_gate_times_the_norm_of_what_ran(limited: bool) -> Non
         return honest(*arguments)
 
     routing.state.compute = spy  # type: ignore[method-assign,assignment]
-    model.watch(Batch(x["attention_mask"]), "activation")
+    model.watch(TokenMasks(x["attention_mask"]), "activation")
     with torch.no_grad():
         model.model(**x)
         (hidden, index, weights), keep = seen[0], x["attention_mask"].reshape(-1)
@@ -82,7 +82,7 @@ def test_token_level_evidence_has_a_row_per_token_that_counts() -> None:
     model = MoEModel(build("mixtral"))
     x, routing, found = inputs(model.model), model.routing[0], []
     for routing.token_level in (False, True):
-        model.watch(Batch(x["attention_mask"]))
+        model.watch(TokenMasks(x["attention_mask"]))
         model.model(**x)
         assert routing.evidence is not None
         found.append(routing.evidence.g)
@@ -94,7 +94,7 @@ def test_token_level_evidence_has_a_row_per_token_that_counts() -> None:
 def test_shares_sum_to_one_also_where_experts_are_looked_up_by_token() -> None:
     model = MoEModel(build("deepseek_v4"))
     x = inputs(model.model)
-    model.watch(Batch(x["attention_mask"]))
+    model.watch(TokenMasks(x["attention_mask"]))
     model.model(**x)
     assert any(routing.layer.fixed_routing for routing in model.routing)
     fixed = next(routing for routing in model.routing if routing.layer.fixed_routing)
@@ -102,7 +102,7 @@ def test_shares_sum_to_one_also_where_experts_are_looked_up_by_token() -> None:
         if not table.is_floating_point():
             table.zero_()  # as transformers begins: every token is bound to expert 0, twice
             assert name
-    model.watch(Batch(x["attention_mask"]))
+    model.watch(TokenMasks(x["attention_mask"]))
     model.model(**x)
     assert fixed.evidence is not None
     assert (fixed.evidence.g[:, 0] == 1).all()

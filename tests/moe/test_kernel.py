@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfedmoe.moe import kernel
-from hfedmoe.moe.base import SeparateBase, SharedBase, StackedWeights, base_of
-from hfedmoe.moe.gate import Gate
-from hfedmoe.moe.grouping import group_pairs
-from hfedmoe.moe.kernel import LORA, ExpertMath, experts_forward
+from hfedmoe.moe.experts import kernel
+from hfedmoe.moe.experts.activation import Gate
+from hfedmoe.moe.experts.base import SeparateBase, SharedBase, StackedWeights, base_of
+from hfedmoe.moe.experts.groups import group_pairs
+from hfedmoe.moe.experts.kernel import LORA, ExpertMath, experts_forward
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.tokens import Batch as RoutingBatch
+from hfedmoe.moe.routing.tokens import TokenMasks
 from tests.families.table import build, inputs
 
 T, K, E, H, WIDTH, R = 12, 2, 5, 8, 6, 2
@@ -202,7 +202,7 @@ def test_torch_compile_leaves_masks_and_statistics_right(family: str) -> None:
         model = MoEModel(build(family))
         model.set_resident([torch.arange(number) % 2 == 0 for number in model.num_experts])
         x = inputs(model.model)
-        model.watch(RoutingBatch(x["attention_mask"]))
+        model.watch(TokenMasks(x["attention_mask"]))
         forward = torch.compile(model.model, backend="eager") if compiled else model.model
         loss = forward(**x).logits.float().logsumexp(-1).sum()
         loss.backward()

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hfedmoe.errors import UserError
+from hfedmoe.export.mixtral import upcycle_to_folder, write_mixtral
+from hfedmoe.models.tiny import tiny_tokenizer
 from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.upcycle import upcycle
-from hfedmoe.tiny import tiny_tokenizer
-from hfedmoe.upcycling import upcycle_to_folder, write_mixtral
 
 
 def llama(tied: bool = True, **changes) -> LlamaForCausalLM:

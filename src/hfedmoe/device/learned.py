@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hfedmoe.runs.disk import replacing
+from hfedmoe.files.disk import replacing
 
 logger = logging.getLogger(__name__)
 

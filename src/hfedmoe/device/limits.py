@@ -163,7 +163,7 @@ def _in_launcher(order: dict[str, Any], env: dict[str, str] | None, capture: boo
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the command's exit code, as a shell would."""
-    from hfedmoe.device.budgets import parse_bytes
+    from hfedmoe.config.budgets import parse_bytes
 
     parser = argparse.ArgumentParser("python -m hfedmoe.device.limits", description=__doc__.split("\n")[0])
     parser.add_argument("limit", help='memory, such as "4GiB"')

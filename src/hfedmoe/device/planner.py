@@ -17,7 +17,7 @@ from hfedmoe.device.rehearsal import GROUPS, Rehearsed, rehearse
 from hfedmoe.device.weights import Weights, blob_bytes
 from hfedmoe.device.workload import Workload
 from hfedmoe.errors import UserError
-from hfedmoe.loading import structure
+from hfedmoe.models.loading import structure
 from hfedmoe.moe.anatomy import UnsupportedModelError
 
 MARGIN = 1.05

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from hfedmoe.data.encoding import Batch
+from hfedmoe.data.losses import answer_loss
 from hfedmoe.device.trace import Segment, Timeline, Trace
 from hfedmoe.device.workload import Workload
-from hfedmoe.losses import answer_loss
 from hfedmoe.moe.anatomy import find_moe_layers
-from hfedmoe.moe.experts import ExpertState
-from hfedmoe.moe.grouping import Groups
+from hfedmoe.moe.experts.groups import Groups
+from hfedmoe.moe.experts.quantised import BLOCK, stored_bytes
+from hfedmoe.moe.experts.state import ExpertState
+from hfedmoe.moe.experts.store import ExpertStore
+from hfedmoe.moe.experts.trained import full_experts, lora_experts
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.storage import BLOCK, stored_bytes
-from hfedmoe.moe.store import ExpertStore
-from hfedmoe.moe.trained import full_experts, lora_experts
 
 GROUPS = 2
 """Experts per layer in a rehearsal; two, so that one is fetched while its predecessor is still there."""

@@ -11,8 +11,8 @@ import torch
 from hfedmoe.device.workload import Workload
 from hfedmoe.moe.attention import is_attention
 from hfedmoe.moe.compact import compute_in_float32
+from hfedmoe.moe.experts.quantised import stored_bytes
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.storage import stored_bytes
 
 BASE = ("embeddings_head", "attention", "other_base", "routers")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hfedmoe.config import RunConfig, TrainConfig
 from hfedmoe.export.provenance import data_name, hub_data_set, is_local, origin
-from hfedmoe.export.usage import Loading, loading_code, prompt_words
+from hfedmoe.export.snippet import Loading, loading_code, prompt_words
 from hfedmoe.runs import Checkpoint, RunFolder
 from hfedmoe.runs.settings import versions_here
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfedmoe.moe.experts import ExpertState
+from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.model import MoEModel
 
 SHARD_SIZE = "5GB"

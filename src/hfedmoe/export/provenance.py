@@ -5,8 +5,8 @@ from typing import Any
 
 from hfedmoe.config import DataConfig, ModelConfig
 from hfedmoe.data.known import known_set
-from hfedmoe.data.sources import HUB_ID, IN_WHEEL, PACKAGED, is_file
-from hfedmoe.loading import PACKAGED as PACKAGED_MODELS
+from hfedmoe.data.sources import HUB_ID, IN_WHEEL, PACKAGED_ROWS, is_file
+from hfedmoe.models.names import PACKAGED_MODELS
 
 PACKAGED_ORIGIN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 """Hub id and licence of packaged models that have them."""
@@ -41,7 +41,7 @@ def is_local(model: ModelConfig) -> bool:
 def hub_data_set(data: DataConfig) -> str | None:
     """The hub id of a run's data; None: packaged, or files of the user's."""
     source = data.source
-    if data.clients is not None or source in PACKAGED or source in IN_WHEEL:
+    if data.clients is not None or source in PACKAGED_ROWS or source in IN_WHEEL:
         return None
     known = known_set(data)
     if known is not None and source == known.name:

@@ -12,18 +12,21 @@ import torch
 
 from hfedmoe.config import ModelConfig, RunConfig
 from hfedmoe.errors import UserError
-from hfedmoe.experiment import checkpoint_of, fitting, wrap
 from hfedmoe.export.adapter import check_adaptable, save_adapter
 from hfedmoe.export.card import BASE, Export, card
-from hfedmoe.export.folder import check_free, writing, written_whole
 from hfedmoe.export.merged import merge, save
+from hfedmoe.export.mixtral import write_mixtral
 from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuable, router_groups, shrink
-from hfedmoe.loading import PACKAGED, Loaded, load, source_of
+from hfedmoe.files.whole import check_free, writing, written_whole
+from hfedmoe.models.loaded import Loaded
+from hfedmoe.models.loading import load
+from hfedmoe.models.names import PACKAGED_MODELS, source_of
+from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.anatomy import text_config
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import load_all
 from hfedmoe.runs import Checkpoint, RunFolder
-from hfedmoe.upcycling import write_mixtral
+from hfedmoe.runs.choice import checkpoint_of, fitting
 
 FORMS = ("merged", "adapter", "client")
 DTYPES = get_args(ModelConfig.model_fields["dtype"].annotation)
@@ -119,7 +122,7 @@ def _whole_type(model: ModelConfig) -> str | None:
     """The type of a base that does more than text, of which only the text model is loaded; None of any other."""
     from transformers import AutoConfig
 
-    if model.name in PACKAGED:
+    if model.name in PACKAGED_MODELS:
         return None
     source, options = source_of(model)
     if "gguf_file" in options:
@@ -139,7 +142,7 @@ def _needs_float32(model: ModelConfig, form: str, dtype: str | None) -> bool:
 
 def _made_here(model: ModelConfig) -> bool:
     """Whether a base is on no hub and in no folder that transformers loads."""
-    return model.upcycle is not None or model.name in PACKAGED or "gguf_file" in source_of(model)[1]
+    return model.upcycle is not None or model.name in PACKAGED_MODELS or "gguf_file" in source_of(model)[1]
 
 
 def _trained(job: _Job) -> MoEModel:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hfedmoe.moe.families import UNSUPPORTED
+from hfedmoe.moe.families import DENSE, UNSUPPORTED
 
 STACKED_DOWN = "down_proj"
 STACKED_UP = ("gate_up_proj", "up_proj")
@@ -121,8 +121,6 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     if not layers and lonely:
         raise UnsupportedModelError(lonely)
     if not layers:
-        from hfedmoe.moe.upcycle import DENSE  # that module needs this one
-
         way = (
             "`hfedmoe upcycle` makes some from a dense model"
             if family in DENSE

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hfedmoe.moe.anatomy import UnsupportedModelError
 from hfedmoe.moe.compact import CompactLinear
-from hfedmoe.moe.trained import fresh_a
+from hfedmoe.moe.experts.trained import fresh_a
 
 A, B = ".lora_A.", ".lora_B."
 """In the names of the two factors: A [R, in] and B [out, R]."""

@@ -77,3 +77,6 @@ UNSUPPORTED = {
     "zaya": "routers hand states from layer to layer and may choose to skip the experts",
 }
 """Reason by model type; the error says both."""
+
+DENSE = ("llama", "mistral")
+"""Dense families with Mixtral's blocks: RMS norm, rotary attention without biases, SwiGLU feed-forward."""

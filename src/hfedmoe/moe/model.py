@@ -17,14 +17,14 @@ from torch import Tensor
 
 from hfedmoe.moe.anatomy import MoELayer, find_moe_layers
 from hfedmoe.moe.attention import add_attention_lora
-from hfedmoe.moe.dispatch import keep_eager
-from hfedmoe.moe.experts import ExpertState, attach
+from hfedmoe.moe.experts.dispatch import keep_eager
+from hfedmoe.moe.experts.state import ExpertState, attach
+from hfedmoe.moe.experts.store import ExpertStore
+from hfedmoe.moe.experts.trained import full_experts, lora_experts
 from hfedmoe.moe.head import keep_head_one_product
-from hfedmoe.moe.residency import carve, mask, reside
-from hfedmoe.moe.routing import LayerRouting
-from hfedmoe.moe.store import ExpertStore
-from hfedmoe.moe.tokens import Batch
-from hfedmoe.moe.trained import full_experts, lora_experts
+from hfedmoe.moe.routing.layer import LayerRouting
+from hfedmoe.moe.routing.tokens import TokenMasks
+from hfedmoe.moe.weights.residency import carve, mask, reside
 
 
 class MoEModel:
@@ -186,7 +186,7 @@ class MoEModel:
             raise ValueError("the experts of this model are in a store: set_resident reads and drops them")
         carve(self.states, resident)
 
-    def watch(self, batch: Batch | None, measure: str | None = None) -> None:
+    def watch(self, batch: TokenMasks | None, measure: str | None = None) -> None:
         """Gather routing evidence from the next pass in every layer; None stops."""
         for routing in self.routing:
             routing.watch(batch, measure)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hfedmoe.moe.experts import ExpertState
+from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.model import MoEModel
 
 

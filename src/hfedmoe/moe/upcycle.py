@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from hfedmoe.moe.anatomy import UnsupportedModelError
+from hfedmoe.moe.families import DENSE
 
-DENSE = ("llama", "mistral")
-"""Dense families with Mixtral's blocks: RMS norm, rotary attention without biases, SwiGLU feed-forward."""
 _COPIED = (
     "vocab_size",
     "hidden_size",

@@ -1,1 +1,1 @@
-"""."""
+"""What people look at: the live screen and tables."""

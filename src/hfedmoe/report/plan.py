@@ -4,16 +4,17 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hfedmoe.budgeting import workload_for
 from hfedmoe.config import RunConfig
-from hfedmoe.device.budgets import AUTO, Budget, check_budget, in_bytes, in_experts, is_count
+from hfedmoe.config.budgets import AUTO, Budget, check_budget, in_bytes, in_experts, is_count
+from hfedmoe.config.presets import PRESETS
+from hfedmoe.device.budgets import workload_for
 from hfedmoe.device.forecast import Change, Forecast
 from hfedmoe.device.planner import MARGIN, Planner, rehearsable
-from hfedmoe.device.presets import PRESETS
 from hfedmoe.device.probe import probe
 from hfedmoe.device.workload import Workload
 from hfedmoe.errors import UserError
-from hfedmoe.loading import PACKAGED, device_of
+from hfedmoe.models.loaded import device_of
+from hfedmoe.models.names import PACKAGED_MODELS
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Plan:
     def carved(self) -> bool:
         """Whether devices can read single experts: from a safetensors checkpoint, as far as the name tells."""
         model = self.config.model
-        return model.upcycle is None and model.name not in PACKAGED and not model.name.endswith(".gguf")
+        return model.upcycle is None and model.name not in PACKAGED_MODELS and not model.name.endswith(".gguf")
 
 
 def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:

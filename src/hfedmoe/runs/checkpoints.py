@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hfedmoe.errors import UserError
-from hfedmoe.runs.disk import FULL, UNFINISHED, discard, resume_hint, sync, sync_file, sync_folder
+from hfedmoe.files.disk import FULL, UNFINISHED, discard, resume_hint, sync, sync_file, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -323,7 +323,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> dict[str, Any]:
     """Write a safetensors file, summing up while writing: what is as large as the model is read once."""
-    from hfedmoe.runs.blob import chunks
+    from hfedmoe.files.blob import chunks
 
     total, checksum = 0, hashlib.sha256()
     with path.open("wb") as file:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hfedmoe.errors import UserError
-from hfedmoe.runs.disk import replacing, sync
+from hfedmoe.files.disk import replacing, sync
 
 FIELDS = {"usage": np.float32, "importance": np.float32, "resident": np.bool_, "trained": np.bool_}
 

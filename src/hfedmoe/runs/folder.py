@@ -10,8 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
+from hfedmoe.files.disk import UNFINISHED, disk_errors, lock, replacing, resume_hint
 from hfedmoe.runs import checkpoints, experts, rounds
-from hfedmoe.runs.disk import UNFINISHED, disk_errors, lock, replacing, resume_hint
 from hfedmoe.runs.settings import read_run_config, run_config_toml
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hfedmoe.runs.disk import replacing, sync
+from hfedmoe.files.disk import replacing, sync
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@
         live.final_table(lines, before, after)
 
 On a terminal: progress bars, the accuracy so far and a table of the clients, redrawn in place. Anywhere else (a file,
-a pipe, TERM=dumb): plain lines, one for every event worth one. Library code that wants no output passes `Silent()`.
+a pipe, TERM=dumb): plain lines, one for every event worth one. Code that wants no output passes `events.Silent()`.
 """
 
 import sys
@@ -21,21 +21,9 @@ from rich.console import Console
 
 from hfedmoe.report.live.lines import Lines
 from hfedmoe.report.live.screen import OnScreen
-from hfedmoe.report.live.watcher import ClientLine, ClientSummary, FinalLine, PaceLine, Score, Silent, Watcher
 from hfedmoe.report.live.words import human_bytes, human_seconds
 
-__all__ = [
-    "ClientLine",
-    "ClientSummary",
-    "FinalLine",
-    "Live",
-    "PaceLine",
-    "Score",
-    "Silent",
-    "Watcher",
-    "human_bytes",
-    "human_seconds",
-]
+__all__ = ["Live", "human_bytes", "human_seconds"]
 
 
 def Live(console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> Lines | OnScreen:

@@ -5,8 +5,8 @@ from typing import Literal
 
 from rich.console import Console
 
+from hfedmoe.events import ClientLine, ClientSummary, Score
 from hfedmoe.report.live.tracker import Tracker
-from hfedmoe.report.live.watcher import ClientLine, ClientSummary, Score
 from hfedmoe.report.live.words import budget, deadline_cost, decimal, describe, human_bytes, human_seconds
 
 HEARTBEAT_S = 60.0  # long work shows a sign of life this often

@@ -11,8 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hfedmoe.events import ClientSummary
 from hfedmoe.report.live.tracker import Row, Tracker
-from hfedmoe.report.live.watcher import ClientSummary
 from hfedmoe.report.live.words import activation, budget, decimal, human_bytes, human_seconds, percent, steps
 
 Cell = Callable[[Row], str]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfedmoe.report.live.watcher import ClientLine, ClientSummary, FinalLine, Score, Watcher
+from hfedmoe.events import ClientLine, ClientSummary, FinalLine, Score, Watcher
 from hfedmoe.report.live.words import activation, describe, human_bytes, human_seconds, steps
 
 MOST_SHOWN = 50

@@ -1,6 +1,6 @@
 """Numbers as people read them. What is not known is a dash."""
 
-from hfedmoe.report.live.watcher import ClientLine, PaceLine, Score
+from hfedmoe.events import ClientLine, PaceLine, Score
 
 
 def human_bytes(count: int | None) -> str:

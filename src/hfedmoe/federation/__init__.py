@@ -1,1 +1,0 @@
-"""One round of federated fine-tuning, whatever carries its messages."""

@@ -1,0 +1,1 @@
+"""Bytes on disk: safetensors as views, whole-or-nothing writes, free space."""

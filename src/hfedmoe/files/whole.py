@@ -1,0 +1,123 @@
+"""A folder that is there whole or not at all."""
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+from hfedmoe.errors import UserError
+from hfedmoe.files.disk import UNFINISHED, disk_errors
+
+OTHER = "choose another folder"
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a process to end."""
+
+
+def check_free(out: Path) -> None:
+    """Raise UserError unless `out` does not exist or is an empty folder; what killed writers left does not count."""
+    with disk_errors(out, OTHER):
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out}: is a file; {OTHER}")
+        place = Path(os.path.realpath(out))
+        if out.is_dir() and not all(_is_scratch(path, place) for path in out.iterdir()):
+            raise UserError(f"{out}: is not empty; {OTHER}")
+
+
+def writing(out: Path) -> AbstractContextManager[None]:
+    """Turn a failed write below `out` into a UserError that names it and the way out."""
+    return disk_errors(out, f"try again, or {OTHER}")
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `out` when the block ends well, and is deleted otherwise.
+
+    It is next to `out`, or inside where `out` is there already: that may be a mount point, or where somebody stands, so
+    it stays and gets the entries. A killed process leaves its scratch folder to the next that writes to `out`.
+
+    What the block writes into it belongs under `writing(out)`; what it reads does not.
+
+    Raises:
+        UserError: `out` is a file or not empty, or cannot be written.
+    """
+    check_free(out)
+    place = Path(os.path.realpath(out))
+    with disk_errors(out, OTHER):
+        parent = place if place.is_dir() else place.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(parent, place)
+    with _asked_to_end():
+        with disk_errors(out, OTHER):
+            scratch = Path(tempfile.mkdtemp(prefix=_prefix(place), dir=parent))
+        claim = os.open(scratch, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks: nobody will delete it
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield scratch
+            with writing(out):
+                _open_to_others(scratch)
+                if parent != place:
+                    scratch.rename(place)
+                else:
+                    check_free(out)
+                    for entry in list(scratch.iterdir()):
+                        entry.rename(place / entry.name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(claim)
+
+
+def _prefix(place: Path) -> str:
+    return f".{place.name[:100]}{UNFINISHED}"
+
+
+def _is_scratch(path: Path, place: Path) -> bool:
+    """Whether a folder has the name of a scratch folder for `place`."""
+    named = re.fullmatch(re.escape(_prefix(place)) + r"[a-z0-9_]{8}", path.name)
+    return named is not None and path.is_dir() and not path.is_symlink()
+
+
+def _remove_abandoned(parent: Path, place: Path) -> None:
+    """Delete scratch folders for `place` whose process is gone, and with it the lock."""
+    for path in list(parent.iterdir()):
+        if not _is_scratch(path, place):
+            continue
+        with suppress(OSError):  # somebody is quicker
+            claim = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(claim)
+
+
+def _open_to_others(scratch: Path) -> None:
+    """The permissions that the user's umask gives: temporary folders are private, and so is what safetensors writes."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in [scratch, *scratch.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[None]:
+    """Let a request to end the process be an interruption, so that what is unfinished is cleared away."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()  # others get no signals
+    unanswered = [number for number in ENDINGS if main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in unanswered:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in unanswered:
+            signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,116 @@
+"""Measure a run's checkpoint, or a model as it is: the figure that fine-tuning has to beat.
+
+Either on the held-out rows of a configuration, or on a data set known by name, where multiple choice is scored as
+lm-evaluation-harness does.
+"""
+
+from pathlib import Path
+
+import torch
+
+from hfedmoe.config import DataConfig, ModelConfig, RunConfig
+from hfedmoe.data.tasks import Task, load_rows, load_task, load_watched_task
+from hfedmoe.errors import UserError
+from hfedmoe.events import Watcher
+from hfedmoe.models.loading import load
+from hfedmoe.models.wrapping import wrap
+from hfedmoe.prepare import Prepared, encoder_of, prepare
+from hfedmoe.runs import Checkpoint, RunFolder
+from hfedmoe.runs.choice import checkpoint_of, fitting
+from hfedmoe.server.evaluation import Metrics, evaluate
+
+
+def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
+    """Measure a checkpoint ("last", "best" or a round's number) of a run on all its held-out rows.
+
+    Raises:
+        UserError: not a run folder, or no such checkpoint.
+    """
+    with RunFolder.open(path) as folder:
+        checkpoint = checkpoint_of(folder, which)
+        prepared = prepare(folder.config, watcher)
+        return measure_checkpoint(prepared, checkpoint, watcher)
+
+
+def measure_checkpoint(prepared: Prepared, checkpoint: Checkpoint, watcher: Watcher) -> Metrics:
+    """A checkpoint on all held-out rows. Raises UserError if it does not fit the model."""
+    with fitting(checkpoint):
+        return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
+
+
+def evaluate_model(name: str, config: RunConfig, watcher: Watcher) -> Metrics:
+    """Evaluate the model `name` on the held-out rows of a config.
+
+    The config's own model is taken with all its settings (upcycled, at its revision); another one keeps only device,
+    precision and trust.
+
+    Raises:
+        UserError: the model or the data cannot be loaded.
+    """
+    settings = _settings_of(name, config.model)
+    watcher.phase("reading the data")
+    # The rows that a run is tested on, so that the two figures can be compared.
+    task, _ = load_watched_task(config.data, config.partition, config.seed, config.evaluation.watch_rows)
+    return _evaluate(settings, task, config, watcher)
+
+
+def evaluate_model_on(name: str, data: DataConfig, config: RunConfig, watcher: Watcher) -> Metrics:
+    """Evaluate the model `name` on the rows of a data set known by name or of a file, in their own order.
+
+    Raises:
+        UserError: the model or the data cannot be loaded.
+    """
+    settings = _settings_of(name, config.model)
+    watcher.phase("reading the data")
+    task = load_rows(data)
+    return _evaluate(settings, task, _comparable(config, task), watcher)
+
+
+def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) -> Metrics:
+    """Evaluate a checkpoint ("last", "best" or a round's number) of a run on a data set known by name or on a file.
+
+    Raises:
+        UserError: not a run folder, no such checkpoint, or the data cannot be loaded.
+    """
+    with RunFolder.open(path) as folder:
+        checkpoint = checkpoint_of(folder, which)
+        config = folder.config
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    watcher.phase("reading the data")
+    # What a run has learnt to say are the labels of its own rows, whether or not these have them all.
+    task = load_rows(data, lambda: load_task(config.data, config.partition, config.seed).labels)
+    watcher.phase(f"loading {config.model.name}")
+    loaded = load(config.model, config.seed)
+    model = wrap(loaded.model, config, loaded.store)
+    encoder = encoder_of(loaded, task, data.max_tokens)
+    prepared = Prepared(_comparable(config, task), model, encoder, task, watch=[])
+    return measure_checkpoint(prepared, checkpoint, watcher)
+
+
+def _comparable(config: RunConfig, task: Task) -> RunConfig:
+    """The settings with whole choices compared, as the harness does, whatever a run asks for on its own rows."""
+    if task.kind != "choices":
+        return config
+    evaluation = config.evaluation.model_copy(update={"scoring": "loglikelihood"})
+    return config.model_copy(update={"evaluation": evaluation})
+
+
+def _settings_of(name: str, own: ModelConfig) -> ModelConfig:
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{name}: neither a run folder (no config.toml) nor a model (no config.json)")
+    return own if own.name == name else own.model_copy(update={"name": name, "upcycle": None, "revision": None})
+
+
+def _evaluate(settings: ModelConfig, task: Task, config: RunConfig, watcher: Watcher) -> Metrics:
+    watcher.phase(f"loading {settings.name}")
+    loaded = load(settings, config.seed)
+    return evaluate(
+        loaded.model,
+        task.test,
+        encoder_of(loaded, task, config.data.max_tokens),
+        config.evaluation.batch_size,
+        config.evaluation.scoring,
+        on_batch=watcher.evaluating,
+    )

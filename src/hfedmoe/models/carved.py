@@ -1,0 +1,124 @@
+"""Open a model with its experts left on disk, so that a device holds no more of them than it has room for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfedmoe.config import ModelConfig
+from hfedmoe.errors import UserError
+from hfedmoe.models.loaded import Loaded, device_of, with_padding
+from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, source_of
+from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
+from hfedmoe.moe.experts.state import ExpertState
+from hfedmoe.moe.experts.store import ExpertStore
+from hfedmoe.moe.weights.shards import INDEX, SINGLE, CheckpointError, Shards
+from hfedmoe.moe.weights.skeleton import empty_model, fill
+
+_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def checkpoint_folder(config: ModelConfig) -> Path | None:
+    """The folder with the model's safetensors checkpoint, downloaded if it is on the hub; None if it has none.
+
+    Upcycled models have none (`hfedmoe upcycle` writes one), nor have GGUF files, the packaged models, and checkpoints
+    that are quantised already.
+
+    Raises:
+        UserError: the model cannot be found or reached.
+    """
+    if config.upcycle is not None or config.name in PACKAGED_MODELS:
+        return None
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig
+
+    source, options = source_of(config)
+    if "gguf_file" in options:
+        return None
+    try:
+        described = AutoConfig.from_pretrained(source, **options)
+        if getattr(described, "quantization_config", None) is not None:
+            return None
+        folder = Path(source)
+        if not folder.is_dir():
+            wanted = [*_FILES, "*.py"] if config.trust_remote_code else _FILES
+            folder = Path(
+                snapshot_download(
+                    source, revision=config.revision, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]
+                )
+            )
+    except LOADING_ERRORS as error:
+        raise UserError(explain(config, error)) from None
+    return folder if (folder / INDEX).is_file() or (folder / SINGLE).is_file() else None
+
+
+def open_model(config: ModelConfig, folder: Path) -> Loaded:
+    """A model without its experts, from a checkpoint folder; `Loaded.store` reads these when they are wanted.
+
+    At any time the finished part and one tensor more are in memory.
+
+    Raises:
+        UserError: the checkpoint is damaged or not of a kind that can be carved.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    device = device_of(config.device)
+    try:
+        described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        auto = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
+        model = empty_model(auto, described, dtype, trust_remote_code=config.trust_remote_code)
+        store = fill(model, Shards(folder), dtype, config.expert_dtype, device)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (UnsupportedModelError, CheckpointError) as error:
+        raise UserError(f"model.name = {config.name}: {error}") from None
+    except LOADING_ERRORS as error:
+        raise UserError(explain(config, error)) from None
+    return Loaded(model, with_padding(tokenizer), store)
+
+
+def store_experts(model: Any, config: ModelConfig) -> ExpertStore:
+    """Move the experts of a model in memory into a store, held as `model.expert_dtype` says.
+
+    Raises:
+        UserError: the model has no MoE layers that can be read.
+    """
+    try:
+        states = [ExpertState(layer) for layer in find_moe_layers(model)]
+        for state in states:
+            state.math()
+    except UnsupportedModelError as error:
+        raise UserError(f"model.name = {config.name}: {error}") from None
+    parameters = list(model.parameters())
+    source = _ModelExperts(states)
+    store = ExpertStore(
+        source,
+        [state.layer.num_experts for state in states],
+        config.expert_dtype,
+        getattr(torch, config.dtype),
+        parameters[0].device,
+    )
+    store.reside([torch.ones(state.layer.num_experts, dtype=torch.bool) for state in states])
+    source.release()
+    for state in states:
+        state.layer.experts.to("meta")
+    return store
+
+
+class _ModelExperts:
+    """The experts of a model in memory, until they are released: an `ExpertSource`."""
+
+    def __init__(self, states: list[ExpertState]) -> None:
+        self._tensors = [state.tensors() for state in states]
+        self._shapes = [{name: tuple(stack.shape[1:]) for name, stack in stacks.items()} for stacks in self._tensors]
+
+    def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        return self._shapes[layer]
+
+    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
+        return {name: stack[expert] for name, stack in self._tensors[layer].items()}
+
+    def release(self) -> None:
+        """Forget the tensors; there is nothing to read any more."""
+        self._tensors = []

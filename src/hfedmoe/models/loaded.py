@@ -1,0 +1,52 @@
+"""A model in memory with its tokenizer, and the device it is on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hfedmoe.errors import UserError
+from hfedmoe.models.names import first_line
+
+
+@dataclass
+class Loaded:
+    """A transformers model and its tokenizer; `store` holds its experts if the model does not (see `moe.store`)."""
+
+    model: Any
+    tokenizer: Any
+    store: Any = None
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether it is a sequence-to-sequence model."""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def decoder_start_token_id(self) -> int | None:
+        """What an encoder-decoder's answers begin with."""
+        start: int | None = getattr(self.model.config, "decoder_start_token_id", None)
+        return start
+
+
+def device_of(name: str) -> Any:
+    """The torch device that `model.device` names; `auto` takes CUDA, then MPS, then the CPU. Raises UserError."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"model.device = {name}: not available here ({first_line(error)}); `hfedmoe doctor` lists devices"
+        ) from None
+    return device
+
+
+def with_padding(tokenizer: Any) -> Any:
+    """The tokenizer, which pads with its end of text if it has nothing else to pad with."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

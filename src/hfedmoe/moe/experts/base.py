@@ -1,0 +1,164 @@
+"""The base weights of a layer's experts, as four products on grouped rows.
+
+Every kind of storage offers the same four products, so that the expert forward and backward are written once:
+`up` and `down` for the forward pass, `up_t` and `down_t` for the gradients of their inputs. Where the caller has
+low-rank terms to add it passes them as `rows`, and the base product is added to them in place. `T` tokens, `S`
+sorted (token, expert) pairs, `H` hidden, `U` width of the up projection (2I with a gate, else I), `I` intermediate.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hfedmoe.moe.experts import matmul
+from hfedmoe.moe.experts.groups import Groups
+
+
+class ExpertBase(Protocol):
+    """Products with the base weights of the experts."""
+
+    num_experts: int
+
+    def up(self, x: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        """x [T, H], and the same as a row per pair [S, H] -> [S, U]: the up projection of every pair."""
+        ...
+
+    def up_t(self, grad: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
+        """grad [S, U] (plus `rows` [S, H]) -> [T, H]: gradient of `up` with respect to x."""
+        ...
+
+    def down(self, a: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
+        """a [S, I], already weighted (plus `rows` [S, H]) -> [T, H]: down projections added up per token."""
+        ...
+
+    def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        """grad [T, H], and the same as a row per pair [S, H] -> [S, I]: gradient of `down` with respect to a."""
+        ...
+
+
+class Weights(Protocol):
+    """One matrix `[rows, columns]` per expert, wherever and however it is stored."""
+
+    num_experts: int
+    rows: int
+    columns: int
+
+    def __call__(self, expert: int, dtype: torch.dtype) -> Tensor: ...
+
+
+def add_product(rows: Tensor | None, left: Tensor, weights: Weights, groups: Groups, *, t: bool) -> Tensor:
+    """rows[s:e] += left[s:e] @ W_expert (or its transpose) for every group; allocates `rows` where it is None.
+
+    Rows are added to a fresh product, in the precision of `left`, where theirs is another or the product is rounded.
+    """
+    if rows is not None and (rows.dtype != left.dtype or matmul.makes_code(left)):
+        return add_product(None, left, weights, groups, t=t).add_(rows)
+    stack = weights.whole(left.dtype) if isinstance(weights, StackedWeights) else None
+    if stack is not None:
+        stack = stack.transpose(1, 2) if t else stack
+        if rows is None:
+            return matmul.product(left, stack, groups)
+        matmul.add_product(rows, left, stack, groups)
+        return rows
+    columns = weights.rows if t else weights.columns
+
+    def matrix(expert: int) -> Tensor:
+        weight = weights(expert, left.dtype)
+        return weight.t() if t else weight
+
+    if matmul.makes_code(left):
+        return matmul.rounded_product(left, matrix, columns, groups)
+    fresh = rows is None
+    if rows is None:
+        rows = left.new_empty(groups.size, columns)
+    for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
+        if fresh:
+            torch.mm(own, matrix(expert), out=target)
+        else:
+            target.addmm_(own, matrix(expert))
+    return rows
+
+
+class StackedWeights:
+    """Matrices stored as one tensor `[E, rows, columns]`, or `[E, columns, rows]` where `transposed`."""
+
+    def __init__(self, stack: Tensor, transposed: bool = False) -> None:
+        self.stack, self.transposed = stack, transposed
+        self.num_experts = stack.shape[0]
+        self.rows, self.columns = (stack.shape[2], stack.shape[1]) if transposed else (stack.shape[1], stack.shape[2])
+
+    def __call__(self, expert: int, dtype: torch.dtype) -> Tensor:
+        weight = self.stack[expert].to(dtype)
+        return weight.t() if self.transposed else weight
+
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        """All matrices [E, rows, columns], if they are stored in this precision."""
+        if self.stack.dtype != dtype:
+            return None
+        return self.stack.transpose(1, 2) if self.transposed else self.stack
+
+
+class ListedWeights:
+    """Matrices stored one by one, as in models that keep a module per expert."""
+
+    def __init__(self, matrices: list[Tensor]) -> None:
+        self.matrices = matrices
+        self.num_experts = len(matrices)
+        self.rows, self.columns = matrices[0].shape
+
+    def __call__(self, expert: int, dtype: torch.dtype) -> Tensor:
+        return self.matrices[expert].to(dtype)
+
+
+class SeparateBase:
+    """Every expert has matrices of its own: `up` [U, H] and `down` [H, I] for each."""
+
+    def __init__(self, up: Weights, down: Weights) -> None:
+        self._up, self._down = up, down
+        self.num_experts = up.num_experts
+
+    def up(self, x: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        return add_product(None, rows, self._up, groups, t=True)
+
+    def up_t(self, grad: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
+        return groups.sum_per_token(add_product(rows, grad, self._up, groups, t=False))
+
+    def down(self, a: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
+        return groups.sum_per_token(add_product(rows, a, self._down, groups, t=True))
+
+    def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        return add_product(None, rows, self._down, groups, t=False)
+
+
+class SharedBase:
+    """All experts have the same frozen matrices (a freshly upcycled model): `up` [U, H], `down` [H, I].
+
+    The products are linear in what differs between the experts, so each is computed once per token and not once
+    per pair: half the work for top-2 routing, with the same result up to rounding.
+    """
+
+    def __init__(self, up: Tensor, down: Tensor, num_experts: int) -> None:
+        self._up, self._down = up, down
+        self.num_experts = num_experts
+
+    def up(self, x: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        return (x @ self._up.to(x.dtype).t()).index_select(0, groups.token)
+
+    def up_t(self, grad: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
+        out = groups.sum_per_token(grad) @ self._up.to(grad.dtype)
+        return out if rows is None else out.add_(groups.sum_per_token(rows))
+
+    def down(self, a: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
+        out = groups.sum_per_token(a) @ self._down.to(a.dtype).t()
+        return out if rows is None else out.add_(groups.sum_per_token(rows))
+
+    def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+        return (grad @ self._down.to(grad.dtype)).index_select(0, groups.token)
+
+
+def base_of(up: Tensor, down: Tensor, transposed: bool = False) -> ExpertBase:
+    """The base for stacks `up` and `down`; stacks expanded from one matrix (stride 0) are computed once."""
+    if up.stride(0) == 0 and down.stride(0) == 0 and up.shape[0] > 1 and not transposed:
+        return SharedBase(up[0], down[0], up.shape[0])
+    return SeparateBase(StackedWeights(up, transposed), StackedWeights(down, transposed))

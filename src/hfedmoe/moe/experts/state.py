@@ -1,0 +1,175 @@
+"""Our experts forward, registered with transformers' experts interface, and what it knows about each layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hfedmoe.moe.anatomy import MoELayer
+from hfedmoe.moe.experts.dispatch import redirect
+from hfedmoe.moe.experts.groups import Groups, group_pairs
+from hfedmoe.moe.experts.kernel import ExpertMath, experts_forward
+from hfedmoe.moe.experts.layouts import layout_of
+from hfedmoe.moe.experts.store import ExpertStore
+from hfedmoe.moe.experts.trained import TrainedExperts
+
+IMPLEMENTATION = "hfedmoe"
+"""Name under which the forward is registered: `model.set_experts_implementation("hfedmoe")`."""
+STATE = "_hfedmoe"
+
+Observer = Callable[[Tensor, Tensor], None]
+"""Called with (indices [T, K], weights [T, K]) of the routed tokens before the experts run."""
+
+
+class ExpertState:
+    """One layer's experts on this device: which are here, which are trained, and how they compute."""
+
+    def __init__(self, layer: MoELayer, store: ExpertStore | None = None) -> None:
+        self.layer = layer
+        self.store = store
+        """Holds the base tensors if they are not parameters of the model."""
+        self.layout = layout_of(layer)
+        self.grouping: Callable[..., Groups] = group_pairs
+        self.trained: TrainedExperts | None = None
+        self.begin: Callable[[Tensor], TrainedExperts] | None = None
+        """Fresh trained tensors for the experts with these indices, where a store reads experts as they are wanted."""
+        self.resident: Tensor | None = None
+        """bool [E]: experts that may be used; None means all."""
+        self.local: Tensor | None = None
+        """int64 [E + 1]: place of each expert in the (carved) stacks; None where experts keep their own index."""
+        self.trainable: Tensor | None = None
+        """bool [E]: experts that build a graph for this batch; None means all."""
+        self.counted: Tensor | None = None
+        """bool [T]: tokens that are no padding; None means all. No expert works on the others, or learns from them."""
+        self.off_budget = "frozen"
+        self.observer: Observer | None = None
+        self.norms: Callable[[Tensor], None] | None = None
+        """Called with ||w f(x)|| of every pair [T, K], 0 where no expert ran; None: not measured (cheaper)."""
+
+    @property
+    def num_local(self) -> int:
+        """Experts that are present in memory."""
+        if self.store is not None:
+            return len(self.store.present[self.layer.index])
+        return self.layout.num_local
+
+    @property
+    def present(self) -> Tensor:
+        """int64 [n]: the experts in the (carved) stacks, in their order."""
+        number = self.num_local
+        if self.local is None:
+            return torch.arange(number)
+        return self.local[:-1].argsort()[:number]  # absent experts share the place behind the last
+
+    def math(self) -> ExpertMath:
+        """How the experts of this layer compute."""
+        scale = 1.0 if self.trained is None else self.trained.scale
+        return self.layout.math(scale, None if self.store is None else (self.store, self.layer.index))
+
+    def expert_bytes(self) -> int:
+        """Bytes of the base tensors of one expert, as they are held."""
+        if self.store is not None:
+            return self.store.expert_bytes(self.layer.index)
+        return sum(p.numel() * p.element_size() for p in self.layer.experts.parameters()) // self.num_local
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The base tensors, stacked `[E, ...]`, under the names of kernel.FULL; without contents if a store has any."""
+        return self.layout.tensors()
+
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Compute with these stacks from now on (the other way round of `tensors`); the model shares their memory."""
+        self.layout.set_tensors(tensors)
+
+    def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The experts forward: hidden [T, H], index and weights [T, K] -> [T, H]."""
+        self.observe(index, weights)
+        return self.compute(hidden, index, weights)
+
+    def observe(self, index: Tensor, weights: Tensor) -> None:
+        """Show index and weights [T, K] to whoever watches this layer."""
+        if self.observer is not None:
+            self.observer(index, weights)
+
+    def compute(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The experts forward, unobserved."""
+        device_type = hidden.device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return self._forward(hidden.to(torch.get_autocast_dtype(device_type)), index, weights).to(hidden.dtype)
+        return self._forward(hidden, index, weights)
+
+    def _forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        math = self.math()
+        top_k = index.shape[1]
+        experts = index.reshape(-1)
+        if self.counted is not None:
+            padding = ~self.counted.repeat_interleave(len(experts) // len(self.counted))
+            experts = experts.masked_fill(padding, self.layer.num_experts)
+        trainable, here = self.trainable, self.resident
+        if self.local is not None:
+            experts = self.local[experts]
+            trainable = None if trainable is None else trainable[self.present]
+            here = None  # what is absent has no place in the stacks
+        # Routers limited to groups may pick absent experts, with weight 0: they must not run in a masked model either.
+        chosen = here if trainable is None else trainable if here is None else trainable & here
+        flat = weights.reshape(-1)
+        groups = self.grouping(experts, self.num_local, top_k, chosen)
+        if self.norms is None:
+            out = self._grouped(math, hidden, flat, groups)
+        else:
+            rows = self._pairs(math, hidden, groups) * flat[groups.pair, None].to(hidden.dtype)
+            self._report_norms(rows, groups, index.shape)
+            out = groups.sum_per_token(rows)
+        if trainable is not None and self.off_budget == "frozen":
+            rest = self.grouping(experts, self.num_local, top_k, ~trainable if here is None else ~trainable & here)
+            if rest.size > 0:
+                with torch.no_grad():
+                    rows = self._pairs(math, hidden, rest)
+                # The gate still learns from experts over the budget; they themselves and what lies below them do not.
+                out = out + rest.sum_per_token(rows * flat[rest.pair, None].to(rows.dtype))
+        return out
+
+    def _grouped(self, math: ExpertMath, hidden: Tensor, flat: Tensor, groups: Groups) -> Tensor:
+        if self.trained is None:
+            return experts_forward(math, hidden, flat, groups, {}, [])
+        leaves = self.trained.of([expert for expert, _, _ in groups.spans])
+        return experts_forward(math, hidden, flat, groups, self.trained.stacks, leaves)
+
+    def _pairs(self, math: ExpertMath, hidden: Tensor, groups: Groups) -> Tensor:
+        """The unweighted output of every pair [S, H]: each pair is treated as a token of its own."""
+        own = torch.arange(groups.size, device=hidden.device)
+        alone = Groups(groups.size, own, own, groups.spans, groups.num_experts, groups.ends, own[:, None])
+        return self._grouped(math, hidden[groups.token], hidden.new_ones(groups.size), alone)
+
+    def _report_norms(self, rows: Tensor, groups: Groups, shape: torch.Size) -> None:
+        norms = torch.zeros(shape.numel(), device=rows.device)
+        norms[groups.pair] = rows.detach().float().norm(dim=1)
+        assert self.norms is not None
+        self.norms(norms.view(shape))
+
+
+def attach(model: Any, layers: list[MoELayer], store: ExpertStore | None = None) -> list[ExpertState]:
+    """Let every MoE layer of `model` compute with our experts forward; returns the state of each.
+
+    Raises:
+        UnsupportedModelError: the experts of a layer are of a build that the forward does not know.
+    """
+    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _registered_forward)
+    states = []
+    for layer in layers:
+        state = ExpertState(layer, store)
+        state.math()  # refuse now rather than in the first step
+        object.__setattr__(layer.experts, STATE, state)
+        if state.layout.dispatch is not None:
+            redirect(state.layout.dispatch, state)
+        states.append(state)
+    if any(state.layout.dispatch is None for state in states):
+        model.set_experts_implementation(IMPLEMENTATION)
+    return states
+
+
+def _registered_forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return getattr(module, STATE)(hidden, index, weights)

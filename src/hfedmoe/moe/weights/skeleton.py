@@ -1,0 +1,90 @@
+"""A model with everything in memory but its experts, tensor by tensor from a checkpoint."""
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers.core_model_loading import build_glob_alternation
+
+from hfedmoe.moe.anatomy import find_moe_layers
+from hfedmoe.moe.experts.store import ExpertStore
+from hfedmoe.moe.weights.checkpoint import Checkpoint, CheckpointExperts
+from hfedmoe.moe.weights.shards import CheckpointError, Shards
+
+
+def empty_model(auto: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any:
+    """The model that `config` describes; its parameters have no contents, what is computed (rotary tables) has.
+
+    Args:
+        auto: transformers' AutoModelForCausalLM or AutoModelForSeq2SeqLM.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = auto.from_config(config, dtype=dtype, **options)
+    model.tie_weights()
+    return model.eval()
+
+
+def fill(model: Any, shards: Shards, dtype: torch.dtype, expert_dtype: str, device: torch.device) -> ExpertStore:
+    """Read everything but the experts into an empty model; the store reads these when they are wanted.
+
+    At any time one tensor more than the finished model is in memory.
+
+    Args:
+        expert_dtype: how experts are held, see `ExpertStore`.
+
+    Raises:
+        UnsupportedModelError: the model has no MoE layers.
+        CheckpointError: the checkpoint is damaged, or lacks something that the model needs.
+    """
+    layers = find_moe_layers(model)
+    experts = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
+    checkpoint = Checkpoint(shards, model)
+    wanted = {name: p for name, p in model.named_parameters() if id(p) not in experts}
+    # Buffers that are stored as well (correction biases); tied weights are found once.
+    wanted |= {name: b for name, b in model.named_buffers() if name in checkpoint.sources}
+    dtypes = _Dtypes(model, dtype)
+    while wanted:
+        name = next(iter(wanted))
+        for made, tensor in checkpoint.read(name).items():
+            like = wanted.pop(made, None)
+            if like is None:
+                continue
+            if tensor.shape != like.shape:
+                raise CheckpointError(
+                    f"{shards.folder}: {made} has shape {list(tensor.shape)}, but the model's is {list(like.shape)}"
+                )
+            _put(model, made, tensor.to(dtypes.of(made, like), copy=False).to(device))
+    for name, buffer in list(model.named_buffers()):
+        if buffer.device != device:
+            _put(model, name, buffer.to(device))
+    model.tie_weights()
+    return ExpertStore(
+        CheckpointExperts(checkpoint, layers), [layer.num_experts for layer in layers], expert_dtype, dtype, device
+    )
+
+
+class _Dtypes:
+    """The precision of each tensor: some families keep some tensors in float32 whatever the model's own is."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+        self._plan = plan
+        self._pattern: Any = None
+        if plan:
+            self._pattern, self._keys, _ = build_glob_alternation(list(plan))
+
+    def of(self, name: str, like: torch.Tensor) -> torch.dtype:
+        match = None if self._pattern is None else self._pattern.search(name)
+        if match is None or match.lastgroup is None:
+            return like.dtype
+        return self._plan[self._keys[match.lastgroup]]
+
+
+def _put(model: Any, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))

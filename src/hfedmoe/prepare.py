@@ -1,0 +1,101 @@
+"""Make a configuration ready to run: load the model and the data, and check that they fit each other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hfedmoe.config import RunConfig
+from hfedmoe.data.encoding import Encoder
+from hfedmoe.data.fits import Room, check_task
+from hfedmoe.data.known import known_set
+from hfedmoe.data.rows import Example
+from hfedmoe.data.tasks import Task, load_watched_task
+from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, trim
+from hfedmoe.device.budgets import budgets_in_experts
+from hfedmoe.errors import UserError
+from hfedmoe.events import Watcher
+from hfedmoe.models.loaded import Loaded
+from hfedmoe.models.loading import load
+from hfedmoe.models.wrapping import wrap
+from hfedmoe.moe.model import MoEModel
+from hfedmoe.moe.payload import load_all
+from hfedmoe.server.evaluation import Metrics, evaluate, longest_input, positions
+
+
+@dataclass
+class Prepared:
+    """A model and a task, ready for clients or for the server."""
+
+    config: RunConfig
+    model: MoEModel
+    encoder: Encoder
+    task: Task
+    watch: list[Example]
+    budgets: list[int] | None = None
+    """Experts over all layers of every client; None: unlimited, or a device that plans for itself."""
+    warnings: list[str] = field(default_factory=list)
+    """What is worth knowing about the rows before a run."""
+
+    @property
+    def settled(self) -> RunConfig:
+        """The configuration with the kind of task that the rows turned out to be: an export says how it was asked."""
+        data = self.config.data
+        if data.format != "auto" or known_set(data) is not None:
+            return self.config
+        return self.config.model_copy(update={"data": data.model_copy(update={"format": self.task.kind})})
+
+    def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
+        """The model with these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""
+        self.model.set_resident(None)
+        load_all(self.model, tensors)
+        settings = self.config.evaluation
+        rows = self.task.test if kind == "all" else self.watch
+        return evaluate(self.model.model, rows, self.encoder, settings.batch_size, settings.scoring, on_batch)
+
+
+def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepared:
+    """Load the model and the data of a configuration and make them ready.
+
+    Args:
+        carve: for one device: experts stay on disk until they are resident, where there is a checkpoint to read them
+            from. Otherwise all experts are in memory, for the server or for all simulated clients.
+
+    Raises:
+        UserError: the model or the data cannot be used, or a budget is below what the model needs.
+    """
+    if carve:
+        give_back_freed_memory()
+    else:
+        keep_freed_memory()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    watcher.phase("reading the data")
+    task, watch = load_watched_task(config.data, config.partition, config.seed, config.evaluation.watch_rows)
+    watcher.phase(f"loading {config.model.name}")
+    loaded = load(config.model, config.seed, carve)
+    model = wrap(loaded.model, config, loaded.store, masked=not carve)
+    encoder = encoder_of(loaded, task, config.data.max_tokens)
+    problem = model.router_gradient_problem()
+    if problem is not None:
+        raise UserError(problem)
+    budgets = None
+    if config.method.residency == "budget" and not carve:
+        top_k = [layer.top_k for layer in model.layers]
+        budgets = budgets_in_experts(config, model.num_experts, top_k, str(model.device))
+    if (config.train.loss == "choices" or config.train.logit_adjustment) and not encoder.first_token_only:
+        raise UserError(
+            'train.loss = "choices" and train.logit_adjustment need labels that differ in their first token; '
+            "set data.label_words, or leave both settings out"
+        )
+    room = Room(positions(model.model), longest_input(model.model, encoder.tokenizer))
+    warnings = check_task(task, watch, encoder, room)
+    if carve:
+        trim()
+    return Prepared(config, model, encoder, task, watch, budgets, warnings)
+
+
+def encoder_of(loaded: Loaded, task: Task, max_tokens: int) -> Encoder:
+    """The encoder of a task for a model that was loaded."""
+    return Encoder.for_task(loaded.tokenizer, task, max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id)

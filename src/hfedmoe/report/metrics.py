@@ -1,0 +1,35 @@
+"""The figures of one evaluation in one line."""
+
+import json
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hfedmoe.server.evaluation import Metrics
+
+
+def as_text(metrics: "Metrics") -> str:
+    """For example "accuracy 81.2 %, macro-F1 0.774, loss 0.61, perplexity 1.84 on 400 rows".
+
+    Where whole choices were compared there are two accuracies, with the names that lm-evaluation-harness gives them:
+    "acc 61.9 %, acc_norm 61.3 %, ...".
+    """
+    parts = []
+    if metrics.accuracy is not None:
+        name = "accuracy" if metrics.accuracy_norm is None else "acc"
+        parts.append(f"{name} {100 * metrics.accuracy:.1f} %")
+    if metrics.accuracy_norm is not None:
+        parts.append(f"acc_norm {100 * metrics.accuracy_norm:.1f} %")
+    if metrics.macro_f1 is not None:
+        parts.append(f"macro-F1 {metrics.macro_f1:.3f}")
+    parts += [f"loss {metrics.loss:.4g}", f"perplexity {metrics.perplexity:.4g}"]
+    return f"{', '.join(parts)} on {metrics.examples} rows"
+
+
+def to_json(metrics: "Metrics") -> str:
+    """All figures as a JSON object; what is not finite is null, which JSON can say."""
+    figures = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in vars(metrics).items()
+    }
+    return json.dumps(figures, indent=2)

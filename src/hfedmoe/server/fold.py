@@ -1,0 +1,101 @@
+"""Fold the updates of a round into the global tensors, one client at a time (method.md section 4)."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hfedmoe.config import MethodConfig
+from hfedmoe.method.aggregation import (
+    MeanAverage,
+    ProductAverage,
+    StacksAverage,
+    expert_weights,
+)
+from hfedmoe.moe.attention import A, B
+from hfedmoe.moe.payload import layer_of
+from hfedmoe.server.gates import GateFold, over_layers
+from hfedmoe.wire.messages import Update
+
+PAIRS = (("up_a", "up_b"), ("down_a", "down_b"))
+
+
+class Fold:
+    """Streaming aggregation of one round: `add` every valid update, then take the `result` (once).
+
+    Args:
+        tensors: the global tensors, experts as [E, ...]; they are not changed.
+        method: expert weights, gate rule, tau.
+        exact_lora: average the products B A instead of the factors (FlexLoRA), refactored to the same rank.
+        rank: of the LoRA pairs, for `exact_lora`.
+    """
+
+    def __init__(
+        self, tensors: dict[str, Tensor], method: MethodConfig, exact_lora: bool = False, rank: int = 0
+    ) -> None:
+        self._tensors, self._method = tensors, method
+        layers: dict[int, list[str]] = {}
+        self._products: dict[tuple[str, str], ProductAverage] = {}
+        self._shared_products: dict[tuple[str, str], ProductAverage] = {}
+        self._shared: dict[str, MeanAverage] = {}
+        gates: list[str] = []
+        for name, tensor in tensors.items():
+            if name.startswith("experts."):
+                layer, kind = name.split(".", 2)[1:]
+                pair = next((pair for pair in PAIRS if kind in pair), None)
+                if exact_lora and pair is not None:
+                    names = (f"experts.{layer}.{pair[0]}", f"experts.{layer}.{pair[1]}")
+                    if names[0] in tensors and names not in self._products:
+                        self._products[names] = ProductAverage(tensor.shape[0], rank)
+                else:
+                    layers.setdefault(int(layer), []).append(name)
+            elif name.startswith("router."):
+                gates.append(name)
+            elif exact_lora and (A in name or B in name):
+                self._shared_products.setdefault((name.replace(B, A), name.replace(A, B)), ProductAverage(1, rank))
+            else:
+                self._shared[name] = MeanAverage()
+        self._layers = sorted(layers)
+        stretches: dict[str, tuple[int, int]] = {}
+        first = 0
+        for own in (layers[index] for index in self._layers):  # experts are numbered over all layers
+            number = tensors[own[0]].shape[0]
+            stretches |= dict.fromkeys(own, (first, number))
+            first += number
+        self._stacks = list(stretches)
+        self._experts = StacksAverage(stretches)
+        self._gates = GateFold(gates, method)
+        self.clients = 0
+
+    def add(self, update: Update) -> None:
+        """Fold in one checked update (its values are finite); of it only what `exact_lora` needs is kept: factors."""
+        self.clients += 1
+        weigh = partial(expert_weights, self._method.expert_weight, update.examples, tau=self._method.tau)
+        weights = over_layers(weigh, update.usage, update.importance, update.tokens, update.trained)
+        if self._stacks:
+            trained = torch.cat([update.trained[layer] for layer in self._layers]).nonzero()[:, 0]
+            weight = torch.cat([weights[layer] for layer in self._layers])[trained]
+            self._experts.add({name: update.tensors[name] for name in self._stacks}, trained, weight, checked=True)
+        for (a, b), products in self._products.items():
+            layer = layer_of(a)
+            index = update.trained[layer].nonzero()[:, 0]
+            products.add(update.tensors[a], update.tensors[b], index, weights[layer][index])
+        for (a, b), products in self._shared_products.items():
+            weight = torch.tensor([float(update.examples)])
+            products.add(update.tensors[a][None], update.tensors[b][None], torch.tensor([0]), weight)
+        self._gates.add(update)
+        for name, mean in self._shared.items():
+            mean.add(update.tensors[name], update.examples, checked=True)
+
+    def result(self) -> dict[str, Tensor]:
+        """The new global tensors; what nobody trained keeps its value bit for bit."""
+        new = dict(self._tensors)
+        new |= self._experts.result({name: self._tensors[name] for name in self._stacks})
+        for (a, b), products in self._products.items():
+            new[a], new[b] = products.result(self._tensors[a], self._tensors[b])
+        for (a, b), products in self._shared_products.items():
+            (new[a],), (new[b],) = products.result(self._tensors[a][None], self._tensors[b][None])
+        new |= self._gates.result(self._tensors)
+        for name, mean in self._shared.items():
+            new[name] = mean.result(self._tensors[name])
+        return new

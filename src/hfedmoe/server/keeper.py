@@ -1,0 +1,183 @@
+"""What a federation leaves in its run folder, round by round, and what it knows of it when it is resumed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from hfedmoe.errors import UserError
+from hfedmoe.events import FinalLine, Score
+from hfedmoe.runs import RunFolder
+from hfedmoe.runs.experts import of_round
+from hfedmoe.server.evaluation import Metrics
+from hfedmoe.server.prior import UsageMean
+from hfedmoe.server.records import RoundRecord
+from hfedmoe.server.totals import ClientTotals
+
+SaveClients = Callable[[], dict[str, Tensor]]
+
+
+class Keeper:
+    """Writes a federation's progress into its run folder, and knows it when the run is resumed.
+
+    Args:
+        folder: of the run; None keeps only sums in memory (a server app without a folder).
+        save_clients: what those clients of this process remember that changed since it was last called, to be saved
+            with each checkpoint.
+        from_round: of the checkpoint from which the run goes on.
+
+    Raises:
+        UserError: experts.npy is damaged, or has not what method.bootstrap = "prior" needs of it.
+    """
+
+    def __init__(
+        self, folder: RunFolder | None, save_clients: SaveClients | None = None, from_round: int | None = None
+    ) -> None:
+        self.folder = folder
+        self._in_process = save_clients is not None
+        self._save_clients = save_clients or (dict)
+        self._last_saved = from_round
+        self.scores: list[Score] = []
+        self.totals: dict[int, ClientTotals] = {}
+        """Of the clients that took part so far."""
+        self._names: dict[int, str] = {}
+        self._total_experts = 0
+        self.usage = UsageMean()
+        """Of the federation, over all complete rounds."""
+        if folder is not None:
+            self._recall(folder)
+
+    def _recall(self, folder: RunFolder) -> None:
+        rows = folder.read_expert_rows()
+        if rows is not None and len(rows):
+            self._total_experts = int((rows["usage"][0] == rows["usage"][0]).sum())  # NaN pads layers
+        prior = folder.config.method.bootstrap == "prior"
+        for line in folder.iter_rounds():
+            if "all" in line["evaluation"]:
+                self.scores.append(_score(line["round"], line["evaluation"]["all"]))
+            examples = {row["client"]: row["examples"] for row in line["clients"] if row["status"] == "ok"}
+            if prior and examples and not line.get("failed"):
+                self.usage.add_round(_rows_of(folder, rows, line["round"], examples), examples)
+            for row in line["clients"] if "bytes_down" in line else ():
+                self.totals.setdefault(row["client"], ClientTotals()).add(row)
+
+    @contextmanager
+    def recording(self, round: int, num_experts: list[int], tau: float) -> Iterator[RoundRecord]:
+        """The record of a round, until the block ends."""
+        self._total_experts = sum(num_experts)
+        with closing(RoundRecord(round, num_experts, tau)) as log:
+            yield log
+
+    @contextmanager
+    def taking_rows(self, log: RoundRecord) -> Iterator[None]:
+        """While clients answer: the expert vectors that the record is given count when the block ends well."""
+        if self.folder is None:
+            yield
+            return
+        with self.folder.expert_rows(log.round, log.num_experts) as log.add_row:
+            yield
+
+    @property
+    def resume_hint(self) -> str:
+        """The end of an error message: how the run goes on; empty where it could not."""
+        # Without its clients' memory in the checkpoint a run cannot go on as it would have.
+        return (
+            ""
+            if self.folder is None or not self._in_process
+            else f"; `hfedmoe resume {self.folder.path}` goes on from there"
+        )
+
+    def name_clients(self, names: dict[int, str]) -> None:
+        """Remember the clients' names for the last table."""
+        self._names = dict(names)
+
+    def save_start(self, tensors: dict[str, Tensor], metrics: Metrics) -> None:
+        """Round 0: the model before any training."""
+        line: dict[str, Any] = {
+            "round": 0,
+            "loss": metrics.loss,
+            "accuracy": metrics.accuracy,
+            "macro_f1": metrics.macro_f1,
+        }
+        line |= {"evaluation": {"all": vars(metrics)}, "clients": [], "short": False}
+        self._append(line)
+        self.scores.append(_score(0, vars(metrics)))
+        self._checkpoint(0, tensors, None, None)
+
+    def save_round(
+        self,
+        log: RoundRecord,
+        tensors: dict[str, Tensor],
+        watched: Metrics | None,
+        whole: Metrics | None,
+    ) -> None:
+        """Everything about a complete round; the checkpoint comes last, because it vouches for the rest."""
+        self._append(log.line(watched, whole), self._counted(log))
+        if whole is not None:
+            self.scores.append(_score(log.round, vars(whole)))
+        # Decision: the best checkpoint is chosen on the watched rows, which the final figures never use.
+        self._checkpoint(log.round, tensors, watched or whole, whole)
+
+    def failed(self, log: RoundRecord) -> None:
+        """A round that too few clients completed: its line says so; the checkpoint before it stays the last."""
+        self._append({**log.line(None, None), "failed": True}, self._counted(log))
+
+    def final_lines(self) -> list[FinalLine]:
+        """Per client, what it held at last, and what it trained, moved and used over the run."""
+        return [
+            FinalLine(
+                name=self._names[client],
+                resident=done.resident,
+                total_experts=self._total_experts,
+                predicted_bytes=done.predicted_bytes,
+                trained=done.trained,
+                bytes_down=done.bytes_down,
+                bytes_up=done.bytes_up,
+                peak_bytes=done.measured_bytes,
+                seconds=done.seconds,
+                pace=done.pace(),
+            )
+            for client, done in sorted(self.totals.items())
+            if done.rounds and client in self._names
+        ]
+
+    def _counted(self, log: RoundRecord) -> Iterator[dict[str, Any]]:
+        """The entries of a round's clients, each counted as it is written."""
+        for row in log.clients():
+            self.totals.setdefault(row["client"], ClientTotals()).add(row)
+            yield row
+
+    def _append(self, line: dict[str, Any], clients: Iterator[dict[str, Any]] | None = None) -> None:
+        if self.folder is not None:
+            self.folder.append_round(line, clients)
+        for _ in clients or ():
+            pass  # without a folder they are still to be counted
+
+    def _checkpoint(
+        self, round: int, tensors: dict[str, Tensor], judged: Metrics | None, whole: Metrics | None
+    ) -> None:
+        if self.folder is None:
+            return
+        score, metric = None, "accuracy"
+        if judged is not None:
+            score, metric = (judged.accuracy, "accuracy") if judged.accuracy is not None else (-judged.loss, "-loss")
+        state = {"evaluation": None if whole is None else vars(whole)}
+        self.folder.save_checkpoint(round, tensors, state, self._save_clients(), score, metric, self._last_saved)
+        self._last_saved = round
+
+
+def _rows_of(folder: RunFolder, rows: Any, round: int, clients: dict[int, int]) -> Any:
+    """The rows of a round in experts.npy. Raises UserError if that of a client is missing."""
+    own = None if rows is None else of_round(rows, round)
+    missing = clients.keys() - (set() if own is None else set(own["client"].tolist()))
+    if missing:
+        raise UserError(
+            f"{folder.path / 'experts.npy'}: has no row of client {min(missing)} in round {round}, and "
+            'method.bootstrap = "prior" goes on from them; restore the file or start the run again'
+        )
+    return own
+
+
+def _score(round: int, metrics: dict[str, Any]) -> Score:
+    return Score(round, metrics["accuracy"], metrics["macro_f1"], metrics["loss"], metrics["examples"])

@@ -1,0 +1,331 @@
+"""The server: rounds of sampling, planning, training and folding, with a checkpoint after each."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from hfedmoe.config import RunConfig
+from hfedmoe.config.budgets import in_experts
+from hfedmoe.errors import UserError
+from hfedmoe.events import ClientLine, ClientSummary, PaceLine, Watcher
+from hfedmoe.moe.payload import pack
+from hfedmoe.seeds import generator
+from hfedmoe.server.evaluation import Metrics
+from hfedmoe.server.fold import Fold
+from hfedmoe.server.keeper import Keeper
+from hfedmoe.server.records import RoundRecord
+from hfedmoe.wire import checks
+from hfedmoe.wire.exchange import POLL_S, Answer, Request, clean, exchange
+from hfedmoe.wire.messages import (
+    DESCRIBE,
+    PLAN,
+    TRAIN,
+    Description,
+    InvalidReplyError,
+    Update,
+    pack_bits,
+    plan_request,
+    record,
+    train_request,
+    unpack_bits,
+    wire_bytes,
+)
+
+Evaluate = Callable[[dict[str, Tensor], str], Metrics]
+"""(global tensors, "all" or "watch") -> the global model measured on all held-out rows, or on the watched ones."""
+
+
+@dataclass(slots=True)
+class Member:
+    """A client as the server knows it."""
+
+    node: int
+    about: Description
+    position: int
+    resident_bits: bytes = b""
+    """What it planned to hold in this round; a few bytes, because there may be many thousands of members."""
+
+    @property
+    def resident(self) -> list[Tensor]:
+        """bool [E] per layer."""
+        return unpack_bits(self.resident_bits, self.about.num_experts)
+
+
+@dataclass
+class Server:
+    """The state of a federation on the server: the global tensors and the round.
+
+    `num_experts` and `top_k` are per layer; `round` is the last complete one.
+    """
+
+    config: RunConfig
+    tensors: dict[str, Tensor]
+    num_experts: list[int]
+    top_k: list[int]
+    evaluate: Evaluate
+    keeper: Keeper
+    watcher: Watcher
+    watches: bool = True
+    """Whether there are held-out rows to measure after every round."""
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        self._work = checks.Work.of(self.config, self.top_k)
+
+    def run(self, grid: Grid) -> None:
+        """All rounds that are left, then the last evaluation.
+
+        Raises:
+            UserError: too few clients connect, or too few give a valid update; the last checkpoint is intact.
+        """
+        members = self._gather(grid)
+        self._announce(members)
+        last = self.config.federation.rounds
+        if self.round == 0 and not self.keeper.scores:
+            metrics = self._measure("all", 0)
+            self.keeper.save_start(self.tensors, metrics)
+        while self.round < last:
+            self._one_round(grid, members, self.round + 1)
+            self.round += 1
+
+    def _gather(self, grid: Grid) -> dict[int, Member]:
+        """Wait until all clients are connected, or as long as allowed, and ask each who it is."""
+        settings = self.config.federation
+        deadline = time.monotonic() + settings.connect_timeout_s
+        while len(nodes := sorted(grid.get_node_ids())) < self.config.clients.count and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        members: dict[int, Member] = {}
+        requests = (Request(node, DESCRIBE, record({"version": 1})) for node in nodes)
+        for answer in exchange(grid, requests, "describe", min(settings.timeout_s, settings.connect_timeout_s)):
+            try:
+                about = checks.description(_reply(answer), self.num_experts)
+            except InvalidReplyError as error:
+                self.watcher.warning(f"a client on node {answer.node} is left out: {clean(str(error))}")
+                continue
+            if about.client >= self.config.clients.count:
+                self.watcher.warning(
+                    f"a client says it is number {about.client} of {self.config.clients.count}; left out"
+                )
+                continue
+            if about.client in members:
+                self.watcher.warning(f"a second client says it is number {about.client}; it is left out")
+                continue
+            members[about.client] = Member(answer.node, about, 0)
+        if len(members) < settings.min_clients:
+            tight = "timeout_s" if settings.timeout_s < settings.connect_timeout_s else "connect_timeout_s"
+            raise UserError(
+                f"{len(members)} of {self.config.clients.count} clients connected and said who they are within "
+                f"{getattr(settings, tight):g} s, fewer than federation.min_clients = {settings.min_clients}; "
+                f"start more clients or raise federation.{tight}"
+            )
+        for position, client in enumerate(sorted(members)):
+            members[client].position = position
+        return dict(sorted(members.items()))
+
+    def _announce(self, members: dict[int, Member]) -> None:
+        total = sum(self.num_experts)
+        lines = [
+            ClientLine(m.about.name, m.about.examples, m.about.budget, m.about.budget / total) for m in members.values()
+        ]
+        self.keeper.name_clients({client: m.about.name for client, m in members.items()})
+        self.watcher.start(self.config.name, self.config.federation.rounds, self.round + 1, lines, self.keeper.scores)
+
+    def _measure(self, kind: str, round: int) -> Metrics:
+        metrics = self.evaluate(self.tensors, kind)
+        self.watcher.evaluated(
+            round,
+            metrics.accuracy,
+            metrics.macro_f1,
+            metrics.loss,
+            metrics.examples,
+            "all" if kind == "all" else "watch",
+        )
+        return metrics
+
+    def _one_round(self, grid: Grid, members: dict[int, Member], round: int) -> None:
+        started = time.perf_counter()
+        self.watcher.round_started(round)
+        with self.keeper.recording(round, self.num_experts, self.config.method.tau) as log:
+            with self.keeper.taking_rows(log):
+                planned = self._plan(grid, self._sample(members, round), round, log)
+                log.planning_seconds = time.perf_counter() - started
+                fold = self._fold(grid, planned, log)
+                self._require_enough(fold.clients, log)
+                with log.phases("average"):
+                    self.tensors = self._averaged(fold, log)
+            self._close(round, log, started)
+
+    def _fold(self, grid: Grid, planned: list[Member], log: RoundRecord) -> Fold:
+        """Have the clients train, and fold in their updates as they come."""
+        fold = Fold(self.tensors, self.config.method, self.config.train.lora == "exact", self.config.train.rank)
+        requests = (self._train_request(member, log.round, log) for member in planned)
+        by_node = {member.node: member for member in planned}
+        for answer in exchange(grid, requests, f"train-{log.round}", self.config.federation.timeout_s):
+            self._take(answer, by_node[answer.node], fold, log)
+            answer.reply = None  # folded in: the next client works without it in memory
+        return fold
+
+    def _take(self, answer: Answer, member: Member, fold: Fold, log: RoundRecord) -> None:
+        """Check a client's answer, fold its update in and note it, or leave the client out."""
+        resident = member.resident
+        try:
+            with log.phases("check"):
+                update = checks.update(_reply(answer), resident, self.tensors, self._work)
+            if update.examples != member.about.examples:
+                raise InvalidReplyError(f"says it has {update.examples} examples, but had {member.about.examples}")
+        except InvalidReplyError as error:
+            self._leave_out(log, member, answer, error)
+            return
+        size = wire_bytes(answer.reply.content)  # type: ignore[union-attr]
+        with log.phases("fold"):
+            fold.add(update)
+        with log.phases("note"):
+            wanted = self._activation_wanted(resident)
+            log.received(member.about.client, update, resident, size, wanted)
+            self.keeper.usage.add(torch.cat(update.usage), update.examples)
+            summary = _summary(log, member.about.client, resident, update, sum(self.num_experts), wanted)
+            self.watcher.client_done(log.round, member.position, summary)
+
+    def _averaged(self, fold: Fold, log: RoundRecord) -> dict[str, Tensor]:
+        """The new global tensors. Raises UserError if one is not finite."""
+        folded = fold.result()
+        broken = [name for name, tensor in folded.items() if not bool(tensor.isfinite().all())]
+        if broken:
+            self.keeper.failed(log)
+            raise UserError(
+                f"round {log.round}: {broken[0]} is not finite after averaging; lower train.lr; "
+                f"the checkpoint of round {log.round - 1} is intact{self.keeper.resume_hint}"
+            )
+        return folded
+
+    def _sample(self, members: dict[int, Member], round: int) -> list[Member]:
+        wanted = self.config.federation.clients_per_round
+        everyone = list(members.values())
+        if wanted is None or wanted >= len(everyone):
+            return everyone
+        order = torch.randperm(len(everyone), generator=generator(self.config.seed, "sample", round)).tolist()
+        return [everyone[i] for i in sorted(order[:wanted])]
+
+    def _plan(self, grid: Grid, sampled: list[Member], round: int, log: RoundRecord) -> list[Member]:
+        """Ask the sampled clients what they want to hold; those with a valid answer go on, in the order of numbers."""
+        by_node = {member.node: member for member in sampled}
+        budget_free = self.config.method.residency == "all"
+        usage = self.keeper.usage.value() if self.config.method.bootstrap == "prior" else None
+
+        def requests() -> Iterator[Request]:
+            for member in sampled:
+                content = plan_request(round, usage)
+                log.sent(member.about.client, wire_bytes(content))
+                yield Request(member.node, PLAN, content)
+
+        planned = []
+        for answer in exchange(grid, requests(), f"plan-{round}", self.config.federation.timeout_s):
+            member = by_node[answer.node]
+            budget = sum(self.num_experts) if budget_free else member.about.budget
+            try:
+                reply = _reply(answer)
+                resident = checks.resident_set(reply, self.num_experts, self.top_k, budget)
+                member.resident_bits = pack_bits(resident)
+                log.bytes_up[member.about.client] = wire_bytes(reply.content)
+                planned.append(member)
+            except InvalidReplyError as error:
+                self._leave_out(log, member, answer, error)
+        # Always in the same order, so that a run does not depend on who answers first.
+        return sorted(planned, key=lambda member: member.about.client)
+
+    def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
+        with log.phases("pack"):
+            content = train_request(round, member.resident, pack(self.tensors, member.resident))
+        log.sent(member.about.client, wire_bytes(content))
+        self.watcher.client_started(round, member.position, self.config.train.steps)
+        return Request(member.node, TRAIN, content)
+
+    def _activation_wanted(self, resident: list[Tensor]) -> float:
+        """Experts per layer (mean over the layers) that a step of the client would train without a deadline."""
+        held = [int(keep.sum()) for keep in resident]
+        limit = self.config.clients.activation
+        if limit is not None:
+            held = [min(h, in_experts(limit, number)) for h, number in zip(held, self.num_experts, strict=True)]
+        return sum(held) / len(held)
+
+    def _leave_out(self, log: RoundRecord, member: Member, answer: Answer, error: InvalidReplyError) -> None:
+        status = "invalid" if answer.status == "ok" else answer.status
+        if isinstance(error, checks.TroubleError):
+            status = error.status
+        reason = clean(str(error))
+        log.left_out(member.about.client, status, reason)
+        self.watcher.client_done(log.round, member.position, ClientSummary(status=status, reason=reason))
+        self.watcher.warning(f"round {log.round}: {member.about.name} is left out ({status}): {reason}")
+
+    def _require_enough(self, valid: int, log: RoundRecord) -> None:
+        needed = self.config.federation.min_clients
+        if valid < needed:
+            self.keeper.failed(log)
+            missing = "; ".join(f"client {client} {reason}" for client, reason in log.missing.items())
+            if log.num_missing > len(log.missing):
+                missing += f"; and {log.num_missing - len(log.missing)} more"
+            raise UserError(
+                f"round {log.round}: {valid} valid updates, fewer than federation.min_clients = {needed} ({missing}); "
+                f"the checkpoint of round {log.round - 1} is intact{self.keeper.resume_hint}"
+            )
+
+    def _close(self, round: int, log: RoundRecord, started: float) -> None:
+        """Measure the new global model, write the round down, and the checkpoint last."""
+        settings = self.config.evaluation
+        final = round == self.config.federation.rounds
+        evaluating = time.perf_counter()
+        watched = self._measure("watch", round) if self.watches else None
+        whole = None
+        if final or (settings.every and round % settings.every == 0):
+            whole = self._measure("all", round)
+        now = time.perf_counter()
+        log.seconds, log.evaluation_seconds = now - started, now - evaluating
+        self.keeper.save_round(log, self.tensors, watched, whole)
+        self.watcher.round_done(round, log.seconds, sum(log.bytes_down.values()), sum(log.bytes_up.values()))
+
+
+def _reply(answer: Answer) -> Any:
+    """The reply's message. Raises InvalidReplyError with the reason where there is none, or where it is only that."""
+    if answer.reply is None:
+        raise InvalidReplyError(answer.reason)
+    checks.trouble(answer.reply)
+    return answer.reply
+
+
+def _summary(
+    log: RoundRecord, client: int, resident: list[Tensor], update: Update, total: int, wanted: float
+) -> ClientSummary:
+    return ClientSummary(
+        resident=sum(int(keep.sum()) for keep in resident),
+        trained=sum(int(flags.sum()) for flags in update.trained),
+        total_experts=total,
+        bytes_down=log.bytes_down[client],
+        bytes_up=log.bytes_up[client],
+        loss=update.losses[-1] if update.losses else None,
+        seconds=update.seconds,
+        peak_bytes=update.peak_bytes,
+        pace=_pace(update, wanted),
+    )
+
+
+def _pace(update: Update, wanted: float) -> PaceLine | None:
+    if update.deadline_s is None or update.activation is None:
+        return None
+    return PaceLine(update.steps, update.steps_wanted, update.activation, wanted, update.deadline_s)
+
+
+def server_app(server_of: Callable[[Context], Server]) -> ServerApp:
+    """The ServerApp that runs the federation which `server_of` makes from Flower's context."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        server_of(context).run(grid)
+
+    return app

@@ -1,0 +1,132 @@
+"""Run a federation on this machine from a configuration: the embedded default behind `hfedmoe run`."""
+
+from pathlib import Path
+
+import torch
+from flwr.app import Context, RecordDict
+from torch import Tensor
+
+from hfedmoe.client.app import client_app
+from hfedmoe.client.device import Device
+from hfedmoe.config import RunConfig
+from hfedmoe.data.partition import partition
+from hfedmoe.errors import UserError
+from hfedmoe.events import Watcher
+from hfedmoe.moe.payload import global_tensors, load_all
+from hfedmoe.prepare import Prepared, prepare
+from hfedmoe.runs import RunFolder
+from hfedmoe.runs.choice import fitting
+from hfedmoe.runs.paths import with_absolute_paths
+from hfedmoe.server.keeper import Keeper
+from hfedmoe.server.server import Server, server_app
+from hfedmoe.wire.inprocess import InProcessGrid, changed_contexts, restore_contexts
+
+
+def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
+    """Run a federation from its first round; returns the run folder.
+
+    Raises:
+        UserError: the configuration, model, data or folder cannot be used, or too few clients gave a valid update.
+    """
+    config = with_absolute_paths(config)
+    with RunFolder.create(out, config) as folder:
+        try:
+            prepared = prepare(config, watcher)
+            parts = _split(prepared, watcher)
+        except UserError:
+            folder.discard()  # nothing has run: the same folder can be asked for again
+            raise
+        if prepared.settled is not config:
+            folder.settle(prepared.settled)
+        _run(folder, prepared, parts, None, watcher)
+        return folder.path
+
+
+def resume(path: Path, watcher: Watcher) -> Path:
+    """Go on with a run from its last checkpoint; one killed before its first checkpoint starts again.
+
+    Raises:
+        UserError: not a run folder, in use by another process, or as `run`.
+    """
+    with RunFolder.open(path, to_write=True) as folder:
+        prepared = prepare(folder.config, watcher)
+        round = None
+        if folder.saved_rounds():
+            round = folder.load_checkpoint("last").round
+        folder.rewind(-1 if round is None else round)
+        _run(folder, prepared, _split(prepared, watcher), round, watcher)
+        return folder.path
+
+
+def _split(prepared: Prepared, watcher: Watcher) -> list[list[int]]:
+    watcher.phase("splitting the data over the clients")
+    config = prepared.config
+    return partition(prepared.task, config.partition, config.clients.count, config.seed)
+
+
+def _run(
+    folder: RunFolder, prepared: Prepared, parts: list[list[int]], from_round: int | None, watcher: Watcher
+) -> None:
+    config, model = prepared.config, prepared.model
+    for text in prepared.warnings:
+        watcher.warning(text)
+    initial = global_tensors(model)
+    devices = make_devices(prepared, parts, initial, watcher)
+    grid = InProcessGrid(client_app(lambda context: devices[int(context.node_config["partition-id"])]), len(devices))
+    keeper = Keeper(folder, lambda: _to_tensors(changed_contexts(grid)), from_round)
+    tensors = initial
+    if from_round is not None:
+        checkpoint = folder.load_checkpoint(from_round)
+        tensors = checkpoint.tensors
+        with fitting(checkpoint):
+            load_all(model, tensors)
+        restore_contexts(grid, _to_bytes(checkpoint.clients or {}))
+    server = Server(
+        config=config,
+        tensors=tensors,
+        num_experts=model.num_experts,
+        top_k=[layer.top_k for layer in model.layers],
+        evaluate=lambda state, kind: prepared.measure(state, kind, watcher.evaluating),
+        keeper=keeper,
+        watcher=watcher,
+        watches=bool(prepared.watch),
+        round=from_round or 0,
+    )
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={}, series_id=0)
+    server_app(lambda _: server)(grid, context)
+    watcher.finish(f"done: {folder.path}")
+    before, after = (keeper.scores[0], keeper.scores[-1]) if keeper.scores else (None, None)
+    watcher.final_table(keeper.final_lines(), before, after)
+
+
+def make_devices(
+    prepared: Prepared, parts: list[list[int]], initial: dict[str, Tensor], watcher: Watcher
+) -> list[Device]:
+    """Simulated clients: they share one model in memory, and each one's sub-model is a mask over it."""
+    steps = prepared.config.train.steps
+
+    def on_step(client: int, step: int, loss: float) -> None:
+        watcher.step(client, step, steps, loss)
+
+    return [
+        Device(
+            number=number,
+            name=f"client {number}",
+            model=prepared.model,
+            encoder=prepared.encoder,
+            examples=[prepared.task.train[i] for i in indices],
+            config=prepared.config,
+            initial=initial,
+            on_step=on_step,
+            budget_experts=None if prepared.budgets is None else prepared.budgets[number],
+        )
+        for number, indices in enumerate(parts)
+    ]
+
+
+def _to_tensors(saved: dict[str, bytes]) -> dict[str, Tensor]:
+    return {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in saved.items() if data}
+
+
+def _to_bytes(saved: dict[str, Tensor]) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in saved.items()}

@@ -1,0 +1,198 @@
+"""Nothing from a client is trusted: what it sends is checked before any of it is used."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message
+from torch import Tensor
+
+from hfedmoe.config import RunConfig
+from hfedmoe.moe.payload import layer_of
+from hfedmoe.wire.messages import (
+    VECTORS,
+    Description,
+    InvalidReplyError,
+    Update,
+    facts_of,
+    tensors_of,
+    unpack_bits,
+)
+from hfedmoe.wire.trouble import OUT_OF_MEMORY, OUT_OF_TIME
+
+MAX_EXAMPLES = 10**9
+MAX_NAME = 80
+MAX_VALUE = 1e6
+"""No trained weight comes near it; larger values could overflow an average."""
+ROUNDING = 1e-3
+"""Of sums of float32 shares over the experts of a layer."""
+HEADER_ROOM = 1 << 20
+"""Bytes that names and shapes may add to the tensors of an update."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every client is asked to do in a round, which bounds what it can have done."""
+
+    steps: int
+    pairs: list[int]
+    """Per layer, the most (token, expert) pairs of one step."""
+
+    @classmethod
+    def of(cls, config: RunConfig, top_k: list[int]) -> "Work":
+        """The work that a configuration asks for; a row has a prompt and an answer of at most data.max_tokens each."""
+        tokens = 2 * config.data.max_tokens * config.train.batch_size
+        return cls(config.train.steps, [tokens * k for k in top_k])
+
+
+class TroubleError(InvalidReplyError):
+    """The client says that it ran out of memory or time; `status` is which, in words."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def trouble(message: Message) -> None:
+    """Raise TroubleError if the reply says that its sender could not do its part. Raises InvalidReplyError."""
+    facts = facts_of(message)
+    if "status" not in facts:
+        return
+    status, reason = facts["status"], facts.get("reason")
+    if status not in (OUT_OF_MEMORY, OUT_OF_TIME) or not isinstance(reason, str):
+        raise InvalidReplyError("its status is not one of those known")
+    raise TroubleError(str(status).replace("_", " "), reason)
+
+
+def description(message: Message, num_experts: list[int]) -> Description:
+    """Who the sender says it is. Raises InvalidReplyError."""
+    facts = facts_of(message)
+    name = facts.get("name")
+    if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+        raise InvalidReplyError("its name is not a short text")
+    theirs = facts.get("num_experts")
+    if theirs != num_experts:
+        raise InvalidReplyError(f"its model has another number of experts per layer ({str(theirs)[:60]})")
+    return Description(
+        client=_whole(facts, "client", 0, MAX_EXAMPLES),
+        name=name,
+        examples=_whole(facts, "examples", 1, MAX_EXAMPLES),
+        budget=_whole(facts, "budget", 1, sum(num_experts)),
+        num_experts=num_experts,
+    )
+
+
+def resident_set(message: Message, num_experts: list[int], top_k: list[int], budget: int) -> list[Tensor]:
+    """The experts a client wants to hold: within its budget, top-k at least per layer. Raises InvalidReplyError."""
+    resident = unpack_bits(facts_of(message).get("resident"), num_experts)
+    for layer, (keep, k) in enumerate(zip(resident, top_k, strict=True)):
+        if int(keep.sum()) < k:
+            raise InvalidReplyError(f"plans {int(keep.sum())} experts in layer {layer}, fewer than top-{k}")
+    total = sum(int(keep.sum()) for keep in resident)
+    if total > budget:
+        raise InvalidReplyError(f"plans {total} experts, more than its budget of {budget}")
+    return resident
+
+
+def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], work: Work) -> Update:
+    """A client's update, every tensor of the expected name, shape and precision, and finite.
+
+    Args:
+        resident: what the client was given, bool [E] per layer.
+        like: the global tensors, experts as [E, ...].
+        work: what it was asked to do.
+
+    Raises:
+        InvalidReplyError: anything is missing, unexpected, misshapen, out of range or not finite.
+    """
+    facts = facts_of(message)
+    num_experts = [len(keep) for keep in resident]
+    trained = unpack_bits(facts.get("trained"), num_experts)
+    for layer, (did, had) in enumerate(zip(trained, resident, strict=True)):
+        if bool((did & ~had).any()):
+            raise InvalidReplyError(f"says it trained experts of layer {layer} that it was not given")
+    expected = {
+        name: (torch.Size([int(trained[layer_of(name)].sum()), *tensor.shape[1:]]), tensor.dtype)
+        if name.startswith("experts.")
+        else (tensor.shape, tensor.dtype)
+        for name, tensor in like.items()
+    }
+    expected |= {name: (torch.Size([sum(num_experts)]), torch.float32) for name in VECTORS}
+    size = sum(shape.numel() * dtype.itemsize for shape, dtype in expected.values())
+    tensors = tensors_of(message, max_bytes=size + HEADER_ROOM)
+    if set(tensors) != set(expected):
+        raise InvalidReplyError(f"tensors missing or unexpected: {', '.join(sorted(set(tensors) ^ set(expected))[:3])}")
+    for name, (shape, dtype) in expected.items():
+        if tensors[name].shape != shape:
+            raise InvalidReplyError(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+        if tensors[name].dtype != dtype:
+            raise InvalidReplyError(f"{name} is {tensors[name].dtype}, expected {dtype}")
+        if tensors[name].numel():
+            low, high = (float(extreme) for extreme in torch.aminmax(tensors[name]))  # one pass, no temporary
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise InvalidReplyError(f"{name} is not finite")
+            if name not in VECTORS and max(-low, high) > MAX_VALUE:
+                raise InvalidReplyError(f"{name} has values over {MAX_VALUE:g}")
+    vectors = {name: list(tensors.pop(name).split(num_experts)) for name in VECTORS}
+    losses = facts.get("losses")
+    if not isinstance(losses, list) or not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
+        raise InvalidReplyError("its losses are not finite numbers")
+    seconds = facts.get("seconds")
+    if not isinstance(seconds, float) or not 0 <= seconds < 1e9:
+        raise InvalidReplyError("its training time is not a number of seconds")
+    steps_wanted = _whole(facts, "steps_wanted", work.steps, work.steps)
+    steps = _whole(facts, "steps", 1, steps_wanted)
+    _check_vectors(vectors, [steps * pairs for pairs in work.pairs])
+    if len(losses) != steps:
+        raise InvalidReplyError(f"sends {len(losses)} losses of {steps} steps")
+    activation, deadline_s = _positive(facts, "activation", max(num_experts)), _positive(facts, "deadline_s", 1e9)
+    if deadline_s is not None and activation is None:
+        raise InvalidReplyError("has a deadline, but does not say what its steps trained")
+    return Update(
+        tensors=tensors,
+        trained=trained,
+        examples=_whole(facts, "examples", 1, MAX_EXAMPLES),
+        losses=list(losses),  # type: ignore[arg-type]
+        seconds=seconds,
+        peak_bytes=_whole(facts, "peak_bytes", 0, 1 << 60),
+        peak_is_measured=facts.get("peak_is_measured") is True,
+        steps=steps,
+        steps_wanted=steps_wanted,
+        activation=activation,
+        deadline_s=deadline_s,
+        **vectors,
+    )
+
+
+def _check_vectors(vectors: dict[str, list[Tensor]], pairs: list[int]) -> None:
+    """What decides how much a client counts: shares of a whole, and no more tokens than there can have been.
+
+    Args:
+        pairs: per layer, the most (token, expert) pairs of the round.
+    """
+    for name, limit in (("usage", 1 + ROUNDING), ("importance", 1 + ROUNDING), ("tokens", math.inf)):
+        if any(bool(((part < 0) | (part > limit)).any()) for part in vectors[name]):
+            raise InvalidReplyError(f"{name} is outside [0, {limit:g}]")
+    usage = [float(part.sum()) for part in vectors["usage"]]
+    if any(total and abs(total - 1) > ROUNDING for total in usage):  # 0: nothing was seen of a layer
+        raise InvalidReplyError("usage of a layer does not add up to 1")
+    tokens = [float(part.sum()) for part in vectors["tokens"]]
+    if any(total > most for total, most in zip(tokens, pairs, strict=True)):
+        raise InvalidReplyError("says that it saw more tokens than its steps can have had")
+
+
+def _whole(facts: ConfigRecord, key: str, low: int, high: int) -> int:
+    value: Any = facts.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidReplyError(f"{key} is not a whole number in [{low}, {high}]")
+    return value
+
+
+def _positive(facts: ConfigRecord, key: str, high: float) -> float | None:
+    value: Any = facts.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, float) or not 0 < value <= high:
+        raise InvalidReplyError(f"{key} is not a number in (0, {high:g}]")
+    return value

@@ -1,0 +1,88 @@
+"""Send messages to clients and take their replies as they come, each with a deadline."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from hfedmoe.wire.inprocess import TOO_LATE, InProcessGrid
+
+MAX_REASON = 300
+
+POLL_S = 0.05
+GRACE_S = 5.0
+"""How much longer than a message's time to live the server waits before it gives up on the carrier's own word."""
+
+
+def clean(text: str) -> str:
+    """A client's words, safe to print: one short line of printable characters."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return "".join(character for character in line.strip() if character.isprintable())[:MAX_REASON] or "no reason given"
+
+
+@dataclass
+class Request:
+    """One message to one client."""
+
+    node: int
+    kind: str
+    content: RecordDict
+
+
+@dataclass
+class Answer:
+    """A reply, or why there is none: `status` is "ok", "late" or "failed"."""
+
+    node: int
+    reply: Message | None
+    status: str = "ok"
+    reason: str = ""
+
+
+def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: float) -> Iterator[Answer]:
+    """Answers in the order in which they arrive; exactly one for every request.
+
+    In process one request is out at a time, so that a payload is made when it is needed and an update is folded in
+    before the next one exists. Elsewhere all are sent at once, and clients work at the same time.
+    """
+    waiting: dict[str, int] = {}
+    deadline = time.monotonic() + timeout_s + GRACE_S
+    for request in requests:
+        message_id = next(iter(grid.push_messages([_message(grid, request, group, timeout_s)])), "")
+        if not message_id:
+            yield Answer(request.node, None, "failed", "the client is no longer connected")
+            continue
+        waiting[message_id] = request.node
+        if isinstance(grid, InProcessGrid):
+            del request  # its payload is delivered
+            yield from _arrived(grid, waiting, waiting)
+    while waiting:
+        before = len(waiting)
+        for message_id in list(waiting):  # one by one, so that never more than one update is held
+            yield from _arrived(grid, {message_id: waiting[message_id]}, waiting)
+        if waiting and len(waiting) == before:
+            if time.monotonic() > deadline:
+                for node in waiting.values():
+                    yield Answer(node, None, "late", f"no reply within {timeout_s:g} s")
+                return
+            time.sleep(POLL_S)
+
+
+def _arrived(grid: Grid, asked: dict[str, int], waiting: dict[str, int]) -> Iterator[Answer]:
+    for reply in grid.pull_messages(list(asked)):
+        node = waiting.pop(reply.metadata.reply_to_message_id, None)
+        if node is None:
+            continue
+        if reply.has_error():
+            late = reply.error.code == TOO_LATE
+            yield Answer(node, None, "late" if late else "failed", clean(reply.error.reason or ""))
+        else:
+            yield Answer(node, reply)
+
+
+def _message(grid: Grid, request: Request, group: str, ttl: float) -> Message:
+    if isinstance(grid, InProcessGrid):
+        return grid.create_message(request.content, request.kind, request.node, group, ttl)
+    return Message(request.content, request.node, request.kind, ttl=ttl, group_id=group)

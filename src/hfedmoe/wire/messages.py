@@ -1,0 +1,204 @@
+"""Everything that crosses the wire, in one page.
+
+describe (query)  down: nothing
+                  up:   client number, name, examples, budget in experts, experts per layer of its model
+plan (query)      down: round; with method.bootstrap = "prior" the federation's usage so far, float32 [sum E_l]
+                  up:   resident bits [sum E_l]
+train             down: round, resident bits; gates, shared tensors, rows of the resident experts
+                  up:   trained bits [sum E_l]; gates, shared tensors, rows of the trained experts; usage, importance
+                        and tokens float32 [sum E_l]; number of examples, losses, seconds, peak bytes; steps done and
+                        wanted, and where they apply the deadline and the experts per layer that a step could train
+plan and train    up:   instead, from a client that cannot: status "out_of_memory" or "out_of_time", and the reason
+
+Tensors travel as one safetensors blob per message (`TENSORS`), whatever their number and precision: no pickle, and one
+object instead of hundreds for Flower to move. Everything else is scalars and bytes in one record (`FACTS`).
+Nothing that a client sends is trusted: see `checks.py`.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+from hfedmoe.files.blob import dumps, loads
+from hfedmoe.wire.trouble import Trouble
+
+DESCRIBE, PLAN, TRAIN = "query.describe", "query.plan", "train"
+TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
+
+
+class InvalidReplyError(ValueError):
+    """A message does not hold what it must; the text says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Who a client is."""
+
+    client: int
+    name: str
+    examples: int
+    budget: int
+    """Experts over all layers."""
+    num_experts: list[int]
+
+
+@dataclass
+class Update:
+    """What a client sends back after training."""
+
+    tensors: dict[str, Tensor]
+    """Gates and shared tensors whole; rows of the trained experts in ascending order, under `experts.*`."""
+    trained: list[Tensor]
+    """bool [E] per layer."""
+    usage: list[Tensor]
+    importance: list[Tensor]
+    tokens: list[Tensor]
+    """float32 [E] per layer each."""
+    examples: int
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    peak_is_measured: bool = False
+    steps: int = 0
+    steps_wanted: int = 0
+    activation: float | None = None
+    """Experts per layer that a step could train, the mean over layers and steps; None: all resident ones."""
+    deadline_s: float | None = None
+
+
+VECTORS = ("usage", "importance", "tokens")
+USAGE = "usage"
+
+
+def pack_bits(masks: list[Tensor]) -> bytes:
+    """bool [E] per layer -> bits, layer after layer."""
+    return np.packbits(torch.cat(masks).cpu().numpy()).tobytes()
+
+
+def unpack_bits(data: object, num_experts: list[int]) -> list[Tensor]:
+    """The inverse of `pack_bits`. Raises InvalidReplyError if the length does not fit."""
+    total = sum(num_experts)
+    if not isinstance(data, bytes) or len(data) != (total + 7) // 8:
+        raise InvalidReplyError(f"expected {(total + 7) // 8} bytes of expert bits")
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=total).astype(bool)
+    return list(torch.from_numpy(bits).split(num_experts))
+
+
+def record(facts: dict[str, object], tensors: dict[str, Tensor] | None = None) -> RecordDict:
+    """A message's content."""
+    content = RecordDict({FACTS: ConfigRecord(facts)})  # type: ignore[arg-type]
+    if tensors is not None:
+        blob = dumps(tensors)
+        content[TENSORS] = ArrayRecord({BLOB: Array("uint8", (len(blob),), BLOB, blob)})
+    return content
+
+
+def facts_of(message: Message) -> ConfigRecord:
+    """The scalars of a message. Raises InvalidReplyError if it has none."""
+    facts = message.content.config_records.get(FACTS)
+    if facts is None:
+        raise InvalidReplyError("the message has no facts")
+    return facts
+
+
+def tensors_of(message: Message, max_bytes: int | None = None) -> dict[str, Tensor]:
+    """The tensors of a message: views of it, to be read and not written.
+
+    Raises:
+        InvalidReplyError: there are none, they are larger than `max_bytes`, or they are not safetensors.
+    """
+    records = message.content.array_records.get(TENSORS)
+    array = None if records is None else records.get(BLOB)
+    if array is None or array.stype != BLOB:
+        raise InvalidReplyError("the message has no tensors")
+    if max_bytes is not None and len(array.data) > max_bytes:
+        raise InvalidReplyError(f"{len(array.data)} bytes of tensors where at most {max_bytes} are expected")
+    try:
+        return loads(array.data)
+    except Exception as error:  # whatever a crafted header makes the reader raise, the message is at fault
+        raise InvalidReplyError(f"the tensors cannot be read ({error})") from None
+
+
+def wire_bytes(content: RecordDict) -> int:
+    """Bytes of a message's content: blobs, and names and values of the facts."""
+    total = sum(len(array.data) for arrays in content.array_records.values() for array in arrays.values())
+    for facts in content.config_records.values():
+        total += sum(len(key) + _value_bytes(value) for key, value in facts.items())
+    return total
+
+
+def _value_bytes(value: object) -> int:
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, list):
+        return sum(_value_bytes(item) for item in value)
+    return 8
+
+
+def describe_reply(description: Description) -> RecordDict:
+    """Who a client is; the server reads it with `checks.description`."""
+    return record(
+        {
+            "client": description.client,
+            "name": description.name,
+            "examples": description.examples,
+            "budget": description.budget,
+            "num_experts": description.num_experts,
+        }
+    )
+
+
+def plan_request(round: int, usage: Tensor | None = None) -> RecordDict:
+    """Which experts do you want? `usage` float32 [sum E_l]: the federation's so far, for method.bootstrap = "prior"."""
+    return record({"round": round}, None if usage is None else {USAGE: usage})
+
+
+def usage_of(message: Message, num_experts: list[int]) -> list[Tensor] | None:
+    """The federation's usage in a plan request, float32 [E] per layer; None if it has none.
+
+    Raises:
+        InvalidReplyError: it is not one finite number per expert.
+    """
+    if TENSORS not in message.content.array_records:
+        return None
+    total = sum(num_experts)
+    usage = tensors_of(message, max_bytes=4 * total + 4096).get(USAGE)
+    if usage is None or usage.shape != (total,) or usage.dtype != torch.float32 or not bool(usage.isfinite().all()):
+        raise InvalidReplyError(f"the federation's usage is not {total} finite numbers")
+    return [part.clone() for part in usage.split(num_experts)]
+
+
+def trouble_reply(trouble: Trouble) -> RecordDict:
+    """A client ran out of memory or time; the server reads it with `checks.trouble`."""
+    return record({"status": trouble.status, "reason": trouble.reason})
+
+
+def train_request(round: int, resident: list[Tensor], tensors: dict[str, Tensor]) -> RecordDict:
+    """Train these experts: `resident` bool [E] per layer; of `tensors` gates whole, of experts the residents' rows."""
+    return record({"round": round, "resident": pack_bits(resident)}, tensors)
+
+
+def train_reply(update: Update) -> RecordDict:
+    """What a client trained and measured; the server reads it with `checks.update`."""
+    vectors = {name: torch.cat(getattr(update, name)).float() for name in VECTORS}
+    return record(
+        {
+            "trained": pack_bits(update.trained),
+            "examples": update.examples,
+            "losses": update.losses,
+            "seconds": update.seconds,
+            "peak_bytes": update.peak_bytes,
+            "peak_is_measured": update.peak_is_measured,
+            "steps": update.steps,
+            "steps_wanted": update.steps_wanted,
+            **{
+                name: value
+                for name, value in (("activation", update.activation), ("deadline_s", update.deadline_s))
+                if value is not None  # a record has no null
+            },
+        },
+        update.tensors | vectors,
+    )

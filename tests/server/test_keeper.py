@@ -1,0 +1,48 @@
+"""What is written down of a round: by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from hfedmoe.runs import RunFolder
+from hfedmoe.server.evaluation import Metrics
+from hfedmoe.server.keeper import Keeper
+from hfedmoe.wire.messages import Update
+from tests.federation import tiny_config
+
+
+def test_routing_consistency_and_losses_by_hand() -> None:
+    """tau = 0.5: threshold 1/4 of 2 experts. Layer 0: S = {0, 1}, r = 1/2 and 1; layer 1: S = {0}, r = 1 and 1."""
+    with Keeper(None).recording(1, [2, 2], tau=0.5) as log:
+        for client, rows in enumerate(([[0.9, 0.1], [0.9, 0.1]], [[0.5, 0.5], [0.8, 0.2]])):
+            vectors, flags = [torch.tensor(row) for row in rows], [torch.ones(2, dtype=torch.bool)] * 2
+            update = Update(
+                {}, flags, vectors, vectors, vectors, 5, losses=[3.0, 2.5, 2.0], steps=3, steps_wanted=3
+            )  # fmt: skip
+            log.received(client, update, flags, 7, 2.0)
+        noted = list(log.clients())
+    assert [row["routing_consistency"] for row in noted] == [0.75, 1.0]
+    assert (noted[0]["first_loss"], noted[0]["last_loss"]) == (3.0, 2.0)
+
+
+def measured(accuracy: float | None, loss: float) -> Metrics:
+    return Metrics(accuracy, None, loss, 5, math.exp(loss))
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        [(measured(0.9, 1.0), measured(0.1, 1.0)), (measured(0.1, 1.0), measured(0.9, 1.0))],
+        [(measured(None, 1.0), None), (measured(None, 2.0), None)],
+    ],
+    ids=["the watched rows decide, not those of the final figures", "without accuracy the lowest loss"],
+)
+def test_the_best_checkpoint(rounds: list[tuple[Metrics, Metrics | None]], tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", tiny_config()) as folder:
+        keeper = Keeper(folder)
+        for number, (watched, whole) in enumerate(rounds, 1):
+            with keeper.recording(number, [2], 0.1) as log:
+                keeper.save_round(log, {"shared.x": torch.ones(1)}, watched, whole)
+        assert folder.load_checkpoint("best").round == 1

@@ -1,0 +1,93 @@
+"""Nothing from a client is trusted: each lie is answered by name."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message, Metadata, RecordDict
+from torch import Tensor
+
+from hfedmoe.wire import checks
+from hfedmoe.wire.messages import (
+    Description,
+    InvalidReplyError,
+    Update,
+    describe_reply,
+    pack_bits,
+    record,
+    train_reply,
+)
+
+ABOUT = Description(client=0, name="pi", examples=10, budget=3, num_experts=[2, 2])
+
+
+def message(content: RecordDict) -> Any:
+    metadata = Metadata(1, "1", 1, 0, "", "", 0.0, 60.0, "query")
+    return Message(content, metadata=metadata)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"name": "a\x1b[31mb"}, "name is not a short text"),
+        ({"name": "x" * 81}, "name is not a short text"),
+        ({"num_experts": [2, 3]}, "another number of experts"),
+        ({"examples": 0}, "examples is not"),
+        ({"client": -1}, "client is not"),
+        ({"budget": 5}, "budget is not"),
+        ({"budget": 0}, "budget is not"),
+    ],
+)
+def test_descriptions_are_checked(lie: dict[str, Any], reason: str) -> None:
+    assert checks.description(message(describe_reply(ABOUT)), [2, 2]) == ABOUT
+    with pytest.raises(InvalidReplyError, match=reason):
+        checks.description(message(describe_reply(replace(ABOUT, **lie))), [2, 2])
+
+
+def test_plans_are_checked() -> None:
+    def planned(*layers: list[int]) -> list[list[bool]]:
+        bits = pack_bits([torch.tensor(layer, dtype=torch.bool) for layer in layers])
+        found = checks.resident_set(message(record({"resident": bits})), [2, 2], [1, 1], budget=3)
+        return [mask.tolist() for mask in found]
+
+    assert planned([1, 0], [1, 1]) == [[True, False], [True, True]]
+    with pytest.raises(InvalidReplyError, match="plans 0 experts in layer 1, fewer than top-1"):
+        planned([1, 1], [0, 0])
+    with pytest.raises(InvalidReplyError, match="plans 4 experts, more than its budget of 3"):
+        planned([1, 1], [1, 1])
+
+
+def lie(name: str, *values: float) -> dict[str, list[Tensor]]:
+    return {name: [torch.tensor(values)]}
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (lie("usage", 1.1, -0.1), "usage is outside"),
+        (lie("usage", 0.9, 0.9), "usage of a layer does not add up to 1"),
+        (lie("usage", math.nan, 0.1), "usage is not finite"),
+        (lie("importance", -0.1, 0.1), "importance is outside"),
+        (lie("importance", 1.1, 0.1), "importance is outside"),
+        (lie("tokens", -1.0, 0.1), "tokens is outside"),
+        (lie("tokens", 6.0, 5.0), "more tokens than its steps"),
+        ({"tensors": {"shared.x": torch.tensor([-1e7])}}, "has values over"),
+        ({"tensors": {"shared.x": torch.zeros(1_000_000)}}, "bytes of tensors where at most"),
+        ({"seconds": math.nan}, "training time"),
+        ({"seconds": -1.0}, "training time"),
+    ],
+)
+def test_updates_are_checked(lie: dict[str, Any], reason: str) -> None:
+    halves, flags = [torch.full((2,), 0.5)], [torch.ones(2, dtype=torch.bool)]
+    honest = Update({"shared.x": torch.ones(1)}, flags, halves, halves, halves, 10, [1.0], 2.0, 5, False, 1, 1)
+
+    def checked(update: Update) -> Update:
+        work = checks.Work(steps=1, pairs=[10])
+        return checks.update(message(train_reply(update)), flags, {"shared.x": torch.ones(1)}, work)
+
+    assert checked(honest).examples == 10
+    assert checked(replace(honest, usage=[torch.zeros(2)], tokens=[torch.tensor([4.0, 6.0])])).steps == 1
+    with pytest.raises(InvalidReplyError, match=reason):
+        checked(replace(honest, **lie))
