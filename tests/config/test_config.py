@@ -14,7 +14,7 @@ from hfedmoe.config.budgets import in_experts
 from hfedmoe.config.builtin import NAMES, shipped_config
 from hfedmoe.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def refused(tree) -> str:

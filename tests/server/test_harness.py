@@ -21,7 +21,7 @@ from hfedmoe.models.packaged import smollm2_folder
 from hfedmoe.models.tiny import tiny_model
 from hfedmoe.server.evaluation import evaluate, longest_input
 
-FIXTURES = Path(__file__).parent / "data" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "data" / "fixtures"
 TASKS = {
     "piqa": "piqa/piqa.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
