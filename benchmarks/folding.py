@@ -10,6 +10,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from hfedmoe.config import MethodConfig
+from hfedmoe.events import Work
 from hfedmoe.moe.payload import layer_of
 from hfedmoe.server.fold import Fold
 from hfedmoe.wire import checks
@@ -46,7 +47,8 @@ def update_with(tensors: dict[str, Tensor], trained: list[Tensor], draws: torch.
         sent[name] = torch.empty(rows, *tensor.shape[1:]).uniform_(-1, 1, generator=draws)
     uniform = [torch.full((len(flags),), 1 / len(flags)) for flags in trained]
     tokens = [torch.full((len(flags),), 100.0) for flags in trained]
-    return Update(sent, trained, uniform, uniform, tokens, 100, [1.0], 1.0, 1, False, 1, 1)
+    work = Work(examples=100, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0, seconds=1.0, peak_bytes=1)
+    return Update(sent, trained, trained, uniform, uniform, tokens, work)
 
 
 def fold_rows(quick: bool) -> list[dict[str, Any]]:
@@ -87,7 +89,7 @@ def _fold_row(tensors: dict[str, Tensor], num_experts: list[int], lora: str, sha
     draws = torch.Generator().manual_seed(0)
     fold = Fold(tensors, MethodConfig(), lora == "exact", 8)
     everything = [torch.ones(number, dtype=torch.bool) for number in num_experts]
-    work = checks.Work(1, [1 << 20] * len(num_experts))
+    work = checks.Asked(1, [1 << 20] * len(num_experts))
     times: dict[str, list[float]] = {"copy": [], "check": [], "fold": []}
 
     def timed(what: str, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -100,7 +102,7 @@ def _fold_row(tensors: dict[str, Tensor], num_experts: list[int], lora: str, sha
     for _ in range(3 if lora == "exact" else 8):
         message = _message(train_reply(update_of(tensors, num_experts, share, draws)))
         update = timed("check", checks.update, message, everything, tensors, work)
-        timed("fold", fold.add, update)
+        timed("fold", fold.add, update, everything)
         copies = [torch.zeros_like(tensor) for tensor in update.tensors.values()]
         timed("copy", _copy, copies, update)
         size = sum(tensor.nbytes for tensor in copies)

@@ -140,7 +140,7 @@ def one_round(folder: Path, limit_bytes: int, how: str = "auto", whole: bool = F
     if answer is None:
         return Round(done[0], None, resident)
     checks.trouble(_message(answer))
-    update = checks.update(_message(answer), resident, tensors, checks.Work.of(config, top_k))
+    update = checks.update(_message(answer), resident, tensors, checks.Asked.of(config, top_k))
     report = json.loads(done[0].stdout.strip().splitlines()[-1])
     return Round(done[0], update, resident, report["took"], report["held"])
 

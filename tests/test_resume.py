@@ -31,7 +31,7 @@ class Killer(Silent):
     def client_started(self, round, client, steps): self._at("client", round, client)
     def step(self, client, step, steps, loss): self._at("step", client, step)
     def round_done(self, round, *_): self._at("done", round)
-    def evaluated(self, round, *_): self._at("evaluated", round)
+    def evaluated(self, evaluation): self._at("evaluated", evaluation.round)
 
 out, moment = Path(sys.argv[1]), sys.argv[2]
 if (out / "config.toml").exists():

@@ -1,5 +1,6 @@
 """Whole rounds: what clients hold, train and send; and clients that fail."""
 
+import math
 import struct
 import time
 import weakref
@@ -15,7 +16,7 @@ from flwr.app import Array, ArrayRecord, Message, Metadata, RecordDict
 from hfedmoe.client import app as at_client
 from hfedmoe.client.device import Device
 from hfedmoe.errors import UserError
-from hfedmoe.events import ClientSummary, Silent
+from hfedmoe.events import ClientRound, Silent
 from hfedmoe.moe.payload import expert_shapes
 from hfedmoe.runs import RunFolder
 from hfedmoe.server.keeper import Keeper
@@ -31,11 +32,11 @@ class Notes(Silent):
     """Remembers what it was told."""
 
     def __init__(self) -> None:
-        self.done: list[tuple[int, int, ClientSummary]] = []
+        self.done: list[tuple[int, int, ClientRound]] = []
         self.warnings: list[str] = []
 
-    def client_done(self, round: int, client: int, summary: ClientSummary) -> None:
-        self.done.append((round, client, summary))
+    def client_done(self, round: int, client: int, done: ClientRound) -> None:
+        self.done.append((round, client, done))
 
     def warning(self, text: str) -> None:
         self.warnings.append(text)
@@ -68,7 +69,7 @@ def test_clients_hold_and_send_in_proportion_to_their_budget(federation: Make, t
     for row, budget in zip(lines[1]["clients"], (8, 16, 32, 16), strict=True):
         assert row["resident"] == budget
         assert row["trained"] <= budget
-        assert row["peak_is"] == "predicted"
+        assert not row["peak_is_measured"]
         assert 0 < row["routing_consistency"] <= 1
         listed_down = gates + row["resident"] * row_bytes + 4
         listed_up = gates + row["trained"] * row_bytes + 3 * 32 * 4 + 2 * 4
@@ -133,14 +134,14 @@ FAULTS: dict[str, tuple[Callable[[Device, Any, Update], Any], str, str]] = {
         "invalid",
         "that it was not given",
     ),
-    "boastful": (lambda d, r, u: replace(u, examples=10**6), "invalid", "examples"),
+    "boastful": (lambda d, r, u: replace(u, work=replace(u.work, examples=10**6)), "invalid", "examples"),
     "usage": (lambda d, r, u: replace(u, usage=[x - 1 for x in u.usage]), "invalid", "usage is outside"),
     "huge": (
         lambda d, r, u: replace(u, tensors={n: t + 1e30 for n, t in u.tensors.items()}),
         "invalid",
         "has values over",
     ),
-    "losses": (lambda d, r, u: replace(u, losses=[float("inf")]), "invalid", "losses"),
+    "loss": (lambda d, r, u: replace(u, work=replace(u.work, last_loss=math.inf)), "invalid", "last_loss"),
 }
 
 
@@ -251,7 +252,7 @@ def test_an_update_is_forgotten_before_the_next_client_works(federation: Make, m
 def test_what_is_noted_of_a_round_goes_with_it() -> None:
     with Keeper(None).recording(1, [2], tau=0.1) as log:
         log.left_out(3, "late", "no reply")
-        assert [row["client"] for row in log.clients()] == [3]
+        assert [done.client for done in log.clients()] == [3]
     with pytest.raises(ValueError, match="closed file"):
         list(log.clients())
 

@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from hfedmoe.config import RunConfig, Section
+from hfedmoe.config.named import NamedIn
 
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -69,6 +70,9 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 
 def _kind(field: FieldInfo) -> str:
+    named = next((item for item in field.metadata if isinstance(item, NamedIn)), None)
+    if named is not None:
+        return ", ".join(f"`{name}`" for name in named.names())
     bounds = []
     for item in field.metadata:
         if type(item) in BOUNDS:

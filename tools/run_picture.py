@@ -6,10 +6,11 @@ python tools/run_picture.py runs/2026-11-22-r8-hfedmoe docs/demo.svg
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
-from hfedmoe.events import ClientLine
+from hfedmoe.events import Evaluation, Participant
 from hfedmoe.report.live import Live
 from hfedmoe.runs import RunFolder
 from hfedmoe.server.keeper import Keeper
@@ -23,7 +24,7 @@ def main(run: Path, picture: Path) -> None:
         keeper.name_clients({number: f"client {number}" for number in clients})
         console = Console(record=True, width=104, file=nowhere, force_terminal=False)
         watcher = Live(console)
-        lines = keeper.final_lines()
+        lines = keeper.final_totals()
         first = next(line for line in rounds if line["round"] == 1)
         total = lines[0].total_experts
         examples = {row["client"]: row["examples"] for row in first["clients"]}
@@ -32,18 +33,13 @@ def main(run: Path, picture: Path) -> None:
             folder.config.name,
             folder.config.federation.rounds,
             1,
-            [ClientLine(f"client {n}", examples[n], budgets[n], budgets[n] / total) for n in clients],
+            [Participant(f"client {n}", examples[n], budgets[n], budgets[n] / total) for n in clients],
         )
         for line in rounds:
             for kind, metrics in line["evaluation"].items():
-                watcher.evaluated(
-                    line["round"],
-                    metrics["accuracy"],
-                    metrics["macro_f1"],
-                    metrics["loss"],
-                    metrics["examples"],
-                    "all" if kind == "all" else "watch",
-                )
+                accuracy, macro_f1, loss = (metrics[name] for name in ("accuracy", "macro_f1", "loss"))
+                which: Literal["all", "watch"] = "all" if kind == "all" else "watch"
+                watcher.evaluated(Evaluation(line["round"], accuracy, macro_f1, loss, metrics["examples"], which))
             if line["round"]:
                 watcher.round_done(line["round"], line["seconds"], line["bytes_down"], line["bytes_up"])
         watcher.final_table(lines, keeper.scores[0], keeper.scores[-1])

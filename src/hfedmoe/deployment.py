@@ -31,8 +31,7 @@ from hfedmoe.errors import UserError
 from hfedmoe.events import Silent, Watcher
 from hfedmoe.files.cache import cache_folder
 from hfedmoe.models.loaded import device_of
-from hfedmoe.moe.payload import global_tensors
-from hfedmoe.prepare import Prepared, prepare
+from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.report.live import Live
 from hfedmoe.runs import RunFolder
 from hfedmoe.runs.paths import with_absolute_paths
@@ -156,16 +155,7 @@ def _server(context: Context) -> Server:
     for text in prepared.warnings:
         watcher.warning(text)
     folder = RunFolder.create(Path(str(out)), prepared.settled) if out else None
-    return Server(
-        config=config,
-        tensors=global_tensors(prepared.model),
-        num_experts=prepared.model.num_experts,
-        top_k=[layer.top_k for layer in prepared.model.layers],
-        evaluate=lambda tensors, kind: prepared.measure(tensors, kind, watcher.evaluating),
-        keeper=Keeper(folder),
-        watcher=watcher,
-        watches=bool(prepared.watch),
-    )
+    return server_for(prepared, Keeper(folder), watcher)
 
 
 client = client_app(_device)

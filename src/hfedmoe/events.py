@@ -1,12 +1,130 @@
-"""The events of a run, for whoever watches it."""
+"""What happens in a run, for whoever watches: the events, and the one record of what a client did in a round.
+
+Every figure of a client's round is in `ClientRound` and nowhere else. metrics.jsonl, the screen, the totals and the
+report read it. A new figure is one field here, set where it is measured; a figure that the client measures is a field
+of `Work` with a bound in `wire.checks`.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Self
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a client says that it did in a round. It crosses the wire as it is."""
+
+    examples: int = 0
+    """The client's own rows."""
+    steps: int = 0
+    """Optimizer steps, of `steps_wanted`."""
+    steps_wanted: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    seconds: float = 0.0
+    """Of training."""
+    peak_bytes: int = 0
+    peak_is_measured: bool = False
+    """Whether the peak was read from the operating system; else it is predicted (a simulated client)."""
+    activation: float | None = None
+    """Experts per layer that a step could train, the mean over layers and steps; None: all resident ones."""
+    deadline_s: float | None = None
+    """Seconds of training that it was given; None: no deadline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientRound(Work):
+    """One client in one round, as the server knows it. `status` is "ok", or a word such as "late" with a `reason`.
+
+    Only a client whose status is "ok" has more than its number, its reason and its bytes.
+    """
+
+    client: int = 0
+    status: str = "ok"
+    reason: str = ""
+    resident: int = 0
+    """Experts on the device, over all layers."""
+    trained: int = 0
+    """Those with at least one optimizer step."""
+    total_experts: int = 0
+    """Of the model, over all layers."""
+    tokens: float = 0.0
+    """(token, expert) pairs that its experts processed."""
+    activation_wanted: float | None = None
+    """As `activation`, if there were no deadline."""
+    routing_consistency: float | None = None
+    """r(c) of eq. 18, the mean over the layers; known when the round ends."""
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Its entry in metrics.jsonl."""
+        known = asdict(self)
+        if self.status == "ok":
+            del known["reason"]
+            return known
+        return {name: known[name] for name in ("client", "status", "reason", "bytes_down", "bytes_up")}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Self:
+        """The inverse of `to_json`; what an entry does not have, or what is unknown here, is left out."""
+        return cls(**{field.name: entry[field.name] for field in fields(cls) if field.name in entry})
+
+
+@dataclass(slots=True)
+class ClientTotals:
+    """What one client did over the rounds that it completed.
+
+    Sums, but `resident` and `trained`, which are those of its last round, the largest peaks, and the means of
+    `activation` and `activation_wanted` over its rounds with a deadline. `steps` count rounds with a deadline only.
+    """
+
+    name: str = ""
+    rounds: int = 0
+    resident: int = 0
+    trained: int = 0
+    total_experts: int = 0
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    paced_rounds: int = 0
+    steps: int = 0
+    steps_wanted: int = 0
+    activation: float | None = None
+    activation_wanted: float | None = None
+    deadline_s: float | None = None
+
+    def add(self, done: ClientRound) -> None:
+        """Count a round."""
+        self.bytes_down += done.bytes_down
+        self.bytes_up += done.bytes_up
+        if done.status != "ok":
+            return
+        self.rounds += 1
+        self.resident, self.trained, self.total_experts = done.resident, done.trained, done.total_experts
+        self.seconds += done.seconds
+        if done.peak_is_measured:
+            self.measured_bytes = max(self.measured_bytes or 0, done.peak_bytes)
+        else:
+            self.predicted_bytes = max(self.predicted_bytes or 0, done.peak_bytes)
+        if done.deadline_s is not None:
+            self.paced_rounds += 1
+            self.steps += done.steps
+            self.steps_wanted += done.steps_wanted
+            self.activation = _mean(self.activation, done.activation, self.paced_rounds)
+            self.activation_wanted = _mean(self.activation_wanted, done.activation_wanted, self.paced_rounds)
+            self.deadline_s = done.deadline_s
+
+
+def _mean(mean: float | None, value: float | None, count: int) -> float:
+    """The mean of `count` values, of which `value` is the last."""
+    return ((mean or 0.0) * (count - 1) + (value or 0.0)) / count
 
 
 @dataclass(frozen=True, slots=True)
-class ClientLine:
+class Participant:
     """A client as it is known before the first round; `budget` counts experts over all layers."""
 
     name: str
@@ -16,58 +134,16 @@ class ClientLine:
 
 
 @dataclass(frozen=True)
-class PaceLine:
-    """What a deadline (seconds per round) left of a client's work; `activation` counts experts per layer and step."""
-
-    steps: int
-    steps_wanted: int
-    activation: float
-    activation_wanted: float
-    deadline_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ClientSummary:
-    """What one client did in one round. `status` is "ok", or a word such as "late", which `reason` explains."""
-
-    resident: int = 0
-    trained: int = 0
-    total_experts: int = 0
-    bytes_down: int = 0
-    bytes_up: int = 0
-    loss: float | None = None
-    seconds: float | None = None
-    peak_bytes: int | None = None
-    status: str = "ok"
-    reason: str = ""
-    pace: PaceLine | None = None
-
-
-@dataclass(frozen=True)
-class Score:
-    """One evaluation of the global model; accuracy and macro-F1 are shares, None for tasks without choices."""
+class Evaluation:
+    """The global model measured once; accuracy and macro-F1 are shares, None for tasks without choices."""
 
     round: int
     accuracy: float | None
     macro_f1: float | None
     loss: float | None
     rows: int
-
-
-@dataclass(frozen=True)
-class FinalLine:
-    """What one client held, trained, moved and used over the whole run; `seconds` and bytes moved are sums."""
-
-    name: str
-    resident: int
-    total_experts: int
-    predicted_bytes: int | None
-    trained: int
-    bytes_down: int
-    bytes_up: int
-    peak_bytes: int | None
-    seconds: float | None
-    pace: PaceLine | None = None
+    kind: Literal["all", "watch"] = "all"
+    """Whether on all held-out rows, or on the few that are watched."""
 
 
 class Watcher:
@@ -89,8 +165,8 @@ class Watcher:
         title: str,
         num_rounds: int,
         first_round: int,
-        clients: Sequence[ClientLine],
-        history: Sequence[Score] = (),
+        clients: Sequence[Participant],
+        history: Sequence[Evaluation] = (),
     ) -> None:
         """The run begins or, with `history` and a later `first_round`, goes on."""
 
@@ -106,22 +182,14 @@ class Watcher:
     def step(self, client: int, step: int, steps: int, loss: float) -> None:
         """A client has done `step` of `steps`."""
 
-    def client_done(self, round: int, client: int, summary: ClientSummary) -> None:
+    def client_done(self, round: int, client: int, done: ClientRound) -> None:
         """A client has answered, or will not."""
 
     def evaluating(self, done: int, total: int) -> None:
         """So many of the held-out rows are measured."""
 
-    def evaluated(
-        self,
-        round: int,
-        accuracy: float | None,
-        macro_f1: float | None,
-        loss: float | None,
-        rows: int,
-        kind: Literal["all", "watch"] = "all",
-    ) -> None:
-        """The global model was measured, on all held-out rows or on the few that are watched."""
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """The global model was measured."""
 
     def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
         """A round is complete; the bytes are those of this round."""
@@ -132,7 +200,7 @@ class Watcher:
     def finish(self, text: str) -> None:
         """The run is over."""
 
-    def final_table(self, clients: Sequence[FinalLine], before: Score | None, after: Score | None) -> None:
+    def final_table(self, clients: Sequence[ClientTotals], before: Evaluation | None, after: Evaluation | None) -> None:
         """What every client held, did and used, and what came of it."""
 
 

@@ -20,8 +20,10 @@ from hfedmoe.models.loaded import Loaded
 from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.payload import load_all
+from hfedmoe.moe.payload import global_tensors, load_all
 from hfedmoe.server.evaluation import Metrics, evaluate, longest_input, positions
+from hfedmoe.server.keeper import Keeper
+from hfedmoe.server.server import Server
 
 
 @dataclass
@@ -99,3 +101,26 @@ def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepare
 def encoder_of(loaded: Loaded, task: Task, max_tokens: int) -> Encoder:
     """The encoder of a task for a model that was loaded."""
     return Encoder.for_task(loaded.tokenizer, task, max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id)
+
+
+def server_for(
+    prepared: Prepared, keeper: Keeper, watcher: Watcher, tensors: dict[str, Tensor] | None = None, round: int = 0
+) -> Server:
+    """The server of a federation, whoever carries its messages.
+
+    Args:
+        tensors: what `round` ended with; None: the model as it was loaded.
+        round: the last complete one.
+    """
+    model = prepared.model
+    return Server(
+        config=prepared.config,
+        tensors=global_tensors(model) if tensors is None else tensors,
+        num_experts=model.num_experts,
+        top_k=[layer.top_k for layer in model.layers],
+        evaluate=lambda state, kind: prepared.measure(state, kind, watcher.evaluating),
+        keeper=keeper,
+        watcher=watcher,
+        watches=bool(prepared.watch),
+        round=round,
+    )

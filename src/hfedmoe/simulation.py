@@ -1,5 +1,6 @@
 """Run a federation on this machine from a configuration: the embedded default behind `hfedmoe run`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from hfedmoe.data.partition import partition
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
 from hfedmoe.moe.payload import global_tensors, load_all
-from hfedmoe.prepare import Prepared, prepare
+from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.runs import RunFolder
 from hfedmoe.runs.choice import fitting
 from hfedmoe.runs.paths import with_absolute_paths
@@ -67,41 +68,62 @@ def _split(prepared: Prepared, watcher: Watcher) -> list[list[int]]:
 def _run(
     folder: RunFolder, prepared: Prepared, parts: list[list[int]], from_round: int | None, watcher: Watcher
 ) -> None:
-    config, model = prepared.config, prepared.model
     for text in prepared.warnings:
         watcher.warning(text)
-    initial = global_tensors(model)
-    devices = make_devices(prepared, parts, initial, watcher)
+    simulation = assemble(prepared, parts, folder, watcher, from_round)
+    simulation.run()
+    keeper = simulation.server.keeper
+    watcher.finish(f"done: {folder.path}")
+    before, after = (keeper.scores[0], keeper.scores[-1]) if keeper.scores else (None, None)
+    watcher.final_table(keeper.final_totals(), before, after)
+
+
+@dataclass
+class Simulation:
+    """A server and its clients in one process."""
+
+    server: Server
+    devices: list[Device]
+    grid: InProcessGrid
+
+    def run(self) -> None:
+        """All rounds that are left. Raises UserError as `Server.run`."""
+        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={}, series_id=0)
+        server_app(lambda _: self.server)(self.grid, context)
+
+
+def assemble(
+    prepared: Prepared,
+    parts: list[list[int]],
+    folder: RunFolder | None,
+    watcher: Watcher,
+    from_round: int | None = None,
+) -> Simulation:
+    """Put a federation together.
+
+    Args:
+        parts: the rows of every client, as indices into `prepared.task.train`.
+        folder: where the run is kept; None: nowhere.
+        from_round: of the checkpoint in the folder from which the run goes on; None: it begins.
+
+    Raises:
+        UserError: the checkpoint is damaged or does not fit the model.
+    """
+    initial = global_tensors(prepared.model)
+    devices = _devices(prepared, parts, initial, watcher)
     grid = InProcessGrid(client_app(lambda context: devices[int(context.node_config["partition-id"])]), len(devices))
     keeper = Keeper(folder, lambda: _to_tensors(changed_contexts(grid)), from_round)
     tensors = initial
-    if from_round is not None:
+    if folder is not None and from_round is not None:
         checkpoint = folder.load_checkpoint(from_round)
         tensors = checkpoint.tensors
         with fitting(checkpoint):
-            load_all(model, tensors)
+            load_all(prepared.model, tensors)
         restore_contexts(grid, _to_bytes(checkpoint.clients or {}))
-    server = Server(
-        config=config,
-        tensors=tensors,
-        num_experts=model.num_experts,
-        top_k=[layer.top_k for layer in model.layers],
-        evaluate=lambda state, kind: prepared.measure(state, kind, watcher.evaluating),
-        keeper=keeper,
-        watcher=watcher,
-        watches=bool(prepared.watch),
-        round=from_round or 0,
-    )
-    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={}, series_id=0)
-    server_app(lambda _: server)(grid, context)
-    watcher.finish(f"done: {folder.path}")
-    before, after = (keeper.scores[0], keeper.scores[-1]) if keeper.scores else (None, None)
-    watcher.final_table(keeper.final_lines(), before, after)
+    return Simulation(server_for(prepared, keeper, watcher, tensors, from_round or 0), devices, grid)
 
 
-def make_devices(
-    prepared: Prepared, parts: list[list[int]], initial: dict[str, Tensor], watcher: Watcher
-) -> list[Device]:
+def _devices(prepared: Prepared, parts: list[list[int]], initial: dict[str, Tensor], watcher: Watcher) -> list[Device]:
     """Simulated clients: they share one model in memory, and each one's sub-model is a mask over it."""
     steps = prepared.config.train.steps
 

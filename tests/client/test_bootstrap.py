@@ -14,12 +14,12 @@ from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.trouble import attempt
 from hfedmoe.events import Silent
 from hfedmoe.method.selection import select
+from hfedmoe.method.usage import FederationUsage
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 from hfedmoe.moe.payload import global_tensors, pack
 from hfedmoe.prepare import prepare
 from hfedmoe.runs import RunFolder
 from hfedmoe.server.keeper import Keeper
-from hfedmoe.server.prior import UsageMean
 from hfedmoe.simulation import resume, run
 from hfedmoe.wire.messages import InvalidReplyError, plan_request, record, usage_of
 from hfedmoe.wire.trouble import Trouble
@@ -116,7 +116,7 @@ def test_a_resumed_run_knows_the_usage_to_the_last_bit(tmp_path: Path) -> None:
 
 def test_recalled_usage_equals_the_live_one_with_layers_of_different_sizes(tmp_path: Path) -> None:
     config = tiny_config("method.bootstrap=prior")
-    live, numbers = UsageMean(), [3, 2]
+    live, numbers = FederationUsage(), [3, 2]
     with RunFolder.create(tmp_path / "run", config) as folder:
         for round in (1, 2):
             usage = torch.rand(2, 5, generator=torch.Generator().manual_seed(round))
@@ -181,7 +181,7 @@ def test_a_device_that_streams_sees_what_the_whole_model_shows_and_holds_only_it
     # It trains as the whole model would, runs out of memory, and goes on with fewer experts.
     tensors = global_tensors(devices[0].model)
     losses = [
-        device.train(history, whole, pack(tensors, whole), 1).losses
+        device.train(history, whole, pack(tensors, whole), 1).work.last_loss
         for device, history in zip(devices, histories, strict=True)
     ]
     assert losses[0] == losses[1]
@@ -190,5 +190,5 @@ def test_a_device_that_streams_sees_what_the_whole_model_shows_and_holds_only_it
     devices[1].on_step = None
     histories[1].limit = 14
     fewer = devices[1].plan(histories[1], 3)
-    assert devices[1].train(histories[1], fewer, pack(tensors, fewer), 3).steps == 1
+    assert devices[1].train(histories[1], fewer, pack(tensors, fewer), 3).work.steps == 1
     assert len(store) == 14

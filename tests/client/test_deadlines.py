@@ -15,6 +15,7 @@ from rich.console import Console
 from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.device.pace import Pace, StepTimes
+from hfedmoe.events import Work
 from hfedmoe.report.live import Live
 from hfedmoe.runs import RunFolder
 from hfedmoe.wire import checks
@@ -78,7 +79,7 @@ def test_clients_do_what_their_deadlines_leave(federation: Make, tmp_path: Path)
     assert first[3]["seconds"] <= 5.0
     assert all(row["status"] == "ok" for row in (*first.values(), *second.values()))
     assert "; 1 of 3 steps in 2.0 s (deadline 1.5 s), 2 of 2 experts per layer trained" in out.getvalue()
-    live.final_table(run.server.keeper.final_lines(), None, None)
+    live.final_table(run.server.keeper.final_totals(), None, None)
     table = out.getvalue()
     assert "per layer" in table
     assert "2/6" in table  # client 0: steps of both rounds
@@ -121,7 +122,6 @@ def test_a_first_step_far_beyond_the_deadline_is_given_up_and_the_next_round_beg
 LIES: dict[str, tuple[dict[str, Any], str]] = {
     "more steps than wanted": ({"steps": 9}, "steps is not a whole number in [1, 3]"),
     "no step": ({"steps": 0}, "steps is not a whole number"),
-    "losses of other steps": ({"steps": 2}, "3 losses of 2 steps"),
     "activation": ({"activation": float("nan")}, "activation is not a number in (0, 8]"),
     "more experts than there are": ({"activation": 8.5}, "activation is not a number in (0, 8]"),
     "a deadline that did nothing": ({"activation": None}, "does not say what its steps trained"),
@@ -134,23 +134,21 @@ def test_what_a_client_says_of_its_work_is_checked() -> None:
     numbers = [8, 8]
     resident = [torch.ones(number, dtype=torch.bool) for number in numbers]
     vectors = [torch.full((number,), 1 / number) for number in numbers]
-    work = checks.Work(3, [20, 20])
-    honest = Update(
-        {}, resident, vectors, vectors, vectors, 10, [1.0] * 3, 2.0, 5, False, 3, 3, activation=2.5, deadline_s=4.0
-    )
+    asked = checks.Asked(3, [20, 20])
+    work = Work(examples=10, steps=3, steps_wanted=3, first_loss=1.0, last_loss=1.0, activation=2.5, deadline_s=4.0)
+    honest = Update({}, resident, resident, vectors, vectors, vectors, work)
 
     def checked(update: Update) -> Update:
         metadata = Metadata(1, "1", 1, 0, "", "", 0.0, 60.0, "train")
-        return checks.update(Message(train_reply(update), metadata=metadata), resident, {}, work)  # type: ignore[call-overload]
+        return checks.update(Message(train_reply(update), metadata=metadata), resident, {}, asked)  # type: ignore[call-overload]
 
-    good = checked(honest)
-    assert (good.steps, good.steps_wanted, good.activation, good.deadline_s) == (3, 3, 2.5, 4.0)
+    assert checked(honest).work == work
     checked(replace(honest, tokens=[torch.full((8,), 7.5)] * 2, usage=[torch.zeros(8), vectors[0]]))
-    free = checked(replace(honest, activation=None, deadline_s=None))
+    free = checked(replace(honest, work=replace(work, activation=None, deadline_s=None))).work
     assert free.activation is free.deadline_s is None
     for lie, reason in LIES.values():
         with pytest.raises(InvalidReplyError, match=re.escape(reason)):
-            checked(replace(honest, **lie))
+            checked(replace(honest, work=replace(work, **lie)))
 
 
 def test_a_history_keeps_what_was_measured_and_learned_and_reads_older_ones() -> None:

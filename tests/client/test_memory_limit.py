@@ -67,8 +67,8 @@ def test_a_round_stays_within_the_budget(how: str, folder: Path) -> None:
     held = sum(int(keep.sum()) for keep in done.resident)
     assert 12 <= held < 60
     assert done.held["experts"] == held
-    assert done.update.steps == 2
-    assert done.update.peak_is_measured
+    assert done.update.work.steps == 2
+    assert done.update.work.peak_is_measured
 
 
 def test_the_whole_model_is_killed_or_refused(folder: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hfedmoe.client.trouble import attempt, is_out_of_memory, smaller
 from hfedmoe.device.learned import Attempt, Note
-from hfedmoe.events import ClientLine, Silent
+from hfedmoe.events import Participant, Silent
 from hfedmoe.runs import RunFolder
 from hfedmoe.simulation import resume, run
 from hfedmoe.wire.messages import record
@@ -119,7 +119,7 @@ class Watching(Silent):
         self.budgets: list[int] = []
 
     def start(self, title: str, num_rounds: int, first_round: int, clients: Any, history: Any = ()) -> None:
-        self.budgets = [line.budget for line in clients if isinstance(line, ClientLine)]
+        self.budgets = [line.budget for line in clients if isinstance(line, Participant)]
 
     def round_started(self, round: int) -> None:
         self.round = round

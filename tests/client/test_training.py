@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfedmoe.client import training
+from hfedmoe.client import scoring, statistics, training
+from hfedmoe.client.batches import endless_batches, tokens_of
 from hfedmoe.client.history import ClientHistory
-from hfedmoe.config import MethodConfig, TrainConfig
+from hfedmoe.client.learner import Learner
+from hfedmoe.client.scoring import bootstrap
+from hfedmoe.client.statistics import RoundStatistics
+from hfedmoe.config import RunConfig
 from hfedmoe.data.encoding import Batch, Encoder
 from hfedmoe.data.rows import Example
 from hfedmoe.errors import TrainingError
@@ -25,11 +29,14 @@ def tiny() -> MoEModel:
     return MoEModel(tiny_model(len(tiny_tokenizer()), 0))
 
 
-def train(model: MoEModel, method: MethodConfig | None = None, **settings: Any) -> training.LocalUpdate:
-    encoder = Encoder(tiny_tokenizer(), "{text}", 16)
-    chosen = TrainConfig(steps=2, batch_size=2, **settings)
-    history = ClientHistory.new(model.num_experts)
-    return training.train(model, ROWS, encoder, chosen, method or MethodConfig(), history, None, seed=0, client=0)
+def learner(model: MoEModel, number: int = 0, batch_size: int = 2, **sections: Any) -> Learner:
+    config = RunConfig.model_validate({"train": {"steps": 2, "batch_size": batch_size}} | sections)
+    return Learner(model, ROWS, Encoder(tiny_tokenizer(), "{text}", 16), config, number)
+
+
+def train(model: MoEModel, method: dict[str, Any] | None = None, **settings: Any) -> training.LocalUpdate:
+    sections = {"method": method or {}, "train": {"steps": 2, "batch_size": 2} | settings}
+    return training.train(learner(model, **sections), ClientHistory.new(model.num_experts))
 
 
 def test_statistics_weigh_samples_and_remember_every_trained_expert() -> None:
@@ -40,14 +47,14 @@ def test_statistics_weigh_samples_and_remember_every_trained_expert() -> None:
         trained_now=lambda: next(flags),
         states=[SimpleNamespace(present=torch.arange(3))],
     )
-    statistics = training._Statistics(model)
+    seen_of = RoundStatistics(model)
     for g in (torch.tensor([[1.0, 0, 0]] * 3), torch.tensor([[0.0, 1, 0]])):
         seen: Any = SimpleNamespace(evidence=Evidence(g, g.sum(0)), layer=SimpleNamespace(index=0), tokens=g.sum(0))
-        statistics.add(seen, lam=0.25)
-        statistics.note_trained(model)
-    torch.testing.assert_close(statistics.usage[0].value(), torch.tensor([0.75, 0.25, 0.0]))
-    assert statistics.trained(model)[0].tolist() == [True, True, False]
-    assert statistics.tokens[0].tolist() == [3, 1, 0]
+        seen_of.add(seen, lam=0.25)
+        seen_of.note_trained(model)
+    torch.testing.assert_close(seen_of.usage()[0], torch.tensor([0.75, 0.25, 0.0]))
+    assert seen_of.trained(model)[0].tolist() == [True, True, False]
+    assert seen_of.tokens()[0].tolist() == [3, 1, 0]
 
 
 def test_decoder_tokens_that_count_are_those_with_a_target() -> None:
@@ -58,12 +65,12 @@ def test_decoder_tokens_that_count_are_those_with_a_target() -> None:
         torch.tensor([0, 0]),
         decoder_input_ids=torch.zeros(2, 2),
     )
-    assert training._tokens(batch).mask.tolist() == [[1, 1], [1, 0]]
+    assert tokens_of(batch).mask.tolist() == [[1, 1], [1, 0]]
 
 
 def test_the_constants_of_the_method_reach_scores_and_importance(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[str, float, float | None]] = set()
-    score, importance = training.score, training.importance
+    score, importance = scoring.score, statistics.importance
 
     def spy_score(name: str, evidence: Evidence, lam: float, beta: float, *rest: Any) -> Tensor:
         seen.add((name, lam, beta))
@@ -73,9 +80,9 @@ def test_the_constants_of_the_method_reach_scores_and_importance(monkeypatch: py
         seen.add(("s", lam, None))
         return importance(g, lam)
 
-    monkeypatch.setattr(training, "score", spy_score)
-    monkeypatch.setattr(training, "importance", spy_importance)
-    train(tiny(), MethodConfig(lam=0.3, beta=0.7))
+    monkeypatch.setattr(scoring, "score", spy_score)
+    monkeypatch.setattr(statistics, "importance", spy_importance)
+    train(tiny(), {"lam": 0.3, "beta": 0.7})
     assert seen == {("ib", 0.3, 0.7), ("s", 0.3, None)}
 
 
@@ -108,17 +115,20 @@ def test_a_router_without_gradient_is_noticed() -> None:
 
 
 def test_a_score_of_the_backward_pass_begins_with_a_prior() -> None:
-    model, method = tiny(), MethodConfig(score="taylor")
+    model = tiny()
     history = ClientHistory.new(model.num_experts)
-    training.bootstrap(model, ROWS, Encoder(tiny_tokenizer(), "{text}", 16), method, 2, history, seed=0, client=0)
+    bootstrap(learner(model, method={"score": "taylor"}), history)
     assert history.prior is not None
     assert not history.observed
+
+
+MODEL = tiny()
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
     def epochs(client: int) -> list[list[str]]:
         history = ClientHistory.new([2])
-        batches = training._batches(ROWS, 5, history, seed=0, client=client)
+        batches = endless_batches(learner(MODEL, client, batch_size=5), history)
         return [[row.text for row in next(batches)] for _ in range(2)]
 
     plain = [row.text for row in ROWS]

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hfedmoe.method.aggregation import MeanAverage, RowAverage, StacksAverage
+from hfedmoe.method.averaging import MeanAverage, RowAverage, StacksAverage
 
 NAN = float("nan")
 seeds = st.integers(0, 10_000)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hfedmoe.method.aggregation import ProductAverage
+from hfedmoe.method.products import ProductAverage
 
 E, R, IN, OUT = 3, 2, 7, 9
 PREVIOUS_A = torch.randn(E, R, IN, generator=torch.Generator().manual_seed(99))

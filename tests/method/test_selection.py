@@ -4,13 +4,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hfedmoe.method.selection import activation, select
+from hfedmoe.method import selection
+from hfedmoe.method.selection import activation, comparable
 
 SCORES = torch.tensor([[0.9, 0.1, 0.5], [0.4, 0.3, 0.2]])
 
 
 def bits(*rows: str) -> Tensor:
     return torch.tensor([[mark == "x" for mark in row] for row in rows])
+
+
+def select(scores: Tensor | list[Tensor], budget: int, at_least: int = 0) -> Tensor | list[Tensor]:
+    """As one tensor where the layers are alike."""
+    chosen = selection.select(list(scores), budget, at_least)
+    return torch.stack(chosen) if isinstance(scores, Tensor) else chosen
 
 
 @st.composite
@@ -27,51 +34,73 @@ def test_hand_worked():
     # one per layer first: 0.9 and 0.4; then the best of the rest: 0.5
     assert torch.equal(select(SCORES, 2, at_least=1), bits("x..", "x.."))
     assert torch.equal(select(SCORES, 3, at_least=1), bits("x.x", "x.."))
-    assert torch.equal(select(SCORES, 2, candidates=bits(".xx", "..x")), bits("..x", "..x"))
 
 
 def test_budget_extremes():
     assert not select(SCORES, 0).any()
     assert select(SCORES, 6).all()
     assert select(SCORES, 100).all()
-    candidates = bits("x..", ".x.")
-    assert torch.equal(select(SCORES, 100, candidates), candidates)
-    assert not select(SCORES, 4, torch.zeros(2, 3, dtype=torch.bool)).any()
 
 
-def test_ties_go_to_the_lower_layer_then_the_lower_expert():
+def test_without_draws_ties_go_to_the_lower_layer_then_the_lower_expert():
     equal = torch.zeros(2, 3)
     assert torch.equal(select(equal, 4), bits("xxx", "x.."))
     assert torch.equal(select(equal, 4, at_least=2), bits("xx.", "xx."))
-    assert torch.equal(select(equal, 2, bits(".xx", "xxx")), bits(".xx", "..."))
+
+
+def test_every_client_draws_an_order_of_its_own_for_experts_that_are_equal():
+    """Unobserved experts all have the mean of the observed ones; clients must not all choose the same of them."""
+    layers = [torch.tensor([9.0, *[1.0] * 15])] * 4
+    drawn = [selection.select(layers, 16, 2, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    for chosen in drawn:
+        assert all(bool(layer[0]) and int(layer.sum()) >= 2 for layer in chosen)  # what is better comes first
+        assert sum(int(layer.sum()) for layer in chosen) == 16
+    shares = torch.stack([torch.cat(chosen).float() for chosen in drawn]).mean(0).view(4, 16)[:, 1:]
+    assert 0.03 < shares.min() < shares.max() < 0.45  # 12 of 60, at random: 0.2 each
+    again = selection.select(layers, 16, 2, torch.Generator().manual_seed(0))
+    assert all(torch.equal(one, other) for one, other in zip(again, drawn[0], strict=True))
+
+
+def test_the_order_of_ties_changes_nothing_where_there_are_none():
+    drawn = selection.select(list(SCORES), 3, 1, torch.Generator().manual_seed(5))
+    assert torch.equal(torch.stack(drawn), bits("x.x", "x.."))
+
+
+def test_scores_that_grow_with_the_layer_are_compared_by_their_share_of_it():
+    small, large = torch.tensor([3.0, 1.0, 0.0]), torch.tensor([100.0, 120.0, 110.0])
+    assert torch.equal(select([small, large], 2)[0], bits("...")[0])  # as they are, the second layer takes everything
+    fair = comparable([small, large])
+    torch.testing.assert_close(fair[0], torch.tensor([2.25, 0.75, 0.0]))  # over 4/3
+    torch.testing.assert_close(fair[1], torch.tensor([100.0, 120.0, 110.0]) / 110)
+    chosen = select(fair, 2)
+    assert [layer.tolist() for layer in chosen] == [[True, False, False], [False, True, False]]
+    signed, zeros = comparable([torch.tensor([-1.0, 3.0]), torch.zeros(2)])  # signs and a silent layer stay
+    assert signed.tolist() == [-0.5, 1.5]
+    assert zeros.tolist() == [0.0, 0.0]
 
 
 def test_negative_and_infinite_contributions_still_fill_the_budget():
     scores = torch.tensor([[-1.0, -float("inf"), float("inf")], [-2.0, -3.0, -4.0]])
     assert torch.equal(select(scores, 3), bits("x.x", "x.."))
-    assert torch.equal(select(scores, 1, bits(".x.", "...")), bits(".x.", "..."))
 
 
-@given(layers(), st.integers(0, 30), st.integers(0, 3), st.integers(0, 1000))
+@given(layers(), st.integers(0, 30), st.integers(0, 3))
 @settings(max_examples=80, deadline=None)
-def test_select_is_the_optimum_under_the_constraints(scores: list[Tensor], budget: int, at_least: int, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    candidates = [torch.rand(len(s), generator=generator) < 0.7 for s in scores]
-    if budget < at_least * len(scores) or any(c.sum() < at_least for c in candidates):
+def test_select_is_the_optimum_under_the_constraints(scores: list[Tensor], budget: int, at_least: int):
+    if budget < at_least * len(scores) or any(len(layer) < at_least for layer in scores):
         with pytest.raises(ValueError, match="at least"):
-            select(scores, budget, candidates, at_least)
+            select(scores, budget, at_least)
         return
-    chosen = select(scores, budget, candidates, at_least)
-    flat, allowed = torch.cat(list(chosen)), torch.cat(candidates)
-    assert not (flat & ~allowed).any()
-    assert flat.sum() == min(budget, int(allowed.sum()))
-    for layer_scores, layer_chosen, layer_allowed in zip(scores, chosen, candidates, strict=True):
+    chosen = select(scores, budget, at_least)
+    flat = torch.cat(list(chosen))
+    assert flat.sum() == min(budget, len(flat))
+    for layer_scores, layer_chosen in zip(scores, chosen, strict=True):
         assert layer_chosen.sum() >= at_least
-        left_out = layer_scores[layer_allowed & ~layer_chosen]
+        left_out = layer_scores[~layer_chosen]
         if layer_chosen.any() and len(left_out):
             assert layer_scores[layer_chosen].min() > left_out.max()  # the best of every layer
     # Swapping a chosen expert for a better one elsewhere would break the minimum of the chosen one's layer.
-    left_out = torch.cat(scores)[allowed & ~flat]
+    left_out = torch.cat(scores)[~flat]
     for layer_scores, layer_chosen in zip(scores, chosen, strict=True):
         if layer_chosen.sum() > at_least and len(left_out):
             assert layer_scores[layer_chosen].min() > left_out.max()
@@ -90,15 +119,13 @@ def test_permuting_experts_permutes_the_selection(scores: list[Tensor], budget: 
 def test_select_errors_name_the_way_out():
     with pytest.raises(ValueError, match="at least 4"):
         select(SCORES, 3, at_least=2)
-    with pytest.raises(ValueError, match="layer 1 has 1 candidates"):
-        select(SCORES, 6, bits("xxx", "x.."), at_least=2)
+    with pytest.raises(ValueError, match="layer 1 has 1 experts"):
+        select([torch.zeros(3), torch.zeros(1)], 4, at_least=2)
     with pytest.raises(ValueError, match="layer 1 contains NaN"):
         select(torch.tensor([[1.0], [float("nan")]]), 1)
     with pytest.raises(ValueError, match="budget=-1"):
         select(SCORES, -1)
-    with pytest.raises(ValueError, match="candidates do not"):
-        select(SCORES, 1, bits("xx", "xx"))
-    for shapeless in (torch.zeros(3), [], [torch.zeros(2, 2)]):
+    for shapeless in ([torch.tensor(0.0)], [], [torch.zeros(2, 2)]):
         with pytest.raises(ValueError, match="expected"):
             select(shapeless, 1)
 
@@ -116,6 +143,9 @@ def test_activation_hand_worked():
 def test_activation_ties_nan_and_minus_infinity():
     everyone = bits("xxxx")[0]
     assert torch.equal(activation(torch.zeros(4), everyone, everyone, 2), bits("xx..")[0])
+    order = torch.tensor([3, 0, 2, 1])  # 1 first, then 3, 2 and 0
+    assert torch.equal(activation(torch.zeros(4), everyone, everyone, 2, order), bits(".x.x")[0])
+    assert torch.equal(activation(torch.tensor([1.0, 0, 0, 0]), everyone, everyone, 2, order), bits("xx..")[0])
     scores = torch.tensor([float("nan"), -5.0, -float("inf"), 1.0])
     assert torch.equal(activation(scores, everyone, everyone, 2), bits(".x.x")[0])
     assert torch.equal(activation(scores, bits("..x.")[0], everyone, 1), bits("..x.")[0])
@@ -126,7 +156,9 @@ def test_activation_ties_nan_and_minus_infinity():
 def test_activation_agrees_with_select_in_one_layer(scores: list[Tensor], budget: int):
     layer = scores[0]
     hit, resident = layer > -2, torch.arange(len(layer)) != 1
-    assert torch.equal(activation(layer, hit, resident, budget), select([layer], budget, [hit & resident])[0])
+    chosen = torch.zeros_like(hit)
+    chosen[hit & resident] = select([layer[hit & resident]], budget)[0] if (hit & resident).any() else True
+    assert torch.equal(activation(layer, hit, resident, budget), chosen)
 
 
 @pytest.mark.parametrize("budget", [None, 0, 3, 99])

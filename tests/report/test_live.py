@@ -8,21 +8,32 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from hfedmoe.events import ClientLine, ClientSummary, FinalLine, PaceLine, Score, Silent, Watcher
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, Silent, Watcher
 from hfedmoe.report.live import Live, human_bytes, human_seconds
 from hfedmoe.report.live.lines import Lines
 from hfedmoe.report.live.screen import OnScreen
 
-CLIENTS = [ClientLine("client 0", 210, 14, 0.25), ClientLine("client 1", 90, 56, 1.0)]
-OK = ClientSummary(14, 12, 56, 3 * 2**20, 2**20, 1.5, 4.0, 700 * 2**20)
-LATE = ClientSummary(status="late", reason="no reply after 30 s")
+CLIENTS = [Participant("client 0", 210, 14, 0.25), Participant("client 1", 90, 56, 1.0)]
+MIB = 2**20
+OK = ClientRound(
+    resident=14,
+    trained=12,
+    total_experts=56,
+    bytes_down=3 * MIB,
+    bytes_up=MIB,
+    last_loss=1.5,
+    seconds=4.0,
+    peak_bytes=700 * MIB,
+)
+LATE = ClientRound(status="late", reason="no reply after 30 s")
 FINAL = [
-    FinalLine("client 0", 14, 56, 2**30, 12, 6 * 2**20, 2 * 2**20, 700 * 2**20, 8.0),
-    FinalLine("client [1]", 56, 56, None, 50, 2**33, 2**33, None, 4000.0),
+    ClientTotals("client 0", 2, 14, 12, 56, 2**30, 700 * MIB, 6 * MIB, 2 * MIB, 8.0),
+    ClientTotals("client [1]", 2, 56, 50, 56, None, None, 2**33, 2**33, 4000.0),
 ]
 
 
@@ -41,7 +52,7 @@ def script(live: Watcher, clock: Clock) -> None:
     live.start("r8-hfedmoe", num_rounds=5, first_round=1, clients=CLIENTS)
     live.phase("loading the model")
     live.evaluating(32, 400)
-    live.evaluated(0, 0.218, 0.1, 2.0, 400)
+    live.evaluated(Evaluation(0, 0.218, 0.1, 2.0, 400))
     live.round_started(1)
     live.client_started(1, 0, 2)
     live.step(0, 1, 2, 1.9)
@@ -50,7 +61,7 @@ def script(live: Watcher, clock: Clock) -> None:
     live.client_done(1, 0, OK)
     live.client_started(1, 1, 2)
     live.client_done(1, 1, LATE)
-    live.evaluated(1, 0.5, 0.4, 1.4, 64, kind="watch")
+    live.evaluated(Evaluation(1, 0.5, 0.4, 1.4, 64, "watch"))
     live.round_done(1, 61.0, 3 * 2**20, 2**20)
     live.warning("round 1 was short: 1 of 2 clients [late]")
     live.round_started(2)
@@ -59,9 +70,9 @@ def script(live: Watcher, clock: Clock) -> None:
 
 
 def end(live: Watcher) -> None:
-    live.evaluated(5, 0.831, None, None, 400)
+    live.evaluated(Evaluation(5, 0.831, None, None, 400))
     live.finish("done: runs/2026-11-22-r8-hfedmoe")
-    live.final_table(FINAL, Score(0, 0.218, 0.1, 2.0, 400), Score(5, 0.831, 0.8, 0.5, 400))
+    live.final_table(FINAL, Evaluation(0, 0.218, 0.1, 2.0, 400), Evaluation(5, 0.831, 0.8, 0.5, 400))
 
 
 PLAIN = """\
@@ -100,16 +111,22 @@ def test_plain_lines_word_for_word():
         assert word in table
 
 
-PACE = PaceLine(steps=2, steps_wanted=3, activation=3.04, activation_wanted=8.0, deadline_s=4.0)
+PACE: dict[str, Any] = {
+    "steps": 2,
+    "steps_wanted": 3,
+    "activation": 3.04,
+    "activation_wanted": 8.0,
+    "deadline_s": 4.0,
+}
 
 
 def test_plain_lines_say_what_a_deadline_cost_and_why_memory_was_short():
     out = io.StringIO()
     with Live(Console(file=out), Clock()) as live:
         live.start("x", 2, 1, CLIENTS)
-        live.client_done(1, 0, replace(OK, pace=PACE))
-        live.client_done(1, 1, ClientSummary(status="out of memory", reason="with 16 experts; it holds 14 next round"))
-        live.final_table([replace(FINAL[0], pace=PACE), FINAL[1]], None, None)
+        live.client_done(1, 0, replace(OK, **PACE))
+        live.client_done(1, 1, ClientRound(status="out of memory", reason="with 16 experts; it holds 14 next round"))
+        live.final_table([replace(FINAL[0], **PACE), FINAL[1]], None, None)
     lines = out.getvalue().splitlines()
     assert lines[3].endswith("peak 700.0 MiB; 2 of 3 steps in 4.0 s (deadline 4 s), 3 of 8 experts per layer trained")
     assert lines[4] == "  client 1: out of memory: with 16 experts; it holds 14 next round"
@@ -126,7 +143,7 @@ def test_the_screen_has_columns_for_deadlines_only_where_there_are_any():
     live.start("x", 2, 1, CLIENTS)
     live.client_done(1, 0, OK)
     assert "per layer" not in drawn(live)
-    live.client_done(1, 1, replace(OK, pace=PACE))
+    live.client_done(1, 1, replace(OK, **PACE))
     shown = drawn(live)
     assert "per layer" in shown
     assert "2/3" in shown
@@ -136,7 +153,7 @@ def test_the_screen_has_columns_for_deadlines_only_where_there_are_any():
 def test_a_run_that_goes_on_says_from_where():
     out = io.StringIO()
     with Live(Console(file=out)) as live:
-        live.start("x", 5, 3, CLIENTS, [Score(0, 0.2, None, None, 9)])
+        live.start("x", 5, 3, CLIENTS, [Evaluation(0, 0.2, None, None, 9)])
     assert out.getvalue().startswith("x: rounds 3 to 5, 2 clients\n")
 
 
@@ -212,14 +229,14 @@ def test_the_screen_shows_where_the_run_is():
 def test_a_long_history_keeps_its_ends():
     live = screen()
     for round in range(6):
-        live.evaluated(round, None, None, 2 - round / 10, 9)
+        live.evaluated(Evaluation(round, None, None, 2 - round / 10, 9))
     assert "held-out rows: round 0 loss 2.000 → … → round 4 loss 1.600 → round 5 loss 1.500" in drawn(live)
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
 def test_the_screen_fits_any_terminal(width):
     live = screen(width, height=14)
-    live.start("a run with a long name " * 5, 5, 1, [ClientLine(f"client {i}" * 9, 10, 5, 0.5) for i in range(50)])
+    live.start("a run with a long name " * 5, 5, 1, [Participant(f"client {i}" * 9, 10, 5, 0.5) for i in range(50)])
     live.round_started(1)
     live.client_started(1, 30, 9)
     live.step(30, 1, 9, 0.5)

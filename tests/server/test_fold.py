@@ -1,10 +1,15 @@
 """The fold of a round against hand-worked numbers."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from hfedmoe.config import MethodConfig
+from hfedmoe.method.methods import METHODS
 from hfedmoe.server.fold import Fold
 from hfedmoe.wire.messages import Update
+from tests.server.updates import update_of
 
 E = 4
 
@@ -13,7 +18,7 @@ def update(expert_rows: list[float], trained: list[int], gate: float, examples: 
     flags = torch.zeros(E, dtype=torch.bool)
     flags[trained] = True
     given = {"usage": [0.25] * E, "importance": [0.5] * E, "tokens": [1.0] * E, **vectors}
-    return Update(
+    return update_of(
         tensors={
             "experts.0.up_b": torch.tensor(expert_rows)[:, None],
             "router.0.weight": torch.full((E, 2), gate),
@@ -23,6 +28,11 @@ def update(expert_rows: list[float], trained: list[int], gate: float, examples: 
         examples=examples,
         **{name: [torch.tensor(values)] for name, values in given.items()},
     )
+
+
+def fold_in(fold: Fold, update: Update) -> None:
+    """Of a client that held what it trained."""
+    fold.add(update, update.trained)
 
 
 def start() -> dict[str, torch.Tensor]:
@@ -35,8 +45,8 @@ def start() -> dict[str, torch.Tensor]:
 
 def test_experts_by_who_trained_them_gates_by_importance_the_rest_by_examples() -> None:
     fold = Fold(start(), MethodConfig(tau=0.1))
-    fold.add(update([1.0, 2.0], [0, 1], gate=1.0, examples=1, importance=[0.2] * E))
-    fold.add(update([5.0, 6.0], [1, 2], gate=3.0, examples=3, importance=[0.6] * E))
+    fold_in(fold, update([1.0, 2.0], [0, 1], gate=1.0, examples=1, importance=[0.2] * E))
+    fold_in(fold, update([5.0, 6.0], [1, 2], gate=3.0, examples=3, importance=[0.6] * E))
     new = fold.result()
     # expert 1: (1 * 2 + 3 * 5) / 4; expert 3: nobody, so its bits stay
     assert new["experts.0.up_b"][:, 0].tolist() == [1.0, 4.25, 6.0, start()["experts.0.up_b"][3, 0].item()]
@@ -47,16 +57,16 @@ def test_experts_by_who_trained_them_gates_by_importance_the_rest_by_examples() 
 
 def test_an_expert_below_the_usage_threshold_does_not_count_although_trained() -> None:
     fold = Fold(start(), MethodConfig(tau=0.5))  # threshold 0.5 / 4 = 0.125
-    fold.add(update([1.0, 2.0], [0, 1], gate=1.0, examples=1, usage=[0.125, 0.1, 0.4, 0.375]))
-    fold.add(update([5.0], [1], gate=1.0, examples=1))
+    fold_in(fold, update([1.0, 2.0], [0, 1], gate=1.0, examples=1, usage=[0.125, 0.1, 0.4, 0.375]))
+    fold_in(fold, update([5.0], [1], gate=1.0, examples=1))
     new = fold.result()
     assert new["experts.0.up_b"][:2, 0].tolist() == [1.0, 5.0]
 
 
 def test_gate_rows_follow_those_who_trained_the_expert() -> None:
     fold = Fold(start(), MethodConfig(gate="rows"))
-    fold.add(update([1.0], [0], gate=1.0, examples=100))
-    fold.add(update([1.0, 1.0], [0, 1], gate=3.0, examples=1, usage=[0.75, 0.25, 0.0, 0.0]))
+    fold_in(fold, update([1.0], [0], gate=1.0, examples=100))
+    fold_in(fold, update([1.0, 1.0], [0, 1], gate=3.0, examples=1, usage=[0.75, 0.25, 0.0, 0.0]))
     gate = fold.result()["router.0.weight"]
     # row 0: weights u s = 0.125 and 0.375 -> 1/4 * 1 + 3/4 * 3; row 1: the second alone; rows 2 and 3: nobody
     assert gate[:, 0].tolist() == [
@@ -70,15 +80,15 @@ def test_gate_rows_follow_those_who_trained_the_expert() -> None:
 def test_gates_fall_back_to_examples_when_every_alpha_is_zero() -> None:
     fold = Fold(start(), MethodConfig())
     for gate, examples in ((1.0, 1), (5.0, 3)):
-        fold.add(update([], [], gate=gate, examples=examples, importance=[0.0] * E))
+        fold_in(fold, update([], [], gate=gate, examples=examples, importance=[0.0] * E))
     torch.testing.assert_close(fold.result()["router.0.weight"], torch.full((E, 2), 4.0))
 
 
 def test_expert_weights_by_tokens_and_by_importance() -> None:
     for rule, expected in (("tokens", (10 * 1.0 + 30 * 5.0) / 40), ("importance", (2 * 0.5 * 1.0 + 1 * 1.0 * 5.0) / 2)):
         fold = Fold(start(), MethodConfig(expert_weight=rule))
-        fold.add(update([1.0], [0], gate=1.0, examples=2, tokens=[10.0] * E, importance=[0.5] * E))
-        fold.add(update([5.0], [0], gate=1.0, examples=1, tokens=[30.0] * E, importance=[1.0] * E))
+        fold_in(fold, update([1.0], [0], gate=1.0, examples=2, tokens=[10.0] * E, importance=[0.5] * E))
+        fold_in(fold, update([5.0], [0], gate=1.0, examples=1, tokens=[30.0] * E, importance=[1.0] * E))
         torch.testing.assert_close(fold.result()["experts.0.up_b"][0, 0], torch.tensor(expected))
 
 
@@ -86,8 +96,9 @@ def test_layers_with_different_numbers_of_experts() -> None:
     tensors = {"experts.0.up_b": torch.zeros(2, 1), "experts.1.up_b": torch.zeros(3, 1)}
     fold = Fold(tensors, MethodConfig())
     for value, examples in ((1.0, 1), (5.0, 3)):
-        fold.add(
-            Update(
+        fold_in(
+            fold,
+            update_of(
                 tensors={
                     "experts.0.up_b": torch.tensor([[value]]),
                     "experts.1.up_b": torch.tensor([[value], [-value]]),
@@ -97,7 +108,7 @@ def test_layers_with_different_numbers_of_experts() -> None:
                 importance=[torch.ones(2), torch.ones(3)],
                 tokens=[torch.ones(2), torch.ones(3)],
                 examples=examples,
-            )
+            ),
         )
     new = fold.result()
     assert new["experts.0.up_b"][:, 0].tolist() == [0.0, 4.0]
@@ -113,15 +124,16 @@ def test_exact_lora_averages_products() -> None:
     fold = Fold(tensors, MethodConfig(), exact_lora=True, rank=1)
     a, b = torch.randn(1, 1, 3), torch.randn(2, 1, 5, 1)
     for client in range(2):  # the same A, so the mean product has rank 1 and is kept exactly
-        fold.add(
-            Update(
+        fold_in(
+            fold,
+            update_of(
                 tensors={"experts.0.up_a": a, "experts.0.up_b": b[client]},
                 trained=[torch.tensor([True, False])],
                 usage=[torch.tensor([0.5, 0.5])],
                 importance=[torch.tensor([0.5, 0.5])],
                 tokens=[torch.tensor([1.0, 1.0])],
                 examples=1 + 2 * client,
-            )
+            ),
         )
     new = fold.result()
     expected = (b[0, 0] @ a[0] + 3 * b[1, 0] @ a[0]) / 4
@@ -145,7 +157,7 @@ def test_exact_lora_averages_the_products_of_the_attention_too() -> None:
             whole[own] = tensors[name.format(part)][own]
             tensors[name.format(part)] = whole
         given = {"usage": [torch.full((E,), 0.25)], "importance": [torch.ones(E)], "tokens": [torch.ones(E)]}
-        fold.add(Update(tensors, trained=[torch.zeros(E, dtype=torch.bool)], examples=examples, **given))
+        fold_in(fold, update_of(tensors, trained=[torch.zeros(E, dtype=torch.bool)], examples=examples, **given))
     new = fold.result()
     products = [tensors[name.format("B")] @ tensors[name.format("A")] for tensors, _ in clients]
     expected = (products[0] + 3 * products[1]) / 4
@@ -165,9 +177,37 @@ def test_gate_rows_are_those_of_experts_and_the_rest_goes_by_importance() -> Non
         flags[trained] = True
         given = {"usage": [torch.full((E,), 0.25)], "importance": [torch.full((E,), importance)]}
         tensors = {name: torch.full_like(tensor, value) for name, tensor in before.items()}
-        fold.add(Update(tensors, trained=[flags], examples=1, tokens=[torch.ones(E)], **given))
+        fold_in(fold, update_of(tensors, trained=[flags], examples=1, tokens=[torch.ones(E)], **given))
     new = fold.result()
     # expert 0: p = 0.05 and 0.15, so 1/4 and 3/4; expert 1 by the second; what is no expert's: alpha 1/4 and 3/4
     assert new["router.0.weight"][:, 0].tolist() == [2.5, 3.0, 7.0, 7.0, 2.5]
     assert new["router.0.bias"].tolist() == [2.5, 3.0, 7.0, 7.0]
     assert new["router.0.scale"].tolist() == [2.5] * 3
+
+
+def test_fedavg_averages_everything_over_all_holders_stale_copies_included() -> None:
+    fold = Fold(start(), MethodConfig(name="fedavg"))
+    everything = [torch.ones(E, dtype=torch.bool)]
+    for rows, gate, examples in (([1.0, 2.0, 3.0, 4.0], 1.0, 1), ([5.0, 6.0, 7.0, 8.0], 3.0, 3)):
+        # Neither trained anything, and nothing is used: plain averaging asks for none of that.
+        sent = update(rows, [], gate, examples, usage=[1.0, 0.0, 0.0, 0.0], importance=[0.0] * E)
+        sent.sent = everything
+        fold.add(sent, everything)
+    new = fold.result()
+    assert new["experts.0.up_b"][:, 0].tolist() == [4.0, 5.0, 6.0, 7.0]  # (1 * x + 3 * (x + 4)) / 4
+    assert new["router.0.weight"][:, 0].tolist() == [2.5] * E
+    assert new["shared.norm"].tolist() == [2.5]
+
+
+def test_a_mean_over_holders_counts_held_experts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rival that sends what it holds: an expert counts for who held it, whether or not it was trained."""
+    row = replace(METHODS["fedavg"], about="mean over holders")
+    monkeypatch.setitem(METHODS, "holders", row)
+    fold = Fold(start(), MethodConfig(name="holders"))
+    for rows, held, examples in (([1.0, 2.0], [0, 1], 1), ([6.0, 7.0], [1, 2], 3)):
+        flags = torch.zeros(E, dtype=torch.bool)
+        flags[held] = True
+        sent = update(rows, [1], gate=1.0, examples=examples)
+        sent.sent = [flags]
+        fold.add(sent, [flags])
+    assert fold.result()["experts.0.up_b"][:, 0].tolist() == [1.0, 5.0, 7.0, start()["experts.0.up_b"][3, 0].item()]

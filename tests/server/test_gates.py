@@ -7,7 +7,9 @@ from torch import Tensor
 from hfedmoe.config import MethodConfig
 from hfedmoe.server.fold import Fold
 from hfedmoe.wire.messages import Update
+from tests.server.updates import update_of
 
+BOTH = [torch.tensor([True, True])] * 2
 START = {f"router.{layer}.weight": torch.zeros(2, 1) for layer in range(2)}
 
 
@@ -15,7 +17,7 @@ def layered(
     gate: float, examples: int, importance: list[tuple[float, float]], tensors: dict[str, Tensor] | None = None
 ) -> Update:
     """Two layers of two experts; with tau = 0.5 the threshold is 0.25, so expert 1 is not used."""
-    return Update(
+    return update_of(
         {name: torch.full((2, 1), gate) for name in START} if tensors is None else tensors,
         [torch.tensor([True, True])] * 2,
         [torch.tensor([0.9, 0.1])] * 2,
@@ -32,7 +34,7 @@ def test_every_layer_has_its_own_alpha(rule: str, expected: list[float]) -> None
     for order in ((one, other, nothing), (nothing, one, other), (one, nothing, other)):
         fold = Fold(START, MethodConfig(gate=rule, tau=0.5))
         for update in order:
-            fold.add(update)
+            fold.add(update, update.trained)
         new = fold.result()
         for layer, value in enumerate(expected):
             torch.testing.assert_close(new[f"router.{layer}.weight"], torch.full((2, 1), value))
@@ -40,8 +42,8 @@ def test_every_layer_has_its_own_alpha(rule: str, expected: list[float]) -> None
 
 def test_rows_of_gates_are_weighted_by_their_own_layer_and_threshold() -> None:
     fold = Fold(START, MethodConfig(gate="rows", tau=0.5))
-    fold.add(layered(1.0, 1, [(0.2, 0.9), (0.6, 0.9)]))
-    fold.add(layered(3.0, 1, [(0.6, 0.9), (0.2, 0.9)]))
+    fold.add(layered(1.0, 1, [(0.2, 0.9), (0.6, 0.9)]), BOTH)
+    fold.add(layered(3.0, 1, [(0.6, 0.9), (0.2, 0.9)]), BOTH)
     new = fold.result()
     torch.testing.assert_close(new["router.0.weight"][:, 0], torch.tensor([2.5, 0.0]))  # row 1 is below tau: kept
     torch.testing.assert_close(new["router.1.weight"][:, 0], torch.tensor([1.5, 0.0]))
@@ -63,7 +65,7 @@ def test_products_of_both_projections_are_weighted_by_their_own_layer() -> None:
         own = {name: factor * scale for name, factor in a.items()}  # along the same A, so the mean has rank 1
         own |= {name: torch.randn(shape, generator=draws) for name, shape in shapes.items() if name.endswith("_b")}
         sent.append(own)
-        fold.add(layered(0.0, 1, importance, tensors=own))
+        fold.add(layered(0.0, 1, importance, tensors=own), BOTH)
     new = fold.result()
     for layer, weights in enumerate(((1, 3), (3, 1))):
         for side in ("up", "down"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hfedmoe.events import Work
 from hfedmoe.runs import RunFolder
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.keeper import Keeper
@@ -18,13 +19,12 @@ def test_routing_consistency_and_losses_by_hand() -> None:
     with Keeper(None).recording(1, [2, 2], tau=0.5) as log:
         for client, rows in enumerate(([[0.9, 0.1], [0.9, 0.1]], [[0.5, 0.5], [0.8, 0.2]])):
             vectors, flags = [torch.tensor(row) for row in rows], [torch.ones(2, dtype=torch.bool)] * 2
-            update = Update(
-                {}, flags, vectors, vectors, vectors, 5, losses=[3.0, 2.5, 2.0], steps=3, steps_wanted=3
-            )  # fmt: skip
+            work = Work(examples=5, steps=3, steps_wanted=3, first_loss=3.0, last_loss=2.0)
+            update = Update({}, flags, flags, vectors, vectors, vectors, work)
             log.received(client, update, flags, 7, 2.0)
         noted = list(log.clients())
-    assert [row["routing_consistency"] for row in noted] == [0.75, 1.0]
-    assert (noted[0]["first_loss"], noted[0]["last_loss"]) == (3.0, 2.0)
+    assert [done.routing_consistency for done in noted] == [0.75, 1.0]
+    assert (noted[0].first_loss, noted[0].last_loss, noted[0].bytes_up) == (3.0, 2.0, 7)
 
 
 def measured(accuracy: float | None, loss: float) -> Metrics:

@@ -9,6 +9,7 @@ import torch
 from flwr.app import Message, Metadata, RecordDict
 from torch import Tensor
 
+from hfedmoe.events import Work
 from hfedmoe.wire import checks
 from hfedmoe.wire.messages import (
     Description,
@@ -75,19 +76,26 @@ def lie(name: str, *values: float) -> dict[str, list[Tensor]]:
         (lie("tokens", 6.0, 5.0), "more tokens than its steps"),
         ({"tensors": {"shared.x": torch.tensor([-1e7])}}, "has values over"),
         ({"tensors": {"shared.x": torch.zeros(1_000_000)}}, "bytes of tensors where at most"),
-        ({"seconds": math.nan}, "training time"),
-        ({"seconds": -1.0}, "training time"),
+        ({"work": {"seconds": math.nan}}, "training time"),
+        ({"work": {"seconds": -1.0}}, "training time"),
+        ({"work": {"first_loss": math.nan}}, "first_loss is not a finite number"),
+        ({"work": {"last_loss": math.inf}}, "last_loss is not a finite number"),
+        ({"work": {"steps": 2}}, "steps is not a whole number"),
+        ({"work": {"deadline_s": 3.0}}, "does not say what its steps trained"),
     ],
 )
 def test_updates_are_checked(lie: dict[str, Any], reason: str) -> None:
     halves, flags = [torch.full((2,), 0.5)], [torch.ones(2, dtype=torch.bool)]
-    honest = Update({"shared.x": torch.ones(1)}, flags, halves, halves, halves, 10, [1.0], 2.0, 5, False, 1, 1)
+    work = Work(examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0, seconds=2.0, peak_bytes=5)
+    honest = Update({"shared.x": torch.ones(1)}, flags, flags, halves, halves, halves, work)
 
     def checked(update: Update) -> Update:
-        work = checks.Work(steps=1, pairs=[10])
-        return checks.update(message(train_reply(update)), flags, {"shared.x": torch.ones(1)}, work)
+        asked = checks.Asked(steps=1, pairs=[10])
+        return checks.update(message(train_reply(update)), flags, {"shared.x": torch.ones(1)}, asked)
 
-    assert checked(honest).examples == 10
-    assert checked(replace(honest, usage=[torch.zeros(2)], tokens=[torch.tensor([4.0, 6.0])])).steps == 1
+    assert checked(honest).work == work
+    assert checked(replace(honest, usage=[torch.zeros(2)], tokens=[torch.tensor([4.0, 6.0])])).work.steps == 1
+    if "work" in lie:
+        lie = {"work": replace(work, **lie["work"])}
     with pytest.raises(InvalidReplyError, match=reason):
         checked(replace(honest, **lie))

@@ -11,19 +11,20 @@ from safetensors.torch import save as write_blob
 from hfedmoe.client.device import Device, cannot
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.trouble import attempt
+from hfedmoe.method.methods import CannotHoldError
 from hfedmoe.wire.messages import (
     Description,
     describe_reply,
     facts_of,
-    pack_bits,
-    record,
+    plan_reply,
     tensors_of,
     train_reply,
     trouble_reply,
     unpack_bits,
     usage_of,
+    wish_reply,
 )
-from hfedmoe.wire.trouble import OUT_OF_MEMORY, Trouble
+from hfedmoe.wire.trouble import OUT_OF_MEMORY, TOO_SMALL, Trouble
 
 HISTORY = "history"
 
@@ -63,7 +64,12 @@ def client_app(device_of: Callable[[Context], Device]) -> ClientApp:
         usage = usage_of(message, device.model.num_experts)
 
         def work() -> RecordDict:
-            return record({"resident": pack_bits(device.plan(history, round, usage))})
+            if device.learner.method.assign is not None:
+                return wish_reply(device.contribution(history, round, usage))
+            try:
+                return plan_reply(device.plan(history, round, usage))
+            except CannotHoldError as error:
+                return trouble_reply(Trouble(TOO_SMALL, str(error)))
 
         content = _try(context, device, history, "plan", device.allowed(history), work)
         return Message(content, reply_to=message)

@@ -4,14 +4,16 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hfedmoe.client.history import ClientHistory
-from hfedmoe.client.training import bootstrap, train
+from hfedmoe.client.learner import Learner
+from hfedmoe.client.scoring import bootstrap, ranked_by
+from hfedmoe.client.training import train
 from hfedmoe.client.trouble import smaller
 from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import in_experts
@@ -20,13 +22,11 @@ from hfedmoe.data.rows import Example
 from hfedmoe.device.learned import Note
 from hfedmoe.device.memory import peak_bytes, sub_model_bytes
 from hfedmoe.device.pace import Clock, Pace
-from hfedmoe.method.selection import select
+from hfedmoe.method.methods import Outlook
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import extract, load, load_all
 from hfedmoe.seeds import generator
-from hfedmoe.wire.messages import (
-    Update,
-)
+from hfedmoe.wire.messages import Update
 from hfedmoe.wire.trouble import OUT_OF_MEMORY, Trouble
 
 
@@ -45,11 +45,16 @@ class Device:
     on_step: Callable[[int, int, float], None] | None = None
     """Called with (client, step, loss) after every local step."""
     budget_experts: int | None = None
-    """Experts over all layers, where clients.budgets says something else than a number of experts."""
+    """The budget in experts over all layers, where clients.budgets gives memory or a device; None: it gives experts."""
     notes: Path | None = None
     """File of a real device in which it notes what it attempts, so that a kill by the system is noticed."""
     clock: Clock = time.perf_counter
     """Measures training against the deadline."""
+
+    @property
+    def learner(self) -> Learner:
+        """What it trains with."""
+        return Learner(self.model, self.examples, self.encoder, self.config, self.number)
 
     @property
     def simulated(self) -> bool:
@@ -105,21 +110,27 @@ class Device:
         return 1 - (1 - self.config.train.lr_final_share) * (round - 1) / max(1, rounds - 1)
 
     def plan(self, history: ClientHistory, round: int, usage: list[Tensor] | None = None) -> list[Tensor]:
-        """The experts to hold in this round: bool [E] per layer (eq. 15, with top-k at least in every layer).
+        """The experts to hold in this round, as the method says: bool [E] per layer, top-k at least in every layer.
 
         Args:
             usage: of the federation so far, float32 [E] per layer, for a client that has seen nothing yet.
-        """
-        numbers, budget = self.model.num_experts, self.allowed(history)
-        if budget >= sum(numbers):
-            return [torch.ones(number, dtype=torch.bool) for number in numbers]
-        contribution = self._contribution(history, round, usage)
-        at_least = max(layer.top_k for layer in self.model.layers)
-        return select(contribution, budget, at_least=at_least)  # type: ignore[return-value]
 
-    def _contribution(self, history: ClientHistory, round: int, usage: list[Tensor] | None) -> list[Tensor]:
-        method = self.config.method
-        if method.score == "random":
+        Raises:
+            CannotHoldError: the method wants it to hold more than it has room for.
+        """
+        outlook = Outlook(
+            num_experts=self.model.num_experts,
+            top_k=[layer.top_k for layer in self.model.layers],
+            budget=self.allowed(history),
+            contribution=lambda: self.contribution(history, round, usage),
+            draws=generator(self.config.seed, "residency", self.number, round),
+        )
+        return self.learner.method.hold(outlook, self.config.method)
+
+    def contribution(self, history: ClientHistory, round: int, usage: list[Tensor] | None = None) -> list[Tensor]:
+        """What every expert is worth to this client, [E] per layer; the first time this may take a first pass."""
+        method, ranked = self.config.method, ranked_by(self.learner)
+        if ranked is None or ranked.drawn:
             return self._draw(round)
         if not history.observed:
             if method.bootstrap == "prior" and usage is not None:
@@ -136,7 +147,7 @@ class Device:
 
     @property
     def _streams(self) -> bool:
-        """Whether its first pass reads experts as they are needed: where not all of them are in memory anyway."""
+        """Whether its first pass reads experts when they are needed: where not all of them are in memory anyway."""
         return self.model.store is not None and not self.model.masked
 
     def _bootstrap(self, history: ClientHistory) -> None:
@@ -144,9 +155,8 @@ class Device:
             load_all(self.model, self.initial)
         if not self._streams:
             self.model.set_resident(None)
-        method, seed, size = self.config.method, self.config.seed, self.config.train.batch_size
         with self.model.streaming(self.allowed(history)) if self._streams else nullcontext():
-            bootstrap(self.model, self.examples, self.encoder, method, size, history, seed, self.number)
+            bootstrap(self.learner, history)
 
     def pace(self, history: ClientHistory, resident: list[Tensor]) -> Pace | None:
         """How this round keeps the deadline; None: there is none."""
@@ -165,34 +175,23 @@ class Device:
         load(self.model, tensors, resident)
         on_step = self.on_step
         local = train(
-            self.model,
-            self.examples,
-            self.encoder,
-            self.config.train,
-            self.config.method,
+            self.learner,
             history,
-            self.activation_budget(),
-            self.config.seed,
-            self.number,
-            self.lr_factor(round),
-            None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
-            self.pace(history, resident),
+            activation_budget=self.activation_budget(),
+            lr_factor=self.lr_factor(round),
+            on_step=None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
+            pace=self.pace(history, resident),
         )
+        peak = sub_model_bytes(self.model, resident) if self.simulated else peak_bytes(self.model.device)
+        sent = local.trained if self.learner.method.sends == "trained" else resident
         return Update(
-            tensors=extract(self.model, local.trained),
+            tensors=extract(self.model, sent),
+            sent=sent,
             trained=local.trained,
             usage=local.usage,
             importance=local.importance,
             tokens=local.tokens,
-            examples=len(self.examples),
-            losses=local.losses,
-            seconds=local.seconds,
-            peak_bytes=sub_model_bytes(self.model, resident) if self.simulated else peak_bytes(self.model.device),
-            peak_is_measured=not self.simulated,
-            steps=local.steps,
-            steps_wanted=local.steps_wanted,
-            activation=local.activation,
-            deadline_s=self.deadline_s,
+            work=replace(local.work, peak_bytes=peak, peak_is_measured=not self.simulated, deadline_s=self.deadline_s),
         )
 
     def learn(self, trouble: Trouble, history: ClientHistory, doing: str, held: int) -> Trouble:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.device.pace import StepTimes
-from hfedmoe.method.scores import RunningScore
+from hfedmoe.method.running import RunningScore
 
 
 @dataclass

@@ -1,28 +1,25 @@
-"""The local loop of one client: a few optimizer steps on its resident experts, and what they showed of its experts."""
+"""The local loop of one client: a few optimizer steps on its resident experts."""
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hfedmoe.client.batches import endless_batches, tokens_of
 from hfedmoe.client.history import ClientHistory
-from hfedmoe.config import MethodConfig, TrainConfig
-from hfedmoe.data.encoding import IGNORED, Batch, Encoder
+from hfedmoe.client.learner import Learner
+from hfedmoe.client.scoring import Choice, ranked_by, remember_scores
+from hfedmoe.client.statistics import RoundStatistics
+from hfedmoe.data.encoding import Batch
 from hfedmoe.data.losses import answer_loss, label_adjustment
-from hfedmoe.data.rows import Example
 from hfedmoe.device.pace import Pace
 from hfedmoe.errors import TrainingError
-from hfedmoe.method.importance import importance
-from hfedmoe.method.scores import NEEDS, RunningMean, score
-from hfedmoe.method.selection import activation
-from hfedmoe.method.usage import usage
+from hfedmoe.events import Work
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.routing.layer import LayerRouting
-from hfedmoe.moe.routing.tokens import TokenMasks
-from hfedmoe.seeds import derive, generator
+from hfedmoe.seeds import derive
 
 
 class OutOfTimeError(TrainingError):
@@ -34,82 +31,33 @@ class LocalUpdate:
     """What one round of local training measured; the trained tensors are in the model."""
 
     usage: list[Tensor]
-    """Per layer float32 [E], u of eq. 16 over the round's samples."""
+    """Per layer float32 [E], u_c of eq. 16 over the round's samples."""
     importance: list[Tensor]
-    """Per layer float32 [E], s of eq. 5, the mean over the round's batches."""
+    """Per layer float32 [E], s_c of eq. 5, the mean over the round's batches."""
     tokens: list[Tensor]
     """Per layer float32 [E], tokens that each expert processed."""
     trained: list[Tensor]
     """Per layer bool [E], experts that received at least one optimizer step."""
-    losses: list[float]
-    seconds: float
-    steps: int
-    steps_wanted: int
-    activation: float | None
-    """Experts per layer that a step could train, the mean over layers and steps; None: all resident ones."""
-
-
-class _Statistics:
-    """Accumulates over a round's batches what the routers of all layers show."""
-
-    def __init__(self, model: MoEModel) -> None:
-        numbers, device = model.num_experts, model.device
-        self.usage = [RunningMean(number, device) for number in numbers]
-        self.importance = [RunningMean(number, device) for number in numbers]
-        self.tokens = [torch.zeros(number, device=device) for number in numbers]
-        self._num_experts = numbers
-        self._trained: list[list[bool]] = [[] for _ in numbers]
-
-    def add(self, routing: LayerRouting, lam: float) -> None:
-        evidence, layer = routing.evidence, routing.layer.index
-        assert evidence is not None
-        assert routing.tokens is not None
-        if len(evidence.g) == 0:  # a batch without a single token
-            return
-        self.usage[layer].update(usage(evidence.g), weight=len(evidence.g))
-        self.importance[layer].update(importance(evidence.g, lam))
-        self.tokens[layer] += routing.tokens
-
-    def note_trained(self, model: MoEModel) -> None:
-        """After a step: remember who had a gradient, on the host, where the gradients' being there is known."""
-        for layer, flags in enumerate(model.trained_now()):
-            before = self._trained[layer] or [False] * len(flags)
-            self._trained[layer] = [a or b for a, b in zip(before, flags, strict=True)]
-
-    def trained(self, model: MoEModel) -> list[Tensor]:
-        """Per layer bool [E]: the experts that any step trained."""
-        found = []
-        for state, number, flags in zip(model.states, self._num_experts, self._trained, strict=True):
-            trained = torch.zeros(number, dtype=torch.bool)
-            if flags:
-                trained[state.present.cpu()] = torch.tensor(flags)
-            found.append(trained)
-        return found
+    work: Work
+    """Without what the loop does not know: the peak and the deadline."""
 
 
 def train(
-    model: MoEModel,
-    examples: Sequence[Example],
-    encoder: Encoder,
-    settings: TrainConfig,
-    method: MethodConfig,
+    learner: Learner,
     history: ClientHistory,
-    activation_budget: list[int] | None,
-    seed: int,
-    client: int,
+    *,
+    activation_budget: list[int] | None = None,
     lr_factor: float = 1.0,
     on_step: Callable[[int, float], None] | None = None,
     pace: Pace | None = None,
 ) -> LocalUpdate:
     """Train the model's trainable tensors in place; updates the client's history.
 
-    The same seed and history give the same bits, unless there is a pace: what its clock shows decides how many steps
-    are done and how many experts they train, so a run with deadlines is repeated or resumed only approximately.
+    The same seed and history give the same bits, unless there is a pace: its clock decides how many steps are done and
+    how many experts they train, so a run with deadlines can be repeated or resumed only approximately.
 
     Args:
-        examples: the client's own rows.
-        activation_budget: experts per layer that one batch may train; None: all resident.
-        seed: of the run; the client's own draws are derived from it, its number and its round.
+        activation_budget: experts per layer that one batch may train; None: all resident ones.
         lr_factor: what the round's schedule leaves of train.lr.
         on_step: called with (step, loss) after every step.
         pace: keeps a deadline; None: all steps are done, each within the activation budget.
@@ -118,34 +66,32 @@ def train(
         TrainingError: the loss is not finite, or nothing that should train received a gradient.
         OutOfTimeError: the pace has given the round up.
     """
+    model, settings = learner.model, learner.train
     clock = time.perf_counter if pace is None else pace.clock
     started = clock()
     if pace is not None:
         pace.begin()
-    torch.manual_seed(derive(seed, "train", client, history.rounds))
+    torch.manual_seed(derive(learner.seed, "train", learner.number, history.rounds))
     parameters = model.parameters()
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.lr * lr_factor, weight_decay=settings.weight_decay, fused=True
     )
-    adjustment = label_adjustment(examples, settings.logit_adjustment)
-    statistics, losses = _Statistics(model), []
-    draws = generator(seed, "activation", client, history.rounds)
-    _choose_by_budget(model, method, history, activation_budget, draws)
+    loss_of = _Loss(learner, parameters)
+    statistics, losses = RoundStatistics(model), list[float]()
+    choice, ranked = Choice(learner, history), ranked_by(learner)
+    choice.within(activation_budget)
     model.model.train()
-    batches = _batches(examples, settings.batch_size, history, seed, client)
+    batches = endless_batches(learner, history)
     try:
         for step in range(1, settings.steps + 1):
             if pace is not None:
                 allowed = pace.next()
                 if allowed is None:
                     break
-                limited = activation_budget if allowed == pace.most else allowed
-                _choose_by_budget(model, method, history, limited, draws)
-            batch = encoder.training_batch(next(batches)).to(model.device)
-            model.watch(_tokens(batch), NEEDS[method.score])
-            loss = answer_loss(
-                model.model(**batch.model_inputs()).logits, batch, settings.loss == "choices", adjustment
-            )
+                choice.within(activation_budget if allowed == pace.most else allowed)
+            batch = learner.encoder.training_batch(next(batches)).to(model.device)
+            model.watch(tokens_of(batch), None if ranked is None else ranked.needs)
+            loss = loss_of.answers(model.model(**batch.model_inputs()).logits, batch)
             if pace is not None:
                 _synchronise(model)
                 if (taken := pace.give_up()) is not None:
@@ -154,6 +100,8 @@ def train(
                         f"and its deadline is {pace.deadline_s:g} s"
                     )
             loss.backward()
+            statistics.note_trained(model)  # before a local term, which has a gradient for everything
+            loss_of.add_local_term(optimizer)
             losses.append(loss.item())  # after the backward pass has been handed to the device: this waits for it
             if not math.isfinite(losses[-1]):
                 raise TrainingError(f"the loss is {losses[-1]} in step {step}; lower train.lr (now {settings.lr:g})")
@@ -162,10 +110,9 @@ def train(
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
-            statistics.note_trained(model)
             for routing in model.routing:
-                statistics.add(routing, method.lam)
-            _score(model, method, history)
+                statistics.add(routing, learner.settings.lam)
+            remember_scores(learner, history, learner.method.score(learner.settings))
             optimizer.zero_grad(set_to_none=True)
             if on_step is not None:
                 on_step(step, losses[-1])
@@ -179,105 +126,51 @@ def train(
         model.model.eval()
     history.rounds += 1
     return LocalUpdate(
-        usage=[mean.value().nan_to_num(0.0).cpu() for mean in statistics.usage],
-        importance=[mean.value().nan_to_num(0.0).cpu() for mean in statistics.importance],
-        tokens=[tokens.cpu() for tokens in statistics.tokens],
+        usage=statistics.usage(),
+        importance=statistics.importance(),
+        tokens=statistics.tokens(),
         trained=statistics.trained(model),
-        losses=losses,
-        seconds=clock() - started,
-        steps=len(losses),
-        steps_wanted=settings.steps,
-        activation=_mean_activation(activation_budget) if pace is None else pace.mean_level,
+        work=Work(
+            examples=len(learner.examples),
+            steps=len(losses),
+            steps_wanted=settings.steps,
+            first_loss=losses[0] if losses else None,
+            last_loss=losses[-1] if losses else None,
+            seconds=clock() - started,
+            activation=_mean_activation(activation_budget) if pace is None else pace.mean_level,
+        ),
     )
 
 
-@torch.no_grad()
-def bootstrap(
-    model: MoEModel,
-    examples: Sequence[Example],
-    encoder: Encoder,
-    method: MethodConfig,
-    batch_size: int,
-    history: ClientHistory,
-    seed: int,
-    client: int,
-) -> None:
-    """First scores of a client: a forward-only pass over some of its data with every expert, into its history.
+class _Loss:
+    """What a client minimises: the cross entropy of the answers, and the method's local term where it has one."""
 
-    Scores that need a backward pass begin with the information-bottleneck contribution as a prior.
-    """
-    forward_only = NEEDS[method.score] != "taylor"
-    scoring = method if forward_only else method.model_copy(update={"score": "ib"})
-    scratch = history if forward_only else ClientHistory.new(model.num_experts)
-    order = torch.randperm(len(examples), generator=generator(seed, "bootstrap", client)).tolist()
-    _choose_by_budget(model, scoring, scratch, None, generator(seed, "bootstrap", client))
-    model.model.eval()
-    try:
-        for start in range(0, min(len(order), method.bootstrap_batches * batch_size), batch_size):
-            rows = [examples[i] for i in order[start : start + batch_size]]
-            batch = encoder.training_batch(rows).to(model.device)
-            model.watch(_tokens(batch), NEEDS[scoring.score])
-            model.model(**batch.model_inputs())
-            _score(model, scoring, scratch)
-    finally:
-        model.watch(None)
-    if not forward_only:
-        history.prior = scratch.contribution()
+    def __init__(self, learner: Learner, parameters: list[Tensor]) -> None:
+        self._learner, self._parameters = learner, parameters
+        self._adjustment = label_adjustment(learner.examples, learner.train.logit_adjustment)
+        self._start = [parameter.detach().clone() for parameter in parameters if learner.method.local_term is not None]
 
+    def answers(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The cross entropy of a batch's answers, which is the loss that is reported."""
+        return answer_loss(logits, batch, self._learner.train.loss == "choices", self._adjustment)
 
-def _tokens(batch: Batch) -> TokenMasks:
-    if batch.decoder_input_ids is None:
-        return TokenMasks(batch.attention_mask)
-    return TokenMasks((batch.targets != IGNORED).long(), batch.attention_mask)
-
-
-def _score(model: MoEModel, method: MethodConfig, history: ClientHistory) -> None:
-    """Fold the watched batch's scores into the history, which is on the host: all layers at once."""
-    if method.score == "random":
-        return
-    scores = {}
-    for routing in model.routing:
-        assert routing.evidence is not None
-        if len(routing.evidence.g) > 0:
-            scores[routing.layer.index] = score(method.score, routing.evidence, method.lam, method.beta)
-    if scores:
-        parts = torch.cat(list(scores.values())).cpu().split([len(values) for values in scores.values()])
-        for layer, values in zip(scores, parts, strict=True):
-            history.scores[layer].update(values)
+    def add_local_term(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the gradient of the method's own term, for what the round has trained so far: the rest is as it began."""
+        term = self._learner.method.local_term
+        if term is None:
+            return
+        moved = [
+            (now, start)
+            for now, start in zip(self._parameters, self._start, strict=True)
+            if now.grad is not None or now in optimizer.state
+        ]
+        term([now for now, _ in moved], [start for _, start in moved], self._learner.settings).backward()
 
 
 def _synchronise(model: MoEModel) -> None:
     """Wait for what was handed to the device, so that a clock says how long it took."""
     if model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)
-
-
-def _choose_by_budget(
-    model: MoEModel,
-    method: MethodConfig,
-    history: ClientHistory,
-    budget: list[int] | None,
-    draws: torch.Generator,
-) -> None:
-    """Let every layer choose, within the forward pass, which of its experts this batch trains (eq. 15)."""
-    for routing in model.routing:
-        routing.token_level = method.level == "token"
-        routing.choose = None
-    if budget is None:
-        return
-
-    def choose(layer: int, evidence: object, hit: Tensor) -> Tensor:
-        routing = model.routing[layer]
-        assert routing.evidence is not None
-        if NEEDS[method.score] is None:
-            contribution = score(method.score, routing.evidence, method.lam, method.beta, draws)
-        else:
-            # Decision: scores that a pass only shows at its end choose by what earlier batches showed.
-            contribution = history.contribution()[layer].to(hit.device)
-        return activation(contribution, hit, routing.resident(), budget[layer])
-
-    for routing in model.routing:
-        routing.choose = choose
 
 
 def _mean_activation(budget: list[int] | None) -> float | None:
@@ -295,19 +188,3 @@ def _check_gradients(model: MoEModel) -> None:
     leaking = [name for name, p in model.model.named_parameters() if p.grad is not None and not p.requires_grad]
     if leaking:
         raise TrainingError(f"{leaking[0]} is frozen but received a gradient")
-
-
-def _batches(
-    examples: Sequence[Example], size: int, history: ClientHistory, seed: int, client: int
-) -> Iterator[list[Example]]:
-    """Endless batches, each epoch in its own order, going on where the last round ended."""
-    size, order, epoch = min(size, len(examples)), torch.empty(0), -1
-    while True:
-        rows = []
-        for _ in range(size):
-            now, place = divmod(history.examples_seen, len(examples))
-            if now != epoch:
-                epoch, order = now, torch.randperm(len(examples), generator=generator(seed, "order", client, now))
-            rows.append(examples[int(order[place])])
-            history.examples_seen += 1
-        yield rows

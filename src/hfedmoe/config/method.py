@@ -4,14 +4,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hfedmoe.config.named import NamedIn
 from hfedmoe.config.section import Section
 
 
 class MethodConfig(Section):
-    """The method: four choices and their constants (docs/method.md)."""
+    """The method and its constants (docs/method.md). `fedavg` reads no other setting but `level`."""
 
+    name: Annotated[
+        str,
+        NamedIn("hfedmoe.method.methods", "METHODS", "hfedmoe"),
+        Field(description="what clients hold, train and send, and what their copies count"),
+    ] = "hfedmoe"
     score: Annotated[
-        Literal["ib", "importance", "frequency", "random", "activation", "taylor"],
+        str,
+        NamedIn("hfedmoe.method.scores", "SCORES", "ib"),
         Field(description="what an expert is worth to a client"),
     ] = "ib"
     lam: Annotated[float, Field(ge=0, le=1, description="eq. 5: cumulative against specific importance")] = 0.5
@@ -21,12 +28,16 @@ class MethodConfig(Section):
     residency: Annotated[Literal["budget", "all"], Field(description="`all`: every client holds every expert")] = (
         "budget"
     )
-    expert_weight: Annotated[Literal["samples", "tokens", "importance"], Field(description="w_c(e) of eq. 17")] = (
-        "samples"
-    )
-    gate: Annotated[Literal["importance", "rows", "fedavg"], Field(description="rule for the gates, eq. 21")] = (
-        "importance"
-    )
+    expert_weight: Annotated[
+        str,
+        NamedIn("hfedmoe.method.usage", "EXPERT_WEIGHTS", "samples"),
+        Field(description="w_c(e) of eq. 17"),
+    ] = "samples"
+    gate: Annotated[
+        str,
+        NamedIn("hfedmoe.method.methods", "GATES", "importance"),
+        Field(description="rule for the gates, eq. 21"),
+    ] = "importance"
     bootstrap: Annotated[
         Literal["forward", "stream", "prior", "none"],
         Field(

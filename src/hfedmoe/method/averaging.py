@@ -8,12 +8,12 @@ depends on the order of clients only by rounding. Memory: one float32 buffer of 
 sent is read once, and the rows of the buffer that it belongs to are read and written once.
 """
 
-from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from hfedmoe.method.neighbours import Runs, runs_of
 
 
 class StacksAverage:
@@ -96,13 +96,9 @@ class StacksAverage:
         # One call for all runs of neighbouring rows: no gathered copy of the buffer, and no loop in Python over rows.
         torch._foreach_lerp_(into, new, shares)
 
-    def _sent(self, index: list[int]) -> dict[tuple[int, int], "_Sent"]:
+    def _sent(self, index: list[int]) -> dict[tuple[int, int], Runs]:
         """What was sent of every stretch of rows."""
-        found = {}
-        for first, number in self._names:
-            own = slice(bisect_left(index, first), bisect_left(index, first + number))
-            found[first, number] = _Sent.of(index, own, first, number)
-        return found
+        return {stretch: runs_of(index, *stretch) for stretch in self._names}
 
     def _check(self, rows: dict[str, Tensor], checked: bool) -> None:
         for name, mean in self._means.items():
@@ -132,36 +128,6 @@ class StacksAverage:
             average[untouched] = before.detach()[untouched]
             averages[name] = average
         return averages
-
-
-@dataclass
-class _Sent:
-    """Which rows of a stretch were sent, as runs of neighbours."""
-
-    places: slice
-    """Their places in the index."""
-    lengths: list[int]
-    """Rows of each run."""
-    cuts: list[int]
-    """The stretch in pieces: rows before the first run, the first run, rows between, the second run, ..., the rest."""
-
-    def __len__(self) -> int:
-        return int(self.places.stop - self.places.start)
-
-    @classmethod
-    def of(cls, index: list[int], own: slice, first: int, number: int) -> "_Sent":
-        lengths: list[int] = []
-        cuts: list[int] = []
-        after = first  # the row behind the last run
-        for row in index[own]:
-            if lengths and row == after:
-                lengths[-1] += 1
-                cuts[-1] += 1
-            else:
-                lengths.append(1)
-                cuts += [row - after, 1]
-            after = row + 1
-        return cls(own, lengths, [*cuts, first + number - after])
 
 
 class RowAverage:

@@ -2,15 +2,17 @@
 
     active = argmax  sum_{e in active} I(e)    s.t.  active within the candidates, |active| <= budget    (15)
 
-Experts of one model have equal sizes, so taking the `budget` best is the exact optimum. Ties go to the lower layer,
-then to the lower expert.
+Experts of one model have equal sizes, so the `budget` best are the exact optimum.
 
 Decision: the budget is filled even with experts whose contribution is negative, which (15) would leave out: the memory
 is there, and only the order of scores is comparable between one score and another.
 
-Decision: a device has two limits, hence two choices. `select` is the residency of a round (memory; one budget over all
-layers, a minimum per layer so that every layer still routes); `activation` is the choice of one batch in one layer
-(compute), among the resident experts that the batch was routed to.
+Decision: a device has two limits, so there are two choices. `select` is the residency of a round (memory; one budget
+over all layers, a minimum per layer so that every layer still routes). `activation` is the choice of one batch in one
+layer (compute), among the resident experts that the batch was routed to.
+
+Decision: equal contributions are put in an order that the client draws. Without one the lower layer and then the lower
+expert come first; all clients would then choose the same of the experts that none of them has seen.
 """
 
 from collections.abc import Sequence
@@ -20,34 +22,28 @@ from torch import Tensor
 
 
 def select(
-    contribution: Tensor | Sequence[Tensor],
-    budget: int,
-    candidates: Tensor | Sequence[Tensor] | None = None,
-    at_least: int = 0,
-) -> Tensor | list[Tensor]:
+    contribution: Sequence[Tensor], budget: int, at_least: int = 0, ties: torch.Generator | None = None
+) -> list[Tensor]:
     """The best `budget` experts over all layers, of which the best `at_least` of every layer come first (eq. 15).
 
-    A budget larger than the number of candidates selects all of them.
+    A budget larger than the number of experts selects all of them.
 
     Args:
-        contribution: [L, E], or one [E_l] per layer.
+        contribution: [E_l] per layer.
         budget: experts over all layers.
-        candidates: bool, same structure; only these may be chosen. None: all.
         at_least: experts that every layer gets.
+        ties: draws the order of equal contributions; None: the lower index first.
 
     Returns:
-        bool of the same structure as `contribution`.
+        bool [E_l] per layer.
 
     Raises:
-        ValueError: NaN in the contribution, structures that differ, a negative number, a layer with fewer than
-            `at_least` candidates, or a budget too small for `at_least` experts in every layer.
+        ValueError: no layers, NaN in the contribution, a negative number, a layer with fewer than `at_least` experts,
+            or a budget too small for `at_least` experts in every layer.
     """
-    scores = _layers(contribution, "contribution")
-    allowed = [torch.ones_like(s, dtype=torch.bool) for s in scores]
-    if candidates is not None:
-        allowed = _layers(candidates, "candidates")
-        if [a.shape for a in allowed] != [s.shape for s in scores]:
-            raise ValueError("candidates do not have the layers and experts of the contribution")
+    scores = list(contribution)
+    if not scores or any(score.dim() != 1 for score in scores):
+        raise ValueError("contribution: expected one [E] per layer")
     if budget < 0 or at_least < 0:
         raise ValueError(f"budget={budget} and at_least={at_least} must not be negative")
     if len(scores) * at_least > budget:
@@ -55,22 +51,25 @@ def select(
             f"budget={budget} is too small for {at_least} experts in each of {len(scores)} layers: "
             f"it must be at least {len(scores) * at_least}"
         )
-    for layer, (score, allow) in enumerate(zip(scores, allowed, strict=True)):
+    for layer, score in enumerate(scores):
         if score.isnan().any():
             raise ValueError(f"the contribution of layer {layer} contains NaN")
-        if allow.sum() < at_least:
-            raise ValueError(
-                f"layer {layer} has {int(allow.sum())} candidates but must get at least {at_least} experts"
-            )
+        if len(score) < at_least:
+            raise ValueError(f"layer {layer} has {len(score)} experts but must get at least {at_least}")
 
-    chosen = torch.cat([_best(score, allow, at_least) for score, allow in zip(scores, allowed, strict=True)])
-    left = budget - len(scores) * at_least
-    chosen |= _best(torch.cat(scores), torch.cat(allowed) & ~chosen, left)
-    result = list(chosen.split([len(score) for score in scores]))
-    return torch.stack(result) if isinstance(contribution, Tensor) else result
+    sizes = [len(score) for score in scores]
+    every = torch.cat(scores)
+    order = None if ties is None else torch.randperm(len(every), generator=ties).to(every.device)
+    orders = [None] * len(sizes) if order is None else list(order.split(sizes))
+    everyone = [torch.ones_like(score, dtype=torch.bool) for score in scores]
+    chosen = torch.cat([_best(*layer, at_least) for layer in zip(scores, everyone, orders, strict=True)])
+    chosen |= _best(every, ~chosen, order, budget - len(scores) * at_least)
+    return list(chosen.split(sizes))
 
 
-def activation(contribution: Tensor, hit: Tensor, resident: Tensor, budget: int | None) -> Tensor:
+def activation(
+    contribution: Tensor, hit: Tensor, resident: Tensor, budget: int | None, ties: Tensor | None = None
+) -> Tensor:
     """The experts of one layer that this batch trains: the best `budget` of those hit and resident (eq. 15).
 
     Runs inside the forward pass: tensor operations only, nothing waits for the device. NaN ranks last.
@@ -80,6 +79,7 @@ def activation(contribution: Tensor, hit: Tensor, resident: Tensor, budget: int 
         hit: bool [E], at least one sample of the batch was routed to the expert (the paper's union).
         resident: bool [E].
         budget: experts of this layer; None: no limit.
+        ties: int64 [E], equal contributions are taken in the order of these numbers; None: the lower index first.
 
     Returns:
         bool [E].
@@ -98,19 +98,31 @@ def activation(contribution: Tensor, hit: Tensor, resident: Tensor, budget: int 
     if budget < 0:
         raise ValueError(f"budget={budget} must not be negative")
     score = contribution.detach().float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return _best(score, eligible, budget)
+    return _best(score, eligible, ties, budget)
 
 
-def _best(score: Tensor, allowed: Tensor, number: int) -> Tensor:
-    """bool [N]: the `number` highest allowed entries, fewer if there are not so many; ties go to the lower index."""
-    # Two stable sorts, so that an allowed -inf still comes before everything that is not allowed.
-    order = score.argsort(descending=True, stable=True)
+def comparable(contribution: Sequence[Tensor]) -> list[Tensor]:
+    """Scores whose size depends on the layer, made comparable: each over the mean absolute value of its layer.
+
+    Decision: sums of activations and of gradients grow or fall with depth by orders of magnitude. One budget over all
+    layers would follow that and not the experts, so every layer gets the same total. The order within a layer stays.
+
+    Args:
+        contribution: [E_l] per layer.
+
+    Returns:
+        float32 [E_l] per layer; a layer of zeros stays as it is.
+    """
+    sizes = [score.float().abs().mean() for score in contribution]
+    return [
+        score.float() / size if size > 0 else score.float() for score, size in zip(contribution, sizes, strict=True)
+    ]
+
+
+def _best(score: Tensor, allowed: Tensor, ties: Tensor | None, number: int) -> Tensor:
+    """bool [N]: the `number` highest allowed entries, or all if there are fewer; ties in the order of `ties` [N]."""
+    # Stable sorts, the least important key first, so that an allowed -inf still comes before what is not allowed.
+    order = torch.arange(len(score), device=score.device) if ties is None else ties.argsort()
+    order = order[score[order].argsort(descending=True, stable=True)]
     order = order[allowed[order].to(torch.uint8).argsort(descending=True, stable=True)]
     return torch.zeros_like(allowed).scatter_(0, order[:number], True) & allowed
-
-
-def _layers(values: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
-    layers = list(values) if not isinstance(values, Tensor) or values.dim() == 2 else []
-    if not layers or any(layer.dim() != 1 for layer in layers):
-        raise ValueError(f"{name}: expected [L, E], or one [E] per layer")
-    return layers

@@ -7,17 +7,48 @@ w_c(e)   = |D_c| * 1[u_c(e) >= tau / E] * 1[c trained e]      rule "samples", th
            |D_c| * s_c(e) * (the same)                        rule "importance"
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from hfedmoe.method.copies import Copies
 from hfedmoe.method.importance import cumulative
+from hfedmoe.method.running import RunningMean
 
-EXPERT_RULES = ("samples", "tokens", "importance")
+
+class ClientUsage(RunningMean):
+    """The usage u_c of a layer's experts over the samples that a client has seen in a round (eq. 16)."""
+
+    def add(self, g: Tensor) -> None:
+        """Add a batch: routing probabilities [B, E] of its samples, perhaps none."""
+        if len(g):
+            self.update(cumulative(g), weight=len(g))
+
+    def value(self) -> Tensor:
+        """float32 [E]; 0 if no sample was seen."""
+        return super().value().nan_to_num(0.0)
 
 
-def usage(g: Tensor) -> Tensor:
-    """Usage u_c of every expert: [B, E] of a client's samples -> float32 [E], eq. 16. Raises ValueError if B = 0."""
-    return cumulative(g)
+class FederationUsage:
+    """Mean usage of every expert over the clients of all rounds so far, weighted by |D_c|.
+
+    Sums are float64 and always in the same order, so that a resumed run has the same bits.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._weight = 0.0
+
+    def add(self, usage: Tensor, examples: int) -> None:
+        """Add one client's round: u_c float32 [sum E_l], measured on `examples` rows."""
+        part = usage.double() * examples
+        self._sum = part if self._sum is None else self._sum + part
+        self._weight += examples
+
+    def value(self) -> Tensor | None:
+        """float32 [sum E_l]; None before anything was added."""
+        return None if self._sum is None else (self._sum / self._weight).float()
 
 
 def passes(usage: Tensor, tau: float) -> Tensor:
@@ -31,39 +62,29 @@ def passes(usage: Tensor, tau: float) -> Tensor:
     return usage.detach().float() >= tau / usage.shape[-1]
 
 
-def expert_weights(
-    rule: str, num_examples: int, usage: Tensor, importance: Tensor, tokens: Tensor, trained: Tensor, tau: float
-) -> Tensor:
-    """The weight w_c(e) of one client's copy of every expert of a layer (or of alike layers at once), eq. 17.
+EXPERT_WEIGHTS: dict[str, Callable[[Copies], Tensor]] = {
+    "samples": lambda copies: torch.full_like(copies.usage, copies.examples, dtype=torch.float32),
+    "tokens": lambda copies: copies.tokens.detach().float(),
+    "importance": lambda copies: copies.examples * copies.importance.detach().float(),
+}
+"""The rules for w_c(e) of eq. 17 by name, before the conditions: copies of [..., E] -> float32 [..., E]."""
+
+
+def expert_weights(rule: str, copies: Copies, tau: float) -> Tensor:
+    """The weight w_c(e) of one client's copy of every expert, eq. 17.
 
     Args:
-        rule: one of `EXPERT_RULES`.
-        num_examples: |D_c|.
-        usage: [..., E], u_c.
-        importance: [..., E], s_c.
-        tokens: [..., E], tokens of the client routed to each expert.
-        trained: bool [..., E], the copies that may take part: those that received an optimizer step. (A rival that
-            averages over all holders passes what is resident, and tau = 0.)
+        rule: a name in `EXPERT_WEIGHTS`.
+        copies: of [..., E].
         tau: threshold as a multiple of 1/E.
 
     Returns:
         float32 [..., E], 0 where the client takes no part.
 
     Raises:
-        ValueError: unknown rule, negative tau or number of examples, or vectors of different lengths.
+        ValueError: unknown rule or negative tau.
     """
-    if num_examples < 0:
-        raise ValueError(f"num_examples={num_examples} must not be negative")
-    shapes = {tuple(vector.shape) for vector in (usage, importance, tokens, trained)}
-    if len(shapes) > 1:
-        raise ValueError(f"usage, importance, tokens and trained must all be [..., E], got {sorted(shapes)}")
-    if rule == "samples":
-        weight = torch.full_like(usage, num_examples, dtype=torch.float32)
-    elif rule == "tokens":
-        weight = tokens.detach().float()
-    elif rule == "importance":
-        weight = num_examples * importance.detach().float()
-    else:
-        raise ValueError(f'expert rule "{rule}" is unknown; known: {", ".join(EXPERT_RULES)}')
+    if rule not in EXPERT_WEIGHTS:
+        raise ValueError(f'expert rule "{rule}" is unknown; known: {", ".join(EXPERT_WEIGHTS)}')
     # Decision: usage is no proof of training, so a copy needs both; an expert without any keeps its global value.
-    return torch.where(trained & passes(usage, tau), weight, 0.0)
+    return torch.where(copies.trained & passes(copies.usage, tau), EXPERT_WEIGHTS[rule](copies), 0.0)

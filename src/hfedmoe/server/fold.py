@@ -1,20 +1,16 @@
 """Fold the updates of a round into the global tensors, one client at a time (method.md section 4)."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from hfedmoe.config import MethodConfig
-from hfedmoe.method.aggregation import (
-    MeanAverage,
-    ProductAverage,
-    StacksAverage,
-    expert_weights,
-)
+from hfedmoe.method.averaging import MeanAverage, StacksAverage
+from hfedmoe.method.copies import Copies, over_layers
+from hfedmoe.method.methods import METHODS
+from hfedmoe.method.products import ProductAverage
 from hfedmoe.moe.attention import A, B
 from hfedmoe.moe.payload import layer_of
-from hfedmoe.server.gates import GateFold, over_layers
+from hfedmoe.server.gates import GateFold
 from hfedmoe.wire.messages import Update
 
 PAIRS = (("up_a", "up_b"), ("down_a", "down_b"))
@@ -25,15 +21,15 @@ class Fold:
 
     Args:
         tensors: the global tensors, experts as [E, ...]; they are not changed.
-        method: expert weights, gate rule, tau.
+        settings: the method and its constants.
         exact_lora: average the products B A instead of the factors (FlexLoRA), refactored to the same rank.
         rank: of the LoRA pairs, for `exact_lora`.
     """
 
     def __init__(
-        self, tensors: dict[str, Tensor], method: MethodConfig, exact_lora: bool = False, rank: int = 0
+        self, tensors: dict[str, Tensor], settings: MethodConfig, exact_lora: bool = False, rank: int = 0
     ) -> None:
-        self._tensors, self._method = tensors, method
+        self._tensors, self._settings, self._method = tensors, settings, METHODS[settings.name]
         layers: dict[int, list[str]] = {}
         self._products: dict[tuple[str, str], ProductAverage] = {}
         self._shared_products: dict[tuple[str, str], ProductAverage] = {}
@@ -64,28 +60,36 @@ class Fold:
             first += number
         self._stacks = list(stretches)
         self._experts = StacksAverage(stretches)
-        self._gates = GateFold(gates, method)
+        self._gates = GateFold(gates, settings)
         self.clients = 0
 
-    def add(self, update: Update) -> None:
-        """Fold in one checked update (its values are finite); of it only what `exact_lora` needs is kept: factors."""
+    def add(self, update: Update, held: list[Tensor]) -> None:
+        """Fold in one checked update (its values are finite); only factors that `exact_lora` needs are kept of it.
+
+        Args:
+            held: what the client held, bool [E] per layer.
+        """
         self.clients += 1
-        weigh = partial(expert_weights, self._method.expert_weight, update.examples, tau=self._method.tau)
-        weights = over_layers(weigh, update.usage, update.importance, update.tokens, update.trained)
+        examples = update.work.examples
+        layers = [
+            Copies(examples, *vectors)
+            for vectors in zip(update.usage, update.importance, update.tokens, held, update.trained, strict=True)
+        ]
+        weights = over_layers(lambda copies: self._method.expert_weight(copies, self._settings), layers)
         if self._stacks:
-            trained = torch.cat([update.trained[layer] for layer in self._layers]).nonzero()[:, 0]
-            weight = torch.cat([weights[layer] for layer in self._layers])[trained]
-            self._experts.add({name: update.tensors[name] for name in self._stacks}, trained, weight, checked=True)
+            sent = torch.cat([update.sent[layer] for layer in self._layers]).nonzero()[:, 0]
+            weight = torch.cat([weights[layer] for layer in self._layers])[sent]
+            self._experts.add({name: update.tensors[name] for name in self._stacks}, sent, weight, checked=True)
         for (a, b), products in self._products.items():
             layer = layer_of(a)
-            index = update.trained[layer].nonzero()[:, 0]
+            index = update.sent[layer].nonzero()[:, 0]
             products.add(update.tensors[a], update.tensors[b], index, weights[layer][index])
         for (a, b), products in self._shared_products.items():
-            weight = torch.tensor([float(update.examples)])
+            weight = torch.tensor([float(examples)])
             products.add(update.tensors[a][None], update.tensors[b][None], torch.tensor([0]), weight)
-        self._gates.add(update)
+        self._gates.add(update.tensors, layers)
         for name, mean in self._shared.items():
-            mean.add(update.tensors[name], update.examples, checked=True)
+            mean.add(update.tensors[name], examples, checked=True)
 
     def result(self) -> dict[str, Tensor]:
         """The new global tensors; what nobody trained keeps its value bit for bit."""

@@ -1,15 +1,16 @@
-"""Fold the gates (routers) of a round, by importance, by row or by examples (equations 18-21)."""
+"""Fold the gates (routers) of a round: which of their tensors count whole and which row by row (equations 19-21)."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from hfedmoe.config import MethodConfig
-from hfedmoe.method.aggregation import MeanAverage, RowAverage, gate_alpha_numerator, gate_row_weights
+from hfedmoe.method.averaging import RowAverage
+from hfedmoe.method.copies import Copies, over_layers
+from hfedmoe.method.gates import GateAverage
+from hfedmoe.method.methods import METHODS
 from hfedmoe.moe.payload import layer_of
-from hfedmoe.wire.messages import Update
 
 
 class GateFold:
@@ -17,33 +18,34 @@ class GateFold:
 
     Args:
         names: of the tensors.
-        method: gate rule, tau.
+        settings: the method and its constants.
     """
 
-    def __init__(self, names: Iterable[str], method: MethodConfig) -> None:
-        self._method = method
+    def __init__(self, names: Iterable[str], settings: MethodConfig) -> None:
+        self._settings, self._method = settings, METHODS[settings.name]
         self._rows: dict[str, RowAverage] = {}
-        self._whole = {name: _ByImportance() for name in names}
+        self._whole = {name: GateAverage() for name in names}
 
-    def add(self, update: Update) -> None:
-        """Fold in one checked update and keep nothing of it."""
-        alphas = [0.0] * len(update.usage)  # rule "fedavg": by examples
+    def add(self, tensors: dict[str, Tensor], layers: list[Copies]) -> None:
+        """Fold in the checked tensors of one client, of which nothing is kept; `layers`: its copies of the experts."""
+        alphas = torch.stack(over_layers(lambda copies: self._method.gate_weight(copies, self._settings), layers))
         rows: list[Tensor] = []
-        if self._method.gate != "fedavg":
-            weigh = partial(gate_alpha_numerator, tau=self._method.tau)
-            alphas = torch.stack(over_layers(weigh, update.usage, update.importance)).tolist()
-        if self._method.gate == "rows":
-            weigh_rows = partial(gate_row_weights, tau=self._method.tau)
-            rows = over_layers(weigh_rows, update.usage, update.importance, update.trained)
+        if self._method.gate_rows(layers[0], self._settings) is not None:
+            rows = over_layers(self._row_weights, layers)
         for name, whole in self._whole.items():
-            tensor, layer = update.tensors[name], layer_of(name)
+            tensor, layer = tensors[name], layer_of(name)
             number = _num_rows(tensor, len(rows[layer])) if rows else 0
             if number:
                 own = self._rows.setdefault(name, RowAverage(number))
                 own.add(tensor[:number], torch.arange(number), rows[layer], checked=True)
             rest = tensor[number:] if number else tensor
             if rest.numel():
-                whole.add(rest, alphas[layer], update.examples)
+                whole.add(rest, float(alphas[layer]), layers[layer].examples)
+
+    def _row_weights(self, copies: Copies) -> Tensor:
+        rows = self._method.gate_rows(copies, self._settings)
+        assert rows is not None
+        return rows
 
     def result(self, previous: dict[str, Tensor]) -> dict[str, Tensor]:
         """The new tensors; what nobody's update counts for keeps its value bit for bit."""
@@ -59,26 +61,6 @@ class GateFold:
         return new
 
 
-class _ByImportance:
-    """The mean of a tensor by alpha (eq. 21); by examples where every alpha is 0."""
-
-    def __init__(self) -> None:
-        self._by_alpha = MeanAverage()
-        self._by_examples: MeanAverage | None = MeanAverage()
-        """Until a client's alpha is not 0."""
-
-    def add(self, tensor: Tensor, alpha: float, examples: int) -> None:
-        if alpha > 0:
-            self._by_alpha.add(tensor, alpha, checked=True)
-            self._by_examples = None
-        elif self._by_examples is not None:
-            self._by_examples.add(tensor, examples, checked=True)
-
-    def result(self, previous: Tensor) -> Tensor:
-        mean = self._by_alpha if self._by_examples is None else self._by_examples
-        return mean.result(previous)
-
-
 def _num_rows(tensor: Tensor, num_experts: int) -> int:
     """How many rows of a router's tensor belong to an expert each, from the first on.
 
@@ -88,15 +70,3 @@ def _num_rows(tensor: Tensor, num_experts: int) -> int:
     """
     fits = tensor.dim() > 1 and len(tensor) >= num_experts
     return num_experts if fits or tensor.shape == (num_experts,) else 0
-
-
-def over_layers(rule: Callable[..., Tensor], *vectors: list[Tensor]) -> list[Tensor]:
-    """What `rule` makes of the vectors [E] of each layer, for all layers at once where they have as many experts.
-
-    Args:
-        rule: takes one [..., E] for each of `vectors`.
-        vectors: a list over the layers each.
-    """
-    if len({len(vector) for vector in vectors[0]}) == 1:
-        return list(rule(*map(torch.stack, vectors)).unbind(0))
-    return [rule(*layer) for layer in zip(*vectors, strict=True)]

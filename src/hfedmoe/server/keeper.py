@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hfedmoe.errors import UserError
-from hfedmoe.events import FinalLine, Score
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation
+from hfedmoe.method.usage import FederationUsage
 from hfedmoe.runs import RunFolder
 from hfedmoe.runs.experts import of_round
 from hfedmoe.server.evaluation import Metrics
-from hfedmoe.server.prior import UsageMean
 from hfedmoe.server.records import RoundRecord
-from hfedmoe.server.totals import ClientTotals
 
 SaveClients = Callable[[], dict[str, Tensor]]
 
@@ -38,34 +38,31 @@ class Keeper:
         self._in_process = save_clients is not None
         self._save_clients = save_clients or (dict)
         self._last_saved = from_round
-        self.scores: list[Score] = []
+        self.scores: list[Evaluation] = []
         self.totals: dict[int, ClientTotals] = {}
         """Of the clients that took part so far."""
         self._names: dict[int, str] = {}
-        self._total_experts = 0
-        self.usage = UsageMean()
+        self.usage = FederationUsage()
         """Of the federation, over all complete rounds."""
         if folder is not None:
             self._recall(folder)
 
     def _recall(self, folder: RunFolder) -> None:
         rows = folder.read_expert_rows()
-        if rows is not None and len(rows):
-            self._total_experts = int((rows["usage"][0] == rows["usage"][0]).sum())  # NaN pads layers
         prior = folder.config.method.bootstrap == "prior"
         for line in folder.iter_rounds():
             if "all" in line["evaluation"]:
-                self.scores.append(_score(line["round"], line["evaluation"]["all"]))
+                self.scores.append(_evaluation(line["round"], line["evaluation"]["all"]))
             examples = {row["client"]: row["examples"] for row in line["clients"] if row["status"] == "ok"}
             if prior and examples and not line.get("failed"):
-                self.usage.add_round(_rows_of(folder, rows, line["round"], examples), examples)
+                for client, usage in _usage_of(folder, rows, line["round"], examples):
+                    self.usage.add(usage, examples[client])
             for row in line["clients"] if "bytes_down" in line else ():
-                self.totals.setdefault(row["client"], ClientTotals()).add(row)
+                self._count(ClientRound.from_json(row))
 
     @contextmanager
     def recording(self, round: int, num_experts: list[int], tau: float) -> Iterator[RoundRecord]:
         """The record of a round, until the block ends."""
-        self._total_experts = sum(num_experts)
         with closing(RoundRecord(round, num_experts, tau)) as log:
             yield log
 
@@ -102,7 +99,7 @@ class Keeper:
         }
         line |= {"evaluation": {"all": vars(metrics)}, "clients": [], "short": False}
         self._append(line)
-        self.scores.append(_score(0, vars(metrics)))
+        self.scores.append(_evaluation(0, vars(metrics)))
         self._checkpoint(0, tensors, None, None)
 
     def save_round(
@@ -115,7 +112,7 @@ class Keeper:
         """Everything about a complete round; the checkpoint comes last, because it vouches for the rest."""
         self._append(log.line(watched, whole), self._counted(log))
         if whole is not None:
-            self.scores.append(_score(log.round, vars(whole)))
+            self.scores.append(_evaluation(log.round, vars(whole)))
         # Decision: the best checkpoint is chosen on the watched rows, which the final figures never use.
         self._checkpoint(log.round, tensors, watched or whole, whole)
 
@@ -123,30 +120,21 @@ class Keeper:
         """A round that too few clients completed: its line says so; the checkpoint before it stays the last."""
         self._append({**log.line(None, None), "failed": True}, self._counted(log))
 
-    def final_lines(self) -> list[FinalLine]:
-        """Per client, what it held at last, and what it trained, moved and used over the run."""
-        return [
-            FinalLine(
-                name=self._names[client],
-                resident=done.resident,
-                total_experts=self._total_experts,
-                predicted_bytes=done.predicted_bytes,
-                trained=done.trained,
-                bytes_down=done.bytes_down,
-                bytes_up=done.bytes_up,
-                peak_bytes=done.measured_bytes,
-                seconds=done.seconds,
-                pace=done.pace(),
-            )
-            for client, done in sorted(self.totals.items())
-            if done.rounds and client in self._names
-        ]
+    def final_totals(self) -> list[ClientTotals]:
+        """Of every client that completed a round, by number."""
+        known = [(client, done) for client, done in sorted(self.totals.items()) if client in self._names]
+        for client, done in known:
+            done.name = self._names[client]
+        return [done for _, done in known if done.rounds]
+
+    def _count(self, done: ClientRound) -> None:
+        self.totals.setdefault(done.client, ClientTotals()).add(done)
 
     def _counted(self, log: RoundRecord) -> Iterator[dict[str, Any]]:
         """The entries of a round's clients, each counted as it is written."""
-        for row in log.clients():
-            self.totals.setdefault(row["client"], ClientTotals()).add(row)
-            yield row
+        for done in log.clients():
+            self._count(done)
+            yield done.to_json()
 
     def _append(self, line: dict[str, Any], clients: Iterator[dict[str, Any]] | None = None) -> None:
         if self.folder is not None:
@@ -167,17 +155,23 @@ class Keeper:
         self._last_saved = round
 
 
-def _rows_of(folder: RunFolder, rows: Any, round: int, clients: dict[int, int]) -> Any:
-    """The rows of a round in experts.npy. Raises UserError if that of a client is missing."""
-    own = None if rows is None else of_round(rows, round)
-    missing = clients.keys() - (set() if own is None else set(own["client"].tolist()))
+def _usage_of(folder: RunFolder, rows: Any, round: int, clients: dict[int, int]) -> Iterator[tuple[int, Tensor]]:
+    """Number and usage float32 [sum E_l] of the clients of a round, in the order of experts.npy.
+
+    Raises UserError if the row of a client is missing.
+    """
+    own = () if rows is None else of_round(rows, round)
+    missing = clients.keys() - {int(row["client"]) for row in own}
     if missing:
         raise UserError(
             f"{folder.path / 'experts.npy'}: has no row of client {min(missing)} in round {round}, and "
             'method.bootstrap = "prior" goes on from them; restore the file or start the run again'
         )
-    return own
+    for row in own:
+        if int(row["client"]) in clients:
+            usage = torch.from_numpy(row["usage"].copy())
+            yield int(row["client"]), usage[~usage.isnan()]  # NaN pads layers of fewer experts
 
 
-def _score(round: int, metrics: dict[str, Any]) -> Score:
-    return Score(round, metrics["accuracy"], metrics["macro_f1"], metrics["loss"], metrics["examples"])
+def _evaluation(round: int, metrics: dict[str, Any]) -> Evaluation:
+    return Evaluation(round, metrics["accuracy"], metrics["macro_f1"], metrics["loss"], metrics["examples"])

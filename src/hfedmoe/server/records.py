@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfedmoe.method.aggregation import passes
+from hfedmoe.events import ClientRound
+from hfedmoe.method.gates import RoutingConsistency
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.phases import Phases
 from hfedmoe.wire.messages import Update
@@ -40,8 +42,7 @@ class RoundRecord:
         self.num_missing = 0
         self.seconds = self.planning_seconds = self.evaluation_seconds = self.training_seconds = 0.0
         self.phases = Phases()
-        self._tau = tau
-        self._used = [torch.zeros(number, dtype=torch.bool) for number in num_experts]
+        self._consistency = RoutingConsistency(num_experts, tau)
         self._notes = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (until `close`)
         self._at: dict[int, int] = {}
 
@@ -55,55 +56,48 @@ class RoundRecord:
 
     def received(
         self, client: int, update: Update, resident: list[Tensor], size: int, activation_wanted: float
-    ) -> None:
-        """Note a valid update, but none of its tensors; the last argument is what a deadline may have lowered."""
-        self.bytes_up[client] = self.bytes_up.get(client, 0) + size
-        self.training_seconds += update.seconds
-        held, trained = torch.cat(resident), torch.cat(update.trained)
-        uses = [passes(usage, self._tau) for usage in update.usage]
-        for used, here in zip(self._used, uses, strict=True):
-            used |= here
-        self._note(
-            client,
-            {
-                "examples": update.examples,
-                "resident": int(held.sum()),
-                "trained": int(trained.sum()),
-                "tokens": sum(float(tokens.sum()) for tokens in update.tokens),
-                "first_loss": update.losses[0] if update.losses else None,
-                "last_loss": update.losses[-1] if update.losses else None,
-                "seconds": update.seconds,
-                "peak_bytes": update.peak_bytes,
-                "peak_is": "measured" if update.peak_is_measured else "predicted",
-                "steps": update.steps,
-                "steps_wanted": update.steps_wanted,
-                "activation": update.activation,
-                "activation_wanted": activation_wanted,
-                "deadline_s": update.deadline_s,
-                "status": "ok",
-                "routing_consistency": [int(here.sum()) for here in uses],
-            },
-        )
-        self.add_row(client, torch.cat(update.usage), torch.cat(update.importance), held, trained)
+    ) -> ClientRound:
+        """Note a valid update of `size` bytes, but none of its tensors.
 
-    def left_out(self, client: int, status: str, reason: str) -> None:
+        Args:
+            activation_wanted: experts per layer that a step would train without a deadline.
+        """
+        self.bytes_up[client] = self.bytes_up.get(client, 0) + size
+        self.training_seconds += update.work.seconds
+        held, trained = torch.cat(resident), torch.cat(update.trained)
+        done = ClientRound(
+            **asdict(update.work),
+            client=client,
+            resident=int(held.sum()),
+            trained=int(trained.sum()),
+            total_experts=len(held),
+            tokens=sum(float(tokens.sum()) for tokens in update.tokens),
+            activation_wanted=activation_wanted,
+            bytes_down=self.bytes_down.get(client, 0),
+            bytes_up=self.bytes_up[client],
+        )
+        self._note(done, self._consistency.add(update.usage))
+        self.add_row(client, torch.cat(update.usage), torch.cat(update.importance), held, trained)
+        return done
+
+    def left_out(self, client: int, status: str, reason: str) -> ClientRound:
         """Note a client that gave no valid update."""
         self.num_missing += 1
         if len(self.missing) < REASONS:
             self.missing[client] = reason
-        self._note(client, {"status": status, "reason": reason})
+        down, up = self.bytes_down.get(client, 0), self.bytes_up.get(client, 0)
+        done = ClientRound(client=client, status=status, reason=reason, bytes_down=down, bytes_up=up)
+        self._note(done, None)
+        return done
 
-    def clients(self) -> Iterator[dict[str, Any]]:
-        """What is noted of every client, by its number."""
-        in_use = torch.tensor([int(used.sum()) for used in self._used]).clamp_min(1).float()
+    def clients(self) -> Iterator[ClientRound]:
+        """The record of every client, by its number, with r(c) of eq. 18, for which all of them must have answered."""
         for client in sorted(self._at):
             self._notes.seek(self._at[client])
-            facts: dict[str, Any] = json.loads(self._notes.readline())
-            if "routing_consistency" in facts:
-                # r(c) of eq. 18, the mean over the layers; S_c is a part of S, so |S_c| is all it needs of a client.
-                facts["routing_consistency"] = (torch.tensor(facts["routing_consistency"]) / in_use).mean().item()
-            down, up = self.bytes_down.get(client, 0), self.bytes_up.get(client, 0)
-            yield {"client": client, **facts, "bytes_down": down, "bytes_up": up}
+            entry, counts = json.loads(self._notes.readline())
+            if counts is not None:
+                entry["routing_consistency"] = self._consistency.value(counts)
+            yield ClientRound.from_json(entry)
 
     def line(self, watched: Metrics | None, whole: Metrics | None) -> dict[str, Any]:
         """The round's line in metrics.jsonl, without the clients."""
@@ -124,6 +118,6 @@ class RoundRecord:
             "short": bool(self.num_missing),
         }
 
-    def _note(self, client: int, facts: dict[str, Any]) -> None:
-        self._at[client] = self._notes.seek(0, 2)
-        self._notes.write(json.dumps(facts).encode() + b"\n")
+    def _note(self, done: ClientRound, counts: list[int] | None) -> None:
+        self._at[done.client] = self._notes.seek(0, 2)
+        self._notes.write(json.dumps([done.to_json(), counts]).encode() + b"\n")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from flwr.app import Context
@@ -13,7 +13,8 @@ from torch import Tensor
 from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import in_experts
 from hfedmoe.errors import UserError
-from hfedmoe.events import ClientLine, ClientSummary, PaceLine, Watcher
+from hfedmoe.events import Evaluation, Participant, Watcher
+from hfedmoe.method.methods import METHODS, Residents, Wish
 from hfedmoe.moe.payload import pack
 from hfedmoe.seeds import generator
 from hfedmoe.server.evaluation import Metrics
@@ -28,7 +29,6 @@ from hfedmoe.wire.messages import (
     TRAIN,
     Description,
     InvalidReplyError,
-    Update,
     pack_bits,
     plan_request,
     record,
@@ -76,7 +76,8 @@ class Server:
     round: int = 0
 
     def __post_init__(self) -> None:
-        self._work = checks.Work.of(self.config, self.top_k)
+        self._asked = checks.Asked.of(self.config, self.top_k)
+        self._method = METHODS[self.config.method.name]
 
     def run(self, grid: Grid) -> None:
         """All rounds that are left, then the last evaluation.
@@ -131,20 +132,16 @@ class Server:
     def _announce(self, members: dict[int, Member]) -> None:
         total = sum(self.num_experts)
         lines = [
-            ClientLine(m.about.name, m.about.examples, m.about.budget, m.about.budget / total) for m in members.values()
+            Participant(m.about.name, m.about.examples, m.about.budget, m.about.budget / total)
+            for m in members.values()
         ]
         self.keeper.name_clients({client: m.about.name for client, m in members.items()})
         self.watcher.start(self.config.name, self.config.federation.rounds, self.round + 1, lines, self.keeper.scores)
 
-    def _measure(self, kind: str, round: int) -> Metrics:
+    def _measure(self, kind: Literal["all", "watch"], round: int) -> Metrics:
         metrics = self.evaluate(self.tensors, kind)
         self.watcher.evaluated(
-            round,
-            metrics.accuracy,
-            metrics.macro_f1,
-            metrics.loss,
-            metrics.examples,
-            "all" if kind == "all" else "watch",
+            Evaluation(round, metrics.accuracy, metrics.macro_f1, metrics.loss, metrics.examples, kind)
         )
         return metrics
 
@@ -176,21 +173,19 @@ class Server:
         resident = member.resident
         try:
             with log.phases("check"):
-                update = checks.update(_reply(answer), resident, self.tensors, self._work)
-            if update.examples != member.about.examples:
-                raise InvalidReplyError(f"says it has {update.examples} examples, but had {member.about.examples}")
+                update = checks.update(_reply(answer), resident, self.tensors, self._asked)
+            if update.work.examples != member.about.examples:
+                raise InvalidReplyError(f"says it has {update.work.examples} examples, but had {member.about.examples}")
         except InvalidReplyError as error:
             self._leave_out(log, member, answer, error)
             return
         size = wire_bytes(answer.reply.content)  # type: ignore[union-attr]
         with log.phases("fold"):
-            fold.add(update)
+            fold.add(update, resident)
         with log.phases("note"):
-            wanted = self._activation_wanted(resident)
-            log.received(member.about.client, update, resident, size, wanted)
-            self.keeper.usage.add(torch.cat(update.usage), update.examples)
-            summary = _summary(log, member.about.client, resident, update, sum(self.num_experts), wanted)
-            self.watcher.client_done(log.round, member.position, summary)
+            done = log.received(member.about.client, update, resident, size, self._activation_wanted(resident))
+            self.keeper.usage.add(torch.cat(update.usage), update.work.examples)
+            self.watcher.client_done(log.round, member.position, done)
 
     def _averaged(self, fold: Fold, log: RoundRecord) -> dict[str, Tensor]:
         """The new global tensors. Raises UserError if one is not finite."""
@@ -224,20 +219,35 @@ class Server:
                 log.sent(member.about.client, wire_bytes(content))
                 yield Request(member.node, PLAN, content)
 
-        planned = []
+        planned: list[Member] = []
+        wishes: dict[int, Wish] = {}
         for answer in exchange(grid, requests(), f"plan-{round}", self.config.federation.timeout_s):
             member = by_node[answer.node]
             budget = sum(self.num_experts) if budget_free else member.about.budget
             try:
                 reply = _reply(answer)
-                resident = checks.resident_set(reply, self.num_experts, self.top_k, budget)
-                member.resident_bits = pack_bits(resident)
+                if self._method.assign is None:
+                    resident = checks.resident_set(reply, self.num_experts, self.top_k, budget)
+                    member.resident_bits = pack_bits(resident)
+                else:
+                    scores = checks.contribution(reply, self.num_experts)
+                    examples = member.about.examples
+                    wishes[member.about.client] = Wish(self.num_experts, self.top_k, budget, examples, scores)
                 log.bytes_up[member.about.client] = wire_bytes(reply.content)
                 planned.append(member)
             except InvalidReplyError as error:
                 self._leave_out(log, member, answer, error)
         # Always in the same order, so that a run does not depend on who answers first.
-        return sorted(planned, key=lambda member: member.about.client)
+        planned.sort(key=lambda member: member.about.client)
+        if wishes:
+            for member, resident in zip(planned, self._assigned(planned, wishes), strict=True):
+                member.resident_bits = pack_bits(resident)
+        return planned
+
+    def _assigned(self, planned: list[Member], wishes: dict[int, Wish]) -> list[Residents]:
+        """What every client holds, by the server's own plan."""
+        assert self._method.assign is not None
+        return self._method.assign([wishes[member.about.client] for member in planned], self.config.method)
 
     def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
         with log.phases("pack"):
@@ -259,8 +269,7 @@ class Server:
         if isinstance(error, checks.TroubleError):
             status = error.status
         reason = clean(str(error))
-        log.left_out(member.about.client, status, reason)
-        self.watcher.client_done(log.round, member.position, ClientSummary(status=status, reason=reason))
+        self.watcher.client_done(log.round, member.position, log.left_out(member.about.client, status, reason))
         self.watcher.warning(f"round {log.round}: {member.about.name} is left out ({status}): {reason}")
 
     def _require_enough(self, valid: int, log: RoundRecord) -> None:
@@ -296,28 +305,6 @@ def _reply(answer: Answer) -> Any:
         raise InvalidReplyError(answer.reason)
     checks.trouble(answer.reply)
     return answer.reply
-
-
-def _summary(
-    log: RoundRecord, client: int, resident: list[Tensor], update: Update, total: int, wanted: float
-) -> ClientSummary:
-    return ClientSummary(
-        resident=sum(int(keep.sum()) for keep in resident),
-        trained=sum(int(flags.sum()) for flags in update.trained),
-        total_experts=total,
-        bytes_down=log.bytes_down[client],
-        bytes_up=log.bytes_up[client],
-        loss=update.losses[-1] if update.losses else None,
-        seconds=update.seconds,
-        peak_bytes=update.peak_bytes,
-        pace=_pace(update, wanted),
-    )
-
-
-def _pace(update: Update, wanted: float) -> PaceLine | None:
-    if update.deadline_s is None or update.activation is None:
-        return None
-    return PaceLine(update.steps, update.steps_wanted, update.activation, wanted, update.deadline_s)
 
 
 def server_app(server_of: Callable[[Context], Server]) -> ServerApp:

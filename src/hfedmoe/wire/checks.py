@@ -9,8 +9,11 @@ from flwr.app import ConfigRecord, Message
 from torch import Tensor
 
 from hfedmoe.config import RunConfig
+from hfedmoe.events import Work
+from hfedmoe.method.methods import METHODS
 from hfedmoe.moe.payload import layer_of
 from hfedmoe.wire.messages import (
+    CONTRIBUTION,
     VECTORS,
     Description,
     InvalidReplyError,
@@ -19,7 +22,7 @@ from hfedmoe.wire.messages import (
     tensors_of,
     unpack_bits,
 )
-from hfedmoe.wire.trouble import OUT_OF_MEMORY, OUT_OF_TIME
+from hfedmoe.wire.trouble import STATUSES
 
 MAX_EXAMPLES = 10**9
 MAX_NAME = 80
@@ -32,18 +35,20 @@ HEADER_ROOM = 1 << 20
 
 
 @dataclass(frozen=True)
-class Work:
+class Asked:
     """What every client is asked to do in a round, which bounds what it can have done."""
 
     steps: int
     pairs: list[int]
     """Per layer, the most (token, expert) pairs of one step."""
+    sends: str = "trained"
+    """The experts whose rows come back: "trained" or "held" (`method.methods.Method.sends`)."""
 
     @classmethod
-    def of(cls, config: RunConfig, top_k: list[int]) -> "Work":
-        """The work that a configuration asks for; a row has a prompt and an answer of at most data.max_tokens each."""
+    def of(cls, config: RunConfig, top_k: list[int]) -> "Asked":
+        """What a configuration asks for; a row has a prompt and an answer of at most data.max_tokens each."""
         tokens = 2 * config.data.max_tokens * config.train.batch_size
-        return cls(config.train.steps, [tokens * k for k in top_k])
+        return cls(config.train.steps, [tokens * k for k in top_k], METHODS[config.method.name].sends)
 
 
 class TroubleError(InvalidReplyError):
@@ -60,7 +65,7 @@ def trouble(message: Message) -> None:
     if "status" not in facts:
         return
     status, reason = facts["status"], facts.get("reason")
-    if status not in (OUT_OF_MEMORY, OUT_OF_TIME) or not isinstance(reason, str):
+    if status not in STATUSES or not isinstance(reason, str):
         raise InvalidReplyError("its status is not one of those known")
     raise TroubleError(str(status).replace("_", " "), reason)
 
@@ -95,13 +100,22 @@ def resident_set(message: Message, num_experts: list[int], top_k: list[int], bud
     return resident
 
 
-def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], work: Work) -> Update:
+def contribution(message: Message, num_experts: list[int]) -> list[Tensor]:
+    """The scores of a client for a method that plans on the server, float32 [E] per layer. Raises InvalidReplyError."""
+    total = sum(num_experts)
+    scores = tensors_of(message, max_bytes=4 * total + 4096).get(CONTRIBUTION)
+    if scores is None or scores.shape != (total,) or scores.dtype != torch.float32 or not bool(scores.isfinite().all()):
+        raise InvalidReplyError(f"its scores are not {total} finite numbers")
+    return [part.clone() for part in scores.split(num_experts)]
+
+
+def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], asked: Asked) -> Update:
     """A client's update, every tensor of the expected name, shape and precision, and finite.
 
     Args:
         resident: what the client was given, bool [E] per layer.
         like: the global tensors, experts as [E, ...].
-        work: what it was asked to do.
+        asked: what it was asked to do.
 
     Raises:
         InvalidReplyError: anything is missing, unexpected, misshapen, out of range or not finite.
@@ -112,8 +126,9 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], wo
     for layer, (did, had) in enumerate(zip(trained, resident, strict=True)):
         if bool((did & ~had).any()):
             raise InvalidReplyError(f"says it trained experts of layer {layer} that it was not given")
+    sent = trained if asked.sends == "trained" else resident
     expected = {
-        name: (torch.Size([int(trained[layer_of(name)].sum()), *tensor.shape[1:]]), tensor.dtype)
+        name: (torch.Size([int(sent[layer_of(name)].sum()), *tensor.shape[1:]]), tensor.dtype)
         if name.startswith("experts.")
         else (tensor.shape, tensor.dtype)
         for name, tensor in like.items()
@@ -135,34 +150,29 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], wo
             if name not in VECTORS and max(-low, high) > MAX_VALUE:
                 raise InvalidReplyError(f"{name} has values over {MAX_VALUE:g}")
     vectors = {name: list(tensors.pop(name).split(num_experts)) for name in VECTORS}
-    losses = facts.get("losses")
-    if not isinstance(losses, list) or not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
-        raise InvalidReplyError("its losses are not finite numbers")
-    seconds = facts.get("seconds")
-    if not isinstance(seconds, float) or not 0 <= seconds < 1e9:
-        raise InvalidReplyError("its training time is not a number of seconds")
-    steps_wanted = _whole(facts, "steps_wanted", work.steps, work.steps)
-    steps = _whole(facts, "steps", 1, steps_wanted)
-    _check_vectors(vectors, [steps * pairs for pairs in work.pairs])
-    if len(losses) != steps:
-        raise InvalidReplyError(f"sends {len(losses)} losses of {steps} steps")
-    activation, deadline_s = _positive(facts, "activation", max(num_experts)), _positive(facts, "deadline_s", 1e9)
-    if deadline_s is not None and activation is None:
-        raise InvalidReplyError("has a deadline, but does not say what its steps trained")
-    return Update(
-        tensors=tensors,
-        trained=trained,
+    work = _work(facts, asked, max(num_experts))
+    _check_vectors(vectors, [work.steps * pairs for pairs in asked.pairs])
+    return Update(tensors=tensors, sent=sent, trained=trained, work=work, **vectors)
+
+
+def _work(facts: ConfigRecord, asked: Asked, most_experts: int) -> Work:
+    """What a client says that it did, within what it can have done; `most_experts`: of a layer."""
+    steps_wanted = _whole(facts, "steps_wanted", asked.steps, asked.steps)
+    work = Work(
         examples=_whole(facts, "examples", 1, MAX_EXAMPLES),
-        losses=list(losses),  # type: ignore[arg-type]
-        seconds=seconds,
+        steps=_whole(facts, "steps", 1, steps_wanted),
+        steps_wanted=steps_wanted,
+        first_loss=_finite(facts, "first_loss"),
+        last_loss=_finite(facts, "last_loss"),
+        seconds=_seconds(facts),
         peak_bytes=_whole(facts, "peak_bytes", 0, 1 << 60),
         peak_is_measured=facts.get("peak_is_measured") is True,
-        steps=steps,
-        steps_wanted=steps_wanted,
-        activation=activation,
-        deadline_s=deadline_s,
-        **vectors,
+        activation=_positive(facts, "activation", most_experts),
+        deadline_s=_positive(facts, "deadline_s", 1e9),
     )
+    if work.deadline_s is not None and work.activation is None:
+        raise InvalidReplyError("has a deadline, but does not say what its steps trained")
+    return work
 
 
 def _check_vectors(vectors: dict[str, list[Tensor]], pairs: list[int]) -> None:
@@ -195,4 +205,18 @@ def _positive(facts: ConfigRecord, key: str, high: float) -> float | None:
         return None
     if not isinstance(value, float) or not 0 < value <= high:
         raise InvalidReplyError(f"{key} is not a number in (0, {high:g}]")
+    return value
+
+
+def _finite(facts: ConfigRecord, key: str) -> float:
+    value: Any = facts.get(key)
+    if not isinstance(value, float) or not math.isfinite(value):
+        raise InvalidReplyError(f"{key} is not a finite number")
+    return value
+
+
+def _seconds(facts: ConfigRecord) -> float:
+    value: Any = facts.get("seconds")
+    if not isinstance(value, float) or not 0 <= value < 1e9:
+        raise InvalidReplyError("its training time is not a number of seconds")
     return value

@@ -3,25 +3,26 @@
 describe (query)  down: nothing
                   up:   client number, name, examples, budget in experts, experts per layer of its model
 plan (query)      down: round; with method.bootstrap = "prior" the federation's usage so far, float32 [sum E_l]
-                  up:   resident bits [sum E_l]
+                  up:   resident bits [sum E_l]; or, for a method that plans on the server, the client's scores
+                        float32 [sum E_l]
 train             down: round, resident bits; gates, shared tensors, rows of the resident experts
-                  up:   trained bits [sum E_l]; gates, shared tensors, rows of the trained experts; usage, importance
-                        and tokens float32 [sum E_l]; number of examples, losses, seconds, peak bytes; steps done and
-                        wanted, and where they apply the deadline and the experts per layer that a step could train
-plan and train    up:   instead, from a client that cannot: status "out_of_memory" or "out_of_time", and the reason
+                  up:   trained bits [sum E_l]; gates, shared tensors, rows of the trained experts (or of all that it
+                        held, as the method says); usage, importance and tokens float32 [sum E_l]; `events.Work`
+plan and train    up:   instead, from a client that cannot: a status (`trouble.py`) and the reason
 
 Tensors travel as one safetensors blob per message (`TENSORS`), whatever their number and precision: no pickle, and one
 object instead of hundreds for Flower to move. Everything else is scalars and bytes in one record (`FACTS`).
 Nothing that a client sends is trusted: see `checks.py`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
+from hfedmoe.events import Work
 from hfedmoe.files.blob import dumps, loads
 from hfedmoe.wire.trouble import Trouble
 
@@ -50,27 +51,20 @@ class Update:
     """What a client sends back after training."""
 
     tensors: dict[str, Tensor]
-    """Gates and shared tensors whole; rows of the trained experts in ascending order, under `experts.*`."""
+    """Gates and shared tensors whole; of `experts.*` the rows of the experts in `sent`, in ascending order."""
+    sent: list[Tensor]
+    """bool [E] per layer: the trained or the held experts, as the method says; both sides know it."""
     trained: list[Tensor]
     """bool [E] per layer."""
     usage: list[Tensor]
     importance: list[Tensor]
     tokens: list[Tensor]
     """float32 [E] per layer each."""
-    examples: int
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    peak_is_measured: bool = False
-    steps: int = 0
-    steps_wanted: int = 0
-    activation: float | None = None
-    """Experts per layer that a step could train, the mean over layers and steps; None: all resident ones."""
-    deadline_s: float | None = None
+    work: Work
 
 
 VECTORS = ("usage", "importance", "tokens")
-USAGE = "usage"
+USAGE, CONTRIBUTION = "usage", "contribution"
 
 
 def pack_bits(masks: list[Tensor]) -> bytes:
@@ -171,6 +165,16 @@ def usage_of(message: Message, num_experts: list[int]) -> list[Tensor] | None:
     return [part.clone() for part in usage.split(num_experts)]
 
 
+def plan_reply(resident: list[Tensor]) -> RecordDict:
+    """The experts that a client will hold, bool [E] per layer; the server reads it with `checks.resident_set`."""
+    return record({"resident": pack_bits(resident)})
+
+
+def wish_reply(contribution: list[Tensor]) -> RecordDict:
+    """The scores of a client, [E] per layer, for a method that plans on the server; read with `checks.contribution`."""
+    return record({}, {CONTRIBUTION: torch.cat(contribution).float()})
+
+
 def trouble_reply(trouble: Trouble) -> RecordDict:
     """A client ran out of memory or time; the server reads it with `checks.trouble`."""
     return record({"status": trouble.status, "reason": trouble.reason})
@@ -184,21 +188,6 @@ def train_request(round: int, resident: list[Tensor], tensors: dict[str, Tensor]
 def train_reply(update: Update) -> RecordDict:
     """What a client trained and measured; the server reads it with `checks.update`."""
     vectors = {name: torch.cat(getattr(update, name)).float() for name in VECTORS}
-    return record(
-        {
-            "trained": pack_bits(update.trained),
-            "examples": update.examples,
-            "losses": update.losses,
-            "seconds": update.seconds,
-            "peak_bytes": update.peak_bytes,
-            "peak_is_measured": update.peak_is_measured,
-            "steps": update.steps,
-            "steps_wanted": update.steps_wanted,
-            **{
-                name: value
-                for name, value in (("activation", update.activation), ("deadline_s", update.deadline_s))
-                if value is not None  # a record has no null
-            },
-        },
-        update.tensors | vectors,
-    )
+    # A record has no null.
+    work = {name: value for name, value in asdict(update.work).items() if value is not None}
+    return record({"trained": pack_bits(update.trained), **work}, update.tensors | vectors)

@@ -1,11 +1,10 @@
 """A run as plain lines, for files, pipes and simple terminals."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from rich.console import Console
 
-from hfedmoe.events import ClientLine, ClientSummary, Score
+from hfedmoe.events import ClientRound, Evaluation, Participant
 from hfedmoe.report.live.tracker import Tracker
 from hfedmoe.report.live.words import budget, deadline_cost, decimal, describe, human_bytes, human_seconds
 
@@ -28,8 +27,8 @@ class Lines(Tracker):
         title: str,
         num_rounds: int,
         first_round: int,
-        clients: Sequence[ClientLine],
-        history: Sequence[Score] = (),
+        clients: Sequence[Participant],
+        history: Sequence[Evaluation] = (),
     ) -> None:
         super().start(title, num_rounds, first_round, clients, history)
         work = (
@@ -61,39 +60,31 @@ class Lines(Tracker):
         super().step(client, step, steps, loss)
         self._heartbeat(f"  {self.rows[client].line.name}: step {step}/{steps}, loss {decimal(loss)}")
 
-    def client_done(self, round: int, client: int, summary: ClientSummary) -> None:
-        super().client_done(round, client, summary)
+    def client_done(self, round: int, client: int, done: ClientRound) -> None:
+        super().client_done(round, client, done)
         name = self.rows[client].line.name
         self._answered += 1
-        if summary.status == "ok" and len(self.rows) > MANY:
+        if done.status == "ok" and len(self.rows) > MANY:
             self._heartbeat(f"  {name}: done, client {self._answered} of this round")
             return
-        if summary.status != "ok":
-            self.write(f"  {name}: {summary.status}" + (f": {summary.reason}" if summary.reason else ""))
+        if done.status != "ok":
+            self.write(f"  {name}: {done.status}" + (f": {done.reason}" if done.reason else ""))
             return
         self.write(
-            f"  {name}: held {summary.resident}/{summary.total_experts} experts, trained {summary.trained}, "
-            f"received {human_bytes(summary.bytes_down)}, sent {human_bytes(summary.bytes_up)}, "
-            f"loss {decimal(summary.loss)}, {human_seconds(summary.seconds)}, peak {human_bytes(summary.peak_bytes)}"
-            + ("" if summary.pace is None else f"; {deadline_cost(summary.pace, summary.seconds)}")
+            f"  {name}: held {done.resident}/{done.total_experts} experts, trained {done.trained}, "
+            f"received {human_bytes(done.bytes_down)}, sent {human_bytes(done.bytes_up)}, "
+            f"loss {decimal(done.last_loss)}, {human_seconds(done.seconds)}, peak {human_bytes(done.peak_bytes)}"
+            + ("" if done.deadline_s is None else f"; {deadline_cost(done)}")
         )
 
     def evaluating(self, done: int, total: int) -> None:
         super().evaluating(done, total)
         self._heartbeat(f"  evaluating: {done}/{total} rows")
 
-    def evaluated(
-        self,
-        round: int,
-        accuracy: float | None,
-        macro_f1: float | None,
-        loss: float | None,
-        rows: int,
-        kind: Literal["all", "watch"] = "all",
-    ) -> None:
-        super().evaluated(round, accuracy, macro_f1, loss, rows, kind)
-        which = "watched rows" if kind == "watch" else "held-out rows"
-        self.write(f"  after round {round}: {describe(self.history[kind][-1])} ({rows} {which})")
+    def evaluated(self, evaluation: Evaluation) -> None:
+        super().evaluated(evaluation)
+        which = "watched rows" if evaluation.kind == "watch" else "held-out rows"
+        self.write(f"  after round {evaluation.round}: {describe(evaluation)} ({evaluation.rows} {which})")
 
     def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
         super().round_done(round, seconds, bytes_down, bytes_up)

@@ -11,32 +11,32 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hfedmoe.events import ClientSummary
+from hfedmoe.events import ClientRound
 from hfedmoe.report.live.tracker import Row, Tracker
 from hfedmoe.report.live.words import activation, budget, decimal, human_bytes, human_seconds, percent, steps
 
 Cell = Callable[[Row], str]
 
 
-def _of_summary(show: Callable[[ClientSummary], str]) -> Cell:
-    return lambda row: "" if row.summary is None else show(row.summary)
+def _of_round(show: Callable[[ClientRound], str]) -> Cell:
+    return lambda row: "" if row.done is None else show(row.done)
 
 
 # heading, narrowest console that shows it, text of the cell
 COLUMNS: list[tuple[str, int, Cell]] = [
     ("examples", 80, lambda row: str(row.line.examples)),
     ("budget", 60, lambda row: budget(row.line)),
-    ("held", 50, _of_summary(lambda done: f"{done.resident}/{done.total_experts}")),
-    ("trained", 60, _of_summary(lambda done: str(done.trained))),
-    ("received", 80, _of_summary(lambda done: human_bytes(done.bytes_down))),
-    ("sent", 80, _of_summary(lambda done: human_bytes(done.bytes_up))),
-    ("peak", 100, _of_summary(lambda done: human_bytes(done.peak_bytes))),
+    ("held", 50, _of_round(lambda done: f"{done.resident}/{done.total_experts}")),
+    ("trained", 60, _of_round(lambda done: str(done.trained))),
+    ("received", 80, _of_round(lambda done: human_bytes(done.bytes_down))),
+    ("sent", 80, _of_round(lambda done: human_bytes(done.bytes_up))),
+    ("peak", 100, _of_round(lambda done: human_bytes(done.peak_bytes))),
     ("loss", 0, lambda row: "" if row.loss is None else decimal(row.loss)),
 ]
 # the same, shown only if a client has a deadline
 DEADLINE_COLUMNS: list[tuple[str, int, Cell]] = [
-    ("steps", 60, _of_summary(lambda done: steps(done.pace))),
-    ("per layer", 100, _of_summary(lambda done: activation(done.pace))),
+    ("steps", 60, _of_round(steps)),
+    ("per layer", 100, _of_round(activation)),
 ]
 STYLES = {"waiting": "dim", "training": "cyan", "ok": "green"}
 OTHER_LINES = 10  # what the screen needs besides the rows of the table
@@ -69,11 +69,11 @@ class OnScreen(Tracker):
             self._redrawn.stop()
             self._redrawn = None
 
-    def client_done(self, round: int, client: int, summary: ClientSummary) -> None:
-        super().client_done(round, client, summary)
-        if summary.status != "ok":
-            reason = f": {summary.reason}" if summary.reason else ""
-            self.write(f"round {round}, {self.rows[client].line.name}: {summary.status}{reason}", "yellow")
+    def client_done(self, round: int, client: int, done: ClientRound) -> None:
+        super().client_done(round, client, done)
+        if done.status != "ok":
+            reason = f": {done.reason}" if done.reason else ""
+            self.write(f"round {round}, {self.rows[client].line.name}: {done.status}{reason}", "yellow")
 
     def warning(self, text: str) -> None:
         self.write(f"warning: {text}", "yellow")
@@ -128,7 +128,7 @@ class OnScreen(Tracker):
     def _clients(self) -> list[RenderableType]:
         if not self.rows:
             return []
-        deadlines = any(row.summary is not None and row.summary.pace is not None for row in self.rows)
+        deadlines = any(row.done is not None and row.done.deadline_s is not None for row in self.rows)
         known = COLUMNS + (DEADLINE_COLUMNS if deadlines else [])
         columns = [column for column in known if self.console.width >= column[1]]
         table = Table(box=None, header_style="bold", padding=(0, 1))

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfedmoe.events import ClientLine, ClientSummary, FinalLine, Score, Watcher
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, Watcher
 from hfedmoe.report.live.words import activation, describe, human_bytes, human_seconds, steps
 
 MOST_SHOWN = 50
@@ -19,8 +18,8 @@ MOST_SHOWN = 50
 class Row:
     """One client: what it is, what it last answered, and what it does now."""
 
-    line: ClientLine
-    summary: ClientSummary | None = None
+    line: Participant
+    done: ClientRound | None = None
     loss: float | None = None
     step: int = 0
     steps: int = 0
@@ -39,7 +38,7 @@ class Tracker(Watcher):
         self.current: int | None = None  # the client that moved last
         self.doing = ""
         self.part: tuple[int, int] | None = None  # done and total of what is being done
-        self.history: dict[str, list[Score]] = {"all": [], "watch": []}
+        self.history: dict[str, list[Evaluation]] = {"all": [], "watch": []}
         self.moved_bytes = 0
         self._finished = 0
         self._began: float | None = None  # when the first round of this process began
@@ -50,8 +49,8 @@ class Tracker(Watcher):
         title: str,
         num_rounds: int,
         first_round: int,
-        clients: Sequence[ClientLine],
-        history: Sequence[Score] = (),
+        clients: Sequence[Participant],
+        history: Sequence[Evaluation] = (),
     ) -> None:
         self.title, self.num_rounds = title, num_rounds
         self.round = self.last_done = first_round - 1
@@ -78,27 +77,19 @@ class Tracker(Watcher):
         row.step, row.steps, row.loss, row.status = step, steps, loss, "training"
         self.doing, self.current = "", client
 
-    def client_done(self, round: int, client: int, summary: ClientSummary) -> None:
+    def client_done(self, round: int, client: int, done: ClientRound) -> None:
         row = self.rows[client]
-        row.status = summary.status
-        if summary.status == "ok":
-            row.summary, row.loss = summary, summary.loss
+        row.status = done.status
+        if done.status == "ok":
+            row.done, row.loss = done, done.last_loss
         if self.current == client:
             self.current = None
 
     def evaluating(self, done: int, total: int) -> None:
         self.doing, self.part = "evaluating", (done, total)
 
-    def evaluated(
-        self,
-        round: int,
-        accuracy: float | None,
-        macro_f1: float | None,
-        loss: float | None,
-        rows: int,
-        kind: Literal["all", "watch"] = "all",
-    ) -> None:
-        self.history[kind].append(Score(round, accuracy, macro_f1, loss, rows))
+    def evaluated(self, evaluation: Evaluation) -> None:
+        self.history[evaluation.kind].append(evaluation)
         self.doing = ""
 
     def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
@@ -115,12 +106,12 @@ class Tracker(Watcher):
         since = self.clock() - self._done_at
         return max(0.0, per_round * (self.num_rounds - self.last_done) - since)
 
-    def final_table(self, clients: Sequence[FinalLine], before: Score | None, after: Score | None) -> None:
+    def final_table(self, clients: Sequence[ClientTotals], before: Evaluation | None, after: Evaluation | None) -> None:
         table = Table(title="What each client held, did and used", title_justify="left", title_style="bold")
         table.add_column("client", overflow="fold")
         for heading in ("held", "predicted", "trained", "received", "sent", "peak", "time"):
             table.add_column(heading, justify="right", overflow="fold")
-        deadlines = any(line.pace is not None for line in clients)
+        deadlines = any(line.deadline_s is not None for line in clients)
         shown = clients[:MOST_SHOWN]
         for heading in ("deadline", "steps", "per layer") if deadlines else ():
             table.add_column(heading, justify="right", overflow="fold")
@@ -132,7 +123,7 @@ class Tracker(Watcher):
                 str(line.trained),
                 human_bytes(line.bytes_down),
                 human_bytes(line.bytes_up),
-                human_bytes(line.peak_bytes),
+                human_bytes(line.measured_bytes),
                 human_seconds(line.seconds),
                 *(_pace_cells(line) if deadlines else ()),
             )
@@ -150,6 +141,5 @@ class Tracker(Watcher):
         self.console.print(line, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
-def _pace_cells(line: FinalLine) -> tuple[str, str, str]:
-    pace = line.pace
-    return ("-" if pace is None else f"{pace.deadline_s:g} s", steps(pace), activation(pace))
+def _pace_cells(line: ClientTotals) -> tuple[str, str, str]:
+    return ("-" if line.deadline_s is None else f"{line.deadline_s:g} s", steps(line), activation(line))

@@ -1,6 +1,6 @@
 """Numbers as people read them. What is not known is a dash."""
 
-from hfedmoe.events import ClientLine, PaceLine, Score
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant
 
 
 def human_bytes(count: int | None) -> str:
@@ -36,30 +36,32 @@ def decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def budget(line: ClientLine) -> str:
+def budget(line: Participant) -> str:
     """A budget as experts and share."""
     return f"{line.budget} ({100 * line.budget_share:.0f} %)"
 
 
-def steps(pace: PaceLine | None) -> str:
-    """Steps done of those wanted."""
-    return "-" if pace is None else f"{pace.steps}/{pace.steps_wanted}"
+def steps(done: ClientRound | ClientTotals) -> str:
+    """Steps done of those wanted, under a deadline."""
+    return "-" if done.deadline_s is None else f"{done.steps}/{done.steps_wanted}"
 
 
-def activation(pace: PaceLine | None) -> str:
-    """Experts per layer that a step trained, of those it would have."""
-    return "-" if pace is None else f"{round(pace.activation, 1):g}/{round(pace.activation_wanted, 1):g}"
+def activation(done: ClientRound | ClientTotals) -> str:
+    """Experts per layer that a step trained, of those it would have without its deadline."""
+    if done.deadline_s is None or done.activation is None or done.activation_wanted is None:
+        return "-"
+    return f"{round(done.activation, 1):g}/{round(done.activation_wanted, 1):g}"
 
 
-def deadline_cost(pace: PaceLine, seconds: float | None) -> str:
+def deadline_cost(done: ClientRound) -> str:
     """A client's round under a deadline: `2 of 3 steps in 4.0 s (deadline 4 s), 3 of 8 experts per layer trained`."""
     return (
-        f"{pace.steps} of {pace.steps_wanted} steps in {human_seconds(seconds)} (deadline {pace.deadline_s:g} s), "
-        f"{activation(pace).replace('/', ' of ')} experts per layer trained"
+        f"{done.steps} of {done.steps_wanted} steps in {human_seconds(done.seconds)} (deadline {done.deadline_s:g} s), "
+        f"{activation(done).replace('/', ' of ')} experts per layer trained"
     )
 
 
-def describe(score: Score) -> str:
+def describe(score: Evaluation) -> str:
     """An evaluation in a few words, without what the task does not have."""
     parts = []
     if score.accuracy is not None:

@@ -1,0 +1,44 @@
+"""The batches of a client's own rows, going on in each round where the last one ended."""
+
+from collections.abc import Iterator
+
+import torch
+
+from hfedmoe.client.history import ClientHistory
+from hfedmoe.client.learner import Learner
+from hfedmoe.data.encoding import IGNORED, Batch
+from hfedmoe.data.rows import Example
+from hfedmoe.moe.routing.tokens import TokenMasks
+from hfedmoe.seeds import generator
+
+
+def endless_batches(learner: Learner, history: ClientHistory) -> Iterator[list[Example]]:
+    """Batches without end, each epoch in its own order; counts the rows in the history."""
+    examples = learner.examples
+    size, order, epoch = min(learner.train.batch_size, len(examples)), torch.empty(0), -1
+    while True:
+        rows = []
+        for _ in range(size):
+            now, place = divmod(history.examples_seen, len(examples))
+            if now != epoch:
+                draws = generator(learner.seed, "order", learner.number, now)
+                epoch, order = now, torch.randperm(len(examples), generator=draws)
+            rows.append(examples[int(order[place])])
+            history.examples_seen += 1
+        yield rows
+
+
+def first_batches(learner: Learner) -> Iterator[list[Example]]:
+    """The rows of a client's first pass, `method.bootstrap_batches` batches at most, drawn without order."""
+    size = learner.train.batch_size
+    draws = generator(learner.seed, "bootstrap", learner.number)
+    order = torch.randperm(len(learner.examples), generator=draws).tolist()
+    for start in range(0, min(len(order), learner.settings.bootstrap_batches * size), size):
+        yield [learner.examples[i] for i in order[start : start + size]]
+
+
+def tokens_of(batch: Batch) -> TokenMasks:
+    """Which tokens of a batch are real."""
+    if batch.decoder_input_ids is None:
+        return TokenMasks(batch.attention_mask)
+    return TokenMasks((batch.targets != IGNORED).long(), batch.attention_mask)

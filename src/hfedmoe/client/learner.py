@@ -1,0 +1,43 @@
+"""What a client trains with: its model, its rows and the settings. It does not change from round to round."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hfedmoe.config import MethodConfig, RunConfig, TrainConfig
+from hfedmoe.data.encoding import Encoder
+from hfedmoe.data.rows import Example
+from hfedmoe.method.methods import METHODS, Method
+from hfedmoe.moe.model import MoEModel
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One client's means of training."""
+
+    model: MoEModel
+    examples: Sequence[Example]
+    """The client's own rows."""
+    encoder: Encoder
+    config: RunConfig
+    number: int
+    """Of the client; its own random numbers are derived from the run's seed, this number and the round."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """Section [train]."""
+        return self.config.train
+
+    @property
+    def settings(self) -> MethodConfig:
+        """Section [method]."""
+        return self.config.method
+
+    @property
+    def method(self) -> Method:
+        """The method's row."""
+        return METHODS[self.config.method.name]
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        return self.config.seed

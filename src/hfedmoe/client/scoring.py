@@ -1,0 +1,91 @@
+"""What a client's batches say of its experts' worth, and the experts that a batch trains by it."""
+
+import torch
+from torch import Tensor
+
+from hfedmoe.client.batches import first_batches, tokens_of
+from hfedmoe.client.history import ClientHistory
+from hfedmoe.client.learner import Learner
+from hfedmoe.method.scores import SCORES, Score, score
+from hfedmoe.seeds import generator
+
+PRIOR = "ib"
+"""The score of a first pass where the method's own needs a backward pass."""
+
+
+def ranked_by(learner: Learner) -> Score | None:
+    """The score that the method ranks experts by; None: it ranks none."""
+    name = learner.method.score(learner.settings)
+    return None if name is None else SCORES[name]
+
+
+def remember_scores(learner: Learner, history: ClientHistory, name: str | None) -> None:
+    """Add the watched batch's scores to the history, which is on the host: all layers at once."""
+    if name is None or SCORES[name].drawn:
+        return
+    settings, scores = learner.settings, {}
+    for routing in learner.model.routing:
+        assert routing.evidence is not None
+        if len(routing.evidence.g) > 0:
+            scores[routing.layer.index] = score(name, routing.evidence, settings.lam, settings.beta)
+    if scores:
+        parts = torch.cat(list(scores.values())).cpu().split([len(values) for values in scores.values()])
+        for layer, values in zip(scores, parts, strict=True):
+            history.scores[layer].update(values)
+
+
+class Choice:
+    """Lets every layer choose, within the forward pass, which of its experts a batch trains (eq. 15)."""
+
+    def __init__(self, learner: Learner, history: ClientHistory) -> None:
+        self._learner, self._history = learner, history
+        self._draws = generator(learner.seed, "activation", learner.number, history.rounds)
+        ties = generator(learner.seed, "ties", learner.number, history.rounds)
+        self._ties = [torch.randperm(number, generator=ties) for number in learner.model.num_experts]
+
+    def within(self, budget: list[int] | None) -> None:
+        """From the next batch on: so many experts per layer; None: all resident ones."""
+        limited = budget is not None and self._learner.method.train is not None
+        for routing in self._learner.model.routing:
+            routing.token_level = self._learner.settings.level == "token"
+            routing.choose = self._chosen if limited else None
+        self._budget = budget
+
+    def _chosen(self, layer: int, evidence: object, hit: Tensor) -> Tensor:
+        learner, settings, train = self._learner, self._learner.settings, self._learner.method.train
+        routing, name = learner.model.routing[layer], learner.method.score(learner.settings)
+        assert routing.evidence is not None
+        assert train is not None
+        assert self._budget is not None
+        if name is not None and SCORES[name].within_pass:
+            contribution = score(name, routing.evidence, settings.lam, settings.beta, self._draws)
+        else:
+            # Decision: scores that a pass only shows at its end choose by what earlier batches showed.
+            contribution = self._history.contribution()[layer].to(hit.device)
+        return train(contribution, hit, routing.resident(), self._budget[layer], self._ties[layer].to(hit.device))
+
+
+@torch.no_grad()
+def bootstrap(learner: Learner, history: ClientHistory) -> None:
+    """First scores of a client: a forward-only pass over some of its rows with every expert, into its history.
+
+    Scores that need a backward pass begin with the information-bottleneck contribution as a prior.
+    """
+    model, row = learner.model, ranked_by(learner)
+    if row is None:
+        return
+    name = PRIOR if row.needs_backward else learner.method.score(learner.settings)
+    assert name is not None
+    scratch = ClientHistory.new(model.num_experts) if row.needs_backward else history
+    Choice(learner, scratch).within(None)
+    model.model.eval()
+    try:
+        for rows in first_batches(learner):
+            batch = learner.encoder.training_batch(rows).to(model.device)
+            model.watch(tokens_of(batch), SCORES[name].needs)
+            model.model(**batch.model_inputs())
+            remember_scores(learner, scratch, name)
+    finally:
+        model.watch(None)
+    if row.needs_backward:
+        history.prior = scratch.contribution()

@@ -1,0 +1,109 @@
+"""Methods other than ours, through the same client, wire and server."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hfedmoe.method.methods import METHODS, Residents, Settings, Wish
+from hfedmoe.method.selection import select
+from hfedmoe.runs import RunFolder
+from tests.federation import Federation
+
+Make = Callable[..., Federation]
+QUICK = ("data.test_rows=6", "evaluation.watch_rows=1", "federation.rounds=1")
+BATCH_OF_ONE = ("train.steps=1", "train.batch_size=1")
+
+
+def test_fedavg_leaves_out_who_cannot_hold_the_model_and_averages_all_that_was_sent(
+    federation: Make, tmp_path: Path
+) -> None:
+    run = federation(*QUICK, *BATCH_OF_ONE, "method.name=fedavg", 'clients.budgets=["100%", "50%"]')
+    before = dict(run.server.tensors)
+    sent: dict[int, dict[str, Tensor]] = {}
+    for device in (run.devices[0], run.devices[2]):
+        honest = device.train
+
+        def train(history, resident, tensors, round, honest=honest, device=device):  # type: ignore[no-untyped-def]
+            update = honest(history, resident, tensors, round)
+            sent[device.number] = update.tensors
+            assert not all(bool(flags.all()) for flags in update.trained)  # or there would be no stale copies
+            return update
+
+        device.train = train  # type: ignore[method-assign]
+    run.run()
+    (line,) = RunFolder.open(tmp_path / "run").read_rounds()[1:]
+    assert [row["status"] for row in line["clients"]] == ["ok", "too small"] * 2
+    assert "room for 16 of the 32 experts" in line["clients"][1]["reason"]
+    assert {row["resident"] for row in line["clients"][::2]} == {32}
+    weights = [len(run.devices[number].examples) for number in (0, 2)]
+    for name, tensor in run.server.tensors.items():
+        assert sent[0][name].shape == before[name].shape  # every row travels, trained or not
+        mean = sum(w * sent[number][name] for w, number in zip(weights, (0, 2), strict=True)) / sum(weights)
+        torch.testing.assert_close(tensor, mean, msg=name)
+
+
+def test_a_term_in_the_local_loss_holds_clients_back(federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FedProx: mu / 2 times the squared distance from where the round began."""
+
+    def towards_the_start(now: Sequence[Tensor], start: Sequence[Tensor], settings: Settings) -> Tensor:
+        distance: Tensor = sum(((w - w0) ** 2).sum() for w, w0 in zip(now, start, strict=True))  # type: ignore[assignment]
+        return 5000.0 * distance
+
+    monkeypatch.setitem(METHODS, "prox", replace(METHODS["hfedmoe"], local_term=towards_the_start))
+    moved, trained = {}, {}
+    for name in ("hfedmoe", "prox"):
+        run = federation_of(federation, name)
+        before = {key: tensor.clone() for key, tensor in run.server.tensors.items()}
+        flags: list[Tensor] = []
+        honest = run.devices[0].train
+
+        def train(*arguments, honest=honest, flags=flags):  # type: ignore[no-untyped-def]
+            update = honest(*arguments)
+            flags.extend(update.trained)
+            return update
+
+        run.devices[0].train = train  # type: ignore[method-assign]
+        run.run()
+        moved[name] = sum(float((run.server.tensors[key] - start).norm() ** 2) for key, start in before.items()) ** 0.5
+        trained[name] = torch.cat(flags)
+    assert moved["prox"] < 0.8 * moved["hfedmoe"]
+    # The term has a gradient for everything; only what the data reach counts as trained.
+    assert 0 < int(trained["prox"].sum()) < 32
+
+
+def federation_of(federation: Make, name: str) -> Federation:
+    from hfedmoe.events import Silent
+    from tests.federation import tiny_config
+
+    settings = ("train.steps=4", "train.batch_size=1", "train.max_grad_norm=1e9", "clients.budgets=['100%']")
+    return Federation(None, tiny_config(*QUICK, *settings, f"method.name={name}"), Silent())
+
+
+def test_a_method_may_plan_on_the_server(federation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each client gets its best experts among those that no client before it holds, while there are any."""
+    seen: list[Wish] = []
+
+    def cover(wishes: list[Wish], settings: Settings) -> list[Residents]:
+        seen.extend(wishes)
+        taken = [torch.zeros(number) for number in wishes[0].num_experts]
+        plans = []
+        for wish in wishes:
+            scores = [own - 10 * done for own, done in zip(wish.contribution, taken, strict=True)]
+            plans.append(select(scores, wish.budget, at_least=max(wish.top_k)))
+            taken = [done + keep for done, keep in zip(taken, plans[-1], strict=True)]
+        return plans
+
+    monkeypatch.setitem(METHODS, "cover", replace(METHODS["hfedmoe"], assign=cover))
+    run = federation(*QUICK, "method.name=cover", 'clients.budgets=["25%"]')
+    run.run()
+    rows = RunFolder.open(tmp_path / "run").read_expert_rows()
+    assert rows is not None
+    assert [wish.budget for wish in seen] == [8] * 4
+    assert [wish.examples for wish in seen] == [len(device.examples) for device in run.devices]
+    held = torch.tensor(rows["resident"].reshape(4, -1).astype("int64"))
+    assert held.sum(1).tolist() == [8] * 4
+    assert held.sum(0).tolist() == [1] * 32  # four clients of eight experts cover all 32 once
