@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from hfedmoe.config import DataConfig, ModelConfig, RunConfig
-from hfedmoe.data.tasks import Task, load_rows, load_task, load_watched_task
+from hfedmoe.data.task import Task
+from hfedmoe.data.tasks import load_rows, load_task, load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
 from hfedmoe.models.loading import load

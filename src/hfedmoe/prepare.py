@@ -8,10 +8,11 @@ from torch import Tensor
 
 from hfedmoe.config import RunConfig
 from hfedmoe.data.encoding import Encoder
+from hfedmoe.data.example import Example
 from hfedmoe.data.fits import Room, check_task
 from hfedmoe.data.known import known_set
-from hfedmoe.data.rows import Example
-from hfedmoe.data.tasks import Task, load_watched_task
+from hfedmoe.data.task import Task
+from hfedmoe.data.tasks import load_watched_task
 from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, trim
 from hfedmoe.device.budgets import budgets_in_experts
 from hfedmoe.errors import UserError

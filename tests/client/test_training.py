@@ -16,7 +16,7 @@ from hfedmoe.client.scoring import bootstrap
 from hfedmoe.client.statistics import RoundStatistics
 from hfedmoe.config import RunConfig
 from hfedmoe.data.encoding import Batch, Encoder
-from hfedmoe.data.rows import Example
+from hfedmoe.data.example import Example
 from hfedmoe.errors import TrainingError
 from hfedmoe.method.scores import Evidence
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer

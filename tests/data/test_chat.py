@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from hfedmoe.config import DataConfig
 from hfedmoe.data.chat import render
 from hfedmoe.data.encoding import Encoder
-from hfedmoe.data.rows import Example
+from hfedmoe.data.example import Example
 from hfedmoe.data.tasks import load_test
 from hfedmoe.errors import UserError
 from hfedmoe.models.packaged import smollm2_folder

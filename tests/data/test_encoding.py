@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from hfedmoe.data.encoding import Encoder
-from hfedmoe.data.tasks import Example, Task
+from hfedmoe.data.example import Example
+from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
 from hfedmoe.models.tiny import tiny_tokenizer
 

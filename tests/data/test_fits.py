@@ -7,9 +7,10 @@ from transformers import AutoTokenizer
 
 from hfedmoe.config import DataConfig, PartitionConfig, config_from_tree
 from hfedmoe.data.encoding import Encoder
+from hfedmoe.data.example import Example
 from hfedmoe.data.fits import Room, check_task
-from hfedmoe.data.rows import Example
-from hfedmoe.data.tasks import Task, load_watched_task
+from hfedmoe.data.task import Task
+from hfedmoe.data.tasks import load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent
 from hfedmoe.export.snippet import prompt_words

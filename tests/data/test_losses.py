@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hfedmoe.data.encoding import Batch
+from hfedmoe.data.example import Example
 from hfedmoe.data.losses import answer_loss, label_adjustment
-from hfedmoe.data.rows import Example
 from hfedmoe.errors import TrainingError
 
 LN2 = math.log(2)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfedmoe.config import PartitionConfig
+from hfedmoe.data.example import Example
 from hfedmoe.data.partition import label_counts, partition
-from hfedmoe.data.tasks import Example, Task
+from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
 
 

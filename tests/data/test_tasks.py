@@ -5,7 +5,8 @@ import json
 import pytest
 
 from hfedmoe.config import DataConfig, PartitionConfig
-from hfedmoe.data.tasks import Example, load_rows, load_task, load_watched_task
+from hfedmoe.data.example import Example
+from hfedmoe.data.tasks import load_rows, load_task, load_watched_task
 from hfedmoe.errors import UserError
 
 ANY = PartitionConfig()

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hfedmoe.data.encoding import Encoder
-from hfedmoe.data.rows import Example
+from hfedmoe.data.example import Example
 from hfedmoe.errors import UserError
 from hfedmoe.models.packaged import smollm2_folder
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer

@@ -13,9 +13,9 @@ from transformers import T5ForConditionalGeneration as T5
 
 from hfedmoe.config import DataConfig
 from hfedmoe.data.encoding import Encoder
+from hfedmoe.data.example import Example
 from hfedmoe.data.known import KNOWN
 from hfedmoe.data.pairs import encode_pairs
-from hfedmoe.data.rows import Example
 from hfedmoe.data.tasks import load_test
 from hfedmoe.models.packaged import smollm2_folder
 from hfedmoe.models.tiny import tiny_model

@@ -7,7 +7,7 @@ import torch
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.learner import Learner
 from hfedmoe.data.encoding import IGNORED, Batch
-from hfedmoe.data.rows import Example
+from hfedmoe.data.example import Example
 from hfedmoe.moe.routing.tokens import TokenMasks
 from hfedmoe.seeds import generator
 

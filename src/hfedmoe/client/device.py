@@ -18,7 +18,7 @@ from hfedmoe.client.trouble import smaller
 from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import in_experts
 from hfedmoe.data.encoding import Encoder
-from hfedmoe.data.rows import Example
+from hfedmoe.data.example import Example
 from hfedmoe.device.learned import Note
 from hfedmoe.device.memory import peak_bytes, sub_model_bytes
 from hfedmoe.device.pace import Clock, Pace

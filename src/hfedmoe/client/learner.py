@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hfedmoe.config import MethodConfig, RunConfig, TrainConfig
 from hfedmoe.data.encoding import Encoder
-from hfedmoe.data.rows import Example
+from hfedmoe.data.example import Example
 from hfedmoe.method.methods import METHODS, Method
 from hfedmoe.moe.model import MoEModel
 

@@ -6,11 +6,10 @@ from pydantic import Field, field_validator
 
 from hfedmoe.config.section import Section
 
-DataFormat = Literal[
-    "auto",
-    "classification",
-    "choices",
-    "completion",
+Kind = Literal["classification", "choices", "completion"]
+"""Kinds of task."""
+
+SetName = Literal[
     "ag-news",
     "20newsgroups",
     "reuters-r8",
@@ -22,7 +21,10 @@ DataFormat = Literal[
     "arc-challenge",
     "instructions",
 ]
-"""What rows look like: by kind, or as in a data set with a name (`hfedmoe.data.known`)."""
+"""Data sets known by name (`hfedmoe.data.known`)."""
+
+DataFormat = Literal["auto", Kind, SetName]
+"""What rows look like: by kind, or as in a data set with a name."""
 
 
 class DataConfig(Section):

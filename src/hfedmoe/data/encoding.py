@@ -14,18 +14,16 @@ import sys
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hfedmoe.data.chat import render
+from hfedmoe.data.example import Example
 from hfedmoe.data.pairs import encode_pairs
-from hfedmoe.data.rows import Example
+from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
-
-if TYPE_CHECKING:
-    from hfedmoe.data.tasks import Task
 
 IGNORED = -100  # the target value that torch's cross entropy leaves out
 
@@ -136,7 +134,7 @@ class Encoder:
     def for_task(
         cls,
         tokenizer: Any,
-        task: "Task",
+        task: Task,
         max_tokens: int,
         encoder_decoder: bool = False,
         decoder_start_token_id: int | None = None,

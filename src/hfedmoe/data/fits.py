@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hfedmoe.data.encoding import Encoder
+from hfedmoe.data.example import Example
 from hfedmoe.data.pairs import fit
-from hfedmoe.data.rows import Example
-from hfedmoe.data.tasks import Task
+from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
 
 CHUNK = 256

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.data.encoding import IGNORED, Batch
-from hfedmoe.data.rows import Example
+from hfedmoe.data.example import Example
 from hfedmoe.errors import TrainingError
 
 

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import cast
 
 from hfedmoe.config import DataConfig, RunConfig
+from hfedmoe.config.data import Kind
+from hfedmoe.data.kinds import has_columns_of
 from hfedmoe.data.known import KNOWN, known_set
-from hfedmoe.data.rows import has_columns_of
 from hfedmoe.data.sources import read
 from hfedmoe.errors import UserError
 
@@ -73,7 +75,7 @@ def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Co
     changed: dict[str, object] = {"source": _local(rows), "test": None, "clients": None, "subset": None, "split": split}
     if "format" not in given and format != "auto":
         table = read(_local(rows), (), split)
-        fits = has_columns_of(format, table, own) if known is None else known.reads(table)
+        fits = has_columns_of(cast(Kind, format), table, own) if known is None else known.reads(table)
         if not fits:
             format = "auto"
             # The words of other rows' labels would be errors here.

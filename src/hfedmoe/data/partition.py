@@ -5,18 +5,16 @@ import io
 import random
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hfedmoe.config import PartitionConfig
+from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
-
-if TYPE_CHECKING:
-    from hfedmoe.data.tasks import Task
 
 DIRICHLET_SEEDS = 10  # the partitioner itself draws eleven times per seed before it gives up
 
 
-def partition(task: "Task", config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
+def partition(task: Task, config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
     """Give every training row to exactly one client.
 
     Returns:
@@ -51,7 +49,7 @@ def partition(task: "Task", config: PartitionConfig, num_clients: int, seed: int
     return parts
 
 
-def label_counts(task: "Task", parts: list[list[int]]) -> list[list[int]]:
+def label_counts(task: Task, parts: list[list[int]]) -> list[list[int]]:
     """Rows per label, `[C][labels]`, in the order of `task.labels` (no columns if the task has no labels)."""
     counts = [[0] * len(task.labels) for _ in parts]
     if task.labels:
@@ -71,7 +69,7 @@ def natural_groups(ids: list[str]) -> dict[str, list[int]]:
     return {name: parts[number] for number, name in partitioner.partition_id_to_natural_id.items()}
 
 
-def _iid(task: "Task", config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
+def _iid(task: Task, config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
     """Equal shares of the shuffled rows, cut as flwr-datasets' IidPartitioner cuts: the first have one row more.
 
     The partitioner itself makes a data set per client, milliseconds each: too slow for ten thousand.
@@ -82,7 +80,7 @@ def _iid(task: "Task", config: PartitionConfig, num_clients: int, seed: int) -> 
     return [rows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _shards(task: "Task", config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
+def _shards(task: Task, config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
     """Rows sorted by label, cut into equal shards, `shards_per_client` to each client (McMahan et al., 2017)."""
     from flwr_datasets.partitioner import ShardPartitioner
 
@@ -106,7 +104,7 @@ def _shards(task: "Task", config: PartitionConfig, num_clients: int, seed: int) 
     return parts
 
 
-def _dirichlet(task: "Task", config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
+def _dirichlet(task: Task, config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
     """Shares of every label drawn from a Dirichlet distribution, drawn again until every client has `min_rows`."""
     from flwr_datasets.partitioner import DirichletPartitioner
 
@@ -129,7 +127,7 @@ def _dirichlet(task: "Task", config: PartitionConfig, num_clients: int, seed: in
     )
 
 
-SCHEMES: dict[str, Callable[["Task", PartitionConfig, int, int], list[list[int]]]] = {
+SCHEMES: dict[str, Callable[[Task, PartitionConfig, int, int], list[list[int]]]] = {
     "dirichlet": _dirichlet,
     "iid": _iid,
     "shards": _shards,
@@ -152,13 +150,13 @@ def _parts(partitioner: Any, columns: dict[str, list[Any]], rows: list[int]) -> 
         return [[order[index] for index in indices[number]] for number in range(count)]
 
 
-def _shuffled_rows(task: "Task", seed: int) -> list[int]:
+def _shuffled_rows(task: Task, seed: int) -> list[int]:
     rows = list(range(len(task.train)))
     random.Random(f"{seed}/partition").shuffle(rows)
     return rows
 
 
-def _check_given(task: "Task", config: PartitionConfig, num_clients: int) -> list[list[int]]:
+def _check_given(task: Task, config: PartitionConfig, num_clients: int) -> list[list[int]]:
     """The parts that files or natural ids made, if they fit. Raises UserError."""
     assert task.parts is not None
     if len(task.parts) != num_clients:

@@ -4,8 +4,9 @@ import importlib.util
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from hfedmoe.config.data import SetName
 from hfedmoe.data.files import READERS, Rows, read_file
 from hfedmoe.errors import UserError
 
@@ -124,11 +125,9 @@ def _read_folder(path: Path, wanted: Collection[str], split: str) -> Rows:
 def _read_hub(source: str, wanted: Collection[str], split: str, subset: str | None, revision: str | None) -> Rows:
     import datasets
 
-    from hfedmoe.data.known import KNOWN
-
     named = f"data set {source}" + (f" ({subset})" if subset else "")
     # Without an owner it was perhaps meant as one of the names that hfedmoe knows.
-    known = "" if "/" in source else f"; known by name: {', '.join(KNOWN)}"
+    known = "" if "/" in source else f"; known by name: {', '.join(get_args(SetName))}"
     try:
         loaded = datasets.load_dataset(source, subset, split=split, revision=revision)
     except datasets.exceptions.DatasetNotFoundError:

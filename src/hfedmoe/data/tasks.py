@@ -2,20 +2,21 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar, cast
+from typing import TypeVar
 
 from hfedmoe.config import DataConfig, PartitionConfig
-from hfedmoe.data import rows as row_readers
+from hfedmoe.data.example import Example
 from hfedmoe.data.files import Rows
+from hfedmoe.data.kinds import kind_of, wanted_columns
 from hfedmoe.data.known import KNOWN, KnownSet, known_set
 from hfedmoe.data.known.base import Wording
+from hfedmoe.data.labels import label_words, labels_of
 from hfedmoe.data.partition import natural_groups
-from hfedmoe.data.rows import Example, classification_examples, kind_of, label_words, labels_of, wanted_columns
+from hfedmoe.data.plain import READERS, classification_examples
 from hfedmoe.data.sources import is_file, is_packaged, read
+from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
 
-Kind = Literal["classification", "choices", "completion"]
 TEMPLATES: dict[str, str] = {
     "classification": "News: {text}\nTopic:",
     "choices": "Question: {text}\nAnswer:",
@@ -23,27 +24,6 @@ TEMPLATES: dict[str, str] = {
 }
 """By kind, where neither the configuration nor a known data set has one."""
 Item = TypeVar("Item")
-
-__all__ = ["Example", "Kind", "Task", "load_rows", "load_task", "load_test"]
-
-
-@dataclass
-class Task:
-    """What is learnt and on which rows.
-
-    `labels` is sorted and only filled for classification, where every example has the words of all labels, in this
-    order, as its choices and the label's index as its answer. `parts` are indices into `train`, one list per client,
-    where files or natural ids decide who holds what; `part_names` names those clients. Both are None otherwise.
-    """
-
-    name: str
-    kind: Kind
-    template: str
-    labels: tuple[str, ...]
-    train: list[Example]
-    test: list[Example]
-    parts: list[list[int]] | None = None
-    part_names: list[str] | None = None
 
 
 def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task:
@@ -63,7 +43,7 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
     wanted = _wanted(config, known, partition.column if natural else None)
     tables = [_read_train(source, config, known, wanted) for source in config.clients or [config.source]]
     test_table = _read_test(config, known, wanted)
-    kind = cast(Kind, kind_of(tables[0], config)) if known is None else known.kind
+    kind = kind_of(tables[0], config) if known is None else known.kind
 
     labels: tuple[str, ...] = () if known is None else known.labels
     if kind == "classification" and known is None:
@@ -77,7 +57,7 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
             return _known_rows(known, table, wording)
         if kind == "classification":
             return [[example] for example in classification_examples(table, config, labels, words)]
-        return [[example] for example in row_readers.READERS[kind](table, config)]
+        return [[example] for example in READERS[kind](table, config)]
 
     # One group of rows per client where files or natural ids decide, else one group of all rows.
     if natural:
@@ -166,7 +146,7 @@ def load_rows(config: DataConfig, trained_labels: Callable[[], tuple[str, ...]] 
     if known is not None:
         return load_test(config)
     table = read(config.source, _wanted(config, None, None), config.split or "test")
-    kind = cast(Kind, kind_of(table, config))
+    kind = kind_of(table, config)
     labels: tuple[str, ...] = ()
     if kind == "classification":
         labels = _labels([table], config) if trained_labels is None else trained_labels()
@@ -175,7 +155,7 @@ def load_rows(config: DataConfig, trained_labels: Callable[[], tuple[str, ...]] 
     if kind == "classification":
         test = classification_examples(table, config, labels, words)
     else:
-        test = row_readers.READERS[kind](table, config)
+        test = READERS[kind](table, config)
     return Task(config.source, kind, template_of(config, None, kind), labels, [], test)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hfedmoe.data.encoding import IGNORED, Encoder
+from hfedmoe.data.example import Example
 from hfedmoe.data.pairs import fit
-from hfedmoe.data.rows import Example
 from hfedmoe.errors import UserError
 
 Scoring = Literal["auto", "first_token", "loglikelihood"]

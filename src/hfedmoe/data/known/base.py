@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from hfedmoe.config import DataConfig
+from hfedmoe.config.data import Kind
+from hfedmoe.data.example import Example
 from hfedmoe.data.files import Rows, short
-from hfedmoe.data.rows import Example, label_words
+from hfedmoe.data.labels import label_words
 from hfedmoe.errors import UserError
 
 
@@ -105,7 +107,7 @@ class KnownSet:
     """
 
     name: str
-    kind: Literal["classification", "choices", "completion"]
+    kind: Kind
     columns: tuple[str, ...]
     examples: Callable[[Row, Wording], list[Example]]
     template: str

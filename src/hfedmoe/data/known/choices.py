@@ -5,8 +5,8 @@ Texts keep every space they have, as they do there: `acc_norm` divides by the le
 
 import re
 
+from hfedmoe.data.example import Example
 from hfedmoe.data.known.base import KnownSet, Row, Wording
-from hfedmoe.data.rows import Example
 
 QUESTION = "Question: {text}\nAnswer:"
 LETTERS = ("A", "B", "C", "D")

@@ -4,9 +4,9 @@ from collections.abc import Collection
 from typing import Any
 
 from hfedmoe.data.chat import Message, plain_prompt
+from hfedmoe.data.example import Example
 from hfedmoe.data.files import short
 from hfedmoe.data.known.base import KnownSet, Row, Wording
-from hfedmoe.data.rows import Example
 from hfedmoe.errors import UserError
 
 SPEAKERS = {

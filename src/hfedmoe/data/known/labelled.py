@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
+from hfedmoe.data.example import Example
 from hfedmoe.data.files import short
 from hfedmoe.data.known.base import KnownSet, Row, Wording
-from hfedmoe.data.rows import Example
 
 TOPIC = "News: {text}\nTopic:"
 TABLE = ("Category", "Text")

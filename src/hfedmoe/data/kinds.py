@@ -1,0 +1,51 @@
+"""What kind of task a table's columns are."""
+
+from typing import cast
+
+from hfedmoe.config import DataConfig
+from hfedmoe.config.data import Kind
+from hfedmoe.data.files import Rows
+from hfedmoe.data.known import KNOWN
+from hfedmoe.errors import UserError
+
+KIND_COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "choices": ("choices", "answer"),
+    "completion": ("completion",),
+    "classification": ("label",),
+}
+"""Settings that name the columns of a kind, beside the text; the first kind whose columns a table has is its own."""
+
+
+def kind_of(rows: Rows, config: DataConfig) -> Kind:
+    """The kind of task: `data.format`, or by the columns that the table has. Raises UserError if none fits."""
+    if config.format != "auto":
+        return cast(Kind, config.format)
+    named = _named_set(rows)
+    has_text = config.text in rows.names or (config.text == "text" and "prompt" in rows.names)
+    kind = next((kind for kind in KIND_COLUMNS if has_columns_of(kind, rows, config)), None)
+    if kind is not None and (has_text or named is None):
+        return kind
+    if named is not None:
+        raise UserError(f'{rows.origin}: looks like rows of {named}; say so with data.format = "{named}"')
+    raise UserError(
+        f'{rows.origin}: no column "{config.label}" (classification), "{config.choices}" with "{config.answer}" '
+        f'(choices) or "{config.completion}" (completion); columns present: {", ".join(rows.names) or "none"}; '
+        "name yours with data.label, data.choices, data.answer or data.completion"
+    )
+
+
+def _named_set(rows: Rows) -> str | None:
+    """A data set with a name that has rows with all these columns, where they are not those of a plain kind."""
+    found = [known for known in KNOWN.values() if known.kind != "classification" and known.reads(rows)]
+    return found[0].name if found else None
+
+
+def has_columns_of(kind: Kind, rows: Rows, config: DataConfig) -> bool:
+    """Whether a table has the columns that rows of a kind have beside the text."""
+    return {getattr(config, column) for column in KIND_COLUMNS[kind]} <= set(rows.names)
+
+
+def wanted_columns(config: DataConfig, extra: str | None = None) -> set[str]:
+    """Every column that a task of any kind could read."""
+    named = {config.text, "prompt", config.label, config.choices, config.answer, config.completion}
+    return named | ({extra} if extra else set())
