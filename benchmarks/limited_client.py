@@ -66,9 +66,11 @@ def client(folder: Path, carve: bool) -> None:
     experts = sum(model.num_experts)
     if carve:
         (experts,) = budgets_in_experts(config, model.num_experts, top_k, str(model.device))
-    device = Device(0, "limited", model, prepared.encoder, prepared.task.train, config, budget_experts=experts)
+    device = Device(
+        0, "limited", model, prepared.encoder, prepared.task.train, config, prepared.initial, budget_experts=experts
+    )
     took = {"load": {"seconds": time.perf_counter() - started, "peak_bytes": peak_process_bytes()}}
-    grid = InProcessGrid(client_app(lambda _: device), 1)
+    grid = InProcessGrid(client_app(lambda *_: device), 1)
     for kind in (DESCRIBE, PLAN, TRAIN):
         request = grid.create_message(take(folder / f"{kind}.request"), kind, 1, "")
         began = time.perf_counter()
@@ -159,7 +161,7 @@ def _state(config: RunConfig) -> tuple[dict[str, Tensor], list[int], list[int]]:
 
 
 def _message(content: RecordDict) -> Any:
-    grid = InProcessGrid(client_app(lambda _: None), 1)  # type: ignore[arg-type,return-value]
+    grid = InProcessGrid(client_app(lambda *_: None), 1)  # type: ignore[arg-type]
     message = grid.create_message(content, TRAIN, 1, "")
     facts_of(message)
     return message

@@ -196,7 +196,7 @@ def client(folder: Path, case: Case, residents: list[int]) -> dict[str, Any]:
     config = _config(folder, case)
     prepared = prepare(config, Silent(), carve=True)
     model = prepared.model
-    device = Device(0, "client", model, prepared.encoder, prepared.task.train, config)
+    device = Device(0, "client", model, prepared.encoder, prepared.task.train, config, prepared.initial)
     generator = torch.Generator().manual_seed(0)
     resident = []
     for number, held in zip(model.num_experts, residents, strict=True):
@@ -208,7 +208,7 @@ def client(folder: Path, case: Case, residents: list[int]) -> dict[str, Any]:
     request = train_request(1, resident, tensors)
     del tensors
     started = time.perf_counter()
-    grid = InProcessGrid(client_app(lambda _: device), 1)
+    grid = InProcessGrid(client_app(lambda *_: device), 1)
     (reply,) = grid.send_and_receive([grid.create_message(request, TRAIN, 1, "")])
     if reply.has_error():
         raise RuntimeError(reply.error.reason)

@@ -16,15 +16,16 @@ import functools
 import hashlib
 import sys
 from pathlib import Path
-from typing import Any
 
-from flwr.app import ConfigRecord, Context
+from flwr.app import ConfigRecord, Context, Message
 
 from hfedmoe.client.app import client_app
 from hfedmoe.client.device import Device
+from hfedmoe.client.place import Place
 from hfedmoe.config import RunConfig, config_from_text
 from hfedmoe.config.budgets import AUTO, Budget, check_budget
 from hfedmoe.data.partition import partition
+from hfedmoe.data.terms import Terms
 from hfedmoe.device.budgets import experts_of, memory_of, planner_of
 from hfedmoe.device.limits import hold_process_to
 from hfedmoe.errors import UserError
@@ -37,8 +38,10 @@ from hfedmoe.runs import RunFolder
 from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
+from hfedmoe.wire.messages import DESCRIBE, terms_of_request
+from hfedmoe.wire.requests import InvalidRequestError, check_settings
 
-PLANNED = "planned"
+PLACE, TERMS = "place", "terms"
 TRUST = "trust-remote-code"
 """What a node says if it lets the server's configuration turn `model.trust_remote_code` on."""
 
@@ -62,9 +65,13 @@ def _number(context: Context, config: RunConfig) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(document: str) -> Prepared:
-    """The model and data of a configuration: one per process, as a device has one model; its experts stay on disk."""
-    return prepare(RunConfig.model_validate_json(document), Silent(), carve=True)
+def _prepared(document: str, own: str | None, terms: str) -> Prepared:
+    """The model and data of a configuration: one per process, as a device has one model; its experts stay on disk.
+
+    Args:
+        own: the device's own file; None: its part of the run's data.
+    """
+    return prepare(RunConfig.model_validate_json(document), Silent(), carve=True, own=own, terms=Terms.from_json(terms))
 
 
 def _is_simulated() -> bool:
@@ -76,25 +83,31 @@ def _is_simulated() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
-def _device(context: Context) -> Device:
+def _config(context: Context) -> RunConfig:
+    """The run's configuration, as far as this device works by it. Raises UserError or InvalidRequestError."""
     config = config_of(context)
-    number = _number(context, config)
+    check_settings(config)
     if config.model.trust_remote_code and not _is_simulated() and context.node_config.get(TRUST) is not True:
         raise UserError(
             f"the run wants to execute code that is shipped with {config.model.name} (model.trust_remote_code); only "
             f'this node can allow that: start it with --node-config "... {TRUST}=true"'
         )
-    own: Any = context.node_config.get("data")
-    if own is not None:
-        data = config.data.model_copy(update={"source": str(own), "clients": None, "test": None})
-        config = config.model_copy(update={"data": data})
+    return config
+
+
+def _device(message: Message, context: Context) -> Device:
+    config = _config(context)
+    number = _number(context, config)
     budget = _budget(context, config, number)
     place = device_of(config.model.device)
     memory = memory_of(budget, str(place)) if config.method.residency == "budget" else None
     # Also where there is no limit: Flower may have had this process serve a client with one before.
     hold_process_to(memory if place.type == "cpu" and budget != AUTO else None)
-    prepared = _prepared(config.model_dump_json())
-    if memory is not None and prepared.model.masked:
+    own = context.node_config.get("data")
+    terms = _terms(message, context)
+    prepared = _prepared(config.model_dump_json(), None if own is None else str(own), terms.to_json())
+    model = prepared.model
+    if memory is not None and model.masked:
         raise UserError(
             f"clients.budgets: {budget!r}: {config.model.name} cannot be read expert by expert, so a device holds all "
             "of it; use a folder or hub id with a safetensors checkpoint (`hfedmoe upcycle` writes one), or give the "
@@ -104,18 +117,72 @@ def _device(context: Context) -> Device:
     if own is None:
         parts = partition(prepared.task, config.partition, config.clients.count, config.seed)
         examples = [examples[i] for i in parts[number]]
-    return Device(
+    device = Device(
         number,
         f"client {number}",
-        prepared.model,
+        model,
         prepared.encoder,
         examples,
         config,
+        initial=prepared.initial,
         budget_experts=_experts(context, config, budget, prepared, str(place)),
-        # By run and number: another federation's client of that number may be at work on this machine, and a SuperNode
-        # that is started again may be given another node id.
-        notes=cache_folder() / "devices" / f"{context.run_id}-client-{number}.json",
+        notes=_notes(context, number),
     )
+    known = device.place
+    context.state[PLACE] = ConfigRecord(
+        {
+            "asked": _asked(context, config),
+            "num_experts": known.num_experts,
+            "top_k": known.top_k,
+            "budget": -1 if known.budget_experts is None else known.budget_experts,
+            "streams": known.streams,
+        }
+    )
+    return device
+
+
+def _place(context: Context) -> Place | None:
+    """What an earlier message of this run has taught about the device, so that planning opens no model."""
+    kept = context.state.config_records.get(PLACE)
+    config = _config(context)
+    if kept is None or kept["asked"] != _asked(context, config):
+        return None
+    number, budget = _number(context, config), int(kept["budget"])  # type: ignore[arg-type]
+    return Place(
+        number,
+        f"client {number}",
+        config,
+        list(kept["num_experts"]),  # type: ignore[arg-type]
+        list(kept["top_k"]),  # type: ignore[arg-type]
+        None if budget < 0 else budget,
+        bool(kept["streams"]),
+        _notes(context, number),
+    )
+
+
+def _asked(context: Context, config: RunConfig) -> str:
+    """Names the configuration and the node's own settings; what was planned for others does not hold."""
+    return hashlib.sha256(f"{sorted(context.node_config.items())} {config.model_dump_json()}".encode()).hexdigest()
+
+
+def _notes(context: Context, number: int) -> Path:
+    """By run and number: another federation's client of that number may be at work on this machine, and a SuperNode
+    that is started again may be given another node id."""
+    return cache_folder() / "devices" / f"{context.run_id}-client-{number}.json"
+
+
+def _terms(message: Message, context: Context) -> Terms:
+    """The run's task as the server told it when it asked who the device is; remembered for later messages."""
+    if message.metadata.message_type == DESCRIBE:
+        text = terms_of_request(message)
+        context.state[TERMS] = ConfigRecord({"text": text})
+    kept = context.state.config_records.get(TERMS)
+    if kept is None:
+        raise UserError("the server never told what the run's task is; it must describe before it plans and trains")
+    try:
+        return Terms.from_json(kept["text"])
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from None
 
 
 def _budget(context: Context, config: RunConfig, number: int) -> Budget:
@@ -135,15 +202,12 @@ def _experts(context: Context, config: RunConfig, budget: Budget, prepared: Prep
     """The node's budget in experts; planned once, as every message may come to a new process. None: unlimited."""
     if config.method.residency == "all":
         return None
-    asked = hashlib.sha256(f"{budget!r} {config.model_dump_json()}".encode()).hexdigest()
-    kept = context.state.config_records.get(PLANNED)
-    if kept is not None and kept["asked"] == asked:
-        return int(kept["experts"])  # type: ignore[arg-type]
+    kept = context.state.config_records.get(PLACE)
+    if kept is not None and kept["asked"] == _asked(context, config):
+        return int(kept["budget"])  # type: ignore[arg-type]
     model = prepared.model
     top_k = [layer.top_k for layer in model.layers]
-    experts = experts_of(budget, model.num_experts, top_k, planner_of(config), device)
-    context.state[PLANNED] = ConfigRecord({"asked": asked, "experts": experts})
-    return experts
+    return experts_of(budget, model.num_experts, top_k, planner_of(config), device)
 
 
 def _server(context: Context) -> Server:
@@ -158,5 +222,5 @@ def _server(context: Context) -> Server:
     return server_for(prepared, Keeper(folder), watcher)
 
 
-client = client_app(_device)
+client = client_app(_device, _place, private=True)
 server = server_app(_server)

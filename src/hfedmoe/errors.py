@@ -11,3 +11,16 @@ class UserError(Exception):
 
 class TrainingError(RuntimeError):
     """The local training cannot give a usable update; the message says why."""
+
+
+class OwnDataError(UserError):
+    """Rows of a device do not fit the run. The text is for its owner only; `count` rows is all that may be told.
+
+    Args:
+        text: names file, line and cell.
+        count: rows that do not fit, as far as they were counted.
+    """
+
+    def __init__(self, text: str, count: int = 1) -> None:
+        super().__init__(text)
+        self.count = count

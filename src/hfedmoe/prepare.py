@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from hfedmoe.data.fits import Room, check_task
 from hfedmoe.data.known import known_set
 from hfedmoe.data.task import Task
 from hfedmoe.data.tasks import load_watched_task
+from hfedmoe.data.terms import Terms, own_task, terms_of
 from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, trim
 from hfedmoe.device.budgets import budgets_in_experts
 from hfedmoe.errors import UserError
@@ -21,7 +23,7 @@ from hfedmoe.models.loaded import Loaded
 from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.payload import global_tensors, load_all
+from hfedmoe.moe.payload import initial_tensors, load_all
 from hfedmoe.server.evaluation import Metrics, evaluate, longest_input, positions
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server
@@ -41,6 +43,11 @@ class Prepared:
     warnings: list[str] = field(default_factory=list)
     """What is worth knowing about the rows before a run."""
 
+    @cached_property
+    def initial(self) -> dict[str, Tensor]:
+        """What is trained, as it was at first (`payload.initial_tensors`): to be asked for before anything trains."""
+        return initial_tensors(self.model)
+
     @property
     def settled(self) -> RunConfig:
         """The configuration with the kind of task that the rows turned out to be: an export says how it was asked."""
@@ -58,12 +65,16 @@ class Prepared:
         return evaluate(self.model.model, rows, self.encoder, settings.batch_size, settings.scoring, on_batch)
 
 
-def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepared:
+def prepare(
+    config: RunConfig, watcher: Watcher, carve: bool = False, own: str | None = None, terms: Terms | None = None
+) -> Prepared:
     """Load the model and the data of a configuration and make them ready.
 
     Args:
         carve: for one device: experts stay on disk until they are resident, where there is a checkpoint to read them
             from. Otherwise all experts are in memory, for the server or for all simulated clients.
+        own: a file with a device's own rows, in place of the configured data.
+        terms: the run's task, which a device was told; None: settled here, from the rows.
 
     Raises:
         UserError: the model or the data cannot be used, or a budget is below what the model needs.
@@ -75,11 +86,17 @@ def prepare(config: RunConfig, watcher: Watcher, carve: bool = False) -> Prepare
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     watcher.phase("reading the data")
-    task, watch = load_watched_task(config.data, config.partition, config.seed, config.evaluation.watch_rows)
+    watch: list[Example] = []
+    if own is not None and terms is not None:
+        task = own_task(own, config.data, terms)
+    else:
+        task, watch = load_watched_task(config.data, config.partition, config.seed, config.evaluation.watch_rows)
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed, carve)
     model = wrap(loaded.model, config, loaded.store, masked=not carve)
     encoder = encoder_of(loaded, task, config.data.max_tokens)
+    if terms is not None:
+        encoder.first_token_only = terms.first_token_only
     problem = model.router_gradient_problem()
     if problem is not None:
         raise UserError(problem)
@@ -116,12 +133,13 @@ def server_for(
     model = prepared.model
     return Server(
         config=prepared.config,
-        tensors=global_tensors(model) if tensors is None else tensors,
+        tensors=dict(prepared.initial) if tensors is None else tensors,
         num_experts=model.num_experts,
         top_k=[layer.top_k for layer in model.layers],
         evaluate=lambda state, kind: prepared.measure(state, kind, watcher.evaluating),
         keeper=keeper,
         watcher=watcher,
+        terms=terms_of(prepared.task, prepared.config.data, prepared.encoder.first_token_only).to_json(),
         watches=bool(prepared.watch),
         round=round,
     )

@@ -13,7 +13,7 @@ from hfedmoe.config import RunConfig
 from hfedmoe.data.partition import partition
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
-from hfedmoe.moe.payload import global_tensors, load_all
+from hfedmoe.moe.payload import load_all
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.runs import RunFolder
 from hfedmoe.runs.choice import fitting
@@ -109,11 +109,10 @@ def assemble(
     Raises:
         UserError: the checkpoint is damaged or does not fit the model.
     """
-    initial = global_tensors(prepared.model)
-    devices = _devices(prepared, parts, initial, watcher)
-    grid = InProcessGrid(client_app(lambda context: devices[int(context.node_config["partition-id"])]), len(devices))
+    devices = _devices(prepared, parts, watcher)
+    grid = InProcessGrid(client_app(lambda _, context: devices[int(context.node_config["partition-id"])]), len(devices))
     keeper = Keeper(folder, lambda: _to_tensors(changed_contexts(grid)), from_round)
-    tensors = initial
+    tensors = None
     if folder is not None and from_round is not None:
         checkpoint = folder.load_checkpoint(from_round)
         tensors = checkpoint.tensors
@@ -123,7 +122,7 @@ def assemble(
     return Simulation(server_for(prepared, keeper, watcher, tensors, from_round or 0), devices, grid)
 
 
-def _devices(prepared: Prepared, parts: list[list[int]], initial: dict[str, Tensor], watcher: Watcher) -> list[Device]:
+def _devices(prepared: Prepared, parts: list[list[int]], watcher: Watcher) -> list[Device]:
     """Simulated clients: they share one model in memory, and each one's sub-model is a mask over it."""
     steps = prepared.config.train.steps
 
@@ -138,7 +137,8 @@ def _devices(prepared: Prepared, parts: list[list[int]], initial: dict[str, Tens
             encoder=prepared.encoder,
             examples=[prepared.task.train[i] for i in indices],
             config=prepared.config,
-            initial=initial,
+            initial=prepared.initial,
+            simulated=True,
             on_step=on_step,
             budget_experts=None if prepared.budgets is None else prepared.budgets[number],
         )

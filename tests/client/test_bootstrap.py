@@ -11,6 +11,7 @@ from flwr.app import Message, Metadata, RecordDict
 
 from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
+from hfedmoe.client.place import Place
 from hfedmoe.client.trouble import attempt
 from hfedmoe.events import Silent
 from hfedmoe.method.selection import select
@@ -30,28 +31,34 @@ QUICK = ("data.test_rows=6", "evaluation.watch_rows=1", "train.steps=1")
 PRIOR = (*QUICK, "method.bootstrap=prior", "federation.clients_per_round=2", "federation.rounds=3", "seed=3")
 
 
+def plan_of(device: Device, history: ClientHistory, round: int) -> list[torch.Tensor]:
+    return device.place.plan(history, round, None, device.first_pass)
+
+
 def message(content: RecordDict) -> Message:
     return Message(content, metadata=Metadata(1, "1", 1, 0, "", "", 0.0, 60.0, "query.plan"))  # type: ignore[call-overload]
 
 
-def spy(run: Federation) -> list[tuple[int, int, Any, bool, Any]]:
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, Any, bool, Any]]:
     """Notes (round, client, usage received, whether it had observed anything, resident set) of every plan."""
     seen: list[tuple[int, int, Any, bool, Any]] = []
-    for device in run.devices:
+    honest = Place.plan
 
-        def plan(history: Any, round: int, usage: Any = None, device: Any = device, honest: Any = device.plan) -> Any:
-            observed = history.observed
-            resident = honest(history, round, usage)
-            seen.append((round, device.number, usage, observed, resident))
-            return resident
+    def plan(place: Place, history: Any, round: int, usage: Any, first_pass: Any) -> Any:
+        observed = history.observed
+        resident = honest(place, history, round, usage, first_pass)
+        seen.append((round, place.number, usage, observed, resident))
+        return resident
 
-        device.plan = plan  # type: ignore[method-assign]
+    monkeypatch.setattr(Place, "plan", plan)
     return seen
 
 
-def test_the_prior_is_the_mean_usage_over_rounds_and_clients_by_examples(federation: Make, tmp_path: Path) -> None:
+def test_the_prior_is_the_mean_usage_over_rounds_and_clients_by_examples(
+    federation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = federation(*PRIOR, 'clients.budgets=["50%"]')
-    seen = spy(run)
+    seen = spy(monkeypatch)
     run.run()
     folder = RunFolder.open(tmp_path / "run")
     experts, lines = folder.read_experts(), folder.read_rounds()
@@ -60,7 +67,7 @@ def test_the_prior_is_the_mean_usage_over_rounds_and_clients_by_examples(federat
     for round, client, usage, observed, resident in seen:
         if round == 1:
             assert usage is None
-            expected = select(run.devices[client]._draw(1), 16, at_least=2)  # as with bootstrap = "none"
+            expected = select(run.devices[client].place.draw(1), 16, at_least=2)  # as with bootstrap = "none"
             assert all(torch.equal(a, b) for a, b in zip(resident, expected, strict=True))
             continue
         rows = [
@@ -78,9 +85,9 @@ def test_the_prior_is_the_mean_usage_over_rounds_and_clients_by_examples(federat
     assert late >= 1, "no client joined after the first round: choose another seed"
 
 
-def test_only_prior_sends_usage(federation: Make) -> None:
+def test_only_prior_sends_usage(federation: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     run = federation(*QUICK, "method.bootstrap=none")
-    seen = spy(run)
+    seen = spy(monkeypatch)
     run.run()
     assert {round for round, *_ in seen} == {1, 2}
     assert all(usage is None for _, _, usage, _, _ in seen)
@@ -158,7 +165,7 @@ def test_a_budget_in_experts_takes_the_place_of_the_configured_one() -> None:
     one = Federation(None, tiny_config(*QUICK, 'clients.budgets=["50%"]'))
     one.devices[1].budget_experts = 10
     one.devices[2].budget_experts = 10_000
-    assert [device.budget for device in one.devices] == [16, 10, 32, 16]
+    assert [device.place.budget for device in one.devices] == [16, 10, 32, 16]
 
 
 def test_a_device_that_streams_sees_what_the_whole_model_shows_and_holds_only_its_budget(tmp_path: Path) -> None:
@@ -169,9 +176,9 @@ def test_a_device_that_streams_sees_what_the_whole_model_shows_and_holds_only_it
     for bootstrap, carve in (("forward", False), ("stream", True)):
         config = tiny_config(*QUICK, f"model.name={tmp_path}", f"method.bootstrap={bootstrap}")
         ready = prepare(config, Silent(), carve=carve)
-        devices.append(Device(1, "device", ready.model, ready.encoder, ready.task.train[:40], config))
+        devices.append(Device(1, "device", ready.model, ready.encoder, ready.task.train[:40], config, ready.initial))
     histories = [ClientHistory.new(device.model.num_experts) for device in devices]
-    whole, streamed = (device.plan(history, 1) for device, history in zip(devices, histories, strict=True))
+    whole, streamed = (plan_of(device, history, 1) for device, history in zip(devices, histories, strict=True))
     for name, tensor in histories[0].to_tensors().items():
         assert torch.equal(tensor, histories[1].to_tensors()[name]), name
     assert all(torch.equal(a, b) for a, b in zip(whole, streamed, strict=True))
@@ -189,6 +196,6 @@ def test_a_device_that_streams_sees_what_the_whole_model_shows_and_holds_only_it
     assert isinstance(attempt(lambda: devices[1].train(histories[1], whole, pack(tensors, whole), 2)), Trouble)
     devices[1].on_step = None
     histories[1].limit = 14
-    fewer = devices[1].plan(histories[1], 3)
+    fewer = plan_of(devices[1], histories[1], 3)
     assert devices[1].train(histories[1], fewer, pack(tensors, fewer), 3).work.steps == 1
     assert len(store) == 14

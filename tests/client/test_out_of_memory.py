@@ -101,7 +101,7 @@ def test_a_first_pass_over_all_experts_that_does_not_fit_is_not_tried_again(fede
         calls.append(history.rounds)
         take_everything()
 
-    device._bootstrap = no_room  # type: ignore[method-assign]
+    device.first_pass = no_room  # type: ignore[method-assign]
     run.run()
     first, second = rows(tmp_path / "run", 0)
     assert calls == [0]
@@ -154,15 +154,24 @@ def test_every_client_may_learn_even_if_it_was_to_hold_everything(federation: Ma
     assert rows(tmp_path / "run", 1)[1]["resident"] == 32
 
 
-@pytest.mark.parametrize("facts", [{"status": "bored", "reason": "x"}, {"status": "out_of_memory"}, {"status": 3}])
-def test_an_unknown_trouble_is_an_invalid_reply(facts: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("facts", "wrong"),
+    [
+        ({"status": "bored", "reason": "x"}, "status"),
+        ({"status": 3}, "status"),
+        ({"status": "out_of_memory"}, "neither why nor a code"),
+        ({"status": "refused", "code": "because", "count": 1}, "code"),
+        ({"status": "refused", "code": "own_data", "count": -1}, "count"),
+    ],
+)
+def test_an_unknown_trouble_is_an_invalid_reply(facts: dict[str, object], wrong: str) -> None:
     from flwr.app import Message, Metadata
 
     from hfedmoe.wire import checks
     from hfedmoe.wire.messages import InvalidReplyError
 
     metadata = Metadata(1, "1", 1, 0, "", "", 0.0, 60.0, "train")
-    with pytest.raises(InvalidReplyError, match="status") as caught:
+    with pytest.raises(InvalidReplyError, match=wrong) as caught:
         checks.trouble(Message(record(facts), metadata=metadata))  # type: ignore[call-overload]
     assert not isinstance(caught.value, checks.TroubleError)
 
@@ -239,10 +248,10 @@ def test_a_killed_attempt_is_found_once_and_only_by_the_same_task(tmp_path: Path
 def test_a_device_that_was_killed_starts_with_a_smaller_budget(federation: Make, tmp_path: Path) -> None:
     run = federation(*QUICK, "federation.rounds=1")
     device, note = run.devices[1], tmp_path / "note.json"
-    device.initial, device.notes = None, note  # as a device of its own, not a simulated one
+    device.simulated, device.notes = False, note  # as a device of its own, not a simulated one
     during = []
     device.on_step = lambda client, step, loss: during.append(note.read_text())
-    killed(note, device.note.task, 16)
+    killed(note, device.place.note.task, 16)
     run.run()
     (row,) = rows(tmp_path / "run", 1)
     assert (row["status"], row["resident"]) == ("ok", 14)
@@ -254,7 +263,7 @@ def test_simulated_devices_leave_no_notes(federation: Make, tmp_path: Path) -> N
     run = federation(*QUICK, "federation.rounds=1")
     for device in run.devices:
         device.notes = tmp_path / "note.json"
-    killed(tmp_path / "note.json", run.devices[1].note.task, 16)
+    killed(tmp_path / "note.json", run.devices[1].place.note.task, 16)
     run.run()
     assert rows(tmp_path / "run", 1)[0]["resident"] == 16
     assert (tmp_path / "note.json").exists()

@@ -4,10 +4,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, Metadata, RecordDict
 
 from hfedmoe import deployment as apps
+from hfedmoe.client.device import Device
+from hfedmoe.data.known.labelled import R8
+from hfedmoe.data.terms import Terms
 from hfedmoe.errors import UserError
+from hfedmoe.wire.messages import DESCRIBE, describe_request
 
 CODE = '[model]\nname = "tiny"\ntrust_remote_code = true\n[clients]\ncount = 1\n'
 
@@ -22,21 +26,29 @@ def context(**node: bool | float | str) -> Context:
     )
 
 
+def opened(context: Context) -> Device:
+    """The device as it is opened when the server asks who it is."""
+    terms = Terms("reuters-r8", "classification", R8, True)
+    metadata = Metadata(1, "1", 0, 1, "", "", 0.0, 60.0, DESCRIBE)
+    message = Message(describe_request(terms.to_json()), metadata=metadata)  # type: ignore[call-overload]
+    return apps._device(message, context)
+
+
 @pytest.mark.parametrize(
     "said", [{}, {"num-partitions": 2}, {"trust-remote-code": False}, {"trust-remote-code": "yes"}]
 )
 def test_only_the_node_itself_allows_code_of_a_checkpoint(said: dict[str, bool | str]) -> None:
     with pytest.raises(UserError, match=r"code that is shipped with tiny .*--node-config \"... trust-remote-code=true"):
-        apps._device(context(**said))
+        opened(context(**said))
 
 
 def test_in_a_simulation_the_runs_own_setting_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
-    assert apps._device(context(**{"num-partitions": 1})).config.model.trust_remote_code
+    assert opened(context(**{"num-partitions": 1})).config.model.trust_remote_code
 
 
 def test_a_node_that_allows_it_takes_part_and_its_note_is_of_this_run() -> None:
-    device = apps._device(context(**{"trust-remote-code": True}))
+    device = opened(context(**{"trust-remote-code": True}))
     assert device.config.model.trust_remote_code
     assert device.notes is not None
     assert device.notes.name == "7-client-0.json"

@@ -94,7 +94,7 @@ def test_residency_that_is_drawn_differs_by_client_and_round_also_where_scores_w
         history = ClientHistory.new(run.server.num_experts)
         for seen in history.scores:
             seen.update(torch.arange(8.0))
-        return torch.cat(run.devices[client].plan(history, round)).tolist()
+        return torch.cat(run.devices[client].place.plan(history, round, None, pytest.fail)).tolist()
 
     assert plan(0, 1) == plan(0, 1)
     assert plan(0, 1) != plan(1, 1)
@@ -104,13 +104,13 @@ def test_residency_that_is_drawn_differs_by_client_and_round_also_where_scores_w
 def test_the_first_pass_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Federation(None, tiny_config(*QUICK, 'clients.budgets=["50%"]', "federation.rounds=2"))
     made: list[int] = []
-    honest = type(run.devices[0])._bootstrap
+    honest = type(run.devices[0]).first_pass
 
     def spy(device: Any, history: ClientHistory) -> None:
         made.append(device.number)
         honest(device, history)
 
-    monkeypatch.setattr(type(run.devices[0]), "_bootstrap", spy)
+    monkeypatch.setattr(type(run.devices[0]), "first_pass", spy)
     run.run()
     assert made == [0, 1, 2, 3]
 

@@ -8,124 +8,191 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load as read_blob
 from safetensors.torch import save as write_blob
 
-from hfedmoe.client.device import Device, cannot
+from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
+from hfedmoe.client.place import Place
 from hfedmoe.client.trouble import attempt
+from hfedmoe.errors import OwnDataError, UserError
 from hfedmoe.method.methods import CannotHoldError
+from hfedmoe.moe.payload import MismatchError
+from hfedmoe.wire import requests
 from hfedmoe.wire.messages import (
     Description,
+    InvalidReplyError,
     describe_reply,
-    facts_of,
     plan_reply,
-    tensors_of,
     train_reply,
     trouble_reply,
-    unpack_bits,
     usage_of,
     wish_reply,
 )
-from hfedmoe.wire.trouble import OUT_OF_MEMORY, TOO_SMALL, Trouble
+from hfedmoe.wire.trouble import FAILED, FAULT, OUT_OF_MEMORY, OWN_DATA, REFUSED, REQUEST, SETTINGS, TOO_SMALL, Trouble
 
 HISTORY = "history"
 
 logger = logging.getLogger(__name__)
+Handler = Callable[[Message, Context], RecordDict]
 
 
-def client_app(device_of: Callable[[Context], Device]) -> ClientApp:
-    """The ClientApp whose clients `device_of` makes (or keeps ready) from Flower's context."""
+def client_app(
+    device_of: Callable[[Message, Context], Device],
+    place_of: Callable[[Context], Place | None] = lambda context: None,
+    private: bool = False,
+) -> ClientApp:
+    """The ClientApp of some clients.
+
+    Args:
+        device_of: makes (or keeps ready) a client's device, from the message and Flower's context.
+        place_of: what is known of the device without its model; None: nothing, it must be opened.
+        private: real devices: no words of theirs reach the server, only codes and counts (`wire.trouble`).
+    """
     app = ClientApp()
 
-    def open_device(context: Context) -> Device | Trouble:
+    def answering(handler: Handler) -> Callable[[Message, Context], Message]:
+        """The handler's answer, or that it failed."""
+
+        def answer(message: Message, context: Context) -> Message:
+            if not private:
+                return Message(handler(message, context), reply_to=message)
+            try:
+                content = handler(message, context)
+            except Exception as error:  # whatever it is, its words must not travel: Flower would send them
+                logger.exception("this request could not be answered")
+                content = trouble_reply(_told(error), private=True)
+            return Message(content, reply_to=message)
+
+        return answer
+
+    def open_device(message: Message, context: Context) -> Device | Trouble:
         """The device, or that its model does not even open."""
-        opened = attempt(lambda: device_of(context))
+        opened = attempt(lambda: device_of(message, context))
         if isinstance(opened, Trouble):
-            return Trouble(opened.status, f"{opened.reason}, while it opened the model")
+            return Trouble(opened.status, f"{opened.reason}, while it opened the model", opened.code)
         return opened
 
-    @app.query("describe")
-    def describe(message: Message, context: Context) -> Message:
-        device = open_device(context)
-        if isinstance(device, Trouble):
-            return Message(trouble_reply(device), reply_to=message)
-        limit = _remember(context, device).limit
-        budget = device.budget if limit is None else max(1, min(device.budget, limit))
-        description = Description(device.number, device.name, len(device.examples), budget, device.model.num_experts)
-        return Message(describe_reply(description), reply_to=message)
+    def refuse(trouble: Trouble) -> RecordDict:
+        if private:
+            logger.warning("%s: %s", trouble.status, trouble.reason)
+        return trouble_reply(trouble, private)
 
-    @app.query("plan")
-    def plan(message: Message, context: Context) -> Message:
-        device = open_device(context)
+    def describe(message: Message, context: Context) -> RecordDict:
+        device = open_device(message, context)
         if isinstance(device, Trouble):
-            return Message(trouble_reply(device), reply_to=message)
-        history = _remember(context, device)
+            return refuse(device)
+        place = device.place
+        budget = max(1, place.allowed(_remember(context, place)))
+        return describe_reply(Description(device.number, device.name, len(device.examples), budget, place.num_experts))
+
+    def plan(message: Message, context: Context) -> RecordDict:
+        known = place_of(context)
+        if known is not None:
+            history = _remember(context, known)
+            if history.limit == 0 or known.knows_its_scores(history):
+                return planned(message, context, known, history, _no_first_pass)
+        device = open_device(message, context)
+        if isinstance(device, Trouble):
+            return refuse(device)
+        place = device.place
+        history = _remember(context, place)
+
+        def work() -> RecordDict:
+            return planned(message, context, place, history, device.first_pass)
+
+        return tried(context, device, history, "plan", place.allowed(history), work)
+
+    def planned(
+        message: Message,
+        context: Context,
+        place: Place,
+        history: ClientHistory,
+        first_pass: Callable[[ClientHistory], None],
+    ) -> RecordDict:
+        """The answer to a plan request."""
         if history.limit == 0:
-            return Message(trouble_reply(Trouble(OUT_OF_MEMORY, cannot(device))), reply_to=message)
-        round = int(facts_of(message)["round"])  # type: ignore[arg-type]
-        usage = usage_of(message, device.model.num_experts)
+            return refuse(Trouble(OUT_OF_MEMORY, place.cannot, OUT_OF_MEMORY, place.smallest))
+        round = requests.round_of(message, place.config.federation.rounds)
+        usage = usage_of(message, place.num_experts)
+        try:
+            if place.method.assign is not None:
+                content = wish_reply(place.contribution(history, round, usage, first_pass))
+            else:
+                content = plan_reply(place.plan(history, round, usage, first_pass))
+        except CannotHoldError as error:
+            return refuse(Trouble(TOO_SMALL, str(error), TOO_SMALL))
+        _write_history(context, history)
+        return content
 
-        def work() -> RecordDict:
-            if device.learner.method.assign is not None:
-                return wish_reply(device.contribution(history, round, usage))
-            try:
-                return plan_reply(device.plan(history, round, usage))
-            except CannotHoldError as error:
-                return trouble_reply(Trouble(TOO_SMALL, str(error)))
-
-        content = _try(context, device, history, "plan", device.allowed(history), work)
-        return Message(content, reply_to=message)
-
-    @app.train()
-    def train_round(message: Message, context: Context) -> Message:
-        device = open_device(context)
+    def train_round(message: Message, context: Context) -> RecordDict:
+        device = open_device(message, context)
         if isinstance(device, Trouble):
-            return Message(trouble_reply(device), reply_to=message)
-        history = _remember(context, device)
-        facts = facts_of(message)
-        resident = unpack_bits(facts["resident"], device.model.num_experts)
+            return refuse(device)
+        place = device.place
+        history = _remember(context, place)
+        round = requests.round_of(message, place.config.federation.rounds)
+        resident = requests.residents_of(message, place.num_experts, place.top_k, place.allowed(history))
 
         def work() -> RecordDict:
-            return train_reply(device.train(history, resident, tensors_of(message), int(facts["round"])))  # type: ignore[arg-type]
+            return train_reply(device.train(history, resident, requests.trainables_of(message), round))
 
         held = sum(int(keep.sum()) for keep in resident)
-        return Message(_try(context, device, history, "train", held, work), reply_to=message)
+        return tried(context, device, history, "train", held, work)
 
+    def tried(
+        context: Context, device: Device, history: ClientHistory, doing: str, held: int, work: Callable[[], RecordDict]
+    ) -> RecordDict:
+        """The reply to a request; after a trouble the history is as before, but for what that taught."""
+        place = device.place
+        with place.note.attempting(doing, held):
+            done = attempt(work)
+        if isinstance(done, Trouble):
+            device.model.release()
+            before = _read_history(context, place)
+            before.step_times = history.step_times
+            history = before
+            taught = place.learn(done, history, doing, held)
+            done = refuse(Trouble(taught.status, taught.reason, done.code, held))
+        _write_history(context, history)
+        return done
+
+    app.query("describe")(answering(describe))
+    app.query("plan")(answering(plan))
+    app.train()(answering(train_round))
     return app
 
 
-def _try(
-    context: Context, device: Device, history: ClientHistory, doing: str, held: int, work: Callable[[], RecordDict]
-) -> RecordDict:
-    """The reply to a request, and the history with it: after a trouble as it was before, but for what that taught."""
-    with device.note.attempting(doing, held):
-        done = attempt(work)
-    if isinstance(done, Trouble):
-        device.model.release()
-        before = _read_history(context, device)
-        before.step_times = history.step_times
-        history = before
-        done = trouble_reply(device.learn(done, history, doing, held))
-    _write_history(context, history)
-    return done
+def _no_first_pass(history: ClientHistory) -> None:
+    raise AssertionError("a plan without a model asked for a pass over the data")
 
 
-def _remember(context: Context, device: Device) -> ClientHistory:
+def _told(error: Exception) -> Trouble:
+    """What a real device tells of an exception."""
+    if isinstance(error, OwnDataError):
+        return Trouble(REFUSED, "", OWN_DATA, error.count)
+    if isinstance(error, UserError):
+        return Trouble(REFUSED, "", SETTINGS)
+    if isinstance(error, requests.InvalidRequestError | InvalidReplyError | MismatchError):
+        return Trouble(REFUSED, "", REQUEST)
+    return Trouble(FAILED, "", FAULT)
+
+
+def _remember(context: Context, place: Place) -> ClientHistory:
     """The client's history; if its last attempt was killed, with the smaller budget that this teaches."""
-    history = _read_history(context, device)
-    killed = device.note.take_killed()
+    history = _read_history(context, place)
+    killed = place.note.take_killed()
     if killed is not None:
         trouble = Trouble(OUT_OF_MEMORY, "its process was killed")
-        logger.warning("%s: %s", device.name, device.learn(trouble, history, killed.doing, killed.experts).reason)
+        logger.warning("%s: %s", place.name, place.learn(trouble, history, killed.doing, killed.experts).reason)
         _write_history(context, history)
     return history
 
 
-def _read_history(context: Context, device: Device) -> ClientHistory:
+def _read_history(context: Context, place: Place) -> ClientHistory:
     kept = context.state.config_records.get(HISTORY)
     if kept is None:
-        return ClientHistory.new(device.model.num_experts)
+        return ClientHistory.new(place.num_experts)
     blob = kept["blob"]
     assert isinstance(blob, bytes)
-    return ClientHistory.from_tensors(read_blob(blob), device.model.num_experts)
+    return ClientHistory.from_tensors(read_blob(blob), place.num_experts)
 
 
 def _write_history(context: Context, history: ClientHistory) -> None:

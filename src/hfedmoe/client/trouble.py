@@ -35,11 +35,11 @@ def attempt(work: Callable[[], T]) -> T | Trouble:
     try:
         return work()
     except OutOfTimeError as error:
-        trouble = Trouble(OUT_OF_TIME, str(error))
+        trouble = Trouble(OUT_OF_TIME, str(error), OUT_OF_TIME)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        trouble = Trouble(OUT_OF_MEMORY, _words(error))
+        trouble = Trouble(OUT_OF_MEMORY, _words(error), OUT_OF_MEMORY)
     # Only here, with the exception gone, are the frames of the failed step and their tensors free to go.
     gc.collect()
     if torch.cuda.is_available():

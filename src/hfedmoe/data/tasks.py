@@ -15,14 +15,9 @@ from hfedmoe.data.partition import natural_groups
 from hfedmoe.data.plain import READERS, classification_examples
 from hfedmoe.data.sources import is_file, is_packaged, read
 from hfedmoe.data.task import Task
+from hfedmoe.data.templates import template_of
 from hfedmoe.errors import UserError
 
-TEMPLATES: dict[str, str] = {
-    "classification": "News: {text}\nTopic:",
-    "choices": "Question: {text}\nAnswer:",
-    "completion": "{text}",
-}
-"""By kind, where neither the configuration nor a known data set has one."""
 Item = TypeVar("Item")
 
 
@@ -188,18 +183,6 @@ def _known_rows(known: KnownSet, table: Rows, wording: Wording, enough: int | No
     if not any(rows):
         raise UserError(f"{table.origin}: all {len(table)} rows are left out, because they have no text or no answer")
     return rows
-
-
-def template_of(config: DataConfig, known: KnownSet | None, kind: str | None = None) -> str:
-    """The prompt around a text; `kind`: of the task, where `data.format` leaves it to the columns."""
-    if config.template is None:
-        return TEMPLATES.get(kind or config.format, TEMPLATES["classification"]) if known is None else known.template
-    if known is not None and known.name == "instructions" and config.chat == "template":
-        raise UserError(
-            "data.template: conversations are written by the tokenizer's chat template; leave it out, or set "
-            'data.chat = "plain"'
-        )
-    return config.template
 
 
 def _wanted(config: DataConfig, known: KnownSet | None, extra: str | None) -> set[str]:

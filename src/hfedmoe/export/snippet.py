@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hfedmoe.config import DataConfig, RunConfig
 from hfedmoe.data.known import known_set
-from hfedmoe.data.tasks import template_of
+from hfedmoe.data.templates import template_of
 
 ANSWER_TOKENS, TURN_TOKENS = 4, 64
 """How much the code generates: a label or choice, or the beginning of a turn of a conversation."""

@@ -12,6 +12,10 @@ from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.model import MoEModel
 
 
+class MismatchError(ValueError):
+    """Tensors that do not belong to the model: another name, shape or number."""
+
+
 def layer_of(name: str) -> int:
     """The MoE layer of a travelling tensor `experts.{layer}.*` or `router.{layer}.*`."""
     return int(name.split(".")[1])
@@ -69,15 +73,15 @@ def load(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> N
     """Put received tensors into the model, in place: gates and shared tensors whole, rows for the given experts.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape than the model's.
+        MismatchError: a tensor is missing, unknown or of another shape than the model's.
     """
     expected = expected_shapes(model, experts)
     if set(packed) != set(expected):
         wrong = sorted(set(packed) ^ set(expected))
-        raise ValueError(f"tensors do not match the model: {', '.join(wrong[:3])}{'...' if len(wrong) > 3 else ''}")
+        raise MismatchError(f"tensors do not match the model: {', '.join(wrong[:3])}{'...' if len(wrong) > 3 else ''}")
     for name, shape in expected.items():
         if tuple(packed[name].shape) != shape:
-            raise ValueError(f"{name}: shape {tuple(packed[name].shape)}, expected {shape}")
+            raise MismatchError(f"{name}: shape {tuple(packed[name].shape)}, expected {shape}")
     for name, tensor in whole_tensors(model).items():
         tensor.copy_(packed[name])
     for state in _trained(model):
@@ -86,8 +90,26 @@ def load(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> N
             stack.index_copy_(0, rows, packed[f"experts.{state.layer.index}.{name}"].to(stack))
 
 
+def initial_tensors(model: MoEModel) -> dict[str, Tensor]:
+    """A copy of what is trained as it is now, for `restore`: of a carved model without experts, which begin afresh."""
+    if model.masked:
+        return global_tensors(model)
+    return {name: tensor.detach().clone() for name, tensor in whole_tensors(model).items()}
+
+
+@torch.no_grad()
+def restore(model: MoEModel, initial: dict[str, Tensor]) -> None:
+    """Put `initial_tensors` back, so that nothing of an earlier client is left; a carved model drops its experts."""
+    if model.masked:
+        load_all(model, initial)
+        return
+    model.release()
+    for name, tensor in whole_tensors(model).items():
+        tensor.copy_(initial[name])
+
+
 def load_all(model: MoEModel, packed: dict[str, Tensor]) -> None:
-    """As `load`, over all experts: the other way round of `global_tensors`. Raises ValueError as `load`."""
+    """As `load`, over all experts: the inverse of `global_tensors`. Raises MismatchError as `load`."""
     load(model, packed, [torch.ones(number, dtype=torch.bool) for number in model.num_experts])
 
 

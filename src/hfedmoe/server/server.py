@@ -29,9 +29,9 @@ from hfedmoe.wire.messages import (
     TRAIN,
     Description,
     InvalidReplyError,
+    describe_request,
     pack_bits,
     plan_request,
-    record,
     train_request,
     unpack_bits,
     wire_bytes,
@@ -71,6 +71,8 @@ class Server:
     evaluate: Evaluate
     keeper: Keeper
     watcher: Watcher
+    terms: str = ""
+    """The run's task, as every device is told (`data.terms.Terms.to_json`)."""
     watches: bool = True
     """Whether there are held-out rows to measure after every round."""
     round: int = 0
@@ -102,7 +104,7 @@ class Server:
         while len(nodes := sorted(grid.get_node_ids())) < self.config.clients.count and time.monotonic() < deadline:
             time.sleep(POLL_S)
         members: dict[int, Member] = {}
-        requests = (Request(node, DESCRIBE, record({"version": 1})) for node in nodes)
+        requests = (Request(node, DESCRIBE, describe_request(self.terms)) for node in nodes)
         for answer in exchange(grid, requests, "describe", min(settings.timeout_s, settings.connect_timeout_s)):
             try:
                 about = checks.description(_reply(answer), self.num_experts)

@@ -22,7 +22,7 @@ from hfedmoe.wire.messages import (
     tensors_of,
     unpack_bits,
 )
-from hfedmoe.wire.trouble import STATUSES
+from hfedmoe.wire.trouble import CODES, STATUSES
 
 MAX_EXAMPLES = 10**9
 MAX_NAME = 80
@@ -64,9 +64,15 @@ def trouble(message: Message) -> None:
     facts = facts_of(message)
     if "status" not in facts:
         return
-    status, reason = facts["status"], facts.get("reason")
-    if status not in STATUSES or not isinstance(reason, str):
+    status, reason, code = facts["status"], facts.get("reason"), facts.get("code")
+    if status not in STATUSES:
         raise InvalidReplyError("its status is not one of those known")
+    if code is not None:
+        if code not in CODES:
+            raise InvalidReplyError("its code is not one of those known")
+        reason = CODES[str(code)].format(count=_whole(facts, "count", 0, MAX_EXAMPLES))
+    if not isinstance(reason, str):
+        raise InvalidReplyError("it says neither why nor a code")
     raise TroubleError(str(status).replace("_", " "), reason)
 
 

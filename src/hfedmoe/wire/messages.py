@@ -1,6 +1,6 @@
 """Everything that crosses the wire, in one page.
 
-describe (query)  down: nothing
+describe (query)  down: the terms of the task: its kind, labels and how answers are compared (`data/terms.py`)
                   up:   client number, name, examples, budget in experts, experts per layer of its model
 plan (query)      down: round; with method.bootstrap = "prior" the federation's usage so far, float32 [sum E_l]
                   up:   resident bits [sum E_l]; or, for a method that plans on the server, the client's scores
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hfedmoe.events import Work
 from hfedmoe.files.blob import dumps, loads
-from hfedmoe.wire.trouble import Trouble
+from hfedmoe.wire.trouble import FAULT, Trouble
 
 DESCRIBE, PLAN, TRAIN = "query.describe", "query.plan", "train"
 TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
@@ -132,6 +132,19 @@ def _value_bytes(value: object) -> int:
     return 8
 
 
+def describe_request(terms: str) -> RecordDict:
+    """Who are you? `terms`: the run's task, as text (`data.terms.Terms.to_json`)."""
+    return record({"terms": terms})
+
+
+def terms_of_request(message: Message) -> str:
+    """The run's task in a describe request, as text. Raises InvalidReplyError if there is none."""
+    terms = facts_of(message).get("terms")
+    if not isinstance(terms, str):
+        raise InvalidReplyError("the request does not say what the run's task is")
+    return terms
+
+
 def describe_reply(description: Description) -> RecordDict:
     """Who a client is; the server reads it with `checks.description`."""
     return record(
@@ -175,8 +188,14 @@ def wish_reply(contribution: list[Tensor]) -> RecordDict:
     return record({}, {CONTRIBUTION: torch.cat(contribution).float()})
 
 
-def trouble_reply(trouble: Trouble) -> RecordDict:
-    """A client ran out of memory or time; the server reads it with `checks.trouble`."""
+def trouble_reply(trouble: Trouble, private: bool = False) -> RecordDict:
+    """A client could not do its part; the server reads it with `checks.trouble`.
+
+    Args:
+        private: a real device: a code and a count travel, and no words.
+    """
+    if private:
+        return record({"status": trouble.status, "code": trouble.code or FAULT, "count": trouble.count})
     return record({"status": trouble.status, "reason": trouble.reason})
 
 

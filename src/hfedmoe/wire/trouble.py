@@ -1,15 +1,41 @@
-"""A client's word that it could not do its part of a round: it ran out of memory or time, or has too little room."""
+"""A client's word that it could not do its part of a round.
+
+A simulated client gives its reason in words. A real device never sends words of its own: rows, cells, labels and file
+names of its owner could be in them. It sends a code of `CODES` and a count; the words stay in its own log, and the
+server puts the code into words.
+"""
 
 from dataclasses import dataclass
 
-OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL = "out_of_memory", "out_of_time", "too_small"
-STATUSES = (OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL)
+OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED = (
+    "out_of_memory",
+    "out_of_time",
+    "too_small",
+    "refused",
+    "failed",
+)
+STATUSES = (OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED)
 """The status in such a reply; people read it without the underscores. TOO_SMALL: no room for what the method holds."""
+
+OWN_DATA, SETTINGS, REQUEST, FAULT = "own_data", "settings", "request", "fault"
+CODES = {
+    OUT_OF_MEMORY: "ran out of memory with {count} experts",
+    OUT_OF_TIME: "ran out of time with {count} experts",
+    TOO_SMALL: "has no room for what the method holds",
+    OWN_DATA: "{count} of its own rows do not fit the run; its log says which",
+    SETTINGS: "cannot take part with its settings, model or data; its log says why",
+    REQUEST: "refuses what the server asked; its log says why",
+    FAULT: "failed; its log says why",
+}
+"""What a code of a real device means; {count} is the number that comes with it."""
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a client has no update: `status` is one of the above, `reason` one line."""
+    """Why a client has no update: `status` is one of `STATUSES`, `reason` one line."""
 
     status: str
     reason: str
+    code: str = ""
+    """One of `CODES`, which a real device sends in place of the reason."""
+    count: int = 0

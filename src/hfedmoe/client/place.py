@@ -1,0 +1,171 @@
+"""A client's place in a federation: what it has room for, and what it holds. No model is needed for either."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hfedmoe.client.history import ClientHistory
+from hfedmoe.client.trouble import smaller
+from hfedmoe.config import RunConfig
+from hfedmoe.config.budgets import in_experts
+from hfedmoe.device.learned import Note
+from hfedmoe.method.methods import METHODS, Method, Outlook
+from hfedmoe.method.scores import SCORES, Score
+from hfedmoe.seeds import generator
+from hfedmoe.wire.trouble import OUT_OF_MEMORY, Trouble
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is known of a device without opening its model."""
+
+    number: int
+    name: str
+    config: RunConfig
+    num_experts: list[int]
+    """E_l of every layer."""
+    top_k: list[int]
+    """Per layer."""
+    budget_experts: int | None = None
+    """The budget in experts over all layers, where clients.budgets gives memory or a device; None: it gives experts."""
+    streams: bool = False
+    """Whether its first pass reads experts when they are needed: where not all of them are in memory anyway."""
+    notes: Path | None = None
+    """File in which a real device notes what it attempts, so that a kill by the system is noticed."""
+
+    @property
+    def method(self) -> Method:
+        """The method's row."""
+        return METHODS[self.config.method.name]
+
+    @property
+    def score(self) -> Score | None:
+        """The score that the method ranks experts by; None: it ranks none."""
+        name = self.method.score(self.config.method)
+        return None if name is None else SCORES[name]
+
+    @property
+    def total(self) -> int:
+        """All experts of the model."""
+        return sum(self.num_experts)
+
+    @property
+    def budget(self) -> int:
+        """Experts over all layers; with residency "all" budgets mean nothing."""
+        if self.config.method.residency == "all":
+            return self.total
+        if self.budget_experts is not None:
+            return min(self.budget_experts, self.total)
+        budgets = self.config.clients.budgets
+        return in_experts(budgets[self.number % len(budgets)], self.total)
+
+    @property
+    def smallest(self) -> int:
+        """The fewest experts over all layers that it can train with: top-k in every layer."""
+        return max(self.top_k) * len(self.top_k)
+
+    @property
+    def note(self) -> Note:
+        """What the device leaves on its disk while it works."""
+        work = (self.config.model, self.config.data, self.config.train, self.config.method)
+        task = hashlib.sha256("".join(part.model_dump_json() for part in work).encode()).hexdigest()[:16]
+        return Note(self.notes, task)
+
+    def allowed(self, history: ClientHistory) -> int:
+        """Experts over all layers that it may hold now.
+
+        Decision: what a client learned by running out of memory holds also where residency is "all".
+        """
+        return self.budget if history.limit is None else min(self.budget, history.limit)
+
+    def knows_its_scores(self, history: ClientHistory) -> bool:
+        """Whether it can plan without a pass over its data."""
+        if self.method.assign is None and self.allowed(history) >= self.total:
+            return True
+        drawn = self.score is None or self.score.drawn
+        bootstrap = self.config.method.bootstrap
+        begun = history.observed or history.prior is not None
+        return drawn or begun or bootstrap == "none" or bootstrap == "prior"
+
+    def plan(
+        self,
+        history: ClientHistory,
+        round: int,
+        usage: list[Tensor] | None,
+        first_pass: Callable[[ClientHistory], None],
+    ) -> list[Tensor]:
+        """The experts to hold in this round, as the method says: bool [E] per layer, top-k at least in every layer.
+
+        Args:
+            usage: of the federation so far, float32 [E] per layer, for a client that has seen nothing yet.
+            first_pass: gives the history its first scores; called only where `knows_its_scores` is False.
+
+        Raises:
+            CannotHoldError: the method wants it to hold more than it has room for.
+        """
+        outlook = Outlook(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            budget=self.allowed(history),
+            contribution=lambda: self.contribution(history, round, usage, first_pass),
+            draws=generator(self.config.seed, "residency", self.number, round),
+        )
+        return self.method.hold(outlook, self.config.method)
+
+    def contribution(
+        self,
+        history: ClientHistory,
+        round: int,
+        usage: list[Tensor] | None,
+        first_pass: Callable[[ClientHistory], None],
+    ) -> list[Tensor]:
+        """What every expert is worth to this client, [E] per layer; arguments as of `plan`."""
+        method = self.config.method
+        if self.score is None or self.score.drawn:
+            return self.draw(round)
+        if not history.observed:
+            if method.bootstrap == "prior" and usage is not None:
+                history.prior = usage
+            elif history.prior is None:
+                if method.bootstrap in ("prior", "none"):
+                    return self.draw(round)
+                first_pass(history)
+        return history.contribution()
+
+    def draw(self, round: int) -> list[Tensor]:
+        """Random scores, [E] per layer."""
+        draws = generator(self.config.seed, "residency", self.number, round)
+        return [torch.rand(number, generator=draws) for number in self.num_experts]
+
+    def learn(self, trouble: Trouble, history: ClientHistory, doing: str, held: int) -> Trouble:
+        """Come back with less next time: changes the history, and returns the trouble with a reason that says so.
+
+        Args:
+            doing: "plan" or "train".
+            held: experts that it held, or was going to hold.
+        """
+        if trouble.status != OUT_OF_MEMORY:
+            return Trouble(trouble.status, f"{trouble.reason}; it trains fewer experts per step next round")
+        if doing == "plan" and not self.streams and self.config.method.bootstrap == "forward":
+            # Decision: a pass over all experts says nothing about the budget, so it is not tried again.
+            history.prior = self.draw(0)
+            return Trouble(
+                trouble.status,
+                f"{trouble.reason}, in its first pass over all {self.total} experts; it begins with "
+                "random ones next round (a safetensors checkpoint could be read expert by expert)",
+            )
+        history.limit = smaller(held, self.smallest)
+        then = f"it holds {history.limit} next round" if history.limit else self.cannot
+        return Trouble(trouble.status, f"{trouble.reason}, with {held} experts; {then}")
+
+    @property
+    def cannot(self) -> str:
+        """Why a device whose limit is 0 experts takes no part, in words."""
+        return (
+            f"top-{max(self.top_k)} routing in {len(self.top_k)} layers needs {self.smallest}, so it cannot take part; "
+            "use shorter texts, smaller batches or a smaller model.expert_dtype"
+        )

@@ -1,0 +1,110 @@
+"""What every device must know of a run's task to read rows of its own as rows of that task.
+
+The server settles it from the rows that it reads. Without it a device would number its own labels by itself, and a
+file with other labels, of another kind or of a named data set would train another task under the same name.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from hfedmoe.config import DataConfig
+from hfedmoe.config.data import Kind, SetName
+from hfedmoe.data.example import Example
+from hfedmoe.data.files import Rows
+from hfedmoe.data.kinds import kind_of, wanted_columns
+from hfedmoe.data.known import KNOWN, known_set
+from hfedmoe.data.labels import label_words, labels_of
+from hfedmoe.data.plain import READERS, classification_examples
+from hfedmoe.data.sources import read
+from hfedmoe.data.task import Task
+from hfedmoe.data.templates import template_of
+from hfedmoe.errors import OwnDataError, UserError
+
+MOST_LABELS, LONGEST_LABEL = 100_000, 1_000
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The task of a run."""
+
+    format: str
+    """A kind of task, or the name of a data set whose rows all files hold."""
+    kind: Kind
+    labels: tuple[str, ...] = ()
+    """Sorted; of classification."""
+    first_token_only: bool = False
+    """Whether answers are trained and compared by their first token."""
+
+    def to_json(self) -> str:
+        """As text, for the wire."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: object) -> "Terms":
+        """The inverse of `to_json`. Raises ValueError for anything else: the text comes from a server."""
+        tree: Any = json.loads(text) if isinstance(text, str) and len(text) < 1 << 24 else None
+        if not isinstance(tree, dict) or set(tree) != set(cls.__dataclass_fields__):
+            raise ValueError("not the terms of a task")
+        labels, kind = tree["labels"], tree["kind"]
+        if tree["format"] not in (*get_args(Kind), *get_args(SetName)) or kind not in get_args(Kind):
+            raise ValueError("the terms name no known format and kind")
+        if not isinstance(labels, list) or len(labels) > MOST_LABELS or len(set(map(str, labels))) != len(labels):
+            raise ValueError("the labels are not a list without repetition")
+        if not all(isinstance(label, str) and 0 < len(label) <= LONGEST_LABEL for label in labels):
+            raise ValueError("a label is not a short text")
+        return cls(tree["format"], kind, tuple(labels), tree["first_token_only"] is True)
+
+
+def terms_of(task: Task, config: DataConfig, first_token_only: bool) -> Terms:
+    """The terms of a task that was read as the configuration says."""
+    known = known_set(config)
+    return Terms(task.kind if known is None else known.name, task.kind, task.labels, first_token_only)
+
+
+def own_task(source: str, config: DataConfig, terms: Terms) -> Task:
+    """The rows of a device's own file, all of them to train on, as rows of the run's task.
+
+    Args:
+        source: the file.
+        config: of the run: its columns, words, template and conversation settings hold here, too.
+
+    Raises:
+        OwnDataError: the file cannot be read, or holds rows that are none of the task's.
+    """
+    known = KNOWN.get(terms.format)
+    own = config.model_copy(update={"format": terms.format, "source": source, "clients": None, "test": None})
+    wanted = wanted_columns(own) if known is None else {*known.columns, *known.optional}
+    try:
+        table = read(source, wanted, own.split or "train", own.subset, own.revision)
+        if known is not None:
+            if not known.reads(table):
+                raise UserError(f"{source}: has not the columns of {known.name}, which the run's rows are")
+            train = [example for row in known.read_rows(table, known.wording(own)) for example in row]
+        else:
+            train = _plain_examples(table, own, terms)
+    except OwnDataError:
+        raise
+    except UserError as error:
+        raise OwnDataError(str(error)) from None
+    if not train:
+        raise OwnDataError(f"{source}: no row has anything to learn from", 0)
+    return Task(source, terms.kind, template_of(own, known, terms.kind), terms.labels, train, [])
+
+
+def _plain_examples(table: Rows, config: DataConfig, terms: Terms) -> list[Example]:
+    kind = kind_of(table, config.model_copy(update={"format": "auto"}))
+    if kind != terms.kind:
+        raise OwnDataError(
+            f"{table.origin}: its columns are those of a {kind} task, but the run is a {terms.kind} task", len(table)
+        )
+    if terms.kind != "classification":
+        return READERS[terms.kind](table, config)
+    strangers = [index for index, label in enumerate(labels_of(table, config)) if label not in terms.labels]
+    if strangers:
+        raise OwnDataError(
+            f'{table.at(strangers[0])}: the label "{labels_of(table, config)[strangers[0]]}" is none of the run\'s '
+            f"({', '.join(terms.labels[:20])}); {len(strangers)} rows have such a label: correct or remove them",
+            len(strangers),
+        )
+    return classification_examples(table, config, terms.labels, label_words(terms.labels, config))

@@ -1,0 +1,86 @@
+"""A device does not trust the server: what it is asked is checked before any of it is done."""
+
+import math
+from typing import Any
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from hfedmoe.config import RunConfig
+from hfedmoe.wire.messages import InvalidReplyError, facts_of, tensors_of, unpack_bits
+
+MOST = {
+    "federation.rounds": 1_000_000,
+    "train.steps": 100_000,
+    "train.batch_size": 65_536,
+    "train.rank": 4_096,
+    "data.max_tokens": 1 << 20,
+    "method.bootstrap_batches": 100_000,
+}
+"""The largest settings that a device works for: no run is meant to need more, and each bounds memory or time."""
+MAX_VALUE = 1e6
+"""No trained weight comes near it."""
+
+
+class InvalidRequestError(ValueError):
+    """The server asks for something that a device does not do; the text says what."""
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raise InvalidRequestError if a run's settings ask a device for more than `MOST`."""
+    for key, most in MOST.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value > most:
+            raise InvalidRequestError(f"{key} = {value} is more than {most}")
+
+
+def round_of(message: Message, rounds: int) -> int:
+    """The number of the round, 1 to `rounds`. Raises InvalidRequestError."""
+    value: Any = _facts(message).get("round")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= rounds:
+        raise InvalidRequestError(f"the round is not a number from 1 to {rounds}")
+    return value
+
+
+def residents_of(message: Message, num_experts: list[int], top_k: list[int], allowed: int) -> list[Tensor]:
+    """The experts to train, bool [E] per layer: top-k in every layer, `allowed` in all. Raises InvalidRequestError."""
+    try:
+        resident = unpack_bits(_facts(message).get("resident"), num_experts)
+    except InvalidReplyError as error:
+        raise InvalidRequestError(str(error)) from None
+    for layer, (keep, k) in enumerate(zip(resident, top_k, strict=True)):
+        if int(keep.sum()) < k:
+            raise InvalidRequestError(f"{int(keep.sum())} experts in layer {layer}, fewer than top-{k}")
+    held = sum(int(keep.sum()) for keep in resident)
+    if held > allowed:
+        raise InvalidRequestError(f"{held} experts, more than the {allowed} that the device has room for")
+    return resident
+
+
+def trainables_of(message: Message) -> dict[str, Tensor]:
+    """The tensors to begin with, finite and of usual size; `moe.payload.load` checks names and shapes.
+
+    Raises:
+        InvalidRequestError: there are none, or one is out of range.
+    """
+    try:
+        tensors = tensors_of(message)
+    except InvalidReplyError as error:
+        raise InvalidRequestError(str(error)) from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise InvalidRequestError(f"{name} is {tensor.dtype}")
+        if tensor.numel():
+            low, high = (float(extreme) for extreme in torch.aminmax(tensor))
+            if not (math.isfinite(low) and math.isfinite(high)) or max(-low, high) > MAX_VALUE:
+                raise InvalidRequestError(f"{name} is not finite, or has values over {MAX_VALUE:g}")
+    return tensors
+
+
+def _facts(message: Message) -> Any:
+    try:
+        return facts_of(message)
+    except InvalidReplyError as error:
+        raise InvalidRequestError(str(error)) from None

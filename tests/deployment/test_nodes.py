@@ -1,0 +1,234 @@
+"""Devices with data of their own, and what leaves them: the real ClientApp, without a network."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+
+from hfedmoe import deployment
+from hfedmoe.config import config_from_text
+from hfedmoe.data.terms import Terms
+from hfedmoe.events import Silent
+from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
+from hfedmoe.moe.payload import pack
+from hfedmoe.prepare import Prepared, prepare, server_for
+from hfedmoe.server.keeper import Keeper
+from hfedmoe.wire import checks, requests
+from hfedmoe.wire.checks import TroubleError
+from hfedmoe.wire.messages import facts_of, tensors_of, train_request, unpack_bits
+from tests.deployment.nodes import Node, rows_file
+
+CONFIG = """
+threads = 1
+[model]
+name = "{model}"
+[data]
+source = "{source}"
+test_rows = 4
+[clients]
+count = 3
+budgets = ["50%"]
+[train]
+steps = 2
+batch_size = 4
+[partition]
+scheme = "iid"
+min_rows = 1
+[evaluation]
+watch_rows = 0
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The server's rows, which have all three labels."""
+    return rows_file(tmp_path / "server.csv", "earn", "acq", "crude", rows=24)
+
+
+@pytest.fixture
+def config(source: Path) -> str:
+    return CONFIG.format(model="tiny", source=source)
+
+
+def prepared(config: str) -> Prepared:
+    return prepare(config_from_text(config, "test"), Silent())
+
+
+def terms_of_server(config: str) -> Terms:
+    return Terms.from_json(server_for(prepared(config), Keeper(None), Silent()).terms)
+
+
+def trouble(reply: Message) -> str:
+    assert not reply.has_error()
+    with pytest.raises(TroubleError) as caught:
+        checks.trouble(reply)
+    return str(caught.value)
+
+
+def test_labels_have_the_same_numbers_and_tokens_on_every_node(config: str, tmp_path: Path) -> None:
+    terms = terms_of_server(config)
+    assert (terms.kind, terms.labels, terms.first_token_only) == ("classification", ("acq", "crude", "earn"), True)
+    reference = prepared(config)
+    seen: dict[str, set[tuple[Any, ...]]] = {}
+    for number, labels in enumerate((("earn", "acq"), ("acq", "crude"), ("crude",))):
+        own = rows_file(tmp_path / f"{number}.csv", *labels, rows=5)
+        node = Node(config, number, {"data": str(own)})
+        reply = node.describe(terms)
+        assert facts_of(reply)["examples"] == 5  # every row trains: nothing measures rows of a node
+        device = node.device()
+        assert device.encoder.first_token_only
+        for example in device.examples:
+            label = next(label for label in labels if label == example.choices[example.answer])
+            (batch,) = device.encoder.training_batch([example]).choice_tokens.tolist()  # type: ignore[union-attr]
+            seen.setdefault(label, set()).add((example.answer, *batch))
+    for label, found in seen.items():
+        same = next(row for row in reference.task.train if row.choices[row.answer] == label)
+        (batch,) = reference.encoder.training_batch([same]).choice_tokens.tolist()  # type: ignore[union-attr]
+        assert found == {(same.answer, *batch)}
+
+
+def test_one_row_is_enough(config: str, tmp_path: Path) -> None:
+    node = Node(config, 1, {"data": str(rows_file(tmp_path / "one.csv", "crude", rows=1))})
+    assert facts_of(node.describe(terms_of_server(config)))["examples"] == 1
+
+
+def test_rows_that_do_not_fit_are_refused_with_a_code_and_a_count_only(
+    config: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    terms = terms_of_server(config)
+    strange = rows_file(tmp_path / "secret-ward.csv", "earn", "leukaemia", rows=6)
+    with caplog.at_level(logging.ERROR):
+        reply = Node(config, 0, {"data": str(strange)}).describe(terms)
+    assert trouble(reply) == "3 of its own rows do not fit the run; its log says which"
+    assert "leukaemia" in caplog.text
+    assert "line 3" in caplog.text
+    for told in (str(facts_of(reply)), str(reply.content)):
+        assert "leukaemia" not in told
+        assert "secret-ward" not in told
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"prompt": "Water boils at", "choices": ["50", "100"], "answer": 1}\n', '{"prompt": "a", "completion": "b"}\n'],
+)
+def test_a_file_of_another_kind_trains_no_other_task(config: str, tmp_path: Path, content: str) -> None:
+    (tmp_path / "own.jsonl").write_text(content)
+    reply = Node(config, 0, {"data": str(tmp_path / "own.jsonl")}).describe(terms_of_server(config))
+    assert "of its own rows do not fit the run" in trouble(reply)
+
+
+def test_a_file_of_a_named_set_is_read_as_rows_of_that_set(tmp_path: Path) -> None:
+    """AG News numbers its labels 0 to 3; a node must not learn to say "0"."""
+    terms = Terms("ag-news", "classification", ("Business", "Sci/Tech", "Sports", "World"), True)
+    config = CONFIG.format(model="tiny", source="ag-news")
+    node = Node(config, 0, {"data": str(rows_file(tmp_path / "own.csv", "0", "3", rows=4))})
+    node.describe(terms)
+    device = node.device()
+    assert [example.choices[example.answer] for example in device.examples] == ["World", "Technology"] * 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"format": "classification"}',
+        '{"format": "x", "kind": "classification", "labels": ["a"], "first_token_only": true}',
+        '{"format": "choices", "kind": "guess", "labels": [], "first_token_only": true}',
+        '{"format": "classification", "kind": "classification", "labels": ["a", "a"], "first_token_only": true}',
+        '{"format": "classification", "kind": "classification", "labels": [1], "first_token_only": true}',
+    ],
+)
+def test_terms_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"terms|labels|label|Expecting"):
+        Terms.from_json(text)
+
+
+def asked_to_train(config: str, plan: Message, ready: Prepared) -> Any:
+    resident = unpack_bits(facts_of(plan)["resident"], ready.model.num_experts)
+    return train_request(1, resident, pack(ready.initial, resident))
+
+
+def test_one_process_that_serves_two_clients_gives_each_what_a_process_of_its_own_would(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    for part in (tiny_model(len(tokenizer), 0), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    source = rows_file(tmp_path / "server.csv", "earn", "acq", "crude", rows=48)
+    for model in (tmp_path / "model", "tiny"):  # carved from a checkpoint, and masked
+        config = CONFIG.format(model=model, source=source)
+        ready = prepared(config)
+        terms = Terms.from_json(server_for(ready, Keeper(None), Silent()).terms)
+
+        def round_of(node: Node, config: str = config, ready: Prepared = ready, terms: Terms = terms) -> Any:
+            node.describe(terms)
+            plan = node.plan()
+            return facts_of(plan)["resident"], tensors_of(node.train(asked_to_train(config, plan, ready)))
+
+        deployment._prepared.cache_clear()
+        alone = round_of(Node(config, 1))
+        deployment._prepared.cache_clear()
+        round_of(Node(config, 0))
+        after = round_of(Node(config, 1))
+        assert after[0] == alone[0]
+        assert set(after[1]) == set(alone[1])
+        assert all(torch.equal(tensor, alone[1][name]) for name, tensor in after[1].items())
+
+
+def test_a_plan_opens_no_model_where_scores_are_known(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready, node = prepared(config), Node(config, 0)
+    node.describe(Terms.from_json(server_for(ready, Keeper(None), Silent()).terms))
+    first = node.plan()
+    node.train(asked_to_train(config, first, ready))
+    opened = node.device().place  # what the model itself would say
+    monkeypatch.setattr(deployment, "prepare", lambda *_, **__: pytest.fail("the model was opened"))
+    deployment._prepared.cache_clear()
+    reply = node.plan(2)
+    resident = unpack_bits(facts_of(reply)["resident"], ready.model.num_experts)
+    assert sum(int(keep.sum()) for keep in resident) == opened.budget == 16
+
+
+def test_what_a_server_asks_is_checked_before_it_is_done(config: str) -> None:
+    ready, node = prepared(config), Node(config, 0)
+    node.describe(Terms.from_json(server_for(ready, Keeper(None), Silent()).terms))
+    honest = asked_to_train(config, node.plan(), ready)
+    everything = [torch.ones(8, dtype=torch.bool)] * 4
+    nothing = [torch.tensor([True, *[False] * 7])] * 4
+    half = [torch.tensor([True, False] * 4)] * 4
+    broken = {name: tensor * torch.nan for name, tensor in pack(ready.initial, half).items()}
+    asked = {
+        "more than its room": train_request(1, everything, pack(ready.initial, everything)),
+        "fewer than top-k": train_request(1, nothing, pack(ready.initial, nothing)),
+        "not finite": train_request(1, half, broken),
+        "missing tensors": train_request(1, half, {}),
+        "no round": train_request(99, half, pack(ready.initial, half)),
+    }
+    for what, content in asked.items():
+        assert trouble(node.train(content)) == "refuses what the server asked; its log says why", what
+    assert "status" not in facts_of(node.train(honest))
+
+
+def test_settings_that_ask_for_too_much_are_refused(config: str) -> None:
+    greedy = config.replace("steps = 2", "steps = 1000000000")
+    with pytest.raises(requests.InvalidRequestError, match=r"train.steps = 1000000000 is more than 100000"):
+        requests.check_settings(config_from_text(greedy, "test"))
+    reply = Node(greedy, 0).describe(terms_of_server(config))
+    assert trouble(reply) == "refuses what the server asked; its log says why"
+
+
+def test_the_words_of_a_fault_stay_on_the_device(
+    config: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError('got "Patient 17"')
+
+    deployment._prepared.cache_clear()
+    monkeypatch.setattr(deployment, "prepare", broken)
+    terms = Terms("classification", "classification", ("acq", "earn"), True)
+    with caplog.at_level(logging.ERROR):
+        reply = Node(config, 0).describe(terms)
+    assert trouble(reply) == "failed; its log says why"
+    assert "Patient" not in str(reply.content)
+    assert "Patient 17" in caplog.text
