@@ -39,6 +39,8 @@ class Export:
     kept: list[list[int]] = field(default_factory=list)
     """Of a client's sub-model: the experts of each layer, by their numbers in the whole model."""
     scores_round: int | None = None
+    prediction_layers: int = 0
+    """Of multi-token prediction, which the base promises and a whole checkpoint of a run does not have."""
 
 
 def card(run: RunFolder, checkpoint: Checkpoint, export: Export) -> str:
@@ -104,6 +106,11 @@ def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
     ]
     if export.whole_type is not None:
         text.append(f"* The base is a {export.whole_type} model, of which this is the text model alone.")
+    if export.prediction_layers:
+        text.append(
+            f"* The base promises {export.prediction_layers} layer(s) of multi-token prediction. They were not trained "
+            "and are not in these files; the config says so."
+        )
     if model.expert_dtype != "same":
         text.append(
             f"* The clients held the frozen experts as {model.expert_dtype}; what they trained belongs here to the "

@@ -17,7 +17,9 @@ from hfedmoe.export.card import BASE, Export, card
 from hfedmoe.export.merged import merge, save
 from hfedmoe.export.mixtral import write_mixtral
 from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuable, router_groups, shrink
+from hfedmoe.export.written import check_written
 from hfedmoe.files.whole import check_free, writing, written_whole
+from hfedmoe.models.carved import quantisation_of
 from hfedmoe.models.loaded import Loaded
 from hfedmoe.models.loading import load
 from hfedmoe.models.names import PACKAGED_MODELS, source_of
@@ -25,6 +27,7 @@ from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.anatomy import text_config
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import load_all
+from hfedmoe.moe.prediction import withdraw
 from hfedmoe.runs import Checkpoint, RunFolder
 from hfedmoe.runs.choice import checkpoint_of, fitting
 
@@ -71,6 +74,7 @@ def export_run(
         model = config.model.model_copy(update=plain | stored)
         train = config.train.model_copy(update={"gradient_checkpointing": False})
         config = config.model_copy(update={"model": model, "train": train})
+        _check_not_quantised(config.model, form)
         with written_whole(out) as scratch:
             loaded = load(config.model, config.seed)
             about = Export(
@@ -118,6 +122,16 @@ def _check_outside(out: Path, run: Path) -> None:
         raise UserError(f"{out}: is in the run's own folder, where a resumed run may delete it; choose another folder")
 
 
+def _check_not_quantised(model: ModelConfig, form: str) -> None:
+    """Raise UserError if the base checkpoint is quantised already: its weights cannot take what was trained."""
+    method = quantisation_of(model)
+    if method is not None and form != "adapter":
+        raise UserError(
+            f"model.name = {model.name}: is quantised already ({method}), so what was trained cannot be merged into "
+            "its weights; use --as adapter, or run on the checkpoint that it was made from"
+        )
+
+
 def _whole_type(model: ModelConfig) -> str | None:
     """The type of a base that does more than text, of which only the text model is loaded; None of any other."""
     from transformers import AutoConfig
@@ -156,9 +170,11 @@ def _trained(job: _Job) -> MoEModel:
 def _merged(job: _Job, scratch: Path, about: Export) -> Export:
     model = _trained(job)
     merge(model, getattr(torch, about.dtype))
+    promised = withdraw(model.model.config)
     with writing(job.out):
         save(model.model, scratch)
-    return replace(about, num_experts=model.num_experts)
+    check_written(model.model, scratch)
+    return replace(about, num_experts=model.num_experts, prediction_layers=promised)
 
 
 def _adapter(job: _Job, scratch: Path, about: Export) -> Export:
@@ -208,10 +224,14 @@ def _client(job: _Job, scratch: Path, about: Export) -> Export:
             for layer, experts in zip(model.layers, kept, strict=True)
         ],
     }
+    promised = withdraw(small.config)
     with writing(job.out):
         save(small, scratch)
         (scratch / "experts.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    return replace(about, num_experts=model.num_experts, kept=kept, scores_round=scores.round)
+    check_written(small, scratch)
+    return replace(
+        about, num_experts=model.num_experts, kept=kept, scores_round=scores.round, prediction_layers=promised
+    )
 
 
 def _told(out: Path, checkpoint: Checkpoint, about: Export) -> str:

@@ -13,7 +13,7 @@ from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, sourc
 from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.experts.store import ExpertStore
-from hfedmoe.moe.weights.shards import INDEX, SINGLE, CheckpointError, Shards
+from hfedmoe.moe.weights.shards import CheckpointError, Shards, weights_file
 from hfedmoe.moe.weights.skeleton import empty_model, fill
 
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -39,7 +39,7 @@ def checkpoint_folder(config: ModelConfig) -> Path | None:
     try:
         described = AutoConfig.from_pretrained(source, **options)
         if getattr(described, "quantization_config", None) is not None:
-            return None
+            return None  # as `quantisation_of`, of what was read already
         folder = Path(source)
         if not folder.is_dir():
             wanted = [*_FILES, "*.py"] if config.trust_remote_code else _FILES
@@ -50,7 +50,31 @@ def checkpoint_folder(config: ModelConfig) -> Path | None:
             )
     except LOADING_ERRORS as error:
         raise UserError(explain(config, error)) from None
-    return folder if (folder / INDEX).is_file() or (folder / SINGLE).is_file() else None
+    return None if weights_file(folder) is None else folder
+
+
+def quantisation_of(config: ModelConfig) -> str | None:
+    """How a model's checkpoint is quantised already, by its config; None: it is not, or is packaged or GGUF.
+
+    Raises:
+        UserError: the model cannot be found or reached.
+    """
+    from transformers import AutoConfig
+
+    if config.name in PACKAGED_MODELS:
+        return None
+    source, options = source_of(config)
+    if "gguf_file" in options:
+        return None
+    try:
+        described = AutoConfig.from_pretrained(source, **options)
+    except LOADING_ERRORS as error:
+        raise UserError(explain(config, error)) from None
+    found = getattr(described, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method) or "by a method without a name")
 
 
 def open_model(config: ModelConfig, folder: Path) -> Loaded:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from hfedmoe.config import ModelConfig
@@ -10,8 +11,12 @@ from hfedmoe.errors import UserError
 from hfedmoe.models.carved import checkpoint_folder, open_model, store_experts
 from hfedmoe.models.loaded import Loaded, device_of, with_padding
 from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, source_of
+from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.families import UNSUPPORTED
 from hfedmoe.moe.head import keep_head_one_product
+from hfedmoe.moe.weights.checkpoint import Checkpoint, CheckpointExperts
+from hfedmoe.moe.weights.shards import CheckpointError, Shards, weights_file
+from hfedmoe.moe.weights.skeleton import missing_tensors
 
 
 def load(config: ModelConfig, seed: int, carve: bool = False) -> Loaded:
@@ -109,11 +114,38 @@ def _pretrained(config: ModelConfig) -> Loaded:
     try:
         part = described.get_text_config().model_type != described.model_type
         with _left_out_on_purpose() if part else nullcontext():
-            model = auto.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
+            model, found = auto.from_pretrained(
+                source, dtype=getattr(torch, config.dtype), output_loading_info=True, **options
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        raise UserError(explain(config, error)) from None
+        raise UserError(_what_does_not_fit(config, Path(source)) or explain(config, error)) from None
+    if found["missing_keys"]:
+        raise UserError(f"model.name = {missing_tensors(config.name, list(found['missing_keys']))}")
     return Loaded(model, with_padding(tokenizer))
+
+
+def _what_does_not_fit(config: ModelConfig, folder: Path) -> str | None:
+    """One line about a tensor that does not fit the config, which transformers does not name; None: all do."""
+    try:
+        if not folder.is_dir() or weights_file(folder) is None:
+            return None
+        model = structure(config.model_copy(update={"upcycle": None}))
+        checkpoint = Checkpoint(Shards(folder), model)
+        missing = CheckpointExperts(checkpoint, find_moe_layers(model)).missing()
+    except (CheckpointError, UnsupportedModelError, UserError):
+        return None
+    if missing:
+        return f"model.name = {missing_tensors(config.name, missing)}"
+    for name, like in model.state_dict().items():
+        source = checkpoint.sources.get(name)
+        stored = None if source is None or source.converter is not None else checkpoint.shards[source.first].shape
+        if stored is not None and tuple(stored) != tuple(like.shape):
+            return (
+                f"model.name = {config.name}: {name} is stored as {list(stored)}, but config.json wants "
+                f"{list(like.shape)}; download or convert the checkpoint again"
+            )
+    return None
 
 
 def _described(config: ModelConfig) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
+from hfedmoe.files.lfs import pointer_in
 from hfedmoe.models.packaged import smollm2_folder
 
 PACKAGED_MODELS = {
@@ -52,6 +53,10 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 def explain(config: ModelConfig, error: Exception) -> str:
     """One line for the user about why a model could not be loaded."""
+    path = Path(config.name).expanduser()
+    pointer = pointer_in(path if path.is_dir() else path.parent) if path.exists() else None
+    if pointer is not None:
+        return f"model.name = {config.name}: {pointer}"
     known = ", ".join(PACKAGED_MODELS)
     reason = _reason(error)
     if reason is not None:

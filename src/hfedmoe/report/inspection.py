@@ -14,6 +14,7 @@ from hfedmoe.models.loading import structure
 from hfedmoe.moe.anatomy import DenseModelError, MoELayer, UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.attention import is_attention
 from hfedmoe.moe.model import MoEModel
+from hfedmoe.moe.prediction import promised
 from hfedmoe.report.live.words import human_bytes, percent
 from hfedmoe.report.table import table
 
@@ -53,6 +54,8 @@ class Anatomy:
     layers: list[Layer]
     parts: dict[str, Part]
     router_problem: str | None
+    prediction_layers: int = 0
+    """Layers for further tokens that the config promises and that are neither loaded nor trained."""
 
     @property
     def num_experts(self) -> int:
@@ -109,6 +112,7 @@ def anatomy_of(name: str, experts: int | None = None, top_k: int = 2) -> Anatomy
         layers=layers,
         parts=parts,
         router_problem=moe.router_gradient_problem(),
+        prediction_layers=promised(model.config),
     )
 
 
@@ -150,6 +154,10 @@ def as_text(anatomy: Anatomy) -> str:
         if anatomy.router_problem
         else "routers: get a gradient, so they can be trained",
     ]
+    if anatomy.prediction_layers:
+        lines.append(
+            f"multi-token prediction: {anatomy.prediction_layers} layer(s), which are not loaded, trained or exported"
+        )
     return "\n".join(lines)
 
 

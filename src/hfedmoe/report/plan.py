@@ -13,6 +13,7 @@ from hfedmoe.device.planner import MARGIN, Planner, rehearsable
 from hfedmoe.device.probe import probe
 from hfedmoe.device.workload import Workload
 from hfedmoe.errors import UserError
+from hfedmoe.models.carved import quantisation_of
 from hfedmoe.models.loaded import device_of
 from hfedmoe.models.names import PACKAGED_MODELS
 
@@ -94,7 +95,8 @@ class Plan:
     def carved(self) -> bool:
         """Whether devices can read single experts: from a safetensors checkpoint, as far as the name tells."""
         model = self.config.model
-        return model.upcycle is None and model.name not in PACKAGED_MODELS and not model.name.endswith(".gguf")
+        plain = model.upcycle is None and model.name not in PACKAGED_MODELS and not model.name.endswith(".gguf")
+        return plain and quantisation_of(model) is None
 
 
 def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:

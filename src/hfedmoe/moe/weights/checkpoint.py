@@ -69,6 +69,20 @@ class Checkpoint:
 
         return self._made_of(name, read, own)[name][0]
 
+    def missing(self, name: str, experts: int | None = None) -> bool:
+        """Whether something of a parameter is not stored.
+
+        Args:
+            experts: how many rows (experts) it stacks, where they may be stored one by one.
+        """
+        source = self.sources.get(name)
+        if source is None:
+            return True
+        patterns = [name] if source.converter is None else list(source.converter.source_patterns)
+        if source.converter is not None and len(source.names) < len(patterns):
+            return True
+        return experts is not None and any(1 < len(names) < experts for names in source.names.values())
+
     def _made_of(self, name: str, read: Callable[[str], Tensor], names: dict[str, list[str]]) -> dict[str, Tensor]:
         source = self._source(name)
         if source.converter is None:
@@ -102,6 +116,16 @@ class CheckpointExperts:
         self._shapes = [
             {kind: tuple(wanted[name].shape[-2 if kind in MATRICES else -1 :]) for kind, name in names[0].items()}
             for names in self._names
+        ]
+
+    def missing(self) -> list[str]:
+        """Parameters of experts that are not stored, or not for every expert."""
+        return [
+            name
+            for layer, names in zip(self.layers, self._names, strict=True)
+            for own in names
+            for name in own.values()
+            if self.checkpoint.missing(name, None if len(names) > 1 else layer.num_experts)
         ]
 
     def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:

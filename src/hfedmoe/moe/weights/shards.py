@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfedmoe.files.lfs import pointer_in
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000
@@ -89,9 +91,28 @@ class Shards:
         return _read(entry, entry.start + row * size, entry.shape[1:])
 
 
+def weights_file(folder: Path) -> Path | None:
+    """The file or index of a folder's safetensors checkpoint that transformers loads; None if it has neither.
+
+    As `transformers.modeling_utils._get_resolved_checkpoint_files`: `transformers_weights` in config.json, else the
+    single file, and the index only where there is none. A folder that was saved in shards and then whole has both.
+    """
+    try:
+        explicit = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):  # who needs the config says what is wrong with it
+        explicit = None
+    if isinstance(explicit, str):
+        file = folder / explicit
+        return file if file.resolve().is_relative_to(folder.resolve()) else None
+    return next((folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
+
+
 def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
+    file = weights_file(folder)
+    if file is None:
+        raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}")
+    if file.name.endswith(".index.json"):
+        index = file
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted({str(file) for file in places.values()})
@@ -100,14 +121,14 @@ def _files(folder: Path) -> list[Path]:
         if any(Path(name).name != name for name in names):  # an index must not lead out of its folder
             raise CheckpointError(f"{index}: names files outside its folder")
         return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}")
+    return [file]
 
 
 def _header(file: Path) -> Iterator[tuple[str, Entry]]:
     """Names and places of the tensors of one file, checked against its size."""
     try:
+        if (pointer := pointer_in(file)) is not None:
+            raise CheckpointError(pointer)
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             size = os.fstat(stream.fileno()).st_size

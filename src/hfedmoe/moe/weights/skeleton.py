@@ -1,5 +1,6 @@
 """A model with everything in memory but its experts, tensor by tensor from a checkpoint."""
 
+import re
 from typing import Any
 
 import torch
@@ -40,9 +41,12 @@ def fill(model: Any, shards: Shards, dtype: torch.dtype, expert_dtype: str, devi
     layers = find_moe_layers(model)
     experts = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
     checkpoint = Checkpoint(shards, model)
-    wanted = {name: p for name, p in model.named_parameters() if id(p) not in experts}
+    tied = _untie(model, checkpoint)
+    wanted = {name: p for name, p in model.named_parameters() if id(p) not in experts and name not in tied}
     # Buffers that are stored as well (correction biases); tied weights are found once.
     wanted |= {name: b for name, b in model.named_buffers() if name in checkpoint.sources}
+    source = CheckpointExperts(checkpoint, layers)
+    _require(shards, model, [name for name in wanted if checkpoint.missing(name)] + source.missing())
     dtypes = _Dtypes(model, dtype)
     while wanted:
         name = next(iter(wanted))
@@ -58,9 +62,36 @@ def fill(model: Any, shards: Shards, dtype: torch.dtype, expert_dtype: str, devi
     for name, buffer in list(model.named_buffers()):
         if buffer.device != device:
             _put(model, name, buffer.to(device))
-    model.tie_weights()
-    return ExpertStore(
-        CheckpointExperts(checkpoint, layers), [layer.num_experts for layer in layers], expert_dtype, dtype, device
+    model.tie_weights(missing_keys=tied, recompute_mapping=False)  # ties what is equal, as from_pretrained does
+    return ExpertStore(source, [layer.num_experts for layer in layers], expert_dtype, dtype, device)
+
+
+def _untie(model: Any, checkpoint: Checkpoint) -> set[str]:
+    """Give every stored one of two tied tensors (embedding and head) its own place; returns those that are not stored.
+
+    transformers ties them only if the stored values are equal, or if one is not stored, whatever the config says.
+    """
+    pairs = dict(model.all_tied_weights_keys)
+    for target in pairs:
+        if target in checkpoint.sources:
+            _put(model, target, torch.empty_like(model.get_parameter(target), device="meta"))
+    return {name for pair in pairs.items() for name in pair if name not in checkpoint.sources}
+
+
+def _require(shards: Shards, model: Any, missing: list[str]) -> None:
+    """Raise CheckpointError for tensors that are not stored, but for those that the family leaves out on purpose."""
+    left_out = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    unknown = [name for name in missing if not any(re.search(pattern, name) for pattern in left_out)]
+    if unknown:
+        raise CheckpointError(missing_tensors(str(shards.folder), unknown))
+
+
+def missing_tensors(where: str, names: list[str]) -> str:
+    """One line about a checkpoint that lacks tensors of its model."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{where}: the checkpoint has no {', '.join(sorted(names)[:3])}{more}, which would be random numbers; "
+        "download or convert it again"
     )
 
 

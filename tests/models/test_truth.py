@@ -1,0 +1,121 @@
+"""One truth about a checkpoint: whole or carved, a model has the weights that transformers loads."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hfedmoe.config import ModelConfig
+from hfedmoe.errors import UserError
+from hfedmoe.files.lfs import START
+from hfedmoe.models.loading import load
+from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
+from hfedmoe.moe.model import MoEModel
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint in one file."""
+    return saved(tmp_path / "model", 0)
+
+
+def saved(folder: Path, seed: int, **options: Any) -> Path:
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer), seed).save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def weights(folder: Path, carve: bool) -> dict[str, torch.Tensor]:
+    """Head and first expert of a model that was loaded by us."""
+    loaded = load(ModelConfig(name=str(folder), device="cpu"), seed=0, carve=carve)
+    model = MoEModel(loaded.model, store=loaded.store)
+    model.set_resident(None)
+    x = torch.arange(12)[None]
+    return {"logits": model.model(input_ids=x, attention_mask=torch.ones_like(x)).logits.detach()}
+
+
+def stock(folder: Path) -> torch.Tensor:
+    model, x = AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(12)[None]
+    logits: torch.Tensor = model(input_ids=x, attention_mask=torch.ones_like(x)).logits.detach()
+    return logits
+
+
+def same_as_stock(folder: Path) -> bool:
+    reference = stock(folder)
+    return all(torch.allclose(weights(folder, carve)["logits"], reference, atol=1e-5) for carve in (False, True))
+
+
+def test_a_folder_that_was_saved_in_shards_and_then_whole_is_read_whole(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", 1, max_shard_size="200KB")
+    before = stock(folder)
+    shutil.copy(saved(tmp_path / "other", 2) / "model.safetensors", folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert not torch.allclose(stock(folder), before)
+    assert same_as_stock(folder)
+
+
+def test_a_file_that_the_config_names_is_the_one_to_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", 1)
+    shutil.copy(saved(tmp_path / "other", 2) / "model.safetensors", folder / "best.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "best.safetensors"}))
+    assert torch.allclose(stock(folder), stock(tmp_path / "other"))
+    assert same_as_stock(folder)
+
+
+def without(folder: Path, part: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if part not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("carve", [False, True])
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ("lm_head.weight", "lm_head.weight"),
+        ("model.layers.1.block_sparse_moe.gate", r"model.layers.1.mlp.gate.weight"),
+        ("layers.2.input_layernorm", "model.layers.2.input_layernorm.weight"),
+        ("block_sparse_moe.experts", r"experts.down_proj, .* and \d+ more"),
+        ("layers.3.block_sparse_moe.experts.5.w2", "layers.3.mlp.experts.down_proj"),
+    ],
+)
+def test_what_is_missing_is_named_and_never_random(folder: Path, part: str, named: str, carve: bool) -> None:
+    without(folder, part)
+    with pytest.raises(UserError, match=named) as caught:
+        load(ModelConfig(name=str(folder), device="cpu"), seed=0, carve=carve)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_differs_from_the_embedding_is_used_whatever_the_config_says(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert same_as_stock(folder)  # the head that is stored, not the embedding
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert same_as_stock(folder)
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_one_of_two_tied_tensors_is_enough(folder: Path, stored: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    without(folder, "lm_head" if "embed" in stored else "embed_tokens")
+    assert same_as_stock(folder)
+
+
+@pytest.mark.parametrize("carve", [False, True])
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_said_to_be_one(folder: Path, file: str, carve: bool) -> None:
+    (folder / file).write_bytes(START + b"\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"{file}: is a Git LFS pointer.*git lfs pull") as caught:
+        load(ModelConfig(name=str(folder), device="cpu"), seed=0, carve=carve)
+    assert "\n" not in str(caught.value)
