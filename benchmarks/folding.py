@@ -102,7 +102,7 @@ def _fold_row(tensors: dict[str, Tensor], num_experts: list[int], lora: str, sha
     for _ in range(3 if lora == "exact" else 8):
         message = _message(train_reply(update_of(tensors, num_experts, share, draws)))
         update = timed("check", checks.update, message, everything, tensors, work)
-        timed("fold", fold.add, update, everything)
+        timed("fold", fold.add, update, everything, 100)
         copies = [torch.zeros_like(tensor) for tensor in update.tensors.values()]
         timed("copy", _copy, copies, update)
         size = sum(tensor.nbytes for tensor in copies)

@@ -1,6 +1,7 @@
 """Whole rounds: what clients hold, train and send; and clients that fail."""
 
 import math
+import statistics
 import struct
 import time
 import weakref
@@ -283,3 +284,46 @@ def test_few_held_out_rows_leave_none_to_watch(federation: Make, tmp_path: Path)
     assert run.server.round == 1
     assert not run.server.watches
     assert [len(run.prepared.task.test), len(run.prepared.watch)] == [4, 0]
+
+
+def test_the_traceback_of_a_client_that_failed_is_in_the_runs_log(tmp_path: Path) -> None:
+    from hfedmoe import simulation
+
+    config = tiny_config("federation.rounds=1", "train.steps=1", "data.test_rows=6")
+    broken = replace_first_device(simulation.assemble)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation, "assemble", broken)
+        simulation.run(config, tmp_path / "run", Silent())
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert "client 0 failed in train" in text
+    assert "Traceback (most recent call last)" in text
+    assert "ZeroDivisionError: a bug" in text
+
+
+def replace_first_device(honest: Callable[..., Any]) -> Callable[..., Any]:
+    """As `assemble`, with a first client whose training has a bug."""
+
+    def assemble(*arguments: Any) -> Any:
+        made = honest(*arguments)
+
+        def train(*_: Any) -> Update:
+            raise ZeroDivisionError("a bug")
+
+        made.devices[0].train = train
+        return made
+
+    return assemble
+
+
+def test_a_client_counts_at_most_so_many_times_the_median(federation: Make, tmp_path: Path) -> None:
+    notes = Notes()
+    run = federation("federation.rounds=1", "train.steps=1", "federation.max_weight=1.5", watcher=notes)
+    device = run.devices[0]
+    device.examples = device.examples * 400
+    run.run()
+    (line,) = RunFolder.open(tmp_path / "run").read_rounds()[1:]
+    examples = [row["examples"] for row in line["clients"]]
+    most = round(1.5 * statistics.median(examples))
+    assert examples[0] == len(device.examples) > most
+    assert [row["weight"] for row in line["clients"]] == [min(number, most) for number in examples]
+    assert any("client 0 says that it has" in text and f"it counts as {most}" in text for text in notes.warnings)

@@ -31,6 +31,7 @@ from hfedmoe.device.limits import hold_process_to
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent, Watcher
 from hfedmoe.files.cache import cache_folder
+from hfedmoe.models.digest import base_digest
 from hfedmoe.models.loaded import device_of
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.report.live import Live
@@ -125,6 +126,7 @@ def _device(message: Message, context: Context) -> Device:
         examples,
         config,
         initial=prepared.initial,
+        base=base_digest(config),
         budget_experts=_experts(context, config, budget, prepared, str(place)),
         notes=_notes(context, number),
     )
@@ -219,7 +221,7 @@ def _server(context: Context) -> Server:
     for text in prepared.warnings:
         watcher.warning(text)
     folder = RunFolder.create(Path(str(out)), prepared.settled) if out else None
-    return server_for(prepared, Keeper(folder), watcher)
+    return server_for(prepared, Keeper(folder), watcher, base=base_digest(config))
 
 
 client = client_app(_device, _place, private=True)

@@ -42,6 +42,8 @@ class ClientRound(Work):
     client: int = 0
     status: str = "ok"
     reason: str = ""
+    weight: int = 0
+    """|D_c| as it counted: `examples` within `federation.max_weight`."""
     resident: int = 0
     """Experts on the device, over all layers."""
     trained: int = 0

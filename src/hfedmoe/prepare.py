@@ -122,13 +122,19 @@ def encoder_of(loaded: Loaded, task: Task, max_tokens: int) -> Encoder:
 
 
 def server_for(
-    prepared: Prepared, keeper: Keeper, watcher: Watcher, tensors: dict[str, Tensor] | None = None, round: int = 0
+    prepared: Prepared,
+    keeper: Keeper,
+    watcher: Watcher,
+    tensors: dict[str, Tensor] | None = None,
+    round: int = 0,
+    base: str = "",
 ) -> Server:
     """The server of a federation, whoever carries its messages.
 
     Args:
         tensors: what `round` ended with; None: the model as it was loaded.
         round: the last complete one.
+        base: digest of the base model, where clients have copies of their own.
     """
     model = prepared.model
     return Server(
@@ -140,6 +146,7 @@ def server_for(
         keeper=keeper,
         watcher=watcher,
         terms=terms_of(prepared.task, prepared.config.data, prepared.encoder.first_token_only).to_json(),
+        base=base,
         watches=bool(prepared.watch),
         round=round,
     )

@@ -17,6 +17,7 @@ from hfedmoe.moe.payload import load_all
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.runs import RunFolder
 from hfedmoe.runs.choice import fitting
+from hfedmoe.runs.log import logging_to
 from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
@@ -71,7 +72,8 @@ def _run(
     for text in prepared.warnings:
         watcher.warning(text)
     simulation = assemble(prepared, parts, folder, watcher, from_round)
-    simulation.run()
+    with logging_to(folder.path):
+        simulation.run()
     keeper = simulation.server.keeper
     watcher.finish(f"done: {folder.path}")
     before, after = (keeper.scores[0], keeper.scores[-1]) if keeper.scores else (None, None)

@@ -131,7 +131,7 @@ def test_recalled_usage_equals_the_live_one_with_layers_of_different_sizes(tmp_p
             with folder.expert_rows(round, numbers) as add:
                 for client, row in zip(clients, usage, strict=True):
                     add(client, row, row, row > 0, row > 0)
-            status = [{"client": c, "examples": 10 + c, "status": "ok"} for c in clients]
+            status = [{"client": c, "weight": 10 + c, "status": "ok"} for c in clients]
             folder.append_round({"round": round, "evaluation": {}, "clients": status})
             for client, row in zip(clients, usage, strict=True):
                 live.add(row, 10 + client)

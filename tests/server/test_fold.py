@@ -32,7 +32,7 @@ def update(expert_rows: list[float], trained: list[int], gate: float, examples: 
 
 def fold_in(fold: Fold, update: Update) -> None:
     """Of a client that held what it trained."""
-    fold.add(update, update.trained)
+    fold.add(update, update.trained, update.work.examples)
 
 
 def start() -> dict[str, torch.Tensor]:
@@ -192,7 +192,7 @@ def test_fedavg_averages_everything_over_all_holders_stale_copies_included() -> 
         # Neither trained anything, and nothing is used: plain averaging asks for none of that.
         sent = update(rows, [], gate, examples, usage=[1.0, 0.0, 0.0, 0.0], importance=[0.0] * E)
         sent.sent = everything
-        fold.add(sent, everything)
+        fold.add(sent, everything, examples)
     new = fold.result()
     assert new["experts.0.up_b"][:, 0].tolist() == [4.0, 5.0, 6.0, 7.0]  # (1 * x + 3 * (x + 4)) / 4
     assert new["router.0.weight"][:, 0].tolist() == [2.5] * E
@@ -209,5 +209,5 @@ def test_a_mean_over_holders_counts_held_experts_only(monkeypatch: pytest.Monkey
         flags[held] = True
         sent = update(rows, [1], gate=1.0, examples=examples)
         sent.sent = [flags]
-        fold.add(sent, [flags])
+        fold.add(sent, [flags], examples)
     assert fold.result()["experts.0.up_b"][:, 0].tolist() == [1.0, 5.0, 7.0, start()["experts.0.up_b"][3, 0].item()]

@@ -34,7 +34,7 @@ def test_every_layer_has_its_own_alpha(rule: str, expected: list[float]) -> None
     for order in ((one, other, nothing), (nothing, one, other), (one, nothing, other)):
         fold = Fold(START, MethodConfig(gate=rule, tau=0.5))
         for update in order:
-            fold.add(update, update.trained)
+            fold.add(update, update.trained, update.work.examples)
         new = fold.result()
         for layer, value in enumerate(expected):
             torch.testing.assert_close(new[f"router.{layer}.weight"], torch.full((2, 1), value))
@@ -42,8 +42,8 @@ def test_every_layer_has_its_own_alpha(rule: str, expected: list[float]) -> None
 
 def test_rows_of_gates_are_weighted_by_their_own_layer_and_threshold() -> None:
     fold = Fold(START, MethodConfig(gate="rows", tau=0.5))
-    fold.add(layered(1.0, 1, [(0.2, 0.9), (0.6, 0.9)]), BOTH)
-    fold.add(layered(3.0, 1, [(0.6, 0.9), (0.2, 0.9)]), BOTH)
+    fold.add(layered(1.0, 1, [(0.2, 0.9), (0.6, 0.9)]), BOTH, 1)
+    fold.add(layered(3.0, 1, [(0.6, 0.9), (0.2, 0.9)]), BOTH, 1)
     new = fold.result()
     torch.testing.assert_close(new["router.0.weight"][:, 0], torch.tensor([2.5, 0.0]))  # row 1 is below tau: kept
     torch.testing.assert_close(new["router.1.weight"][:, 0], torch.tensor([1.5, 0.0]))
@@ -65,7 +65,7 @@ def test_products_of_both_projections_are_weighted_by_their_own_layer() -> None:
         own = {name: factor * scale for name, factor in a.items()}  # along the same A, so the mean has rank 1
         own |= {name: torch.randn(shape, generator=draws) for name, shape in shapes.items() if name.endswith("_b")}
         sent.append(own)
-        fold.add(layered(0.0, 1, importance, tensors=own), BOTH)
+        fold.add(layered(0.0, 1, importance, tensors=own), BOTH, 1)
     new = fold.result()
     for layer, weights in enumerate(((1, 3), (3, 1))):
         for side in ("up", "down"):

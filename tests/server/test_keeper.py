@@ -21,7 +21,7 @@ def test_routing_consistency_and_losses_by_hand() -> None:
             vectors, flags = [torch.tensor(row) for row in rows], [torch.ones(2, dtype=torch.bool)] * 2
             work = Work(examples=5, steps=3, steps_wanted=3, first_loss=3.0, last_loss=2.0)
             update = Update({}, flags, flags, vectors, vectors, vectors, work)
-            log.received(client, update, flags, 7, 2.0)
+            log.received(client, update, flags, 7, 5, 2.0)
         noted = list(log.clients())
     assert [done.routing_consistency for done in noted] == [0.75, 1.0]
     assert (noted[0].first_loss, noted[0].last_loss, noted[0].bytes_up) == (3.0, 2.0, 7)

@@ -9,13 +9,17 @@ import torch
 from flwr.app import Message, Metadata, RecordDict
 from torch import Tensor
 
+from hfedmoe.config import MethodConfig
 from hfedmoe.events import Work
+from hfedmoe.files.blob import loads
+from hfedmoe.server.fold import Fold
 from hfedmoe.wire import checks
 from hfedmoe.wire.messages import (
     Description,
     InvalidReplyError,
     Update,
     describe_reply,
+    facts_of,
     pack_bits,
     record,
     train_reply,
@@ -99,3 +103,60 @@ def test_updates_are_checked(lie: dict[str, Any], reason: str) -> None:
         lie = {"work": replace(work, **lie["work"])}
     with pytest.raises(InvalidReplyError, match=reason):
         checked(replace(honest, **lie))
+
+
+def test_headers_are_bounded_before_they_are_parsed() -> None:
+    nested = ("[" * 900 + "]" * 900).encode()
+    header = b'{"a":' + nested * 1 + b"}"
+    header += b" " * (-len(header) % 8)
+    blob = len(header).to_bytes(8, "little") + header
+    with pytest.raises(ValueError, match="is not described as a tensor"):
+        loads(blob)
+    with pytest.raises(ValueError, match=r"its header has \d+ bytes, where at most 1000 are expected"):
+        loads(blob, 1000)
+
+
+def test_an_update_has_room_for_the_names_it_must_have_and_no_more() -> None:
+    halves, flags = [torch.full((2,), 0.5)], [torch.ones(2, dtype=torch.bool)]
+    work = Work(examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0)
+    many = {f"shared.{number}": torch.zeros(0) for number in range(2000)}
+    update = Update(many, flags, flags, halves, halves, halves, work)
+    with pytest.raises(InvalidReplyError, match="its header has"):
+        checks.update(message(train_reply(update)), flags, {"shared.x": torch.ones(1)}, checks.Asked(1, [10]))
+
+
+def test_facts_are_bounded() -> None:
+    for facts in ({f"f{number}": 1 for number in range(100)}, {"name": "x" * (1 << 25)}):
+        with pytest.raises(InvalidReplyError, match="facts of"):
+            facts_of(message(record(facts)))
+
+
+def test_products_that_would_lock_everybody_out_are_refused() -> None:
+    """A of the next round keeps its norm, so B holds the whole product: 1e6 x 1e6 must not pass."""
+    like = {"experts.0.up_a": torch.full((2, 1, 4), 0.5), "experts.0.up_b": torch.zeros(2, 3, 1)}
+    flags, halves = [torch.tensor([True, False])], [torch.full((2,), 0.5)]
+    work = Work(examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0)
+
+    def checked(a: float, b: float, exact: bool = True) -> Update:
+        tensors = {"experts.0.up_a": torch.full((1, 1, 4), a), "experts.0.up_b": torch.full((1, 3, 1), b)}
+        update = Update(tensors, flags, flags, halves, halves, halves, work)
+        return checks.update(message(train_reply(update)), flags, like, checks.Asked(1, [10], exact=exact))
+
+    # norms: A 2 a, B sqrt(3) b; scale: norm of the earlier A over the root of the rank = 1
+    checked(1.0, 0.99e6 / 12**0.5)
+    with pytest.raises(InvalidReplyError, match=r"the product of experts\.0\.up_a"):
+        checked(1.0, 1.01e6 / 12**0.5)
+    with pytest.raises(InvalidReplyError, match=r"the product of experts\.0\.up_a"):
+        checked(0.9e6, 0.9e6)
+    checked(0.9e6, 0.9e6, exact=False)
+    fold = Fold(like, MethodConfig(), exact_lora=True, rank=1)
+    for sign in (1.0, -0.5):
+        fold.add(checked(1.0, sign * 0.99e6 / 12**0.5), flags, 10)
+    assert max(float(tensor.abs().max()) for tensor in fold.result().values()) <= checks.MAX_VALUE
+
+
+def test_another_base_model_is_refused() -> None:
+    own = Description(0, "client 0", 10, 4, [2, 2], base="aa")
+    assert checks.description(message(describe_reply(own)), [2, 2], "aa") == own
+    with pytest.raises(InvalidReplyError, match="its base model is not the server's"):
+        checks.description(message(describe_reply(own)), [2, 2], "bb")

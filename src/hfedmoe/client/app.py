@@ -81,7 +81,8 @@ def client_app(
             return refuse(device)
         place = device.place
         budget = max(1, place.allowed(_remember(context, place)))
-        return describe_reply(Description(device.number, device.name, len(device.examples), budget, place.num_experts))
+        examples = len(device.examples)
+        return describe_reply(Description(device.number, device.name, examples, budget, place.num_experts, device.base))
 
     def plan(message: Message, context: Context) -> RecordDict:
         known = place_of(context)

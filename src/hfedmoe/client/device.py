@@ -37,6 +37,8 @@ class Device:
     initial: dict[str, Tensor]
     """Trained tensors as they were at first (`payload.initial_tensors`): another client of this process may have left
     its own in the model."""
+    base: str = ""
+    """Digest of its base model (`models.digest`); empty for simulated clients, which share the server's."""
     simulated: bool = False
     """Whether other clients of the same process use the same model in memory, so that peaks can only be predicted."""
     on_step: Callable[[int, int, float], None] | None = None

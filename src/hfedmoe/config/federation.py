@@ -13,6 +13,13 @@ class FederationConfig(Section):
     rounds: Annotated[int, Field(ge=1, description="number of rounds")] = 5
     clients_per_round: Annotated[int | None, Field(ge=1, description="clients drawn for a round; None: all")] = None
     min_clients: Annotated[int, Field(ge=1, description="fewer valid replies than this stop the run")] = 1
+    max_weight: Annotated[
+        float,
+        Field(
+            ge=1,
+            description="a client counts at most so many times the median client's rows, whatever number it tells",
+        ),
+    ] = 100.0
     timeout_s: Annotated[float, Field(gt=0, description="a client that needs longer for one request is late")] = 3600.0
     connect_timeout_s: Annotated[float, Field(gt=0, description="how long to wait for clients to connect")] = 300.0
 

@@ -32,6 +32,8 @@ DTYPES = {
     "BOOL": "bool",
 }
 """safetensors' name -> torch's."""
+MAX_HEADER = 1 << 26
+"""Bytes, unless the caller knows better: some hundred thousand tensors."""
 MAX_DIMENSIONS = 8
 """Nothing that is trained has more; the product of a header's numbers stays small."""
 
@@ -65,10 +67,13 @@ def dumps(tensors: Mapping[str, "Tensor"]) -> bytes:
     return b"".join(chunks(tensors))
 
 
-def loads(data: bytes) -> dict[str, "Tensor"]:
+def loads(data: bytes, max_header: int = MAX_HEADER) -> dict[str, "Tensor"]:
     """The tensors of a blob as views of it: they keep `data` alive, and must not be written to.
 
     Nothing is trusted: lengths, offsets and shapes have to agree, and every tensor has to begin where its numbers may.
+
+    Args:
+        max_header: bytes of the header at most; parsed, JSON may take more than twenty times as much memory.
 
     Raises:
         ValueError: it is not a safetensors blob.
@@ -79,6 +84,8 @@ def loads(data: bytes) -> dict[str, "Tensor"]:
     start = 8 + size
     if len(data) < 8 or start > len(data):
         raise ValueError("its header is longer than it is")
+    if size > max_header:
+        raise ValueError(f"its header has {size} bytes, where at most {max_header} are expected")
     try:
         header = json.loads(data[8:start])
     except (ValueError, RecursionError):

@@ -3,11 +3,12 @@
 Rows of experts are sent for a set of experts in ascending order, so a bit per expert says which they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from hfedmoe.moe.attention import A, B
 from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.model import MoEModel
 
@@ -19,6 +20,14 @@ class MismatchError(ValueError):
 def layer_of(name: str) -> int:
     """The MoE layer of a travelling tensor `experts.{layer}.*` or `router.{layer}.*`."""
     return int(name.split(".")[1])
+
+
+def lora_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The travelling tensors that are LoRA pairs, (A, B), of experts and of the attention."""
+    names = set(names)
+    pairs = [(name, name[:-1] + "b") for name in names if name.startswith("experts.") and name.endswith("_a")]
+    pairs += [(name, name.replace(A, B)) for name in names if name.startswith("shared.") and A in name]
+    return sorted(pair for pair in pairs if pair[1] in names)
 
 
 def expert_shapes(model: MoEModel) -> dict[str, tuple[int, ...]]:

@@ -8,12 +8,9 @@ from hfedmoe.method.averaging import MeanAverage, StacksAverage
 from hfedmoe.method.copies import Copies, over_layers
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.products import ProductAverage
-from hfedmoe.moe.attention import A, B
-from hfedmoe.moe.payload import layer_of
+from hfedmoe.moe.payload import layer_of, lora_pairs
 from hfedmoe.server.gates import GateFold
 from hfedmoe.wire.messages import Update
-
-PAIRS = (("up_a", "up_b"), ("down_a", "down_b"))
 
 
 class Fold:
@@ -30,25 +27,20 @@ class Fold:
         self, tensors: dict[str, Tensor], settings: MethodConfig, exact_lora: bool = False, rank: int = 0
     ) -> None:
         self._tensors, self._settings, self._method = tensors, settings, METHODS[settings.name]
+        pairs = lora_pairs(tensors) if exact_lora else []
+        self._products = {pair: ProductAverage(tensors[pair[0]].shape[0], rank) for pair in pairs if _of_experts(pair)}
+        self._shared_products = {pair: ProductAverage(1, rank) for pair in pairs if not _of_experts(pair)}
+        in_pairs = {name for pair in pairs for name in pair}
         layers: dict[int, list[str]] = {}
-        self._products: dict[tuple[str, str], ProductAverage] = {}
-        self._shared_products: dict[tuple[str, str], ProductAverage] = {}
         self._shared: dict[str, MeanAverage] = {}
         gates: list[str] = []
-        for name, tensor in tensors.items():
+        for name in tensors:
+            if name in in_pairs:
+                continue
             if name.startswith("experts."):
-                layer, kind = name.split(".", 2)[1:]
-                pair = next((pair for pair in PAIRS if kind in pair), None)
-                if exact_lora and pair is not None:
-                    names = (f"experts.{layer}.{pair[0]}", f"experts.{layer}.{pair[1]}")
-                    if names[0] in tensors and names not in self._products:
-                        self._products[names] = ProductAverage(tensor.shape[0], rank)
-                else:
-                    layers.setdefault(int(layer), []).append(name)
+                layers.setdefault(layer_of(name), []).append(name)
             elif name.startswith("router."):
                 gates.append(name)
-            elif exact_lora and (A in name or B in name):
-                self._shared_products.setdefault((name.replace(B, A), name.replace(A, B)), ProductAverage(1, rank))
             else:
                 self._shared[name] = MeanAverage()
         self._layers = sorted(layers)
@@ -63,14 +55,14 @@ class Fold:
         self._gates = GateFold(gates, settings)
         self.clients = 0
 
-    def add(self, update: Update, held: list[Tensor]) -> None:
+    def add(self, update: Update, held: list[Tensor], examples: int) -> None:
         """Fold in one checked update (its values are finite); only factors that `exact_lora` needs are kept of it.
 
         Args:
             held: what the client held, bool [E] per layer.
+            examples: |D_c|, as it counts.
         """
         self.clients += 1
-        examples = update.work.examples
         layers = [
             Copies(examples, *vectors)
             for vectors in zip(update.usage, update.importance, update.tokens, held, update.trained, strict=True)
@@ -103,3 +95,7 @@ class Fold:
         for name, mean in self._shared.items():
             new[name] = mean.result(self._tensors[name])
         return new
+
+
+def _of_experts(pair: tuple[str, str]) -> bool:
+    return pair[0].startswith("experts.")

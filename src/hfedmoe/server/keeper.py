@@ -53,7 +53,7 @@ class Keeper:
         for line in folder.iter_rounds():
             if "all" in line["evaluation"]:
                 self.scores.append(_evaluation(line["round"], line["evaluation"]["all"]))
-            examples = {row["client"]: row["examples"] for row in line["clients"] if row["status"] == "ok"}
+            examples = {row["client"]: row["weight"] for row in line["clients"] if row["status"] == "ok"}
             if prior and examples and not line.get("failed"):
                 for client, usage in _usage_of(folder, rows, line["round"], examples):
                     self.usage.add(usage, examples[client])

@@ -55,11 +55,12 @@ class RoundRecord:
         self.bytes_down[client] = self.bytes_down.get(client, 0) + size
 
     def received(
-        self, client: int, update: Update, resident: list[Tensor], size: int, activation_wanted: float
+        self, client: int, update: Update, resident: list[Tensor], size: int, weight: int, activation_wanted: float
     ) -> ClientRound:
         """Note a valid update of `size` bytes, but none of its tensors.
 
         Args:
+            weight: |D_c|, as it counts.
             activation_wanted: experts per layer that a step would train without a deadline.
         """
         self.bytes_up[client] = self.bytes_up.get(client, 0) + size
@@ -68,6 +69,7 @@ class RoundRecord:
         done = ClientRound(
             **asdict(update.work),
             client=client,
+            weight=weight,
             resident=int(held.sum()),
             trained=int(trained.sum()),
             total_experts=len(held),

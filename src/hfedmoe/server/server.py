@@ -1,5 +1,6 @@
 """The server: rounds of sampling, planning, training and folding, with a checkpoint after each."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Member:
     node: int
     about: Description
     position: int
+    weight: int = 0
+    """|D_c| as it counts: what the client told, within `federation.max_weight` of the median client."""
     resident_bits: bytes = b""
     """What it planned to hold in this round; a few bytes, because there may be many thousands of members."""
 
@@ -73,6 +76,8 @@ class Server:
     watcher: Watcher
     terms: str = ""
     """The run's task, as every device is told (`data.terms.Terms.to_json`)."""
+    base: str = ""
+    """Digest of the base model, which every client must have; empty where all clients are of this process."""
     watches: bool = True
     """Whether there are held-out rows to measure after every round."""
     round: int = 0
@@ -107,7 +112,7 @@ class Server:
         requests = (Request(node, DESCRIBE, describe_request(self.terms)) for node in nodes)
         for answer in exchange(grid, requests, "describe", min(settings.timeout_s, settings.connect_timeout_s)):
             try:
-                about = checks.description(_reply(answer), self.num_experts)
+                about = checks.description(_reply(answer), self.num_experts, self.base)
             except InvalidReplyError as error:
                 self.watcher.warning(f"a client on node {answer.node} is left out: {clean(str(error))}")
                 continue
@@ -127,8 +132,15 @@ class Server:
                 f"{getattr(settings, tight):g} s, fewer than federation.min_clients = {settings.min_clients}; "
                 f"start more clients or raise federation.{tight}"
             )
+        most = self.config.federation.max_weight * statistics.median(m.about.examples for m in members.values())
         for position, client in enumerate(sorted(members)):
-            members[client].position = position
+            member = members[client]
+            member.position, member.weight = position, min(member.about.examples, round(most))
+            if member.weight < member.about.examples:
+                self.watcher.warning(
+                    f"{member.about.name} says that it has {member.about.examples} rows; it counts as {member.weight} "
+                    "(federation.max_weight)"
+                )
         return dict(sorted(members.items()))
 
     def _announce(self, members: dict[int, Member]) -> None:
@@ -183,10 +195,12 @@ class Server:
             return
         size = wire_bytes(answer.reply.content)  # type: ignore[union-attr]
         with log.phases("fold"):
-            fold.add(update, resident)
+            fold.add(update, resident, member.weight)
         with log.phases("note"):
-            done = log.received(member.about.client, update, resident, size, self._activation_wanted(resident))
-            self.keeper.usage.add(torch.cat(update.usage), update.work.examples)
+            done = log.received(
+                member.about.client, update, resident, size, member.weight, self._activation_wanted(resident)
+            )
+            self.keeper.usage.add(torch.cat(update.usage), member.weight)
             self.watcher.client_done(log.round, member.position, done)
 
     def _averaged(self, fold: Fold, log: RoundRecord) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hfedmoe.config import RunConfig
 from hfedmoe.events import Work
 from hfedmoe.method.methods import METHODS
-from hfedmoe.moe.payload import layer_of
+from hfedmoe.moe.payload import layer_of, lora_pairs
 from hfedmoe.wire.messages import (
     CONTRIBUTION,
     VECTORS,
@@ -43,12 +43,19 @@ class Asked:
     """Per layer, the most (token, expert) pairs of one step."""
     sends: str = "trained"
     """The experts whose rows come back: "trained" or "held" (`method.methods.Method.sends`)."""
+    exact: bool = False
+    """Whether products of LoRA pairs are averaged (train.lora = "exact")."""
 
     @classmethod
     def of(cls, config: RunConfig, top_k: list[int]) -> "Asked":
         """What a configuration asks for; a row has a prompt and an answer of at most data.max_tokens each."""
         tokens = 2 * config.data.max_tokens * config.train.batch_size
-        return cls(config.train.steps, [tokens * k for k in top_k], METHODS[config.method.name].sends)
+        return cls(
+            config.train.steps,
+            [tokens * k for k in top_k],
+            METHODS[config.method.name].sends,
+            config.train.lora == "exact",
+        )
 
 
 class TroubleError(InvalidReplyError):
@@ -76,8 +83,15 @@ def trouble(message: Message) -> None:
     raise TroubleError(str(status).replace("_", " "), reason)
 
 
-def description(message: Message, num_experts: list[int]) -> Description:
-    """Who the sender says it is. Raises InvalidReplyError."""
+def description(message: Message, num_experts: list[int], base: str = "") -> Description:
+    """Who the sender says it is.
+
+    Args:
+        num_experts, base: of the server's model; every client must have the same.
+
+    Raises:
+        InvalidReplyError: something is missing or out of range, or the model is another.
+    """
     facts = facts_of(message)
     name = facts.get("name")
     if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
@@ -85,12 +99,18 @@ def description(message: Message, num_experts: list[int]) -> Description:
     theirs = facts.get("num_experts")
     if theirs != num_experts:
         raise InvalidReplyError(f"its model has another number of experts per layer ({str(theirs)[:60]})")
+    if facts.get("base") != base:
+        raise InvalidReplyError(
+            "its base model is not the server's: other weights, another seed or another upcycling; give both the same "
+            "checkpoint and the same model settings"
+        )
     return Description(
         client=_whole(facts, "client", 0, MAX_EXAMPLES),
         name=name,
         examples=_whole(facts, "examples", 1, MAX_EXAMPLES),
         budget=_whole(facts, "budget", 1, sum(num_experts)),
         num_experts=num_experts,
+        base=base,
     )
 
 
@@ -109,7 +129,7 @@ def resident_set(message: Message, num_experts: list[int], top_k: list[int], bud
 def contribution(message: Message, num_experts: list[int]) -> list[Tensor]:
     """The scores of a client for a method that plans on the server, float32 [E] per layer. Raises InvalidReplyError."""
     total = sum(num_experts)
-    scores = tensors_of(message, max_bytes=4 * total + 4096).get(CONTRIBUTION)
+    scores = tensors_of(message, max_bytes=4 * total + 4096, most_tensors=1).get(CONTRIBUTION)
     if scores is None or scores.shape != (total,) or scores.dtype != torch.float32 or not bool(scores.isfinite().all()):
         raise InvalidReplyError(f"its scores are not {total} finite numbers")
     return [part.clone() for part in scores.split(num_experts)]
@@ -141,7 +161,7 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], as
     }
     expected |= {name: (torch.Size([sum(num_experts)]), torch.float32) for name in VECTORS}
     size = sum(shape.numel() * dtype.itemsize for shape, dtype in expected.values())
-    tensors = tensors_of(message, max_bytes=size + HEADER_ROOM)
+    tensors = tensors_of(message, max_bytes=size + HEADER_ROOM, most_tensors=len(expected))
     if set(tensors) != set(expected):
         raise InvalidReplyError(f"tensors missing or unexpected: {', '.join(sorted(set(tensors) ^ set(expected))[:3])}")
     for name, (shape, dtype) in expected.items():
@@ -155,10 +175,31 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], as
                 raise InvalidReplyError(f"{name} is not finite")
             if name not in VECTORS and max(-low, high) > MAX_VALUE:
                 raise InvalidReplyError(f"{name} has values over {MAX_VALUE:g}")
+    if asked.exact:
+        _check_products(tensors, like, sent)
     vectors = {name: list(tensors.pop(name).split(num_experts)) for name in VECTORS}
     work = _work(facts, asked, max(num_experts))
     _check_vectors(vectors, [work.steps * pairs for pairs in asked.pairs])
     return Update(tensors=tensors, sent=sent, trained=trained, work=work, **vectors)
+
+
+def _check_products(tensors: dict[str, Tensor], like: dict[str, Tensor], sent: list[Tensor]) -> None:
+    """Products of LoRA pairs so small that no factor of their mean exceeds MAX_VALUE (`method.products`).
+
+    Each new B is made of the mean product over `scale`, which is the norm of the earlier A over the root of the rank. A
+    mean is no larger than its largest part, and a product no larger than the norms of its factors.
+    """
+    for a_name, b_name in lora_pairs(tensors):
+        a, b, before = tensors[a_name], tensors[b_name], like[a_name]
+        if a_name.startswith("experts."):
+            before = before[sent[layer_of(a_name)].to(before.device)]
+        else:
+            a, b, before = a[None], b[None], before[None]
+        norms = before.float().flatten(1).norm(dim=1)
+        scale = torch.where(norms > 0, norms / before.shape[1] ** 0.5, 1.0)
+        size = a.float().flatten(1).norm(dim=1) * b.float().flatten(1).norm(dim=1)
+        if bool((size > MAX_VALUE * scale.to(size.device)).any()):
+            raise InvalidReplyError(f"the product of {a_name} and its B has values over {MAX_VALUE:g}")
 
 
 def _work(facts: ConfigRecord, asked: Asked, most_experts: int) -> Work:

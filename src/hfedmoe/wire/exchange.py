@@ -45,41 +45,49 @@ def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: flo
     """Answers in the order in which they arrive; exactly one for every request.
 
     In process one request is out at a time, so that a payload is made when it is needed and an update is folded in
-    before the next one exists. Elsewhere all are sent at once, and clients work at the same time.
+    before the next one exists. Elsewhere all are sent at once, and clients work at the same time. Every request has a
+    deadline of its own, from when it was sent: a slow upload to one client costs the others nothing.
     """
-    waiting: dict[str, int] = {}
-    deadline = time.monotonic() + timeout_s + GRACE_S
+    waiting: dict[str, _Waiting] = {}
     for request in requests:
         message_id = next(iter(grid.push_messages([_message(grid, request, group, timeout_s)])), "")
         if not message_id:
             yield Answer(request.node, None, "failed", "the client is no longer connected")
             continue
-        waiting[message_id] = request.node
+        waiting[message_id] = _Waiting(request.node, time.monotonic() + timeout_s + GRACE_S)
         if isinstance(grid, InProcessGrid):
             del request  # its payload is delivered
-            yield from _arrived(grid, waiting, waiting)
+            yield from _arrived(grid, list(waiting), waiting)
     while waiting:
         before = len(waiting)
         for message_id in list(waiting):  # one by one, so that never more than one update is held
-            yield from _arrived(grid, {message_id: waiting[message_id]}, waiting)
+            yield from _arrived(grid, [message_id], waiting)
+        now = time.monotonic()
+        for message_id in [one for one, request in waiting.items() if now > request.deadline]:
+            yield Answer(waiting.pop(message_id).node, None, "late", f"no reply within {timeout_s:g} s")
         if waiting and len(waiting) == before:
-            if time.monotonic() > deadline:
-                for node in waiting.values():
-                    yield Answer(node, None, "late", f"no reply within {timeout_s:g} s")
-                return
             time.sleep(POLL_S)
 
 
-def _arrived(grid: Grid, asked: dict[str, int], waiting: dict[str, int]) -> Iterator[Answer]:
-    for reply in grid.pull_messages(list(asked)):
-        node = waiting.pop(reply.metadata.reply_to_message_id, None)
-        if node is None:
+@dataclass(frozen=True)
+class _Waiting:
+    """A request without an answer so far."""
+
+    node: int
+    deadline: float
+    """On the clock of `time.monotonic`."""
+
+
+def _arrived(grid: Grid, asked: list[str], waiting: dict[str, _Waiting]) -> Iterator[Answer]:
+    for reply in grid.pull_messages(asked):
+        request = waiting.pop(reply.metadata.reply_to_message_id, None)
+        if request is None:
             continue
         if reply.has_error():
             late = reply.error.code == TOO_LATE
-            yield Answer(node, None, "late" if late else "failed", clean(reply.error.reason or ""))
+            yield Answer(request.node, None, "late" if late else "failed", clean(reply.error.reason or ""))
         else:
-            yield Answer(node, reply)
+            yield Answer(request.node, reply)
 
 
 def _message(grid: Grid, request: Request, group: str, ttl: float) -> Message:

@@ -33,7 +33,7 @@ class InProcessGrid(Grid):
         self.contexts: dict[int, Context] = {}
         """Of the nodes that keep anything: most of many clients are never drawn."""
         self.changed: set[int] = set()
-        """Nodes whose state is another than when `changed_contexts` was last asked."""
+        """Nodes changed since the last call of `changed_contexts`."""
 
     def context(self, node: int) -> Context:
         """What a node keeps, or a fresh context of which it keeps nothing yet."""
@@ -103,7 +103,7 @@ class InProcessGrid(Grid):
         try:
             reply = self._app(message, context)
         except Exception as error:  # a client's failure of any kind must not end the others' run
-            log.debug("client on node %d failed", message.metadata.dst_node_id, exc_info=True)
+            log.error("client %d failed in %s", node - 1, message.metadata.message_type, exc_info=True)
             return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
         finally:
             if _kept(context) != before:
@@ -115,7 +115,7 @@ class InProcessGrid(Grid):
 
 
 def changed_contexts(grid: InProcessGrid) -> dict[str, bytes]:
-    """What the clients keep whose state has changed since this was last asked, as bytes by node, record and name."""
+    """What the clients keep that changed since the last call, as bytes by node, record and name."""
     nodes, grid.changed = sorted(grid.changed), set()
     return {f"{node}/{path}": data for node in nodes for path, data in _kept(grid.contexts[node]).items()}
 

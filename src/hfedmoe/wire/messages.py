@@ -30,6 +30,12 @@ DESCRIBE, PLAN, TRAIN = "query.describe", "query.plan", "train"
 TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
 
 
+MOST_FACTS, MAX_FACTS = 64, 1 << 24
+"""Facts of a message, and their bytes: the labels of a task and a bit per expert fit easily."""
+HEADER_PER_TENSOR = 512
+"""Bytes of a header for each tensor: its name, shape and place."""
+
+
 class InvalidReplyError(ValueError):
     """A message does not hold what it must; the text says what is wrong with it."""
 
@@ -44,6 +50,8 @@ class Description:
     budget: int
     """Experts over all layers."""
     num_experts: list[int]
+    base: str = ""
+    """Digest of its base model (`models.digest`); empty where all clients are of this process."""
 
 
 @dataclass
@@ -92,17 +100,27 @@ def record(facts: dict[str, object], tensors: dict[str, Tensor] | None = None) -
 
 def facts_of(message: Message) -> ConfigRecord:
     """The scalars of a message. Raises InvalidReplyError if it has none."""
-    facts = message.content.config_records.get(FACTS)
+    content = message.content
+    records = len(content.config_records) + len(content.array_records) + len(content.metric_records)
+    if records > 2 or any(len(arrays) > 1 for arrays in content.array_records.values()):
+        raise InvalidReplyError("the message has more records than one of facts and one of tensors")
+    facts = content.config_records.get(FACTS)
     if facts is None:
         raise InvalidReplyError("the message has no facts")
+    size = _facts_bytes(facts)
+    if len(facts) > MOST_FACTS or size > MAX_FACTS:
+        raise InvalidReplyError(
+            f"{len(facts)} facts of {size} bytes, where at most {MOST_FACTS} and {MAX_FACTS} may be"
+        )
     return facts
 
 
-def tensors_of(message: Message, max_bytes: int | None = None) -> dict[str, Tensor]:
+def tensors_of(message: Message, max_bytes: int | None = None, most_tensors: int = 1 << 17) -> dict[str, Tensor]:
     """The tensors of a message: views of it, to be read and not written.
 
     Raises:
-        InvalidReplyError: there are none, they are larger than `max_bytes`, or they are not safetensors.
+        InvalidReplyError: there are none, they are larger than `max_bytes` or more than `most_tensors`, or they are not
+            safetensors.
     """
     records = message.content.array_records.get(TENSORS)
     array = None if records is None else records.get(BLOB)
@@ -111,7 +129,7 @@ def tensors_of(message: Message, max_bytes: int | None = None) -> dict[str, Tens
     if max_bytes is not None and len(array.data) > max_bytes:
         raise InvalidReplyError(f"{len(array.data)} bytes of tensors where at most {max_bytes} are expected")
     try:
-        return loads(array.data)
+        return loads(array.data, 4096 + HEADER_PER_TENSOR * most_tensors)
     except Exception as error:  # whatever a crafted header makes the reader raise, the message is at fault
         raise InvalidReplyError(f"the tensors cannot be read ({error})") from None
 
@@ -120,8 +138,12 @@ def wire_bytes(content: RecordDict) -> int:
     """Bytes of a message's content: blobs, and names and values of the facts."""
     total = sum(len(array.data) for arrays in content.array_records.values() for array in arrays.values())
     for facts in content.config_records.values():
-        total += sum(len(key) + _value_bytes(value) for key, value in facts.items())
+        total += _facts_bytes(facts)
     return total
+
+
+def _facts_bytes(facts: ConfigRecord) -> int:
+    return sum(len(key) + _value_bytes(value) for key, value in facts.items())
 
 
 def _value_bytes(value: object) -> int:
@@ -154,6 +176,7 @@ def describe_reply(description: Description) -> RecordDict:
             "examples": description.examples,
             "budget": description.budget,
             "num_experts": description.num_experts,
+            "base": description.base,
         }
     )
 
@@ -172,7 +195,7 @@ def usage_of(message: Message, num_experts: list[int]) -> list[Tensor] | None:
     if TENSORS not in message.content.array_records:
         return None
     total = sum(num_experts)
-    usage = tensors_of(message, max_bytes=4 * total + 4096).get(USAGE)
+    usage = tensors_of(message, max_bytes=4 * total + 4096, most_tensors=1).get(USAGE)
     if usage is None or usage.shape != (total,) or usage.dtype != torch.float32 or not bool(usage.isfinite().all()):
         raise InvalidReplyError(f"the federation's usage is not {total} finite numbers")
     return [part.clone() for part in usage.split(num_experts)]
