@@ -1,5 +1,6 @@
 """Sections `data` and `partition`."""
 
+import codecs
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -58,6 +59,18 @@ class DataConfig(Section):
             "with a name; auto: by the source's name or by the columns"
         ),
     ] = "auto"
+    encoding: Annotated[
+        str | None,
+        Field(description="of local text files, for example `cp1252`; None: UTF-8, or what a byte-order mark says"),
+    ] = None
+    delimiter: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=1,
+            description="between the cells of a CSV; None: a comma, or what the first line has instead",
+        ),
+    ] = None
     text: Annotated[str, Field(description="column with the text or prompt")] = "text"
     label: Annotated[str, Field(description="column with the label (classification)")] = "label"
     choices: Annotated[str, Field(description="column with the list of choices")] = "choices"
@@ -92,6 +105,14 @@ class DataConfig(Section):
     ] = 64
     train_rows: Annotated[int | None, Field(ge=1, description="use at most so many training rows")] = None
     test_rows: Annotated[int | None, Field(ge=1, description="use at most so many held-out rows")] = 400
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        try:
+            return value if value is None else codecs.lookup(value).name
+        except LookupError:
+            raise ValueError("no encoding that Python knows; for example utf-8, utf-16, cp1252 or latin-1") from None
 
     @field_validator("template")
     @classmethod

@@ -22,7 +22,7 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
     if path is None:
         return config_from_text("", "config", overrides)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
     except FileNotFoundError:
         raise UserError(f"config {path}: no such file") from None
     except IsADirectoryError:

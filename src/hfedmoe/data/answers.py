@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hfedmoe.config import DataConfig
-from hfedmoe.data.files import Rows, short, text_of
+from hfedmoe.data.normal import normal
+from hfedmoe.data.rows import Rows, short, text_of
 from hfedmoe.errors import UserError
 
 WHOLE = re.compile(r"\d+(\.0*)?")
@@ -51,7 +52,7 @@ def answer_indices(rows: Rows, choices: Sequence[tuple[str, ...]], config: DataC
 
 
 def _by_text(text: str, choices: tuple[str, ...]) -> list[int]:
-    return [index for index, choice in enumerate(choices) if choice == text]
+    return [index for index, choice in enumerate(choices) if normal(choice) == normal(text)]
 
 
 def _by_number(text: str, choices: tuple[str, ...]) -> list[int]:
@@ -85,14 +86,14 @@ def _text(cell: Any, rows: Rows, index: int, column: str) -> str:
 
 
 def _unclear(where: str, text: str, choices: tuple[str, ...], config: DataConfig) -> UserError:
-    if choices.count(text) > 1:
+    if len(_by_text(text, choices)) > 1:
         return UserError(f'{where}: the choice "{text}" occurs more than once; give the answer as an index from 0')
     listed = short(list(choices))
     if config.answers == "index":
         return UserError(
             f"{where} is {short(text)}, which is no number from 0 to {len(choices) - 1} and no such letter"
         )
-    if text not in choices:
+    if not _by_text(text, choices):
         return UserError(f"{where} is {short(text)}, which is not among the choices {listed}")
     return UserError(
         f"{where} is {short(text)}, which is the text of one of the choices {listed} and the index of another; set "

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hfedmoe.data.files import short
+from hfedmoe.data.rows import short
 
 
 @dataclass(frozen=True, slots=True)

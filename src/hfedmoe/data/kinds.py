@@ -4,8 +4,8 @@ from typing import cast
 
 from hfedmoe.config import DataConfig
 from hfedmoe.config.data import Kind
-from hfedmoe.data.files import Rows
 from hfedmoe.data.known import KNOWN
+from hfedmoe.data.rows import Rows
 from hfedmoe.errors import UserError
 
 KIND_COLUMNS: dict[Kind, tuple[str, ...]] = {

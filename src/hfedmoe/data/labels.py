@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from hfedmoe.config import DataConfig
-from hfedmoe.data.files import Rows, text_of
+from hfedmoe.data.normal import key_of, normal
+from hfedmoe.data.rows import Rows, text_of
 from hfedmoe.errors import UserError
 
 
 def labels_of(rows: Rows, config: DataConfig) -> list[str]:
-    """The label of every row, stripped; whole numbers and booleans become text. Raises UserError for what is none."""
+    """The label of every row in its normal form (`normal`). Raises UserError for what is none."""
     return [_label(cell, rows, i, config.label) for i, cell in enumerate(rows.column(config.label, "data.label"))]
 
 
@@ -19,7 +20,7 @@ def label_words(labels: Sequence[str], config: DataConfig) -> tuple[str, ...]:
     Raises:
         UserError: `data.label_words` names a label that does not occur, has an empty word, or two labels share one.
     """
-    chosen = config.label_words or {}
+    chosen = {normal(label): word for label, word in (config.label_words or {}).items()}
     for label, word in chosen.items():
         if label not in labels:
             raise UserError(f'data.label_words: no row has the label "{label}"; labels: {", ".join(labels)}')
@@ -34,8 +35,8 @@ def label_words(labels: Sequence[str], config: DataConfig) -> tuple[str, ...]:
 
 
 def _label(cell: Any, rows: Rows, index: int, column: str) -> str:
-    if isinstance(cell, bool):
-        return str(cell).lower()
-    if isinstance(cell, int) or (isinstance(cell, float) and cell.is_integer()):
-        return str(int(cell))  # pandas makes 1.0 of 1 where another row has none
-    return text_of(cell, rows, index, column).strip()
+    named = isinstance(cell, bool | int) or (isinstance(cell, float) and cell.is_integer())
+    label = key_of(cell if named else text_of(cell, rows, index, column))
+    if not label:
+        raise UserError(f'{rows.at(index)}: column "{column}" holds nothing visible; fill it in or remove the row')
+    return label

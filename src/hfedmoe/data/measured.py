@@ -7,6 +7,7 @@ from typing import cast
 
 from hfedmoe.config import DataConfig, RunConfig
 from hfedmoe.config.data import Kind
+from hfedmoe.data.decoding import Form
 from hfedmoe.data.kinds import has_columns_of
 from hfedmoe.data.known import KNOWN, known_set
 from hfedmoe.data.sources import read
@@ -74,7 +75,7 @@ def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Co
     format: str = own.format if known is None else known.name
     changed: dict[str, object] = {"source": _local(rows), "test": None, "clients": None, "subset": None, "split": split}
     if "format" not in given and format != "auto":
-        table = read(_local(rows), (), split)
+        table = read(_local(rows), (), split, form=Form.of(own))
         fits = has_columns_of(cast(Kind, format), table, own) if known is None else known.reads(table)
         if not fits:
             format = "auto"

@@ -7,8 +7,9 @@ from typing import Any
 from hfedmoe.config import DataConfig
 from hfedmoe.data.answers import answer_indices
 from hfedmoe.data.example import Example
-from hfedmoe.data.files import Rows, half_character, short, text_of
 from hfedmoe.data.labels import labels_of
+from hfedmoe.data.normal import among
+from hfedmoe.data.rows import Rows, half_character, short, text_of
 from hfedmoe.errors import UserError
 
 
@@ -20,11 +21,12 @@ def classification_examples(
     texts = _texts(rows, config)
     examples = []
     for i, label in enumerate(labels_of(rows, config)):
-        if label not in index:
+        own = among(label, index)
+        if own is None:
             raise UserError(
                 f'{rows.at(i)}: the label "{label}" is in no training row; training labels: {", ".join(labels)}'
             )
-        examples.append(Example(texts[i], words, index[label], origin=rows.at(i)))
+        examples.append(Example(texts[i], words, index[own], origin=rows.at(i)))
     return examples
 
 

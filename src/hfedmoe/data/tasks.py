@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from hfedmoe.config import DataConfig, PartitionConfig
+from hfedmoe.data.decoding import Form
 from hfedmoe.data.example import Example
-from hfedmoe.data.files import Rows
 from hfedmoe.data.kinds import kind_of, wanted_columns
 from hfedmoe.data.known import KNOWN, KnownSet, known_set
 from hfedmoe.data.known.base import Wording
 from hfedmoe.data.labels import label_words, labels_of
+from hfedmoe.data.normal import distinct, key_of
 from hfedmoe.data.partition import natural_groups
 from hfedmoe.data.plain import READERS, classification_examples
+from hfedmoe.data.rows import Rows
 from hfedmoe.data.sources import is_file, is_packaged, read
 from hfedmoe.data.task import Task
 from hfedmoe.data.templates import template_of
@@ -140,7 +142,7 @@ def load_rows(config: DataConfig, trained_labels: Callable[[], tuple[str, ...]] 
     known = known_set(config)
     if known is not None:
         return load_test(config)
-    table = read(config.source, _wanted(config, None, None), config.split or "test")
+    table = read(config.source, _wanted(config, None, None), config.split or "test", form=Form.of(config))
     kind = kind_of(table, config)
     labels: tuple[str, ...] = ()
     if kind == "classification":
@@ -156,8 +158,13 @@ def load_rows(config: DataConfig, trained_labels: Callable[[], tuple[str, ...]] 
 
 def _labels(tables: list[Rows], config: DataConfig) -> tuple[str, ...]:
     """All labels, sorted. Raises UserError if there is only one."""
-    labels = tuple(sorted({label for table in tables for label in labels_of(table, config)}))
+    labels = distinct({label for table in tables for label in labels_of(table, config)})
     if len(labels) < 2:
+        if labels == ("-1",):
+            raise UserError(
+                f"{tables[0].origin}: every label is -1, so these rows have none, as in a test split whose answers are "
+                "kept secret; name a split or file that has them (data.split, data.test)"
+            )
         raise UserError(
             f'{tables[0].origin}: every row has the label "{labels[0]}"; classification needs at least two labels'
         )
@@ -194,7 +201,7 @@ def _wanted(config: DataConfig, known: KnownSet | None, extra: str | None) -> se
 def _read_train(source: str, config: DataConfig, known: KnownSet | None, wanted: set[str]) -> Rows:
     if known is not None and source == known.name:
         return _read_known(known, known.train_split(config), config, wanted)
-    return read(source, wanted, config.split or "train", config.subset, config.revision)
+    return read(source, wanted, config.split or "train", config.subset, config.revision, Form.of(config))
 
 
 def _read_known(known: KnownSet, split: str, config: DataConfig, wanted: set[str]) -> Rows:
@@ -209,22 +216,22 @@ def _read_test(config: DataConfig, known: KnownSet | None, wanted: set[str]) -> 
             return _read_known(known, known.test, config, wanted)
         return read(config.source, wanted, "test") if config.clients is None and is_packaged(config.source) else None
     if is_file(config.test) or is_packaged(config.test):
-        return read(config.test, wanted, "test")
+        return read(config.test, wanted, "test", form=Form.of(config))
     if config.clients is not None or is_file(config.source):
         raise UserError(
             f"data.test={config.test}: no such file; a split needs a packaged or hub data set as data.source"
         )
     if known is not None and named:
         return _read_known(known, config.test, config, wanted)
-    return read(config.source, wanted, config.test, config.subset, config.revision)
+    return read(config.source, wanted, config.test, config.subset, config.revision, Form.of(config))
 
 
 def _client_ids(table: Rows, column: str) -> list[str]:
     ids = table.column(column, "partition.column")
     for index, cell in enumerate(ids):
-        if cell is None or not str(cell).strip():
+        if cell is None or not key_of(cell):
             raise UserError(f'{table.at(index)}: column "{column}" names no client; fill it in or remove the row')
-    return [str(cell).strip() for cell in ids]
+    return [key_of(cell) for cell in ids]
 
 
 def _hold_out(

@@ -10,12 +10,14 @@ from typing import Any, get_args
 
 from hfedmoe.config import DataConfig
 from hfedmoe.config.data import Kind, SetName
+from hfedmoe.data.decoding import Form
 from hfedmoe.data.example import Example
-from hfedmoe.data.files import Rows
 from hfedmoe.data.kinds import kind_of, wanted_columns
 from hfedmoe.data.known import KNOWN, known_set
 from hfedmoe.data.labels import label_words, labels_of
+from hfedmoe.data.normal import among
 from hfedmoe.data.plain import READERS, classification_examples
+from hfedmoe.data.rows import Rows
 from hfedmoe.data.sources import read
 from hfedmoe.data.task import Task
 from hfedmoe.data.templates import template_of
@@ -76,7 +78,7 @@ def own_task(source: str, config: DataConfig, terms: Terms) -> Task:
     own = config.model_copy(update={"format": terms.format, "source": source, "clients": None, "test": None})
     wanted = wanted_columns(own) if known is None else {*known.columns, *known.optional}
     try:
-        table = read(source, wanted, own.split or "train", own.subset, own.revision)
+        table = read(source, wanted, own.split or "train", own.subset, own.revision, Form.of(config))
         if known is not None:
             if not known.reads(table):
                 raise UserError(f"{source}: has not the columns of {known.name}, which the run's rows are")
@@ -100,7 +102,7 @@ def _plain_examples(table: Rows, config: DataConfig, terms: Terms) -> list[Examp
         )
     if terms.kind != "classification":
         return READERS[terms.kind](table, config)
-    strangers = [index for index, label in enumerate(labels_of(table, config)) if label not in terms.labels]
+    strangers = [index for index, label in enumerate(labels_of(table, config)) if among(label, terms.labels) is None]
     if strangers:
         raise OwnDataError(
             f'{table.at(strangers[0])}: the label "{labels_of(table, config)[strangers[0]]}" is none of the run\'s '

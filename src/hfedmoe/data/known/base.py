@@ -7,8 +7,8 @@ from typing import Any
 from hfedmoe.config import DataConfig
 from hfedmoe.config.data import Kind
 from hfedmoe.data.example import Example
-from hfedmoe.data.files import Rows, short
 from hfedmoe.data.labels import label_words
+from hfedmoe.data.rows import Rows, short
 from hfedmoe.errors import UserError
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from hfedmoe.data.chat import Message, plain_prompt
 from hfedmoe.data.example import Example
-from hfedmoe.data.files import short
 from hfedmoe.data.known.base import KnownSet, Row, Wording
+from hfedmoe.data.rows import short
 from hfedmoe.errors import UserError
 
 SPEAKERS = {

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from hfedmoe.data.example import Example
-from hfedmoe.data.files import short
 from hfedmoe.data.known.base import KnownSet, Row, Wording
+from hfedmoe.data.normal import normal
+from hfedmoe.data.rows import short
 
 TOPIC = "News: {text}\nTopic:"
 TABLE = ("Category", "Text")
@@ -82,9 +83,10 @@ def _reuters(name: str, labels: tuple[str, ...], words: Mapping[str, str]) -> Kn
 
 
 def _labelled(row: Row, text: str, column: str, label: str, known: KnownSet, wording: Wording) -> list[Example]:
-    if label.strip() not in known.labels:
+    label = normal(label)
+    if label not in known.labels:
         raise row.error(column, f"is {short(label)}; labels of {known.name}: {', '.join(known.labels)}")
-    return [Example(row.text(text).strip(), wording.words, known.labels.index(label.strip()))]
+    return [Example(row.text(text).strip(), wording.words, known.labels.index(label))]
 
 
 AG_NEWS = KnownSet(

@@ -1,0 +1,79 @@
+"""Rows of a table, whatever file they came from, and one cell of them in an error message."""
+
+import json
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from hfedmoe.errors import UserError
+
+
+@dataclass
+class Rows:
+    """Some columns of a table, and where each row came from.
+
+    `names` lists every column of the table, `columns` holds the wanted ones (all of the same length); a cell that is
+    missing is None. `lines` holds the 1-based line of each row where the file has lines.
+    """
+
+    origin: str
+    names: list[str]
+    columns: dict[str, list[Any]]
+    length: int
+    lines: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def first(self, count: int | None) -> "Rows":
+        """At most the first so many rows; None: all."""
+        if count is None or count >= self.length:
+            return self
+        columns = {name: cells[:count] for name, cells in self.columns.items()}
+        return Rows(self.origin, self.names, columns, count, self.lines[:count])
+
+    def at(self, index: int) -> str:
+        """Name one row for an error message."""
+        return f"{self.origin} line {self.lines[index]}" if self.lines else f"{self.origin} row {index + 1}"
+
+    def column(self, name: str, key: str) -> list[Any]:
+        """The cells of one column; `key` is the setting that names it. Raises UserError if there is no such column."""
+        if name not in self.columns:
+            present = ", ".join(self.names) or "none"
+            raise UserError(f'{self.origin}: no column "{name}"; columns present: {present}; set {key} to one of them')
+        return self.columns[name]
+
+
+def text_of(cell: Any, rows: Rows, index: int, column: str) -> str:
+    """A cell that must be text, with its spaces. Raises UserError if it is missing, empty or something else."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        raise UserError(f'{rows.at(index)}: column "{column}" is missing; fill it in or remove the row')
+    if not isinstance(cell, str):
+        raise UserError(f'{rows.at(index)}: column "{column}" must be text, got {short(cell)}; write it as text')
+    if not cell.strip():
+        raise UserError(f'{rows.at(index)}: column "{column}" is empty; fill it in or remove the row')
+    return cell
+
+
+def short(value: Any) -> str:
+    """A value for an error message, on one line."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def half_character(cell: Any) -> bool:
+    """Whether a text, or any in a list or object, holds half of a surrogate pair, which is no Unicode."""
+    try:
+        json.dumps(cell, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def from_records(
+    origin: str, records: list[dict[str, Any]], wanted: Collection[str], names: list[str], lines: list[int]
+) -> Rows:
+    """Records by column, of the wanted columns; `lines` says where each record stood."""
+    columns = {name: [record.get(name) for record in records] for name in names if name in wanted}
+    return Rows(origin, names, columns, len(records), lines)

@@ -1,0 +1,120 @@
+"""Tables in text files: CSV, TSV and Orange's TAB, as people have them."""
+
+import csv
+import io
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from hfedmoe.data.decoding import Form, decode
+from hfedmoe.data.rows import Rows, from_records
+from hfedmoe.errors import UserError
+
+ORANGE_TYPES = {"", "d", "discrete", "c", "continuous", "s", "string", "t", "time"}
+LONGEST_CELL = 2**31 - 1  # csv stops at 131,072 characters unless told otherwise
+OTHERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+"""Delimiters of a CSV whose first line has no comma; there is then nothing else that it could be."""
+
+
+def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delimiter: str | None = None) -> Rows:
+    """A table whose first line that is not empty names the columns.
+
+    Rows without any content are passed over, and so are empty cells behind the last column, and columns without a name
+    if they are empty.
+
+    Args:
+        delimiter: of this kind of file; None: `data.delimiter`, or what the first line shows.
+
+    Raises:
+        UserError: the lines do not fit the first one, or a name occurs twice.
+    """
+    text = decode(origin, raw, form.encoding).replace("\x00", "")
+    begun, before, first = _header(text)
+    if first.lower().startswith("sep=") and len(first) == 5:  # as Excel writes it
+        delimiter = form.delimiter or first[4]
+        skipped = text.index(first, begun) + len(first)
+        begun, more, first = _header(text[skipped:])
+        begun, before = begun + skipped, before + more
+    delimiter = form.delimiter or delimiter or _shown(first)
+    previous = csv.field_size_limit(LONGEST_CELL)
+    # strict: an unclosed quote is an error instead of swallowing the rest of the file
+    table = csv.reader(io.StringIO(text[begun:], newline=""), delimiter=delimiter, strict=True)
+    records: list[dict[str, Any]] = []
+    lines: list[int] = []
+    try:
+        names = [_name(name) for name in next(table, [])]
+        named = [name for name in names if name]
+        if len(set(named)) < len(named):
+            raise UserError(
+                f"{origin} line {before + 1}: a column name occurs twice; the first line must name the columns"
+            )
+        for start, cells in _rows(table, before):
+            records.append(_record(origin, start, cells, names, delimiter))
+            lines.append(start)
+    except csv.Error as error:
+        raise UserError(f"{origin} line {before + table.line_num}: not valid CSV ({error})") from None
+    finally:
+        csv.field_size_limit(previous)
+    return from_records(origin, records, wanted, named, lines)
+
+
+def read_tsv(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> Rows:
+    """As `read_csv`, with tabs."""
+    return read_csv(origin, raw, wanted, form, delimiter="\t")
+
+
+def read_tab(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> Rows:
+    """A table as Orange writes it: names, types and roles of the columns in three lines, then perhaps an empty one."""
+    rows = read_tsv(origin, raw, wanted, form)
+    header = 0
+    if rows.columns and len(rows) >= 2 and {cells[0] for cells in rows.columns.values()} <= ORANGE_TYPES:
+        header = 2
+        while header < len(rows) and not any(cells[header] for cells in rows.columns.values()):
+            header += 1
+    columns = {name: cells[header:] for name, cells in rows.columns.items()}
+    return Rows(origin, rows.names, columns, len(rows) - header, rows.lines[header:])
+
+
+def _header(text: str) -> tuple[int, int, str]:
+    """Where the first line begins that is not empty, how many lines stand before it, and the line."""
+    begun = 0
+    for number, line in enumerate(io.StringIO(text, newline="")):
+        if line.strip():
+            return begun, number, line.strip("\r\n")
+        begun += len(line)
+    return begun, 0, ""
+
+
+def _shown(first: str) -> str:
+    """The delimiter that the first line shows: a comma, unless it has none and one of the others."""
+    return "," if "," in first else next((other for other in OTHERS if other in first), ",")
+
+
+def _name(cell: str) -> str:
+    """A column's name without the spaces and quotes around it."""
+    name = cell.strip()
+    return name[1:-1].strip() if len(name) > 1 and name[0] == name[-1] == '"' else name
+
+
+def _rows(table: Any, before: int) -> Iterator[tuple[int, list[str]]]:
+    """The line on which each row begins, and its cells; rows without content are left out."""
+    start = table.line_num + 1
+    for cells in table:
+        if any(cell.strip() for cell in cells):
+            yield before + start, cells
+        start = table.line_num + 1
+
+
+def _record(origin: str, line: int, cells: list[str], names: list[str], delimiter: str) -> dict[str, Any]:
+    while len(cells) > len(names) and not cells[-1].strip():
+        cells = cells[:-1]
+    if len(cells) != len(names):
+        hint = f'put cells that hold "{delimiter}" in double quotes'
+        if len(names) == 1:
+            hint += ", or set data.delimiter"
+        raise UserError(
+            f"{origin} line {line}: {len(cells)} cells, but the first line names {len(names)} columns; {hint}"
+        )
+    unnamed = next((cell for name, cell in zip(names, cells, strict=True) if not name and cell.strip()), None)
+    if unnamed is not None:
+        raise UserError(f"{origin} line {line}: a cell stands in a column without a name; name it in the first line")
+    return {name: cell for name, cell in zip(names, cells, strict=True) if name}

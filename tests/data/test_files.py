@@ -1,0 +1,168 @@
+"""Files as people have them: read where it is safe, else one line that says what to do."""
+
+import gzip
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfedmoe.config import load_config
+from hfedmoe.data.decoding import PLAIN, Form
+from hfedmoe.data.files import read_file
+from hfedmoe.data.normal import among, distinct, key_of, normal
+from hfedmoe.data.tasks import load_task
+from hfedmoe.errors import UserError
+from hfedmoe.files.lfs import START
+
+LATIN = "text,label\nGr\u00fc\u00dfe,x\n".encode("latin-1")
+ROWS = {"text": ["a b", "c"], "label": ["x", "y"]}
+
+
+def read(path: Path, content: bytes | str, form: Form = PLAIN) -> dict[str, list[Any]]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_file(path, {"text", "label"}, form).columns
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text,label\na b,x\nc,y\n",
+        "text;label\na b;x\nc;y\n",
+        "text\tlabel\na b\tx\nc\ty\n",
+        "sep=;\ntext;label\na b;x\nc;y\n",
+        "\n\r\n  \ntext,label\na b,x\nc,y\n",
+        'text, "label" \na b,x\nc,y\n',
+        "text,label,\na b,x,\nc,y,\n",
+        "text,label,,\na b,x\nc,y,,\n",
+        "text,label\na b,x,,\n,\n\nc,y\n,,\n",
+        "text,label\r\na b,x\r\nc,y\r\n",
+        "text,label\ra b,x\rc,y\r",
+        "\ufefftext,label\na b,x\nc,y\n",
+        "text,label\na b,x\nc,y\n".encode("utf-16"),
+        "text,label\na b,x\nc,y\n".encode("utf-32"),
+        gzip.compress(b"text,label\na b,x\nc,y\n", mtime=0),
+    ],
+)
+def test_tables_that_mean_the_same_read_the_same(content: str | bytes, tmp_path: Path) -> None:
+    assert read(tmp_path / "rows.csv", content) == ROWS
+
+
+def test_a_parquet_file_is_one_whatever_its_name_and_gz_is_unpacked(tmp_path: Path) -> None:
+    written = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(ROWS), written)
+    assert read(tmp_path / "rows.csv", written.getvalue()) == ROWS
+    lines = b'{"text": "a b", "label": "x"}\n{"text": "c", "label": "y"}\n'
+    assert read(tmp_path / "rows.jsonl.gz", gzip.compress(lines)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (
+            "text,label\nGr\u00fc\u00dfe,x\n".encode("latin-1"),
+            r'line 2: not UTF-8; .*data.encoding, for example "cp1252"',
+        ),
+        ("text,label\na,\u00fc\n".encode("utf-16-le"), r'UTF-16 without a mark: set data.encoding = "utf-16-le"'),
+        (b"PK\x03\x04....", r"is a spreadsheet \(xlsx, ods\) or a zip archive; save the sheet as CSV"),
+        (b"\xd0\xcf\x11\xe0....", "is an old Excel file"),
+        (b"%PDF-1.7 ...", "is a PDF"),
+        (b"<!doctype html><p>Sign in", "is a web page"),
+        (b"\x1f\x8b\x08broken", "looks like gzip, but cannot be unpacked"),
+        (START + b"\noid sha256:0\nsize 9\n", "is a Git LFS pointer.*git lfs pull"),
+        ("text,label\na,b,c\n", 'line 2: 3 cells, but the first line names 2 columns; put cells that hold ","'),
+        ("text,label,\na,x,stray\n", "line 2: a cell stands in a column without a name"),
+        ("text,text\na,b\n", "line 1: a column name occurs twice"),
+        ("text\nhello, world\n", "set data.delimiter"),
+    ],
+)
+def test_what_cannot_be_read_safely_is_named(content: str | bytes, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=complaint) as caught:
+        read(tmp_path / "rows.csv", content)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_say_what_a_file_cannot(tmp_path: Path) -> None:
+    rows = "text,note;label\nGr\u00fc\u00dfe,x\n".encode("cp1252")
+    assert read(tmp_path / "rows.csv", rows, Form("cp1252", ",")) == {"text": ["Gr\u00fc\u00dfe"]}
+    assert read(tmp_path / "rows.csv", b"text|label\na,b|x\n", Form(None, "|")) == {"text": ["a,b"], "label": ["x"]}
+    with pytest.raises(UserError, match="is not text in ascii"):
+        read(tmp_path / "rows.csv", rows, Form("ascii"))
+    config = load_config(None, ["data.encoding=Windows-1252", "data.delimiter=;"]).data
+    assert (config.encoding, config.delimiter) == ("cp1252", ";")
+    with pytest.raises(UserError, match=r"data.encoding: no encoding that Python knows"):
+        load_config(None, ["data.encoding=klingon"])
+
+
+def test_a_config_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_bytes(b"\xef\xbb\xbfseed = 7\n")
+    assert load_config(tmp_path / "my.toml").seed == 7
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("new york", "new\u00a0york"),
+        ("new york", "new\u202fyork"),
+        ("spam", "sp\u200bam\ufeff"),
+        ("spam", " spam\t"),
+        ("hy\u00adphen", "hyphen"),
+    ],
+)
+def test_texts_that_look_the_same_are_the_same(one: str, other: str) -> None:
+    assert normal(one) == normal(other)
+
+
+@given(st.text())
+@settings(max_examples=100, deadline=None)
+def test_a_normal_form_is_its_own(text: str) -> None:
+    assert normal(normal(text)) == normal(text)
+
+
+def test_numbers_are_one_class_however_they_are_written() -> None:
+    assert distinct(["1", "1.0", "2.0", "x"]) == ("1", "2.0", "x")
+    assert [among(label, ("1", "2.0", "x")) for label in ("1.0", "1", "2", "2.00", "y")] == [
+        "1",
+        "1",
+        "2.0",
+        None,
+        None,
+    ]
+    assert [key_of(cell) for cell in (1.0, 1, True, " a\u00a0b ")] == ["1", "1", "true", "a b"]
+
+
+def test_labels_and_clients_that_differ_invisibly_are_one(tmp_path: Path) -> None:
+    lines = ["text,label,ward"]
+    wards = ("north", "nor\u200bth", "south")
+    labels = ("caf\u00e9", "cafe\u0301", "1", "1.0")
+    lines += [f"word {n},{labels[n % 4]},{wards[n % 3]}" for n in range(36)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = ["partition.scheme=natural", "partition.column=ward", f"data.source={tmp_path}/rows.csv"]
+    config = load_config(None, [*settings, "clients.count=2", "partition.min_rows=1"])
+    task = load_task(config.data, config.partition, 0)
+    assert task.labels == ("1", "caf\u00e9")
+    assert task.part_names == ["north", "south"]
+    assert {example.choices[example.answer] for example in task.train} == set(task.labels)
+
+
+def test_labels_that_are_none_are_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n" + "word,-1\n" * 8)
+    config = load_config(None, [f"data.source={tmp_path}/rows.csv"])
+    with pytest.raises(UserError, match=r"every label is -1.*data.split, data.test"):
+        load_task(config.data, config.partition, 0)
+
+
+def test_a_hub_split_without_labels_is_named(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    secret = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [-1, -1]}, features=features)
+    known = datasets.Dataset.from_dict({"text": ["x", "y"] * 4, "label": [0, 1] * 4}, features=features)
+    datasets.DatasetDict({"train": known, "test": secret}).save_to_disk(tmp_path / "set")
+    config = load_config(None, [f"data.source={tmp_path}/set", "data.test=test"])
+    with pytest.raises(UserError, match=r"\(test\): every label is -1.*usually train or validation"):
+        load_task(config.data, config.partition, 0)
