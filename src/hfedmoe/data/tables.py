@@ -42,6 +42,8 @@ def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delim
     lines: list[int] = []
     try:
         names = [_name(name) for name in next(table, [])]
+        while names and not names[-1]:  # commas behind the last column
+            names.pop()
         named = [name for name in names if name]
         if len(set(named)) < len(named):
             raise UserError(
