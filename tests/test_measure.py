@@ -42,8 +42,12 @@ def naive_arc(path):
     return hits / len(rows), hits_norm / len(rows), loss / tokens
 
 
-def test_evaluate_a_model_on_a_task(capsys):
-    rows = FIXTURES / "arc-easy.jsonl"
+def test_evaluate_a_model_on_a_task(tmp_path, capsys):
+    rows = tmp_path / "arc-easy.jsonl"  # in words that the tiny model knows
+    choices = {"text": ["oil", "grain prices", "a ship", "trade"], "label": ["A", "B", "C", "D"]}
+    asked = ("what does the bank trade", "what did the oil company sell", "who said that prices rose")
+    lines = [{"question": text, "choices": choices, "answerKey": "ABD"[n]} for n, text in enumerate(asked)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert hfedmoe("evaluate", "tiny", "--task", "arc-easy", "--rows", rows, "--json") == 0
     whole = json.loads(capsys.readouterr().out)
     accuracy, accuracy_norm, loss = naive_arc(rows)
@@ -55,6 +59,13 @@ def test_evaluate_a_model_on_a_task(capsys):
     assert line.startswith("acc ")
     assert "acc_norm" in line
     assert line.endswith("on 2 rows")
+
+
+def test_choices_that_become_the_same_tokens_are_named(capsys):
+    assert hfedmoe("evaluate", "tiny", "--task", "arc-easy", "--rows", FIXTURES / "arc-easy.jsonl") == 2
+    error = capsys.readouterr().err
+    assert "become the same tokens; change one of them or remove the row" in error
+    assert "arc-easy.jsonl line" in error
 
 
 def test_evaluate_a_run_on_a_task(tmp_path, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hfedmoe.config import DataConfig, ModelConfig, RunConfig
+from hfedmoe.data.fits import check_task
 from hfedmoe.data.task import Task
 from hfedmoe.data.tasks import load_rows, load_task, load_watched_task
 from hfedmoe.errors import UserError
@@ -18,7 +19,7 @@ from hfedmoe.models.wrapping import wrap
 from hfedmoe.prepare import Prepared, encoder_of, prepare
 from hfedmoe.runs import Checkpoint, RunFolder
 from hfedmoe.runs.choice import checkpoint_of, fitting
-from hfedmoe.server.evaluation import Metrics, evaluate
+from hfedmoe.server.evaluation import Metrics, evaluate, room_of
 
 
 def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
@@ -85,6 +86,7 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
     loaded = load(config.model, config.seed)
     model = wrap(loaded.model, config, loaded.store)
     encoder = encoder_of(loaded, task, data.max_tokens)
+    check_task(task, [], encoder, room_of(model.model, encoder.tokenizer))
     prepared = Prepared(_comparable(config, task), model, encoder, task, watch=[])
     return measure_checkpoint(prepared, checkpoint, watcher)
 
@@ -107,10 +109,12 @@ def _settings_of(name: str, own: ModelConfig) -> ModelConfig:
 def _evaluate(settings: ModelConfig, task: Task, config: RunConfig, watcher: Watcher) -> Metrics:
     watcher.phase(f"loading {settings.name}")
     loaded = load(settings, config.seed)
+    encoder = encoder_of(loaded, task, config.data.max_tokens)
+    check_task(task, [], encoder, room_of(loaded.model, encoder.tokenizer))
     return evaluate(
         loaded.model,
         task.test,
-        encoder_of(loaded, task, config.data.max_tokens),
+        encoder,
         config.evaluation.batch_size,
         config.evaluation.scoring,
         on_batch=watcher.evaluating,

@@ -10,7 +10,7 @@ from torch import Tensor
 from hfedmoe.config import RunConfig
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.example import Example
-from hfedmoe.data.fits import Room, check_task
+from hfedmoe.data.fits import check_task
 from hfedmoe.data.known import known_set
 from hfedmoe.data.task import Task
 from hfedmoe.data.tasks import load_watched_task
@@ -24,7 +24,7 @@ from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import initial_tensors, load_all
-from hfedmoe.server.evaluation import Metrics, evaluate, longest_input, positions
+from hfedmoe.server.evaluation import Metrics, evaluate, room_of
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server
 
@@ -109,8 +109,7 @@ def prepare(
             'train.loss = "choices" and train.logit_adjustment need labels that differ in their first token; '
             "set data.label_words, or leave both settings out"
         )
-    room = Room(positions(model.model), longest_input(model.model, encoder.tokenizer))
-    warnings = check_task(task, watch, encoder, room)
+    warnings = check_task(task, watch, encoder, room_of(model.model, encoder.tokenizer))
     if carve:
         trim()
     return Prepared(config, model, encoder, task, watch, budgets, warnings)

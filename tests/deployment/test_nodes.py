@@ -123,11 +123,12 @@ def test_a_file_of_another_kind_trains_no_other_task(config: str, tmp_path: Path
 def test_a_file_of_a_named_set_is_read_as_rows_of_that_set(tmp_path: Path) -> None:
     """AG News numbers its labels 0 to 3; a node must not learn to say "0"."""
     terms = Terms("ag-news", "classification", ("Business", "Sci/Tech", "Sports", "World"), True)
-    config = CONFIG.format(model="tiny", source="ag-news")
+    words = '{ Business = "bank", "Sci/Tech" = "oil", Sports = "ship", World = "trade" }'  # the tiny model knows them
+    config = CONFIG.format(model="tiny", source="ag-news").replace("test_rows = 4", f"label_words = {words}")
     node = Node(config, 0, {"data": str(rows_file(tmp_path / "own.csv", "0", "3", rows=4))})
     node.describe(terms)
     device = node.device()
-    assert [example.choices[example.answer] for example in device.examples] == ["World", "Technology"] * 2
+    assert [example.choices[example.answer] for example in device.examples] == ["trade", "oil"] * 2
 
 
 @pytest.mark.parametrize(

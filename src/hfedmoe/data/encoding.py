@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hfedmoe.data.chat import render
 from hfedmoe.data.example import Example
-from hfedmoe.data.pairs import encode_pairs
+from hfedmoe.data.pairs import encode_pairs, special_tokens
 from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
 
@@ -119,7 +119,7 @@ class Encoder:
         self._answer_lead = "" if encoder_decoder else tail[len(tail.rstrip(" \t")) :]
         tail = tail.rstrip() if encoder_decoder else tail.rstrip(" \t")
         self._at_line_start = tail.endswith("\n")
-        prefix, suffix = _special_tokens(tokenizer)
+        prefix, suffix = special_tokens(tokenizer)
         self._head = prefix + (self._tokens([head.rstrip()])[0] if head.strip() else [])
         self._starts_with_text = not head.strip()
         self._tail = (self._tokens([tail], after="a")[0] if tail else []) + (suffix if encoder_decoder else [])
@@ -330,16 +330,6 @@ class Encoder:
             long[len(lead) :] if long[: len(lead)] == lead else self._tokens([piece])[0]
             for long, (_, lead, piece) in zip(joined, joints, strict=True)
         ]
-
-
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts by itself before and behind a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    dressed = tokenizer("a", add_special_tokens=True)["input_ids"]
-    for start in range(len(dressed) - len(bare) + 1):
-        if dressed[start : start + len(bare)] == bare:
-            return dressed[:start], dressed[start + len(bare) :]
-    return [], []
 
 
 def _padded(rows: Sequence[Sequence[Any]], value: int, left: bool = False) -> Tensor:

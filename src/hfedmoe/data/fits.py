@@ -20,10 +20,12 @@ class Room:
     Args:
         positions: tokens of one input at most, by its config; None: it does not say, or has no such limit.
         longest: the same where something must be assumed, for prompts of multiple choice that are cut to fit.
+        vocabulary: rows of its embedding; None: unknown.
     """
 
     positions: int | None
     longest: int
+    vocabulary: int | None = None
 
 
 @dataclass
@@ -43,6 +45,7 @@ def check_task(task: Task, watch: Sequence[Example], encoder: Encoder, room: Roo
         UserError: an example cannot be encoded or does not fit into the model; its file and line are named.
     """
     held_out = [*task.test, *watch]
+    check_vocabulary([*task.train, *held_out], encoder, room.vocabulary)
     if task.kind == "classification":
         # Texts are cut to fit, and their beginning says enough: only the labels can be wrong.
         _check_labels([*task.train, *held_out], encoder, room)
@@ -53,6 +56,7 @@ def check_task(task: Task, watch: Sequence[Example], encoder: Encoder, room: Roo
     for chunk in _chunks(held_out):
         if task.kind == "choices":
             for example, pairs in zip(chunk, encoder.pairs(chunk), strict=True):
+                _check_choices(example, pairs)
                 for prompt, answer in pairs:
                     fit(prompt, answer, room.longest, encoder.encoder_decoder, str(example))
         else:
@@ -75,11 +79,53 @@ def _check_labels(examples: Sequence[Example], encoder: Encoder, room: Room) -> 
     seen: dict[tuple[str, ...], int] = {}  # tokens of the longest
     for example in examples:
         if example.choices not in seen:
+            _check_words(example, encoder)
             seen[example.choices] = max(map(len, encoder.choices(example)))
     if not _never_exceeds(encoder, max(seen.values(), default=1), room):
         for chunk in _chunks(examples):
             for example, prompt in zip(chunk, encoder.prompts(chunk), strict=True):
                 _check_length(example, prompt, seen[example.choices], encoder, room)
+
+
+def check_vocabulary(examples: Sequence[Example], encoder: Encoder, vocabulary: int | None) -> None:
+    """Raise UserError for a token without a row in the embedding; padding, which never counts, gets one that exists.
+
+    A tokenizer may have more tokens than its model: tokens that were added, or that of another model.
+    """
+    if vocabulary is None:
+        return
+    if encoder.pad_token_id >= vocabulary:
+        encoder.pad_token_id = 0
+    if len(encoder.tokenizer) <= vocabulary and max(encoder.tokenizer.all_special_ids, default=0) < vocabulary:
+        return
+    for chunk in _chunks(examples):
+        answers = encoder.without_limit().encoded(chunk)
+        for example, (prompt, answer) in zip(chunk, answers, strict=True):
+            choices = [token for tokens in encoder.choices(example) for token in tokens]
+            beyond = next((token for token in (*prompt, *answer, *choices) if token >= vocabulary), None)
+            if beyond is not None:
+                text = encoder.tokenizer.convert_ids_to_tokens(beyond)
+                raise UserError(
+                    f'{example}: has the token "{text}" with the number {beyond}, but the model\'s embedding has '
+                    f"{vocabulary} rows; use the tokenizer that belongs to the model, or remove what makes the token"
+                )
+
+
+def _check_words(example: Example, encoder: Encoder) -> None:
+    """Raise UserError if the words of two labels become the same tokens, or one becomes nothing but unknown ones."""
+    unknown, seen = encoder.tokenizer.unk_token_id, dict[tuple[int, ...], str]()
+    for word, tokens in zip(example.choices, map(tuple, encoder.choices(example)), strict=True):
+        if unknown is not None and set(tokens) == {unknown}:
+            raise UserError(
+                f'the tokenizer does not know the label word "{word}": it becomes {encoder.tokenizer.unk_token}; give '
+                "the label another word with data.label_words"
+            )
+        if tokens in seen:
+            raise UserError(
+                f'the label words "{seen[tokens]}" and "{word}" become the same tokens; give one of them another word '
+                "with data.label_words"
+            )
+        seen[tokens] = word
 
 
 def _check(chunk: Sequence[Example], encoder: Encoder, room: Room, counts: _Counts) -> None:
@@ -90,6 +136,17 @@ def _check(chunk: Sequence[Example], encoder: Encoder, room: Room, counts: _Coun
         counts.examples += 1
         counts.cut += max(len(prompt), len(answer)) > encoder.max_tokens
         counts.answers_cut += len(answer) > encoder.max_tokens
+
+
+def _check_choices(example: Example, pairs: Sequence[tuple[list[int], list[int]]]) -> None:
+    """Raise UserError if the right choice and a wrong one, which differ as texts, become the same tokens."""
+    right = pairs[example.answer]
+    for choice, pair in zip(example.choices, pairs, strict=True):
+        if pair == right and choice != example.choices[example.answer]:
+            raise UserError(
+                f'{example}: the choices "{example.choices[example.answer]}" and "{choice}" become the same tokens; '
+                "change one of them or remove the row"
+            )
 
 
 def _check_length(example: Example, prompt: list[int], answer: int, encoder: Encoder, room: Room) -> None:

@@ -20,10 +20,12 @@ def encode_pairs(
         kept = context.rstrip()
         moved.append((kept, context[len(kept) :] + continuation))
     contexts = _encode(tokenizer, [context for context, _ in moved])
-    if encoder_decoder:
+    if not encoder_decoder:
+        contexts = _without_end(tokenizer, contexts)
+    else:
         continuations = _plain(tokenizer, [continuation for _, continuation in moved])
         return list(zip(contexts, continuations, strict=True))
-    wholes = _encode(tokenizer, [context + continuation for context, continuation in moved])
+    wholes = _without_end(tokenizer, _encode(tokenizer, [context + continuation for context, continuation in moved]))
     return [(context, whole[len(context) :]) for context, whole in zip(contexts, wholes, strict=True)]
 
 
@@ -44,6 +46,26 @@ def fit(
     # The last token of the answer is predicted, not put in.
     room = longest if encoder_decoder else longest + 1 - len(answer)
     return prompt[-room:], answer
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts by itself before and behind a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    dressed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(dressed) - len(bare) + 1):
+        if dressed[start : start + len(bare)] == bare:
+            return dressed[:start], dressed[start + len(bare) :]
+    return [], []
+
+
+def _without_end(tokenizer: Any, texts: list[list[int]]) -> list[list[int]]:
+    """Tokens without the special ones that the tokenizer puts behind a text.
+
+    Decision: here we differ from the harness, with which the end of sequence would be every choice's last token, and
+    the only one of a short choice.
+    """
+    _, end = special_tokens(tokenizer)
+    return [tokens[: -len(end)] if end and tokens[-len(end) :] == end else tokens for tokens in texts]
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

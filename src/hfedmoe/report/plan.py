@@ -90,13 +90,15 @@ class Plan:
     smallest: int
     """The fewest experts over all layers that can train."""
     devices: list[DevicePlan]
+    quantised: str | None = None
+    """How the checkpoint is quantised already; None: it is not."""
 
     @property
     def carved(self) -> bool:
         """Whether devices can read single experts: from a safetensors checkpoint, as far as the name tells."""
         model = self.config.model
         plain = model.upcycle is None and model.name not in PACKAGED_MODELS and not model.name.endswith(".gguf")
-        return plain and quantisation_of(model) is None
+        return plain and self.quantised is None
 
 
 def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:
@@ -114,6 +116,7 @@ def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:
         top_k=planner.top_k,
         smallest=planner.smallest,
         devices=[_device_plan(entry, planner) for entry in entries],
+        quantised=quantisation_of(config.model),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hfedmoe.data.encoding import IGNORED, Encoder
 from hfedmoe.data.example import Example
+from hfedmoe.data.fits import Room
 from hfedmoe.data.pairs import fit
 from hfedmoe.errors import UserError
 
@@ -156,6 +157,13 @@ def evaluate(
         perplexity=perplexity,
         accuracy_norm=normed,
     )
+
+
+def room_of(model: nn.Module, tokenizer: Any) -> Room:
+    """What a model takes: how many tokens, and which."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = getattr(embedding, "num_embeddings", None)
+    return Room(positions(model), longest_input(model, tokenizer), rows)
 
 
 def longest_input(model: nn.Module, tokenizer: Any) -> int:
