@@ -85,7 +85,7 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed)
     model = wrap(loaded.model, config, loaded.store)
-    encoder = encoder_of(loaded, task, data.max_tokens)
+    encoder = encoder_of(loaded, task, data)
     check_task(task, [], encoder, room_of(model.model, encoder.tokenizer))
     prepared = Prepared(_comparable(config, task), model, encoder, task, watch=[])
     return measure_checkpoint(prepared, checkpoint, watcher)
@@ -109,7 +109,7 @@ def _settings_of(name: str, own: ModelConfig) -> ModelConfig:
 def _evaluate(settings: ModelConfig, task: Task, config: RunConfig, watcher: Watcher) -> Metrics:
     watcher.phase(f"loading {settings.name}")
     loaded = load(settings, config.seed)
-    encoder = encoder_of(loaded, task, config.data.max_tokens)
+    encoder = encoder_of(loaded, task, config.data)
     check_task(task, [], encoder, room_of(loaded.model, encoder.tokenizer))
     return evaluate(
         loaded.model,

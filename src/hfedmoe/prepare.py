@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfedmoe.config import RunConfig
+from hfedmoe.config import DataConfig, RunConfig
+from hfedmoe.data.chat import DATED, ChatForm
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.example import Example
 from hfedmoe.data.fits import check_task
@@ -93,8 +96,9 @@ def prepare(
         task, watch = load_watched_task(config.data, config.partition, config.seed, config.evaluation.watch_rows)
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed, carve)
+    config = with_chat_date(config, loaded.tokenizer, task, None if terms is None else terms.chat_date)
     model = wrap(loaded.model, config, loaded.store, masked=not carve)
-    encoder = encoder_of(loaded, task, config.data.max_tokens)
+    encoder = encoder_of(loaded, task, config.data)
     if terms is not None:
         encoder.first_token_only = terms.first_token_only
     problem = model.router_gradient_problem()
@@ -115,9 +119,28 @@ def prepare(
     return Prepared(config, model, encoder, task, watch, budgets, warnings)
 
 
-def encoder_of(loaded: Loaded, task: Task, max_tokens: int) -> Encoder:
+def encoder_of(loaded: Loaded, task: Task, config: DataConfig) -> Encoder:
     """The encoder of a task for a model that was loaded."""
-    return Encoder.for_task(loaded.tokenizer, task, max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id)
+    encoder = Encoder.for_task(
+        loaded.tokenizer, task, config.max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id
+    )
+    encoder.chat = ChatForm.of(config)
+    return encoder
+
+
+def with_chat_date(config: RunConfig, tokenizer: Any, task: Task, told: str | None = None) -> RunConfig:
+    """The configuration with the date that its conversations carry, where the chat template writes one.
+
+    Otherwise a run that is resumed on another day, or a device in another time zone, would have other tokens.
+
+    Args:
+        told: by the server; None: today, unless the configuration has one.
+    """
+    talks = any(example.messages for example in [*task.train[:1], *task.test[:1]])
+    if not talks or DATED not in str(getattr(tokenizer, "chat_template", "")):
+        return config
+    day = told or config.data.chat_date or date.today().isoformat()
+    return config.model_copy(update={"data": config.data.model_copy(update={"chat_date": day})})
 
 
 def server_for(

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hfedmoe.config import DataConfig
-from hfedmoe.data.chat import render
+from hfedmoe.data.chat import ChatForm, render
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.example import Example
 from hfedmoe.data.tasks import load_test
@@ -117,7 +117,7 @@ def test_a_tokenizer_without_a_template_gives_one_clear_line(tokenizer):
     bare = AutoTokenizer.from_pretrained(smollm2_folder())
     bare.chat_template = None
     encoder = Encoder(bare, "{text}", 200)
-    with pytest.raises(UserError, match=r'the tokenizer has no chat template; set data\.chat = "plain"'):
+    with pytest.raises(UserError, match=r'the tokenizer has no chat template; .* set data\.chat = "plain"'):
         encoder.training_batch(loaded().test)
     bare.chat_template = "{{ raise_exception('roles must\nalternate') }}"
     with pytest.raises(UserError, match=r"refuses a conversation \(roles must\); set data\.chat") as caught:
@@ -125,7 +125,7 @@ def test_a_tokenizer_without_a_template_gives_one_clear_line(tokenizer):
     assert "\n" not in str(caught.value)
     bare.chat_template = "{{ messages | length }}"
     with pytest.raises(UserError, match="writes a prompt differently once it is answered"):
-        render(bare, [("user", "x"), ("assistant", "y")])
+        render(bare, Example("x", completion="y", messages=(("user", "x"), ("assistant", "y"))), ChatForm())
 
 
 def test_plain_lines_for_models_without_a_template(tokenizer):
@@ -194,7 +194,7 @@ def test_a_template_that_cannot_begin_an_answer_does_not_train_the_header(tokeni
 
     def written(template):
         other.chat_template = template
-        return render(other, talk)
+        return render(other, Example("a", completion=" a ", messages=tuple(talk)), ChatForm())
 
     turns = "{% for m in messages %}<|{{m['role']}}|>\n{{m['content']}}</s>\n{% endfor %}"
     assert written(turns) == ("<|user|>\na</s>\n<|assistant|>\n", " a </s>\n")

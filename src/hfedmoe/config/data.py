@@ -1,6 +1,7 @@
 """Sections `data` and `partition`."""
 
 import codecs
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -96,6 +97,21 @@ class DataConfig(Section):
         Literal["template", "plain"],
         Field(description="how conversations are written: the tokenizer's chat template, or `User: ...` lines"),
     ] = "template"
+    chat_system: Annotated[
+        Literal["keep", "merge"],
+        Field(description="a system message as it is, or merged into the first user turn (for templates without one)"),
+    ] = "keep"
+    chat_arguments: Annotated[
+        dict[str, bool | int | float | str] | None,
+        Field(description="passed to the chat template, for example `{ enable_thinking = false }`"),
+    ] = None
+    chat_date: Annotated[
+        str | None,
+        Field(
+            description="YYYY-MM-DD that a template takes for today; None: the day on which the run begins, which is "
+            "kept in its folder"
+        ),
+    ] = None
     max_tokens: Annotated[
         int,
         Field(
@@ -113,6 +129,11 @@ class DataConfig(Section):
             return value if value is None else codecs.lookup(value).name
         except LookupError:
             raise ValueError("no encoding that Python knows; for example utf-8, utf-16, cp1252 or latin-1") from None
+
+    @field_validator("chat_date")
+    @classmethod
+    def _is_a_date(cls, value: str | None) -> str | None:
+        return value if value is None else date.fromisoformat(value).isoformat()
 
     @field_validator("template")
     @classmethod

@@ -1,8 +1,14 @@
 """Conversations as text: what comes before an answer, and the answer with the end of its turn."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
+from hfedmoe.config import DataConfig
+from hfedmoe.data.example import Example
 from hfedmoe.errors import UserError
 
 Message = tuple[str, str]
@@ -13,39 +19,122 @@ MARK = "(the answer begins here)"
 WAY_OUT = 'set data.chat = "plain" (--set data.chat=plain), or use a tokenizer with another template'
 
 
-def render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, str]:
+@dataclass(frozen=True)
+class ChatForm:
+    """How the tokenizer's chat template is called."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Passed to the template (`data.chat_arguments`)."""
+    date: str | None = None
+    """What the template takes for today, YYYY-MM-DD (`data.chat_date`); None: today."""
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "ChatForm":
+        """As section [data] says."""
+        return cls(config.chat_arguments or {}, config.chat_date)
+
+    def call(self, example: Example) -> dict[str, Any]:
+        """The arguments of `apply_chat_template` beside the messages."""
+        arguments = dict(self.arguments)
+        if example.tools:
+            arguments["tools"] = json.loads(example.tools)
+        return arguments
+
+    def dated(self, template: str) -> str:
+        """A template that takes `date` (not None) for today: `strftime_now(...)` becomes what it gives on that day.
+
+        transformers hands functions to no template, so they cannot be replaced from outside.
+
+        Raises:
+            UserError: it calls the function with something else than a plain text.
+        """
+        fixed = date.fromisoformat(str(self.date))
+        written = CALLED.sub(lambda call: repr(fixed.strftime(call["form"])), template)
+        if re.search(r"strftime_now\s*\(", written):
+            raise UserError(f"the tokenizer's chat template writes a date that cannot be fixed; {WAY_OUT}")
+        return written
+
+
+CALLED = re.compile(r"""strftime_now\s*\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
+DATED = "strftime_now"
+"""In a template that writes today's date."""
+EMPTY_THOUGHT = re.compile(r"\s*<(think|thinking|reasoning|thought)>\s*</\1>\s*")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of an answer's thoughts; transformers gives a template all of them where a message has one."""
+FIELDS = {**dict.fromkeys(REASONING, REASONING), "tool_calls": ("tool_calls",), "tools": ("tools",)}
+"""What a conversation may have beside roles and texts, and the names of which the template must know one."""
+
+
+def render(tokenizer: Any, example: Example, form: ChatForm) -> tuple[str, str]:
     """A conversation that ends with an answer, in the tokenizer's chat template.
 
     Returns:
         The prompt, up to where the answer begins, and the answer with everything the template puts behind it. Together
         they are the template's own text of the whole conversation. Where a template cannot write the header of an
-        answer by itself, the prompt takes the header that comes with the answer: no model should have to learn it.
+        answer by itself, the prompt takes the header that comes with the answer: no model should have to learn it. An
+        empty block of thoughts, which some templates put before an answer, goes to the prompt, too.
 
     Raises:
-        UserError: the tokenizer has no template, the template refuses the conversation, or it writes what comes before
-            an answer differently once the answer is there.
+        UserError: the tokenizer has no template, the template refuses the conversation or does not know something that
+            the conversation has, or it writes what comes before an answer differently once the answer is there.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"the tokenizer has no chat template; {WAY_OUT}")
-    turns = [{"role": role, "content": content} for role, content in messages]
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise UserError(
+            "the tokenizer has no chat template; if its model has one, the file chat_template.jinja is missing here: "
+            f"download the whole folder; else {WAY_OUT}"
+        )
+    turns = _turns(example)
+    _check_known(str(template), turns, example)
+    arguments = form.call(example)
+    if form.date is not None and DATED in str(template):
+        arguments["chat_template"] = form.dated(str(template))
+
+    def write(messages: list[dict[str, Any]], **more: Any) -> str:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments, **more)
+        return text
+
     try:
-        whole: str = tokenizer.apply_chat_template(turns, tokenize=False)
-        prompt: str = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-        if not whole[len(prompt) :].lstrip().startswith(messages[-1][1].strip()):
-            begun = _with_header(tokenizer, turns, prompt)
+        whole = write(turns)
+        prompt = write(turns[:-1], add_generation_prompt=True)
+        if not whole[len(prompt) :].lstrip().startswith(str(turns[-1]["content"] or "").strip()):
+            begun = _with_header(write, turns, prompt)
             prompt = begun if whole.startswith(begun) else prompt
     except Exception as error:  # templates raise what they like, for example when roles do not alternate
         raise UserError(f"the tokenizer's chat template refuses a conversation ({_line(error)}); {WAY_OUT}") from None
     if not whole.startswith(prompt) or whole == prompt:
         raise UserError(f"the tokenizer's chat template writes a prompt differently once it is answered; {WAY_OUT}")
+    thought = EMPTY_THOUGHT.match(whole, len(prompt))
+    if thought is not None and not EMPTY_THOUGHT.match(example.completion):
+        prompt = whole[: thought.end()]
     return prompt, whole[len(prompt) :]
 
 
-def _with_header(tokenizer: Any, turns: list[dict[str, str]], prompt: str) -> str:
+def _turns(example: Example) -> list[dict[str, Any]]:
+    """The messages as templates take them."""
+    turns: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in example.messages]
+    for turn, extra in zip(turns, example.extras, strict=False):
+        turn |= json.loads(extra) if extra else {}
+    return turns
+
+
+def _check_known(template: str, turns: list[dict[str, Any]], example: Example) -> None:
+    """Raise UserError if the conversation has something that the template would drop without a word."""
+    has = {key for turn in turns for key in turn} | ({"tools"} if example.tools else set())
+    known = {name for name, names in FIELDS.items() if any(own in template for own in names)}
+    dropped = next((name for name in FIELDS if name in has and name not in known), None)
+    if dropped is not None:
+        raise UserError(
+            f'the conversation has "{dropped}", which the tokenizer\'s chat template does not know and would drop; '
+            "remove it, or use a tokenizer whose template knows it"
+        )
+
+
+def _with_header(write: Callable[..., str], turns: list[dict[str, Any]], prompt: str) -> str:
     """The prompt with the header of the answer, if the template does not write that when asked to begin one."""
-    if prompt != tokenizer.apply_chat_template(turns[:-1], tokenize=False):
+    if prompt != write(turns[:-1]):
         return prompt
-    marked: str = tokenizer.apply_chat_template([*turns[:-1], turns[-1] | {"content": MARK}], tokenize=False)
+    marked = write([*turns[:-1], turns[-1] | {"content": MARK}])
     begins = marked.find(MARK)
     return marked[:begins] if begins >= 0 else prompt
 

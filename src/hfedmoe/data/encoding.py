@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfedmoe.data.chat import render
+from hfedmoe.data.chat import ChatForm, render
 from hfedmoe.data.example import Example
 from hfedmoe.data.pairs import encode_pairs, special_tokens
 from hfedmoe.data.task import Task
@@ -111,6 +111,8 @@ class Encoder:
         self.pad_token_id = next(
             (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
         )
+        self.chat = ChatForm()
+        """How conversations are written; whoever makes the encoder sets it."""
         self._choice_tokens: dict[str, list[int]] = {}
 
         self.template = template
@@ -269,7 +271,7 @@ class Encoder:
 
     def _render(self, example: Example) -> tuple[str, str]:
         try:
-            return render(self.tokenizer, example.messages)
+            return render(self.tokenizer, example, self.chat)
         except UserError as error:
             raise UserError(f"{example}: {error}") from None
 

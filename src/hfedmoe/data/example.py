@@ -19,6 +19,10 @@ class Example:
     answer: int = -1
     completion: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    extras: tuple[str, ...] = ()
+    """Of each message what it has beside role and text (reasoning, tool calls), as JSON; empty: none has anything."""
+    tools: str = ""
+    """The tools that a conversation may call, as JSON; empty: none."""
     origin: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:

@@ -77,7 +77,26 @@ def _iid(task: Task, config: PartitionConfig, num_clients: int, seed: int) -> li
     rows = _shuffled_rows(task, seed)
     share, more = divmod(len(rows), num_clients)
     ends = [share * (client + 1) + min(client + 1, more) for client in range(num_clients)]
-    return [rows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    wholes = _conversations(task, rows)
+    if wholes is None:
+        return [rows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    parts: list[list[int]] = [[] for _ in range(num_clients)]
+    for whole in wholes:  # to whoever has the fewest rows so far
+        min(parts, key=len).extend(whole)
+    return parts
+
+
+def _conversations(task: Task, rows: list[int]) -> list[list[int]] | None:
+    """The rows of each conversation, in the order in which they first come; None: no row of data made two examples.
+
+    The answers of one conversation must stay with one client: each holds the others as its context.
+    """
+    wholes: dict[str, list[int]] = {}
+    for row in rows:
+        wholes.setdefault(task.train[row].origin or f"row {row}", []).append(row)
+    if task.kind != "completion" or len(wholes) == len(rows):
+        return None
+    return list(wholes.values())
 
 
 def _shards(task: Task, config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ file with other labels, of another kind or of a named data set would train anoth
 
 import json
 from dataclasses import asdict, dataclass
+from datetime import date
 from typing import Any, get_args
 
 from hfedmoe.config import DataConfig
@@ -37,6 +38,8 @@ class Terms:
     """Sorted; of classification."""
     first_token_only: bool = False
     """Whether answers are trained and compared by their first token."""
+    chat_date: str | None = None
+    """What a chat template takes for today, YYYY-MM-DD; None: it writes no date."""
 
     def to_json(self) -> str:
         """As text, for the wire."""
@@ -55,13 +58,16 @@ class Terms:
             raise ValueError("the labels are not a list without repetition")
         if not all(isinstance(label, str) and 0 < len(label) <= LONGEST_LABEL for label in labels):
             raise ValueError("a label is not a short text")
-        return cls(tree["format"], kind, tuple(labels), tree["first_token_only"] is True)
+        day = tree["chat_date"]
+        if day is not None and (not isinstance(day, str) or date.fromisoformat(day).isoformat() != day):
+            raise ValueError("the date is none")
+        return cls(tree["format"], kind, tuple(labels), tree["first_token_only"] is True, day)
 
 
 def terms_of(task: Task, config: DataConfig, first_token_only: bool) -> Terms:
     """The terms of a task that was read as the configuration says."""
     known = known_set(config)
-    return Terms(task.kind if known is None else known.name, task.kind, task.labels, first_token_only)
+    return Terms(task.kind if known is None else known.name, task.kind, task.labels, first_token_only, config.chat_date)
 
 
 def own_task(source: str, config: DataConfig, terms: Terms) -> Task:

@@ -82,10 +82,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Wording:
-    """How the configuration wants examples put: the word for each label, and conversations in plain lines or not."""
+    """How the configuration wants examples put: the word for each label, and how conversations are written."""
 
     words: tuple[str, ...]
     plain: bool
+    merge_system: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class KnownSet:
         """The words of the configuration, else the data set's own. Raises UserError if they are unusable."""
         words = {**self.words, **(config.label_words or {})}
         used = label_words(self.labels, config.model_copy(update={"label_words": words}))
-        return Wording(used, config.chat == "plain")
+        return Wording(used, config.chat == "plain", config.chat_system == "merge")
 
     def read_rows(self, rows: Rows, wording: Wording) -> Iterator[list[Example]]:
         """The examples of every row, read when asked for. Raises UserError for a row that is not as it should be."""

@@ -1,9 +1,11 @@
 """Instruction data: every answer of the assistant is an example, with what came before it as the prompt."""
 
+import json
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hfedmoe.data.chat import Message, plain_prompt
+from hfedmoe.data.chat import REASONING, plain_prompt
 from hfedmoe.data.example import Example
 from hfedmoe.data.known.base import KnownSet, Row, Wording
 from hfedmoe.data.rows import short
@@ -17,6 +19,9 @@ SPEAKERS = {
 }
 """Names in lower case, and their roles. What a tool says is context, like what a user says."""
 
+EXTRAS = (*REASONING, "tool_calls", "tool_call_id", "name")
+"""What a message may have beside role and text, for templates that know it."""
+
 TURNS = ("messages", "conversations", "conversation")
 REQUESTS = (
     # What is asked, what it is about, what is answered.
@@ -29,21 +34,69 @@ SCHEMAS = (
 )
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+    extra: str = ""
+    """Reasoning and tool calls, as JSON for the template."""
+    learn: bool = True
+    """Whether an answer is learned; `"weight": 0` says that it is only context."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether there is something to learn."""
+        return self.role == "assistant" and self.learn and bool(self.content.strip() or self.extra)
+
+
 def _examples(row: Row, wording: Wording) -> list[Example]:
-    column, messages = _messages(row)
-    if all(role != "assistant" for role, _ in messages[1:]):
+    column, turns = _conversation(row)
+    if wording.merge_system:
+        turns = _merged(turns)
+    if all(turn.role != "assistant" for turn in turns[1:]):
         raise row.error(column, "has no answer of the assistant to a message before it; remove the row")
+    tools = _tools(row)
+    extras = [turn.extra for turn in turns]
+    if wording.plain and (tools or any(extras)):
+        raise row.error(
+            column, 'has tools, tool calls or reasoning, which data.chat = "plain" cannot write; remove them'
+        )
     examples = []
-    for end, (role, content) in enumerate(messages):
+    for end, turn in enumerate(turns):
         # A few rows of Alpaca have an empty answer: nothing to learn from.
-        if role != "assistant" or not content.strip() or end == 0:
+        if not turn.answers or end == 0:
             continue
+        messages = [(own.role, own.content) for own in turns[: end + 1]]
         if wording.plain:
-            examples.append(Example(plain_prompt(messages[:end]), completion=content.strip()))
-        else:
-            asked = messages[end - 1][1]
-            examples.append(Example(asked, completion=content, messages=tuple(messages[: end + 1])))
+            examples.append(Example(plain_prompt(messages[:end]), completion=turn.content.strip()))
+            continue
+        own = tuple(extras[: end + 1]) if any(extras[: end + 1]) else ()
+        examples.append(
+            Example(messages[end - 1][1], completion=turn.content, messages=tuple(messages), extras=own, tools=tools)
+        )
     return examples
+
+
+def _merged(turns: list[Turn]) -> list[Turn]:
+    """A system message at the beginning becomes part of the first user turn."""
+    if len(turns) < 2 or turns[0].role != "system" or turns[1].role != "user":
+        return turns
+    return [replace(turns[1], content=f"{turns[0].content}\n\n{turns[1].content}"), *turns[2:]]
+
+
+def _tools(row: Row) -> str:
+    """The tools of a conversation, as JSON; empty: it has none."""
+    tools = row.cell("tools") if row.holds("tools") else None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError:
+            raise row.error("tools", f"must be a list of tools or JSON of one, got {short(tools)}") from None
+    if tools and not isinstance(tools, list):
+        raise row.error("tools", f"must be a list of tools, got {short(tools)}")
+    return json.dumps(tools) if tools else ""
 
 
 def _has_conversation(names: Collection[str]) -> bool:
@@ -52,8 +105,8 @@ def _has_conversation(names: Collection[str]) -> bool:
     return asked or any(column in names for column in TURNS)
 
 
-def _messages(row: Row) -> tuple[str, list[Message]]:
-    """The conversation as roles and texts, from any of the schemas, and the column that it is in."""
+def _conversation(row: Row) -> tuple[str, list[Turn]]:
+    """The conversation, from any of the schemas, and the column that it is in."""
     for column in TURNS:
         if row.holds(column):
             return column, _turns(row, column)
@@ -67,21 +120,25 @@ def _messages(row: Row) -> tuple[str, list[Message]]:
         about = next((row.text(name, empty=True) for name in abouts if row.holds(name)), "")
         if about.strip():
             request = f"{request}\n\n{about}"
-        return answer, [("user", request), ("assistant", row.text(answer, empty=True))]
+        return answer, [Turn("user", request), Turn("assistant", row.text(answer, empty=True))]
     present = ", ".join(row.rows.names) or "none"
     raise UserError(f"{row.rows.at(row.index)}: no conversation in the columns {present}; it may be {SCHEMAS}")
 
 
-def _turns(row: Row, column: str) -> list[Message]:
+def _turns(row: Row, column: str) -> list[Turn]:
     turns = row.cell(column)
     if not isinstance(turns, list) or not turns:
         raise row.error(column, f"must be a list of messages, got {short(turns)}")
-    return [_message(row, column, turn) for turn in turns]
+    return [_turn(row, column, turn) for turn in turns]
 
 
-def _message(row: Row, column: str, turn: Any) -> Message:
+def _turn(row: Row, column: str, turn: Any) -> Turn:
     who, what = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
-    if not isinstance(turn, dict) or not isinstance(turn.get(what), str):
+    extra = {key: turn[key] for key in EXTRAS if turn.get(key)} if isinstance(turn, dict) else {}
+    content = turn.get(what) if isinstance(turn, dict) else None
+    if content is None and "tool_calls" in extra:
+        content = ""  # a call has no text of its own
+    if not isinstance(turn, dict) or not isinstance(content, str):
         raise row.error(
             column,
             f'must hold objects with "role" and "content", or "from" and "value", as text, got {short(turn)}',
@@ -90,7 +147,10 @@ def _message(row: Row, column: str, turn: Any) -> Message:
     if role is None:
         known = ", ".join(SPEAKERS)
         raise row.error(column, f'has "{who}": {short(turn.get(who))}; rename it to one of {known}, or remove the row')
-    return role, turn[what]
+    weight = turn.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise row.error(column, f'has "weight": {short(weight)}; 1 learns an answer and 0 does not')
+    return Turn(role, content, json.dumps(extra) if extra else "", weight is None or bool(weight))
 
 
 INSTRUCTIONS = KnownSet(
@@ -100,7 +160,7 @@ INSTRUCTIONS = KnownSet(
     subset="everyday-conversations",
     columns=TURNS,
     has_columns=_has_conversation,
-    optional=("instruction", "input", "context", "output", "response", "prompt", "completion"),
+    optional=("tools", "instruction", "input", "context", "output", "response", "prompt", "completion"),
     examples=_examples,
     template="{text}\n\nAssistant:",
 )
