@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,3 +328,23 @@ def test_a_client_counts_at_most_so_many_times_the_median(federation: Make, tmp_
     assert examples[0] == len(device.examples) > most
     assert [row["weight"] for row in line["clients"]] == [min(number, most) for number in examples]
     assert any("client 0 says that it has" in text and f"it counts as {most}" in text for text in notes.warnings)
+
+
+def test_what_a_run_needs_at_its_end_is_checked_before_its_first_round(tmp_path: Path) -> None:
+    from hfedmoe import simulation
+
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"oil {n},{('money-fx', 'money-supply')[n % 2]}\n" for n in range(40)))
+    own = (f"data.source={rows}", "data.format=classification", "partition.scheme=iid", "partition.min_rows=1")
+    with pytest.raises(UserError, match=r"evaluation.scoring=first_token: some choices begin with the same token"):
+        simulation.run(tiny_config(*own, "evaluation.scoring=first_token"), tmp_path / "run", Silent())
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_room_for_checkpoints_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hfedmoe import simulation
+    from hfedmoe.files import disk
+
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    with pytest.raises(UserError, match=r"MiB are needed for checkpoints, but 1 MiB are free"):
+        simulation.run(tiny_config(), tmp_path / "run", Silent())

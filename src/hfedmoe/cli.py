@@ -103,6 +103,7 @@ def run(
 
         typer.echo(config_toml(settings), nl=False)
         return
+    _require(settings)
     from hfedmoe import simulation
     from hfedmoe.report.live import Live
 
@@ -113,6 +114,9 @@ def run(
 @app.command()
 def resume(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the run.")]) -> None:
     """Continue a run that was interrupted."""
+    from hfedmoe.runs.refusals import require_run
+
+    require_run(folder)
     from hfedmoe import simulation
     from hfedmoe.report.live import Live
 
@@ -155,6 +159,9 @@ def plan(
         if "model.revision" not in _keys(overrides):
             changed = changed.model_copy(update={"revision": None})  # that of the config's own model
         settings = settings.model_copy(update={"model": changed})
+    from hfedmoe.runs.refusals import require_model
+
+    require_model(settings.model)
     from hfedmoe.report.plan import plan_for, to_json
     from hfedmoe.report.plan_text import as_text
 
@@ -172,6 +179,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the MoE anatomy of a model: layers, experts, routers, and bytes by kind. Loads no weights."""
+    _require_model(model)
     from hfedmoe.report.inspection import anatomy_of, as_text, to_json
 
     anatomy = anatomy_of(model, upcycle_experts, upcycle_top_k)
@@ -228,6 +236,10 @@ def evaluate(
     elsewhere = task is not None or rows is not None
     if of_run and overrides and not (elsewhere and all(key.startswith("data.") for key in _keys(overrides))):
         raise UserError("--set: a run keeps its own settings; only data.* can change, with --task or --rows")
+    if rows is not None and ":" not in (task or "") and not rows.expanduser().exists():
+        raise UserError(f"--rows {rows}: no such file or folder")
+    if not of_run:
+        _require_target(target)
     from hfedmoe import measure
     from hfedmoe.config import load_config
     from hfedmoe.data.measured import rows_data, task_data
@@ -277,6 +289,12 @@ def export(
     ] = None,
 ) -> None:
     """Write a result of a run as something that transformers or PEFT loads, with a model card."""
+    from hfedmoe.files.whole import check_free
+    from hfedmoe.runs.refusals import require_run
+
+    require_run(run)
+    if not out.resolve().is_relative_to(run.resolve()):  # what is wrong then is said below
+        check_free(out)
     from hfedmoe.export.run import export_run
 
     typer.echo(export_run(run, out, form, client, checkpoint, dtype))
@@ -292,6 +310,10 @@ def upcycle(
     seed: Annotated[int, typer.Option(min=0, help="Of the fresh routers.")] = 0,
 ) -> None:
     """Turn a dense model into a Mixtral checkpoint with equal experts."""
+    from hfedmoe.files.whole import check_free
+
+    _require_model(dense)
+    check_free(out)
     from hfedmoe.export.mixtral import upcycle_to_folder
 
     upcycle_to_folder(dense, out, experts, top_k, dtype, seed)
@@ -321,6 +343,30 @@ def _load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
     elif str(config) in NAMES and not config.exists():
         config = shipped_config(str(config))
     return load_config(config, overrides)
+
+
+def _require(settings: "RunConfig") -> None:
+    """Raise UserError at once if files that the settings name are not there."""
+    from hfedmoe.runs.refusals import require_data, require_model
+
+    require_model(settings.model)
+    require_data(settings.data)
+
+
+def _require_model(name: str) -> None:
+    """Raise UserError at once if a model's name is a file or folder that is not there, or no model."""
+    from hfedmoe.config import ModelConfig
+    from hfedmoe.runs.refusals import require_model
+
+    require_model(ModelConfig(name=name))
+
+
+def _require_target(target: str) -> None:
+    """As `_require_model`, of what may have been meant as a run."""
+    path = Path(target).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{target}: neither a run folder (no config.toml) nor a model (no config.json)")
+    _require_model(target)
 
 
 def _keys(overrides: list[str] | None) -> list[str]:

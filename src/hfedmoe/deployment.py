@@ -36,6 +36,7 @@ from hfedmoe.models.loaded import device_of
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.report.live import Live
 from hfedmoe.runs import RunFolder
+from hfedmoe.runs.identity import DEPLOYED, identity_of, write_identity
 from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
@@ -221,6 +222,8 @@ def _server(context: Context) -> Server:
     for text in prepared.warnings:
         watcher.warning(text)
     folder = RunFolder.create(Path(str(out)), prepared.settled) if out else None
+    if folder is not None:
+        write_identity(folder.path, identity_of(prepared.config, prepared.task, prepared.watch, DEPLOYED))
     return server_for(prepared, Keeper(folder), watcher, base=base_digest(config))
 
 

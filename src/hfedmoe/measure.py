@@ -19,6 +19,7 @@ from hfedmoe.models.wrapping import wrap
 from hfedmoe.prepare import Prepared, encoder_of, prepare
 from hfedmoe.runs import Checkpoint, RunFolder
 from hfedmoe.runs.choice import checkpoint_of, fitting
+from hfedmoe.runs.identity import check_identity, identity_of, read_identity
 from hfedmoe.server.evaluation import Metrics, evaluate, room_of
 
 
@@ -31,6 +32,9 @@ def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
     with RunFolder.open(path) as folder:
         checkpoint = checkpoint_of(folder, which)
         prepared = prepare(folder.config, watcher)
+        was = read_identity(path)
+        if was is not None:
+            check_identity(path, identity_of(prepared.config, prepared.task, prepared.watch, was.carrier))
         return measure_checkpoint(prepared, checkpoint, watcher)
 
 

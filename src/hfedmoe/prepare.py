@@ -113,10 +113,20 @@ def prepare(
             'train.loss = "choices" and train.logit_adjustment need labels that differ in their first token; '
             "set data.label_words, or leave both settings out"
         )
+    if config.evaluation.scoring == "first_token" and not _first_tokens_differ(task, watch, encoder):
+        raise UserError(
+            "evaluation.scoring=first_token: some choices begin with the same token; use loglikelihood or auto"
+        )
     warnings = check_task(task, watch, encoder, room_of(model.model, encoder.tokenizer))
     if carve:
         trim()
     return Prepared(config, model, encoder, task, watch, budgets, warnings)
+
+
+def _first_tokens_differ(task: Task, watch: list[Example], encoder: Encoder) -> bool:
+    """Whether the first token tells the choices of all held-out rows apart, as the run's end needs it."""
+    rows = [*task.test, *watch]
+    return task.kind == "completion" or not rows or encoder.distinct_first_tokens(rows)
 
 
 def encoder_of(loaded: Loaded, task: Task, config: DataConfig) -> Encoder:

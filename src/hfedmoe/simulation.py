@@ -13,10 +13,20 @@ from hfedmoe.config import RunConfig
 from hfedmoe.data.partition import partition
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
+from hfedmoe.files.disk import require_room
 from hfedmoe.moe.payload import load_all
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.runs import RunFolder
 from hfedmoe.runs.choice import fitting
+from hfedmoe.runs.identity import (
+    DEPLOYED,
+    SIMULATED,
+    Identity,
+    check_identity,
+    identity_of,
+    read_identity,
+    write_identity,
+)
 from hfedmoe.runs.log import logging_to
 from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.server.keeper import Keeper
@@ -40,6 +50,7 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
             raise
         if prepared.settled is not config:
             folder.settle(prepared.settled)
+        write_identity(folder.path, _identity(prepared))
         _run(folder, prepared, parts, None, watcher)
         return folder.path
 
@@ -51,13 +62,26 @@ def resume(path: Path, watcher: Watcher) -> Path:
         UserError: not a run folder, in use by another process, or as `run`.
     """
     with RunFolder.open(path, to_write=True) as folder:
+        was = read_identity(path)
+        if was is not None and was.carrier == DEPLOYED:
+            raise UserError(
+                f"{path}: devices took part in this run and keep what they remember, so it cannot go on here; while "
+                "its SuperLink runs it goes on by itself, else begin again with `flwr run` and its config.toml"
+            )
         prepared = prepare(folder.config, watcher)
+        check_identity(path, _identity(prepared))
+        if was is None:
+            write_identity(path, _identity(prepared))
         round = None
         if folder.saved_rounds():
             round = folder.load_checkpoint("last").round
         folder.rewind(-1 if round is None else round)
         _run(folder, prepared, _split(prepared, watcher), round, watcher)
         return folder.path
+
+
+def _identity(prepared: Prepared) -> Identity:
+    return identity_of(prepared.config, prepared.task, prepared.watch, SIMULATED)
 
 
 def _split(prepared: Prepared, watcher: Watcher) -> list[list[int]]:
@@ -71,6 +95,9 @@ def _run(
 ) -> None:
     for text in prepared.warnings:
         watcher.warning(text)
+    # Two at a time while one is written, besides those that are kept and the best.
+    size = sum(tensor.nbytes for tensor in prepared.initial.values())
+    require_room(folder.path, size * (prepared.config.keep_checkpoints + 2))
     simulation = assemble(prepared, parts, folder, watcher, from_round)
     with logging_to(folder.path):
         simulation.run()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hfedmoe.config import DataConfig, PartitionConfig
+from hfedmoe.config import DataConfig, PartitionConfig, load_config
 from hfedmoe.data.example import Example
 from hfedmoe.data.tasks import load_rows, load_task, load_watched_task
 from hfedmoe.errors import UserError
@@ -220,3 +220,23 @@ def test_watched_rows_are_a_fifth_and_training_rows_are_drawn_by_seed(tmp_path):
 def test_choices_are_stripped(tmp_path):
     source = write(tmp_path / "rows.jsonl", [{"prompt": "q", "choices": [" x ", "y\n"], "answer": 0}])
     assert load_rows(DataConfig(source=source)).test[0].choices == ("x", "y")
+
+
+def test_rows_that_are_held_out_but_not_measured_are_trained_on(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(100)))
+    config = load_config(None, [f"data.source={tmp_path}/rows.csv", "data.test_share=0.5", "data.test_rows=10"])
+    task, watch = load_watched_task(config.data, config.partition, 0, 5)
+    assert (len(task.train), len(task.test), len(watch)) == (85, 10, 5)
+    texts = [example.text for example in (*task.train, *task.test, *watch)]
+    assert sorted(texts) == sorted(f"text {n}" for n in range(100))
+
+
+def test_a_conversation_is_not_half_held_out(tmp_path):
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": turns, "id": n}) + "\n" for n in range(20)))
+    settings = ["data.format=instructions", "data.test_share=0.5", "data.test_rows=4", "partition.scheme=iid"]
+    config = load_config(None, [f"data.source={tmp_path}/rows.jsonl", *settings])
+    task = load_task(config.data, config.partition, 0)
+    assert len(task.test) == 4
+    assert not {example.origin for example in task.train} & {example.origin for example in task.test}
+    assert len(task.train) + 3 * len({example.origin for example in task.test}) == 60

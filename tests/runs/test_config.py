@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hfedmoe.config import ClientsConfig, DataConfig, RunConfig, TrainConfig
 from hfedmoe.errors import UserError
 from hfedmoe.runs import RunFolder, read_run_config
+from hfedmoe.runs.settings import END
 from tests.runs.conftest import CONFIG
 
 
@@ -48,6 +49,15 @@ def test_any_config_comes_back(words, lr, budgets, rows):
         assert RunFolder.open(Path(folder, "run")).config == config
 
 
+def test_a_config_that_was_cut_anywhere_is_noticed(run):
+    path = run.path / "config.toml"
+    whole = path.read_text()
+    for cut in range(0, len(whole) - len(END) // 2, 97):
+        path.write_text(whole[:cut])
+        with pytest.raises(UserError, match=r"cut off|not valid TOML"):
+            read_run_config(path)
+
+
 def test_other_versions_are_a_warning(run, caplog):
     path = run.path / "config.toml"
     path.write_text(
@@ -62,10 +72,12 @@ def test_other_versions_are_a_warning(run, caplog):
     [
         (None, "not a run folder"),
         ("a = = 1", "not valid TOML"),
+        ("", "is empty or cut off"),
+        ('seed = 1\n[versions]\npython = "3"\n', "is empty or cut off"),
         ("\xff", "not valid TOML"),
-        ("seed = -1", "seed: "),
-        ("sead = 1", "sead: unknown key; did you mean seed?"),
-        ('unset = ["seed.x"]\nseed = 1', "seed is not a section"),
+        (f"seed = -1\n{END}", "seed: "),
+        (f"sead = 1\n{END}\n", "sead: unknown key; did you mean seed?"),
+        (f'unset = ["seed.x"]\nseed = 1\n{END}', "seed is not a section"),
     ],
 )
 def test_open_refuses_what_is_not_a_run(tmp_path, content, message):

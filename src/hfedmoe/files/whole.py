@@ -1,6 +1,5 @@
 """A folder that is there whole or not at all."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -13,9 +12,10 @@ from pathlib import Path
 
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import UNFINISHED, disk_errors
+from hfedmoe.files.locks import HeldError, claim
 
 OTHER = "choose another folder"
-ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that ask a process to end."""
 
 
@@ -55,10 +55,11 @@ def written_whole(out: Path) -> Iterator[Path]:
     with _asked_to_end():
         with disk_errors(out, OTHER):
             scratch = Path(tempfile.mkdtemp(prefix=_prefix(place), dir=parent))
-        claim = os.open(scratch, os.O_RDONLY)
+        held = _opened(scratch)
         try:
-            with suppress(OSError):  # a file system without locks: nobody will delete it
-                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if held is not None:
+                with suppress(OSError):  # a file system without locks: nobody will delete it
+                    claim(held)
             yield scratch
             with writing(out):
                 _open_to_others(scratch)
@@ -70,7 +71,8 @@ def written_whole(out: Path) -> Iterator[Path]:
                         entry.rename(place / entry.name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            os.close(claim)
+            if held is not None:
+                os.close(held)
 
 
 def _prefix(place: Path) -> str:
@@ -88,13 +90,20 @@ def _remove_abandoned(parent: Path, place: Path) -> None:
     for path in list(parent.iterdir()):
         if not _is_scratch(path, place):
             continue
-        with suppress(OSError):  # somebody is quicker
-            claim = os.open(path, os.O_RDONLY)
+        with suppress(OSError, HeldError):  # somebody is quicker
+            held = _opened(path)
+            if held is None:
+                continue
             try:
-                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                claim(held)
                 shutil.rmtree(path, ignore_errors=True)
             finally:
-                os.close(claim)
+                os.close(held)
+
+
+def _opened(folder: Path) -> int | None:
+    """A descriptor of a folder, to be claimed; None on Windows, where folders cannot be opened."""
+    return None if os.name == "nt" else os.open(folder, os.O_RDONLY)
 
 
 def _open_to_others(scratch: Path) -> None:

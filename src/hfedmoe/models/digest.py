@@ -41,7 +41,7 @@ def base_digest(config: RunConfig) -> str:
         "lora": train.lora,
         "attention": train.attention,
     }
-    parts = [json.dumps(made, sort_keys=True), _draws(config.seed), _weights(config)]
+    parts = [json.dumps(made, sort_keys=True), _draws(config.seed), weights_digest(config)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -52,7 +52,8 @@ def _draws(seed: int) -> str:
     return str(torch.randint(1 << 30, (8,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
-def _weights(config: RunConfig) -> str:
+def weights_digest(config: RunConfig) -> str:
+    """Names the stored weights of a run's base model alone. Raises UserError as `base_digest`."""
     name = config.model.name
     if name == "tiny":
         return name

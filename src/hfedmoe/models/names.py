@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
+from hfedmoe.files.hub import reach_hub
 from hfedmoe.files.lfs import pointer_in
 from hfedmoe.models.packaged import smollm2_folder
 
@@ -24,15 +25,17 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safe
 
 def source_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """What to give to transformers: a path or hub id, and the options that go with it."""
-    source, extra = _locate(config)
+    source, extra = locate(config)
+    if not extra and not Path(source).is_dir():
+        reach_hub()
     options: dict[str, Any] = {**extra, "trust_remote_code": config.trust_remote_code}
     if config.revision is not None:
         options["revision"] = config.revision
     return source, options
 
 
-def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """A path or hub id, and the GGUF file inside it if it is one."""
+def locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """A path or hub id, and the GGUF file inside it if it is one. Raises UserError for a path that is not there."""
     if config.name == "smollm2":
         return str(smollm2_folder()), {}
     path = Path(config.name).expanduser()

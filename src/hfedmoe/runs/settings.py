@@ -22,6 +22,8 @@ from hfedmoe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+END = "# end of file"
+"""The last line of config.toml: without it something was cut off."""
 PACKAGES = ("hfedmoe", "torch", "transformers", "peft", "flwr")
 
 
@@ -43,7 +45,7 @@ def config_toml(config: RunConfig) -> str:
 
 def run_config_toml(config: RunConfig) -> bytes:
     """The content of config.toml: all settings, and the versions here."""
-    return _dumps(_tree(config) | {"versions": versions_here()}).encode()
+    return (_dumps(_tree(config) | {"versions": versions_here()}) + END + "\n").encode()
 
 
 def _tree(config: RunConfig) -> dict[str, Any]:
@@ -64,13 +66,18 @@ def read_run_config(path: Path) -> RunConfig:
         UserError: the file is missing, not TOML, or not a valid config.
     """
     try:
-        tree: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        tree: dict[str, Any] = tomllib.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent}: not a run folder (it has no {path.name}); name a folder below runs/") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error}); restore the file or start a new run") from None
+    if not text.rstrip().endswith(END):
+        raise UserError(
+            f'{path}: is empty or cut off (its last line is not "{END}"); restore the file or start a new run'
+        )
     versions = tree.pop("versions", {})
     apply_unset(tree, str(path))
     config = config_from_tree(tree, str(path))

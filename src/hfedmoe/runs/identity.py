@@ -1,0 +1,96 @@
+"""What a run is, in `run.json` of its folder: who carries it, and on which rows and which model it began.
+
+A run that goes on, or is measured, on other rows would mix what it was trained on with what it is tested on.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from hfedmoe.config import RunConfig
+from hfedmoe.data.example import Example
+from hfedmoe.data.task import Task
+from hfedmoe.errors import UserError
+from hfedmoe.files.disk import replacing
+from hfedmoe.models.digest import weights_digest
+
+NAME = "run.json"
+SIMULATED, DEPLOYED = "simulated", "deployed"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must stay as it was."""
+
+    carrier: str
+    """SIMULATED: the clients are in this process. DEPLOYED: Flower carries messages to devices."""
+    rows: str
+    """Digest of the rows to train on, to test on and to watch, in their order."""
+    train_rows: int
+    test_rows: int
+    base: str
+    """Digest of the base model's stored weights (`models.digest.weights_digest`)."""
+
+
+def identity_of(config: RunConfig, task: Task, watch: list[Example], carrier: str) -> Identity:
+    """The identity of a run as its configuration, model and rows are now. Raises UserError if the model is not here."""
+    found = hashlib.sha256()
+    for part in (task.train, task.test, watch):
+        _add(found, part)
+    return Identity(carrier, found.hexdigest()[:32], len(task.train), len(task.test), weights_digest(config))
+
+
+def _add(found: "hashlib._Hash", examples: Iterable[Example]) -> None:
+    seen: dict[tuple[str, ...], bytes] = {}  # classification repeats the same choices in every row
+    for example in examples:
+        choices = seen.setdefault(example.choices, repr(example.choices).encode())
+        rest = (example.text, example.answer, example.completion, example.messages, example.extras, example.tools)
+        found.update(repr(rest).encode("utf-8", "surrogatepass") + choices)
+    found.update(b"\n")
+
+
+def write_identity(folder: Path, identity: Identity) -> None:
+    """Keep it in a run's folder."""
+    with replacing(folder / NAME) as file:
+        file.write(json.dumps(asdict(identity), indent=2).encode() + b"\n")
+
+
+def read_identity(folder: Path) -> Identity | None:
+    """What a run's folder says; None: nothing, because the run was stopped before it began.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / NAME
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return Identity(**{field.name: tree[field.name] for field in fields(Identity)})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: is damaged ({error}); restore the file or start a new run") from None
+
+
+def check_identity(folder: Path, now: Identity) -> None:
+    """Raise UserError if a run's rows or model are others than those it began with."""
+    was = read_identity(folder)
+    if was is None:
+        return
+    if was.rows != now.rows:
+        raise UserError(
+            f"{folder}: its data are not those that the run began with: {was.train_rows} rows to train on and "
+            f"{was.test_rows} to test on then, {now.train_rows} and {now.test_rows} now"
+            f"{', with other contents' if _counts(was) == _counts(now) else ''}; put the files of [data] in its "
+            "config.toml back, or start a new run"
+        )
+    if was.base != now.base:
+        raise UserError(
+            f"{folder}: its base model is not the one that the run began with; put back what model.name in its "
+            "config.toml names, or start a new run"
+        )
+
+
+def _counts(identity: Identity) -> tuple[int, int]:
+    return identity.train_rows, identity.test_rows

@@ -1,0 +1,71 @@
+"""A run goes on, and is measured, only on the rows and the model that it began with, and as what it was."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hfedmoe import measure, simulation
+from hfedmoe.errors import UserError
+from hfedmoe.events import Silent
+from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
+from hfedmoe.runs.identity import DEPLOYED, read_identity, write_identity
+from tests.deployment.nodes import rows_file
+from tests.federation import tiny_config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run on a file and a model folder of its own."""
+    tokenizer = tiny_tokenizer()
+    for part in (tiny_model(len(tokenizer), 0), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows_file(tmp_path / "rows.csv", "earn", "acq", rows=40)
+    own = (f"data.source={tmp_path}/rows.csv", f"model.name={tmp_path}/model", "partition.scheme=iid")
+    small = ("partition.min_rows=1", "federation.rounds=1", "train.steps=1", "train.batch_size=1")
+    return simulation.run(tiny_config(*own, *small), tmp_path / "run", Silent())
+
+
+def test_the_same_rows_and_model_are_taken(run: Path) -> None:
+    simulation.resume(run, Silent())
+    assert measure.evaluate_run(run, "last", Silent()).examples > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda text: text.replace("profit", "profits"), "40 .*with other contents"),
+        (lambda text: text + "oil trade,acq\n", "then, .* now"),
+        (lambda text: text.replace("earn\n", "acq\n", 1), "with other contents"),
+    ],
+)
+def test_changed_rows_stop_a_run_and_its_evaluation(run: Path, change, told: str) -> None:  # type: ignore[no-untyped-def]
+    rows = run.parent / "rows.csv"
+    rows.write_text(change(rows.read_text()))
+    for again in (lambda: simulation.resume(run, Silent()), lambda: measure.evaluate_run(run, "last", Silent())):
+        with pytest.raises(UserError, match=r"its data are not those that the run began with") as caught:
+            again()
+        assert "or start a new run" in str(caught.value)
+
+
+def test_a_changed_base_model_stops_it_too(run: Path) -> None:
+    model = tiny_model(len(tiny_tokenizer()), 0)
+    model.lm_head.weight.data += torch.ones(1)
+    model.save_pretrained(run.parent / "model")
+    with pytest.raises(UserError, match="its base model is not the one that the run began with"):
+        simulation.resume(run, Silent())
+
+
+def test_a_deployed_run_is_measured_but_not_simulated(run: Path) -> None:
+    was = read_identity(run)
+    assert was is not None
+    write_identity(run, type(was)(**(vars(was) | {"carrier": DEPLOYED})))
+    with pytest.raises(UserError, match=r"devices took part in this run.*begin again with `flwr run`"):
+        simulation.resume(run, Silent())
+    assert measure.evaluate_run(run, "last", Silent()).examples > 0
+
+
+def test_a_damaged_identity_is_one_line(run: Path) -> None:
+    (run / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json: is damaged"):
+        simulation.resume(run, Silent())
