@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfedmoe.client.batches import tokens_of
 from hfedmoe.config import DataConfig, RunConfig
 from hfedmoe.data.chat import DATED, ChatForm
 from hfedmoe.data.encoding import Encoder
@@ -65,7 +66,18 @@ class Prepared:
         load_all(self.model, tensors)
         settings = self.config.evaluation
         rows = self.task.test if kind == "all" else self.watch
-        return evaluate(self.model.model, rows, self.encoder, settings.batch_size, settings.scoring, on_batch)
+        try:
+            return evaluate(
+                self.model.model,
+                rows,
+                self.encoder,
+                settings.batch_size,
+                settings.scoring,
+                on_batch,
+                before_pass=lambda batch: self.model.count(tokens_of(batch)),
+            )
+        finally:
+            self.model.count(None)
 
 
 def prepare(

@@ -276,3 +276,43 @@ def test_figures_as_text_and_json():
         "perplexity": None,
         "accuracy_norm": None,
     }
+
+
+def test_padding_runs_no_experts(monkeypatch):
+    from hfedmoe.data.task import Task
+    from hfedmoe.moe.experts.state import ExpertState
+    from hfedmoe.moe.model import MoEModel
+    from hfedmoe.prepare import Prepared
+    from tests.federation import tiny_config
+
+    texts = ["oil", "oil rose and the bank said that it will buy shares in the company", "grain prices fell"]
+    rows = [Example(text, ("trade", "ship"), n % 2) for n, text in enumerate(texts)]
+    tokenizer = tiny_tokenizer()
+    task = Task("x", "classification", "News: {text}\nTopic:", ("ship", "trade"), rows, rows)
+    encoder = Encoder.for_task(tokenizer, task, 32)
+    model = MoEModel(tiny_model(len(tokenizer), 0))
+    prepared = Prepared(tiny_config(), model, encoder, task, watch=[])
+    plain = evaluate(model.model, rows, encoder, 8)
+    seen = []
+    honest = ExpertState._forward
+
+    def forward(state, hidden, index, weights):
+        groups = state.grouping
+
+        def counting(*arguments):
+            made = groups(*arguments)
+            seen.append(made.size)
+            return made
+
+        monkeypatch.setattr(state, "grouping", counting)
+        try:
+            return honest(state, hidden, index, weights)
+        finally:
+            monkeypatch.setattr(state, "grouping", groups)
+
+    monkeypatch.setattr(ExpertState, "_forward", forward)
+    measured = prepared.measure(prepared.initial, "all", None)
+    tokens = sum(len(prompt) for prompt in encoder.prompts(rows))
+    assert seen == [2 * tokens] * 4  # top-2 in four layers, and no token of the padding
+    assert (measured.accuracy, measured.examples) == (plain.accuracy, 3)
+    assert measured.loss == pytest.approx(plain.loss, rel=1e-5)

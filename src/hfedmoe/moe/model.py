@@ -191,6 +191,11 @@ class MoEModel:
         for routing in self.routing:
             routing.watch(batch, measure)
 
+    def count(self, tokens: TokenMasks | None) -> None:
+        """Let the experts skip padding in the next passes, without gathering evidence; None: all tokens count."""
+        for state in self.states:
+            state.counted = None if tokens is None else tokens.of(state.layer).keep.reshape(-1)
+
     def trained_now(self) -> list[list[bool]]:
         """Per layer and local expert: did the last backward pass give it a gradient?"""
         return [[] if state.trained is None else state.trained.has_gradient() for state in self.states]

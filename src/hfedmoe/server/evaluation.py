@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hfedmoe.data.encoding import IGNORED, Encoder
+from hfedmoe.data.encoding import IGNORED, Batch, Encoder
 from hfedmoe.data.example import Example
 from hfedmoe.data.fits import Room
 from hfedmoe.data.pairs import fit
@@ -71,6 +71,7 @@ def evaluate(
     scoring: Scoring = "auto",
     on_batch: Callable[[int, int], None] | None = None,
     max_length: int | None = None,
+    before_pass: Callable[[Batch], None] | None = None,
 ) -> Metrics:
     """Score every example; the order of the examples does not change the result.
 
@@ -87,6 +88,7 @@ def evaluate(
         on_batch: called after every batch with the sequences done and the sequences in all.
         max_length: of multiple choice under loglikelihood, whose prompts are cut in front to fit; None: as long as the
             model takes.
+        before_pass: called with every batch before its forward pass, for example so that experts skip its padding.
 
     Raises:
         UserError: there are no examples, an answer is too long, or first tokens do not tell the choices apart.
@@ -114,6 +116,8 @@ def evaluate(
         for start in range(0, len(requests), batch_size):
             chunk = requests[start : start + batch_size]
             batch = encoder.collate([r.prompt for r in chunk], [r.answers[0] for r in chunk]).to(device)
+            if before_pass is not None:
+                before_pass(batch)
             logits = model(**batch.model_inputs()).logits[:, -batch.targets.shape[1] :].float()  # [B, A, V]
             sums = _sums(logits, batch.targets, chunk, encoder)
             last = logits[:, -1].cpu() if first_token else logits  # one wait for the batch, not one per example
