@@ -32,10 +32,24 @@ from hfedmoe.device.peak import peak_process_bytes
 
 MODULE = "benchmarks.expert_storage"
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, RANK = 4, 16, 2048, 1024, 8, 8
+SHAPES = {"up": (2 * INTERMEDIATE, HIDDEN), "down": (HIDDEN, INTERMEDIATE)}
 TOKENS, FEW_TOKENS = 256, 64
 DOCUMENTS, LENGTH, BATCH = 16, 128, 4
 STORAGES = ("float32", "bfloat16", "float16", "8bit", "4bit")
 SIXTEEN = "bfloat16"
+
+
+class DrawnExperts:
+    """Experts with random weights that are drawn anew, the same, whenever one is read."""
+
+    def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        return dict(SHAPES)
+
+    def read(self, layer: int, expert: int) -> dict[str, Any]:
+        import torch
+
+        generator = torch.Generator().manual_seed(layer * EXPERTS + expert)
+        return {name: torch.randn(shape, generator=generator) / shape[1] ** 0.5 for name, shape in SHAPES.items()}
 
 
 class Stack:
@@ -47,31 +61,25 @@ class Stack:
         from hfedmoe.moe.experts.activation import Gate
         from hfedmoe.moe.experts.base import SeparateBase
         from hfedmoe.moe.experts.kernel import ExpertMath
-        from hfedmoe.moe.experts.quantised import Stored, StoredWeights, relative_error, store_as
+        from hfedmoe.moe.experts.quantised import store_as
+        from hfedmoe.moe.experts.store import ExpertStore, HeldWeights
         from hfedmoe.moe.experts.trained import lora_experts
 
-        up_shape, down_shape = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
-        generator = torch.Generator().manual_seed(0)
-        experts: list[Stored] = []
-        errors = []
-
-        def drawn(shape: tuple[int, int]) -> Stored:
-            weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-            stored = store_as(weight, storage, torch.float32)
-            if len(experts) < 4:  # all are drawn alike
-                errors.append(relative_error(weight, stored))
-            experts.append(stored)
-            return stored
-
+        source, device = DrawnExperts(), torch.device("cpu")
+        store = ExpertStore(source, [EXPERTS] * LAYERS, storage, torch.float32, device)
+        store.reside([torch.ones(EXPERTS, dtype=torch.bool)] * LAYERS)
         self.layers, self.trained = [], []
         for layer in range(LAYERS):
-            up = StoredWeights([drawn(up_shape) for _ in range(EXPERTS)])
-            down = StoredWeights([drawn(down_shape) for _ in range(EXPERTS)])
-            trained = lora_experts(EXPERTS, up_shape, down_shape, RANK, 2 * RANK, layer, torch.device("cpu"))
-            self.layers.append(ExpertMath(SeparateBase(up, down), Gate(_silu_gate, silu=True), scale=trained.scale))
+            base = SeparateBase(*(HeldWeights(store, layer, name, transposed=False) for name in SHAPES))
+            trained = lora_experts(EXPERTS, SHAPES["up"], SHAPES["down"], RANK, 2 * RANK, layer, device)
+            self.layers.append(ExpertMath(base, Gate(_silu_gate, silu=True), scale=trained.scale))
             self.trained.append(trained)
-        self.bytes_per_expert = sum(stored.nbytes for stored in experts) / (LAYERS * EXPERTS)
-        self.weight_error = statistics.mean(errors)
+        self.bytes_per_expert = store.nbytes / (LAYERS * EXPERTS)
+        exact = source.read(0, 0)  # all are drawn alike
+        self.weight_error = statistics.mean(
+            float((store_as(weight, storage, torch.float32)(torch.float32) - weight).norm() / weight.norm())
+            for weight in exact.values()
+        )
         leaves = [leaf for trained in self.trained for leaf in trained.parameters()]
         self.optimizer = torch.optim.AdamW(leaves, lr=1e-4, fused=True)
 

@@ -63,7 +63,7 @@ def test_prompt_and_answer_are_the_template_s_own_text(tokenizer):
     encoder = Encoder.for_task(tokenizer, task, 200)
     for example in task.test:
         turns = [{"role": role, "content": content} for role, content in example.messages]
-        prompt, answer = encoder.prompts([example])[0], encoder.answer(example)
+        ((prompt, answer),) = encoder.encoded([example])
         assert prompt == tokenizer.apply_chat_template(
             turns[:-1], add_generation_prompt=True, tokenize=True, return_dict=False
         )
@@ -110,7 +110,7 @@ def test_long_conversations_are_cut_in_front_and_long_answers_behind(tokenizer):
     example = loaded().test[1]
     whole, short = Encoder(tokenizer, "{text}", 200), Encoder(tokenizer, "{text}", 6)
     assert short.prompts([example])[0] == whole.prompts([example])[0][-6:]
-    assert short.answer(example) == whole.answer(example)[:6]
+    assert short.encoded([example])[0][1] == whole.encoded([example])[0][1][:6]
 
 
 def test_a_tokenizer_without_a_template_gives_one_clear_line(tokenizer):
@@ -131,7 +131,7 @@ def test_a_tokenizer_without_a_template_gives_one_clear_line(tokenizer):
 def test_plain_lines_for_models_without_a_template(tokenizer):
     task = loaded(chat="plain")
     encoder = Encoder.for_task(tokenizer, task, 200)
-    prompt, answer = encoder.prompts([task.test[1]])[0], encoder.answer(task.test[1])
+    ((prompt, answer),) = encoder.encoded([task.test[1]])
     assert tokenizer.decode(prompt) == (
         "User: Hi there\n\nAssistant: Hello! How can I help you?\n\nUser: What is two plus three?\n\nAssistant:"
     )

@@ -133,8 +133,8 @@ def test_where_the_answer_joins_the_prompt(tokenizer, template, choice, read):
 
 def test_a_completion_ends_with_end_of_sequence_and_a_choice_does_not(tokenizer):
     encoder = Encoder(tokenizer, TEMPLATE, 200)
-    assert encoder.answer(Example("one", completion="two"))[-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in encoder.answer(rows()[0])
+    assert encoder.encoded([Example("one", completion="two")])[0][1][-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in encoder.encoded([rows()[0]])[0][1]
     batch = encoder.training_batch([Example("one", completion="two")])
     assert batch.answers.tolist() == [-1]
     assert batch.choice_tokens is None
@@ -150,8 +150,8 @@ def test_a_long_completion_loses_its_end_and_the_prompt_in_front_of_it_its_begin
     long = Example("one two three four five six", completion="zq" * 20)
     task = Task("t", "completion", TEMPLATE, (), [long], [])
     whole, short = Encoder.for_task(tokenizer, task, 200), Encoder.for_task(tokenizer, task, 20)
-    assert short.answer(long) == whole.answer(long)[:20]
-    assert tokenizer.eos_token_id not in short.answer(long)
+    assert short.encoded([long])[0][1] == whole.encoded([long])[0][1][:20]
+    assert tokenizer.eos_token_id not in short.encoded([long])[0][1]
     head, tail = (tokenizer(piece)["input_ids"] for piece in ("News:", "\nTopic:"))
     text = whole.prompts([long])[0][len(head) : -len(tail)]
     assert short.prompts([long])[0] == head + text[-(20 - len(head) - len(tail)) :] + tail
@@ -173,7 +173,7 @@ def test_causal_batches_line_up_with_single_rows(make, first_token_only):
         assert batch.targets.shape[1] == 1
     losses = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
     for index, example in enumerate(rows()):
-        prompt, answer = encoder.prompts([example])[0], encoder.answer(example)
+        ((prompt, answer),) = encoder.encoded([example])
         answer = answer[:1] if first_token_only else answer
         single = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         expected = cross_entropy(single, torch.tensor(answer), reduction="sum")
@@ -193,9 +193,9 @@ def test_encoder_decoder_batches_line_up_with_single_rows():
     logits = model(**batch.model_inputs()).logits
     losses = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
     for index, (example, prompt) in enumerate(zip(rows(), prompts, strict=True)):
-        single = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([encoder.answer(example)]))
+        single = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([encoder.encoded([example])[0][1]]))
         torch.testing.assert_close(
-            losses[index].sum(), single.loss * len(encoder.answer(example)), rtol=1e-4, atol=1e-5
+            losses[index].sum(), single.loss * len(encoder.encoded([example])[0][1]), rtol=1e-4, atol=1e-5
         )
     with pytest.raises(UserError, match="no decoder_start_token_id"):
         Encoder(tokenizer, TEMPLATE, 24, encoder_decoder=True)

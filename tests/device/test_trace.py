@@ -36,8 +36,8 @@ def test_every_storage_counts_once_from_its_making_to_its_end(fake: bool) -> Non
         timeline = trace.timeline()
         assert timeline.delta.tolist() == [KB, 2 * KB, -KB, KB, -2 * KB]
         assert timeline.peak() == {"activations": 3 * KB}
-        assert trace.holds(kept)
-        assert not trace.holds(x)
+        del kept
+        assert trace.timeline().delta.tolist()[-1] == -KB  # given back with its last view
 
 
 def test_views_of_outside_tensors_are_free_and_updates_in_place_too() -> None:
@@ -69,7 +69,7 @@ def test_flops_of_products_in_place_and_into_given_memory() -> None:
         torch.mm(a, b, out=out)
         out.addmm_(a, b)
         a @ b
-    assert trace.flops == 3 * 2 * 3 * 5 * 7
+    assert sum(segment.flops for segment in trace.segments) == 3 * 2 * 3 * 5 * 7
 
 
 def _structure(family: str, layers: int = 2, **changes: Any) -> Any:
@@ -101,7 +101,7 @@ def test_a_rehearsed_step_holds_and_computes_what_the_real_one_does(experts: str
         loss.backward()
     real, said = sum(trace.timeline().peak().values()), sum(rehearsed.step.peak().values())
     assert said == pytest.approx(real, rel=0.02)  # sorting pairs by expert takes a few KB that are not rehearsed
-    assert rehearsed.flops == trace.flops
+    assert rehearsed.flops == sum(segment.flops for segment in trace.segments)
     assert rehearsed.step.peak()["logits"] <= 6 * 2 * 300 * 4 * 3
     assert sum(rehearsed.forward.peak().values()) < said
 

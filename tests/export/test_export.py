@@ -137,8 +137,8 @@ def test_the_cards_say_what_the_run_folder_knows(finished, exports):
 def test_the_sub_model_is_what_the_client_valued(finished, exports):
     note = json.loads((exports["client"] / "experts.json").read_text())
     with RunFolder.open(finished) as run:
-        history = run.read_experts()
-    resident = history.resident[-1, CLIENT]
+        rows = run.read_expert_rows()
+    resident = rows["resident"][rows["client"] == CLIENT][-1]
     assert (note["client"], note["experts_held"], note["experts_per_layer"]) == (CLIENT, 12, 3)
     assert (note["round"], note["scores_of_round"]) == (1, 1)
     assert json.loads((exports["client"] / "config.json").read_text())["num_local_experts"] == 3

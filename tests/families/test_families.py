@@ -191,34 +191,6 @@ def test_steps_with_recomputed_activations_and_in_bfloat16_stay_close(family: st
     assert 0.85 < found["autocast"].norm() / found["plain"].norm() < 1.15
 
 
-@pytest.mark.parametrize("experts", ["lora", "full"])
-def test_mask_and_carved_model_agree(family: str, experts: str) -> None:
-    masked, carved = (MoEModel(build(family), experts=experts, rank=RANK) for _ in range(2))
-    randomise_adapters(masked)
-    randomise_adapters(carved)
-    resident = some_resident(masked)
-    before = sum(p.numel() for p in carved.model.parameters())
-    masked.set_resident(resident)
-    carved.carve(resident)
-    assert sum(p.numel() for p in carved.model.parameters()) < before
-    x = inputs(masked.model)
-    outputs = [logits_of(m.model, x) for m in (masked, carved)]
-    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
-    for output in outputs:
-        loss_of(output).backward()
-    for one, other, keep in zip(masked.states, carved.states, resident, strict=True):
-        for name in one.trained.names:
-            kept = [leaf for leaf, k in zip(one.trained.leaves[name], keep.tolist(), strict=True) if k]
-            dropped = [leaf for leaf, k in zip(one.trained.leaves[name], keep.tolist(), strict=True) if not k]
-            assert all(leaf.grad is None for leaf in dropped), "an absent expert was trained"
-            for mine, theirs in zip(kept, other.trained.leaves[name], strict=True):
-                assert (mine.grad is None) == (theirs.grad is None)
-                if mine.grad is not None:
-                    assert_alike(mine.grad, theirs.grad, 1e-5)
-    for name, router in masked.routers.items():
-        assert_alike(router.grad, carved.routers[name].grad, 1e-5)
-
-
 def test_one_resident_per_group_never_runs_an_absent_expert(family: str) -> None:
     """Group-limited routers may be left without enough residents in the groups they pick."""
     model = MoEModel(build(family), rank=RANK)

@@ -17,16 +17,8 @@ from hfedmoe.moe.experts.activation import Gate
 from hfedmoe.moe.experts.base import SeparateBase, StackedWeights
 from hfedmoe.moe.experts.groups import group_pairs
 from hfedmoe.moe.experts.kernel import LORA, ExpertMath, experts_forward
-from hfedmoe.moe.experts.quantised import (
-    Plain,
-    Quantised4,
-    Quantised8,
-    Stored,
-    StoredWeights,
-    relative_error,
-    store_as,
-    stored_bytes,
-)
+from hfedmoe.moe.experts.quantised import Plain, Quantised4, Quantised8, Stored, store_as, stored_bytes
+from hfedmoe.moe.experts.store import MATRICES, ExpertStore, HeldWeights
 
 STORAGES = ("same", "float32", "bfloat16", "float16", "8bit", "4bit")
 QUANTISED = {"8bit": Quantised8, "4bit": Quantised4}
@@ -120,6 +112,13 @@ def test_a_tensor_that_needs_no_change_is_shared() -> None:
     assert store_as(source, "same", torch.float32)(torch.float32).data_ptr() == source.data_ptr()
 
 
+def relative_error(tensor: Tensor, stored: Stored) -> float:
+    """||W - stored W|| / ||W||, Frobenius norms; 0 for a zero tensor that is stored exactly."""
+    exact = tensor.detach().double()
+    error = (stored(torch.float32).double() - exact).norm().item()
+    return error / exact.norm().item() if error else 0.0
+
+
 @pytest.mark.parametrize(
     ("storage", "bound"), [("float32", 0), ("bfloat16", 0.0025), ("float16", 0.0004), ("8bit", 0.015), ("4bit", 0.12)]
 )
@@ -127,11 +126,6 @@ def test_error_of_normal_weights(storage: str, bound: float) -> None:
     weight = normal(512, 300)
     error = relative_error(weight, store_as(weight, storage, torch.float32))
     assert bound / 4 <= error <= bound
-
-
-def test_relative_error_by_hand() -> None:
-    assert relative_error(torch.tensor([[3.0, 4.0]]), Plain(torch.tensor([[3.0, 3.0]]))) == pytest.approx(1 / 5)
-    assert relative_error(torch.zeros(2, 2), Plain(torch.zeros(2, 2))) == 0
 
 
 @pytest.mark.parametrize("storage", QUANTISED)
@@ -227,6 +221,26 @@ def run(up: Any, down: Any, dtype: torch.dtype) -> list[Tensor]:
     return [out, *torch.autograd.grad((out.float() * torch.arange(H)).sum(), [x, weights, *leaves])]
 
 
+class InMemory:
+    """One layer of experts in two stacks."""
+
+    def __init__(self, up: Tensor, down: Tensor) -> None:
+        self.stacks = {"up": up, "down": down}
+
+    def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(stack.shape[1:]) for name, stack in self.stacks.items()}
+
+    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
+        return {name: stack[expert] for name, stack in self.stacks.items()}
+
+
+def store_of(up: Tensor, down: Tensor, storage: str, dtype: torch.dtype) -> ExpertStore:
+    """A store that holds all experts of one layer."""
+    store = ExpertStore(InMemory(up, down), [len(up)], storage, dtype, torch.device("cpu"))
+    store.reside([torch.ones(len(up), dtype=torch.bool)])
+    return store
+
+
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "8bit", "4bit"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -236,18 +250,18 @@ def test_forward_and_gradients_equal_those_of_the_dequantised_weights(
     up, down = normal(E, 2 * WIDTH, H) * 10, normal(E, H, WIDTH, seed=1) * 10
     if transposed:
         up, down = up.mT.contiguous(), down.mT.contiguous()
-    stored = [[store_as(row, storage, torch.float32) for row in stack] for stack in (up, down)]
-    got = run(*(StoredWeights(matrices, transposed) for matrices in stored), dtype)
-    plain = [torch.stack([matrix(dtype) for matrix in matrices]) for matrices in stored]
+    store = store_of(up, down, storage, dtype)
+    got = run(*(HeldWeights(store, 0, name, transposed) for name in MATRICES), dtype)
+    plain = [torch.stack([store.get(0, expert)[name](dtype) for expert in range(E)]) for name in MATRICES]
     expected = run(*(StackedWeights(stack, transposed) for stack in plain), dtype)
     for one, other in zip(got, expected, strict=True):
         assert one.abs().max() > 0
         assert torch.equal(one, other)
 
 
-def test_stored_weights_have_the_shape_of_the_product() -> None:
-    matrices = [store_as(normal(6, 4, seed=e), "same", torch.float32) for e in range(3)]
-    straight, turned = StoredWeights(matrices), StoredWeights(matrices, transposed=True)
+def test_held_weights_have_the_shape_of_the_product() -> None:
+    store = store_of(normal(3, 6, 4), normal(3, 6, 4, seed=1), "same", torch.float32)
+    straight, turned = HeldWeights(store, 0, "up", False), HeldWeights(store, 0, "up", True)
     assert (straight.num_experts, straight.rows, straight.columns) == (3, 6, 4)
     assert (turned.num_experts, turned.rows, turned.columns) == (3, 4, 6)
     assert torch.equal(turned(1, torch.float32), straight(1, torch.float32).t())

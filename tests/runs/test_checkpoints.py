@@ -158,11 +158,11 @@ def test_rewind_drops_what_is_later(run):
     assert run.load_checkpoint("best").round == 2
     assert json.loads((run.path / "best.json").read_text())["round"] == 2
     assert (run.path / "metrics.jsonl").read_text() == '{"round": 1}\n{"round": 2}\n'
-    assert run.read_experts().usage.ravel().tolist() == [1, 2]
+    assert run.read_expert_rows()["usage"].ravel().tolist() == [1, 2]
     run.rewind(0)
     assert run.saved_rounds() == []
     assert run.read_rounds() == []
-    assert run.read_experts() is None
+    assert run.read_expert_rows() is None
     assert not (run.path / "best.json").exists()
 
 

@@ -11,31 +11,26 @@ from hfedmoe.runs import experts
 from tests.runs.writing import append_experts
 
 
-def test_experts_pad_layers_and_absent_clients(run):
-    assert run.read_experts() is None
+def test_a_layer_with_fewer_experts_is_padded_and_rows_stay_in_their_order(run):
+    assert run.read_expert_rows() is None
     append_experts(run, 1, [2, 1], [4], [[0.1, 0.2, 0.3]], [[1, 2, 3]], [[True, False, True]], [[True, False, False]])
     usage = torch.tensor([[0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
     append_experts(run, 2, [2, 1], [9, 0], usage, usage, usage > 0, list(usage > 0.6))
-    history = run.read_experts()
-    assert history.rounds.tolist() == [1, 2]
-    assert history.clients.tolist() == [0, 4, 9]
-    assert history.num_experts.tolist() == [2, 1]
+    rows = run.read_expert_rows()
+    assert rows["round"].tolist() == [1, 2, 2]
+    assert rows["client"].tolist() == [4, 9, 0]
     nan = np.nan
-    expected = np.full((2, 3, 2, 2), nan, np.float32)
-    expected[0, 1] = [[0.1, 0.2], [0.3, nan]]
-    expected[1, 2] = [[0.4, 0.5], [0.6, nan]]
-    expected[1, 0] = [[0.7, 0.8], [0.9, nan]]
-    np.testing.assert_array_equal(history.usage, expected)
-    assert history.usage.dtype == np.float32
-    np.testing.assert_array_equal(history.resident[0, 1], [[True, False], [True, False]])
-    np.testing.assert_array_equal(history.resident[0, 0], [[False, False], [False, False]])
-    np.testing.assert_array_equal(history.trained[1, 0], [[True, True], [True, False]])
+    expected = np.array([[[0.1, 0.2], [0.3, nan]], [[0.4, 0.5], [0.6, nan]], [[0.7, 0.8], [0.9, nan]]], np.float32)
+    np.testing.assert_array_equal(rows["usage"], expected)
+    assert rows["usage"].dtype == np.float32
+    np.testing.assert_array_equal(rows["resident"][0], [[True, False], [True, False]])
+    np.testing.assert_array_equal(rows["trained"][2], [[True, True], [True, False]])
 
 
 def test_experts_of_the_same_round_are_replaced(run):
     for value in (1.0, 2.0):
         append_experts(run, 1, [1], [0], [[value]], [[value]], [[True]], [[True]])
-    assert run.read_experts().usage.tolist() == [[[[2.0]]]]
+    assert run.read_expert_rows()["usage"].tolist() == [[[2.0]]]
 
 
 @pytest.mark.parametrize("cut", [0, 3, 40, -40, -1])
@@ -43,28 +38,28 @@ def test_damaged_experts_are_a_user_error_unless_no_row_is_needed(run, cut):
     append_experts(run, 1, [2], [0, 1], *[[[1, 2]] * 2] * 2, *[[[1, 0]] * 2] * 2)
     path = run.path / "experts.npy"
     path.write_bytes(path.read_bytes()[:cut])
-    for use in (run.read_experts, lambda: run.rewind(1), lambda: append_experts(run, 2, [2], [])):
+    for use in (run.read_expert_rows, lambda: run.rewind(1), lambda: append_experts(run, 2, [2], [])):
         with pytest.raises(
             UserError, match=r'experts.npy: damaged .* resume the run, .*"prior".*--as client'
         ) as caught:
             use()
         assert "\n" not in str(caught.value)
     run.rewind(0)
-    assert run.read_experts() is None
+    assert run.read_expert_rows() is None
 
 
 @pytest.mark.parametrize("table", [np.zeros(3), np.zeros((2, 2)), np.zeros(2, [("round", int)])])
 def test_another_table_in_the_place_of_the_experts_is_refused(run, table):
     np.save(run.path / "experts.npy", table)
     with pytest.raises(UserError, match=r"experts.npy: damaged \(its header is that of another table\)"):
-        run.read_experts()
+        run.read_expert_rows()
 
 
 def test_experts_can_be_read_while_their_first_round_goes_on(run):
     with run.expert_rows(1, [2]) as add:
         assert len(np.load(run.path / "experts.npy")) == 0
         add(0, [1, 2], [0, 0], [1, 1], [1, 0])
-        assert run.read_experts().usage.shape == (0, 0, 1, 2)
+        assert run.read_expert_rows()["usage"].shape == (0, 1, 2)
 
 
 @pytest.mark.parametrize("which", [1, 2])

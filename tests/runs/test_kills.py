@@ -71,7 +71,7 @@ def check_whole(run, before):
     values = torch.cat([*got.tensors.values(), got.clients["0"].float()])
     assert values.unique().tolist() == [got.round]
     assert [record["round"] for record in run.read_rounds()] == list(range(1, got.round + 1))
-    assert run.read_experts().rounds.tolist() == list(range(1, got.round + 1))
+    assert run.read_expert_rows()["round"].tolist() == list(range(1, got.round + 1))
     assert run.load_checkpoint("best").round == min(got.round, 5)
     return got.round
 
@@ -121,7 +121,7 @@ def test_a_full_disk_is_a_user_error_and_harms_nothing(run):
     assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["round-0001"]
     assert run.load_checkpoint().tensors["a"].sum() == 10
     assert run.read_rounds() == [{"round": 1}]
-    assert run.read_experts().rounds.tolist() == [1]
+    assert run.read_expert_rows()["round"].tolist() == [1]
     assert not list(run.path.glob(".tmp-*"))
 
 

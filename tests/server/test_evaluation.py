@@ -177,7 +177,7 @@ def test_completions_have_loss_and_perplexity_per_token(llama, tokenizer):
     llama.eval()
     total, tokens = 0.0, 0
     for row in rows:
-        prompt, answer = encoder.prompts([row])[0], encoder.answer(row)
+        ((prompt, answer),) = encoder.encoded([row])
         assert answer[-1] == tokenizer.eos_token_id
         ids = torch.tensor([prompt + answer])
         labels = torch.tensor([[-100] * len(prompt) + answer])

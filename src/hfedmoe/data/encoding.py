@@ -192,10 +192,6 @@ class Encoder:
                 self._choice_tokens[choice] = self._checked(self._answer_tokens([choice])[0], example)
         return [self._choice_tokens[choice] for choice in example.choices]
 
-    def answer(self, example: Example) -> list[int]:
-        """The tokens of the right choice, or of the completion and end-of-sequence. Raises as `encoded`."""
-        return self.encoded([example])[0][1]
-
     def first_tokens(self, example: Example) -> list[int]:
         """The first token of every choice, in order."""
         return [tokens[0] for tokens in self.choices(example)]

@@ -127,15 +127,6 @@ class Trace(TorchDispatchMode):
         if number is not None:
             self._storages[number].kind = kind
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether the tensor's storage was made inside."""
-        return self._alive.get(tensor.untyped_storage()._cdata) is not None
-
-    @property
-    def flops(self) -> int:
-        """Of all segments; a multiplication and an addition are two."""
-        return sum(segment.flops for segment in self.segments)
-
     def timeline(self, segments: Iterable[Segment] | None = None) -> Timeline:
         """The timeline of the trace, or of some segments in any order and number."""
         events = [event for segment in self.segments if segments is None for event in segment.events]

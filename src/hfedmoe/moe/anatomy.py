@@ -14,8 +14,6 @@ from hfedmoe.moe.families import DENSE, UNSUPPORTED
 
 STACKED_DOWN = "down_proj"
 STACKED_UP = ("gate_up_proj", "up_proj")
-CARVED_FROM = "_hfedmoe_num_experts"
-"""Attribute of carved stacks: how many experts there were."""
 CORRECTION_BIASES = ("correction_bias", "expert_bias")
 """In the names of tensors that shift the choice of experts without passing through the logits (as in DeepSeek-V3)."""
 
@@ -170,7 +168,7 @@ def _alike_feed_forwards(container: nn.ModuleDict | nn.ModuleList) -> bool:
 
 def _count(experts: Any) -> int:
     if is_stacked(experts):
-        return int(getattr(experts, CARVED_FROM, experts.down_proj.shape[0]))
+        return int(experts.down_proj.shape[0])
     return len(experts)
 
 

@@ -24,7 +24,7 @@ from hfedmoe.moe.experts.trained import full_experts, lora_experts
 from hfedmoe.moe.head import keep_head_one_product
 from hfedmoe.moe.routing.layer import LayerRouting
 from hfedmoe.moe.routing.tokens import TokenMasks
-from hfedmoe.moe.weights.residency import carve, mask, reside
+from hfedmoe.moe.weights.residency import mask, reside
 
 
 class MoEModel:
@@ -179,12 +179,6 @@ class MoEModel:
 
     def _everything(self) -> list[Tensor]:
         return [torch.ones(number, dtype=torch.bool) for number in self.num_experts]
-
-    def carve(self, resident: list[Tensor]) -> None:
-        """Drop absent experts from memory for good. Raises ValueError below top-k, or if a store holds the experts."""
-        if self.store is not None:
-            raise ValueError("the experts of this model are in a store: set_resident reads and drops them")
-        carve(self.states, resident)
 
     def watch(self, batch: TokenMasks | None, measure: str | None = None) -> None:
         """Gather routing evidence from the next pass in every layer; None stops."""

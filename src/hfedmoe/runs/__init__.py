@@ -18,8 +18,7 @@ Importing this package is cheap: torch and safetensors are imported where they a
 """
 
 from hfedmoe.runs.checkpoints import Checkpoint
-from hfedmoe.runs.experts import ExpertHistory
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.settings import read_run_config
 
-__all__ = ["Checkpoint", "ExpertHistory", "RunFolder", "read_run_config"]
+__all__ = ["Checkpoint", "RunFolder", "read_run_config"]

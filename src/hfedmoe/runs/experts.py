@@ -14,7 +14,6 @@ no client's vectors wait in memory for the end of the round. Rows count from the
 import io
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,22 +23,6 @@ from hfedmoe.errors import UserError
 from hfedmoe.files.disk import replacing, sync
 
 FIELDS = {"usage": np.float32, "importance": np.float32, "resident": np.bool_, "trained": np.bool_}
-
-
-@dataclass(frozen=True)
-class ExpertHistory:
-    """All rows as dense arrays: rounds int64 [N], clients int64 [C], num_experts int64 [L], the fields [N, C, L, E].
-
-    Where a client took no part in a round there is NaN or False.
-    """
-
-    rounds: np.ndarray
-    clients: np.ndarray
-    num_experts: np.ndarray
-    usage: np.ndarray
-    importance: np.ndarray
-    resident: np.ndarray
-    trained: np.ndarray
 
 
 class RoundRows:
@@ -147,23 +130,6 @@ def rows(path: Path) -> np.ndarray | None:
 def of_round(table: np.ndarray, round: int) -> np.ndarray:
     """The rows of one round."""
     return table[_earlier(table, round) : _earlier(table, round + 1)]
-
-
-def read(path: Path) -> ExpertHistory | None:
-    """All rows as dense arrays; None if there are none yet. Raises UserError if the file is damaged."""
-    table = rows(path)
-    if table is None:
-        return None
-    rounds, at_round = np.unique(table["round"], return_inverse=True)
-    clients, at_client = np.unique(table["client"], return_inverse=True)
-    shape = table.dtype["usage"].shape
-    arrays = {}
-    for name, kind in FIELDS.items():
-        nothing = np.nan if kind is np.float32 else False
-        arrays[name] = np.full((len(rounds), len(clients), *shape), nothing, kind)
-        arrays[name][at_round, at_client] = table[name]
-    num_experts = (~np.isnan(table["usage"][0])).sum(1) if len(table) else np.full(shape[0], shape[1])
-    return ExpertHistory(rounds, clients, num_experts.astype(np.int64), **arrays)
 
 
 def _earlier(table: np.ndarray, round: int) -> int:

@@ -139,10 +139,6 @@ class RunFolder:
             with self._writing("experts.npy"):
                 rows.drop()
 
-    def read_experts(self) -> experts.ExpertHistory | None:
-        """experts.npy as dense arrays over rounds and clients; None before the first round."""
-        return experts.read(self.path / "experts.npy")
-
     def read_expert_rows(self) -> Any:
         """experts.npy as it is, a row per round and client, mapped and not read; None before the first round."""
         return experts.rows(self.path / "experts.npy")

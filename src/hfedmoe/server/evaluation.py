@@ -70,7 +70,6 @@ def evaluate(
     batch_size: int,
     scoring: Scoring = "auto",
     on_batch: Callable[[int, int], None] | None = None,
-    max_length: int | None = None,
     before_pass: Callable[[Batch], None] | None = None,
 ) -> Metrics:
     """Score every example; the order of the examples does not change the result.
@@ -84,10 +83,8 @@ def evaluate(
         scoring: `first_token` compares the logits of the choices' first tokens, one forward pass per example;
             `loglikelihood` compares the summed log-probability of every whole choice, the lower index winning ties;
             `auto` takes first tokens where training does (classification whose labels they tell apart), else whole
-            choices. Completions are never compared.
+            choices, whose prompts are cut in front to fit into the model. Completions are never compared.
         on_batch: called after every batch with the sequences done and the sequences in all.
-        max_length: of multiple choice under loglikelihood, whose prompts are cut in front to fit; None: as long as the
-            model takes.
         before_pass: called with every batch before its forward pass, for example so that experts skip its padding.
 
     Raises:
@@ -104,8 +101,7 @@ def evaluate(
             for row, (example, (prompt, answer)) in enumerate(zip(examples, encoder.encoded(examples), strict=True))
         ]
     else:
-        longest = max_length or longest_input(model, encoder.tokenizer)
-        requests = _choice_requests(examples, encoder, longest)
+        requests = _choice_requests(examples, encoder, longest_input(model, encoder.tokenizer))
     requests.sort(key=lambda request: request.sort_key)
 
     losses: list[float] = []  # per right answer, summed over its tokens

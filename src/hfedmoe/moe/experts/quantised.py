@@ -160,33 +160,6 @@ def stored_bytes(shape: Sequence[int], expert_dtype: str, dtype: torch.dtype) ->
     return math.ceil(values / 2) + blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4
 
 
-def relative_error(tensor: Tensor, stored: Stored) -> float:
-    """||W - stored W|| / ||W||, Frobenius norms; 0 for a zero tensor that is stored exactly."""
-    exact = tensor.detach().cpu().double()
-    error = (stored(torch.float32).cpu().double() - exact).norm().item()
-    return error / exact.norm().item() if error else 0.0
-
-
-class StoredWeights:
-    """Matrices (see `moe.base.Weights`) that are stored one by one; each is dequantised when it is asked for.
-
-    Args:
-        matrices: one per expert, all of one shape.
-        transposed: they are stored `[columns, rows]`.
-    """
-
-    def __init__(self, matrices: Sequence[Stored], transposed: bool = False) -> None:
-        self.matrices, self.transposed = matrices, transposed
-        self.num_experts = len(matrices)
-        first, second = matrices[0].shape
-        self.rows, self.columns = (second, first) if transposed else (first, second)
-
-    def __call__(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """The matrix [rows, columns] of one expert."""
-        weight = self.matrices[expert](dtype)
-        return weight.t() if self.transposed else weight
-
-
 def _is_quantised(shape: Sequence[int], expert_dtype: str) -> bool:
     return expert_dtype in ("8bit", "4bit") and len(shape) > 1
 

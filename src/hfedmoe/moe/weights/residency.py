@@ -1,13 +1,12 @@
-"""Which experts live on a device: as a mask over a whole model, or carved, with absent experts gone from memory.
+"""Which experts a device has: a mask over a whole model, or only the resident experts in memory.
 
-Both give the same outputs and gradients. The routers keep every row in either case: they are tiny, and the client
-measures with them what it would use if it could.
+Both give the same outputs and gradients. The routers keep all their rows: they are small, and with them the client
+measures which absent experts it would have used.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hfedmoe.moe.anatomy import CARVED_FROM
 from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.experts.store import ExpertStore
 from hfedmoe.moe.experts.trained import full_experts
@@ -38,26 +37,8 @@ def mask(states: list[ExpertState], resident: list[Tensor] | None) -> None:
         check_resident(states, resident)
     for index, state in enumerate(states):
         if state.local is not None:
-            raise ValueError("this model is carved: its absent experts are gone, so its residency cannot change")
+            raise ValueError("this model holds only its resident experts: set_resident reads and drops experts instead")
         state.resident = None if resident is None or bool(resident[index].all()) else resident[index].to(_device(state))
-
-
-def carve(states: list[ExpertState], resident: list[Tensor]) -> None:
-    """Drop every expert that is not resident from memory, in place; trained tensors are reduced alike.
-
-    Raises:
-        ValueError: a layer would keep fewer than top-k experts, or the model is carved already.
-    """
-    mask(states, resident)
-    for state, keep in zip(states, resident, strict=True):
-        index = keep.nonzero()[:, 0]
-        if state.layout.stacked:
-            _carve_stacks(state, index)
-        else:
-            _drop_members(state.layer.experts, keep.tolist())
-        if state.trained is not None:
-            state.trained = state.trained.select(index.to(_device(state)))
-        _restrict(state, keep)
 
 
 def reside(states: list[ExpertState], store: ExpertStore, resident: list[Tensor], whole: bool = False) -> None:
@@ -93,23 +74,6 @@ def _restrict(state: ExpertState, keep: Tensor) -> None:
     local[:-1][keep] = torch.arange(held)
     state.resident = keep.to(_device(state))
     state.local = local.to(_device(state))
-
-
-def _carve_stacks(state: ExpertState, index: Tensor) -> None:
-    layer = state.layer
-    setattr(layer.experts, CARVED_FROM, layer.num_experts)
-    tensors = state.tensors()
-    shared = tensors["up"].stride(0) == 0  # copies of one matrix stay one matrix
-    index = index.to(tensors["up"].device)
-    state.set_tensors(
-        {n: t[:1].expand(len(index), *t.shape[1:]) if shared else t.index_select(0, index) for n, t in tensors.items()}
-    )
-
-
-def _drop_members(experts: nn.Module, keep: list[bool]) -> None:
-    for name, kept in zip([name for name, _ in experts.named_children()], keep, strict=True):
-        if not kept:
-            delattr(experts, name)
 
 
 def _device(state: ExpertState) -> torch.device:
