@@ -57,6 +57,13 @@ def meddle(federation: Federation, client: int, change: Callable[[Device, Any, U
     device.train = train  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("budgets", ['["4GiB"]', '["jetson-orin-nano-8gb", "25%"]', '["auto"]', '["1MiB"]'])
+def test_with_residency_all_budgets_of_every_kind_mean_nothing(federation: Make, tmp_path: Path, budgets: str) -> None:
+    federation("method.residency=all", f"clients.budgets={budgets}", "federation.rounds=1").run()
+    rows = RunFolder.open(tmp_path / "run").read_rounds()[1]["clients"]
+    assert [(row["status"], row["resident"]) for row in rows] == [("ok", 32)] * 4
+
+
 def test_clients_hold_and_send_in_proportion_to_their_budget(federation: Make, tmp_path: Path) -> None:
     notes = Notes()
     run = federation(watcher=notes)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -67,6 +68,34 @@ def test_a_file_that_the_config_names_is_the_one_to_read(tmp_path: Path) -> None
     (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "best.safetensors"}))
     assert torch.allclose(stock(folder), stock(tmp_path / "other"))
     assert same_as_stock(folder)
+
+
+def test_shards_may_lie_in_folders_of_their_own(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", 1, max_shard_size="200KB")
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    (folder / "parts").mkdir()
+    for name in sorted(set(places["weight_map"].values())):
+        (folder / name).rename(folder / "parts" / name)
+    places["weight_map"] = {tensor: f"parts/{name}" for tensor, name in places["weight_map"].items()}
+    index.write_text(json.dumps(places))
+    assert same_as_stock(folder)
+
+
+@pytest.mark.parametrize("carve", [False, True])
+@pytest.mark.parametrize("with_model", [False, True])
+def test_an_adapter_is_never_added_nor_passed_over(folder: Path, tmp_path: Path, carve: bool, with_model: bool) -> None:
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    place = folder if with_model else tmp_path / "adapter"
+    before = stock(folder)
+    adapted.save_pretrained(place)
+    if with_model:
+        assert not torch.allclose(stock(folder), before)  # transformers adds it
+    with pytest.raises(UserError, match=r"PEFT adapter .*adapter_config.json") as caught:
+        load(ModelConfig(name=str(place), device="cpu"), seed=0, carve=carve)
+    assert "\n" not in str(caught.value)
 
 
 def without(folder: Path, part: str) -> None:

@@ -9,17 +9,23 @@ from hfedmoe.client.history import ClientHistory
 from hfedmoe.errors import UserError
 from hfedmoe.server import server
 from hfedmoe.server.fold import Fold
+from hfedmoe.server.members import Member, gather, sample
 from tests.federation import Federation, tiny_config
 from tests.test_simulation import Notes
 
 QUICK = ("data.test_rows=6", "evaluation.watch_rows=1", "train.steps=1")
 
 
+def joined(run: Federation) -> dict[int, Member]:
+    at = run.server
+    return gather(run.grid, at.config, at.num_experts, at.terms, at.base, at.watcher)
+
+
 def test_a_number_too_high_and_one_given_twice_are_left_out() -> None:
     notes = Notes()
     run = Federation(None, tiny_config(*QUICK), notes)
     run.devices[1].number, run.devices[2].number = 0, 4
-    members = run.server._gather(run.grid)
+    members = joined(run)
     assert [(client, member.node) for client, member in members.items()] == [(0, 1), (3, 4)]
     assert any("second client says it is number 0" in text for text in notes.warnings)
     assert any("it is number 4 of 4" in text for text in notes.warnings)
@@ -61,8 +67,8 @@ def test_how_lora_is_averaged_reaches_the_fold(lora: str, exact: bool, monkeypat
 def test_clients_are_drawn_by_seed_and_round_and_come_in_the_order_of_their_numbers() -> None:
     def drawn(seed: int) -> list[list[int]]:
         run = Federation(None, tiny_config(*QUICK, "federation.clients_per_round=3", f"seed={seed}"))
-        members = run.server._gather(run.grid)
-        return [[member.about.client for member in run.server._sample(members, round)] for round in range(1, 9)]
+        members = joined(run)
+        return [[member.about.client for member in sample(members, run.server.config, round)] for round in range(1, 9)]
 
     found = drawn(0)
     assert all(clients == sorted(clients) for clients in found)
@@ -73,7 +79,7 @@ def test_clients_are_drawn_by_seed_and_round_and_come_in_the_order_of_their_numb
 
 def test_plans_come_in_the_order_of_numbers_whoever_answers_first(monkeypatch: pytest.MonkeyPatch) -> None:
     run, honest = Federation(None, tiny_config(*QUICK)), server.exchange
-    members = run.server._gather(run.grid)
+    members = joined(run)
     monkeypatch.setattr(server, "exchange", lambda *arguments: reversed(list(honest(*arguments))))
     with run.server.keeper.recording(1, run.server.num_experts, 0.1) as log:
         planned = run.server._plan(run.grid, list(members.values()), 1, log)

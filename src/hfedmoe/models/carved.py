@@ -9,7 +9,7 @@ from torch import Tensor
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
 from hfedmoe.models.loaded import Loaded, device_of, with_padding
-from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, source_of
+from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, refuse_adapter, source_of
 from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.experts.store import ExpertStore
@@ -50,6 +50,7 @@ def checkpoint_folder(config: ModelConfig) -> Path | None:
             )
     except LOADING_ERRORS as error:
         raise UserError(explain(config, error)) from None
+    refuse_adapter(config, folder)
     return None if weights_file(folder) is None else folder
 
 

@@ -120,6 +120,11 @@ def _pretrained(config: ModelConfig) -> Loaded:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
         raise UserError(_what_does_not_fit(config, Path(source)) or explain(config, error)) from None
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a hub model; locate refuses it in a folder
+        raise UserError(
+            f"model.name = {config.name}: the model has a PEFT adapter beside it, which transformers adds to it; "
+            "give a checkpoint with the adapter merged in"
+        )
     if found["missing_keys"]:
         raise UserError(f"model.name = {missing_tensors(config.name, list(found['missing_keys']))}")
     return Loaded(model, with_padding(tokenizer))

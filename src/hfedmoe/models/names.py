@@ -44,6 +44,7 @@ def locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             raise UserError(f"model.name = {config.name}: no such file")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
+        refuse_adapter(config, path)
         if not (path / "config.json").is_file():
             raise UserError(
                 f"model.name = {config.name}: the folder has no config.json, so it is no transformers model"
@@ -52,6 +53,18 @@ def locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
         raise UserError(f"model.name = {config.name}: no such folder")
     return config.name, {}
+
+
+def refuse_adapter(config: ModelConfig, folder: Path) -> None:
+    """Raise UserError for a folder with a PEFT adapter: transformers would add it to the model, or load its base."""
+    if not (folder / "adapter_config.json").is_file():
+        return
+    if (folder / "config.json").is_file():
+        problem, way_out = "has a PEFT adapter beside the model", "merge it into the model, or move its files away"
+    else:
+        problem = "is a PEFT adapter and not a whole model"
+        way_out = "give a checkpoint with the adapter merged in (`hfedmoe export RUN OUT` writes one of a run)"
+    raise UserError(f"model.name = {config.name}: the folder {problem} (adapter_config.json); {way_out}")
 
 
 def explain(config: ModelConfig, error: Exception) -> str:

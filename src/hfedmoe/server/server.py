@@ -1,10 +1,9 @@
 """The server: rounds of sampling, planning, training and folding, with a checkpoint after each."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from flwr.app import Context
@@ -17,47 +16,25 @@ from hfedmoe.errors import UserError
 from hfedmoe.events import Evaluation, Participant, Watcher
 from hfedmoe.method.methods import METHODS, Residents, Wish
 from hfedmoe.moe.payload import pack
-from hfedmoe.seeds import generator
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.fold import Fold
 from hfedmoe.server.keeper import Keeper
+from hfedmoe.server.members import Member, gather, reply_of, sample
 from hfedmoe.server.records import RoundRecord
 from hfedmoe.wire import checks
-from hfedmoe.wire.exchange import POLL_S, Answer, Request, clean, exchange
+from hfedmoe.wire.exchange import Answer, Request, clean, exchange
 from hfedmoe.wire.messages import (
-    DESCRIBE,
     PLAN,
     TRAIN,
-    Description,
     InvalidReplyError,
-    describe_request,
     pack_bits,
     plan_request,
     train_request,
-    unpack_bits,
     wire_bytes,
 )
 
 Evaluate = Callable[[dict[str, Tensor], str], Metrics]
 """(global tensors, "all" or "watch") -> the global model measured on all held-out rows, or on the watched ones."""
-
-
-@dataclass(slots=True)
-class Member:
-    """A client as the server knows it."""
-
-    node: int
-    about: Description
-    position: int
-    weight: int = 0
-    """|D_c| as it counts: what the client told, within `federation.max_weight` of the median client."""
-    resident_bits: bytes = b""
-    """What it planned to hold in this round; a few bytes, because there may be many thousands of members."""
-
-    @property
-    def resident(self) -> list[Tensor]:
-        """bool [E] per layer."""
-        return unpack_bits(self.resident_bits, self.about.num_experts)
 
 
 @dataclass
@@ -92,7 +69,7 @@ class Server:
         Raises:
             UserError: too few clients connect, or too few give a valid update; the last checkpoint is intact.
         """
-        members = self._gather(grid)
+        members = gather(grid, self.config, self.num_experts, self.terms, self.base, self.watcher)
         self._announce(members)
         last = self.config.federation.rounds
         if self.round == 0 and not self.keeper.scores:
@@ -101,47 +78,6 @@ class Server:
         while self.round < last:
             self._one_round(grid, members, self.round + 1)
             self.round += 1
-
-    def _gather(self, grid: Grid) -> dict[int, Member]:
-        """Wait until all clients are connected, or as long as allowed, and ask each who it is."""
-        settings = self.config.federation
-        deadline = time.monotonic() + settings.connect_timeout_s
-        while len(nodes := sorted(grid.get_node_ids())) < self.config.clients.count and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        members: dict[int, Member] = {}
-        requests = (Request(node, DESCRIBE, describe_request(self.terms)) for node in nodes)
-        for answer in exchange(grid, requests, "describe", min(settings.timeout_s, settings.connect_timeout_s)):
-            try:
-                about = checks.description(_reply(answer), self.num_experts, self.base)
-            except InvalidReplyError as error:
-                self.watcher.warning(f"a client on node {answer.node} is left out: {clean(str(error))}")
-                continue
-            if about.client >= self.config.clients.count:
-                self.watcher.warning(
-                    f"a client says it is number {about.client} of {self.config.clients.count}; left out"
-                )
-                continue
-            if about.client in members:
-                self.watcher.warning(f"a second client says it is number {about.client}; it is left out")
-                continue
-            members[about.client] = Member(answer.node, about, 0)
-        if len(members) < settings.min_clients:
-            tight = "timeout_s" if settings.timeout_s < settings.connect_timeout_s else "connect_timeout_s"
-            raise UserError(
-                f"{len(members)} of {self.config.clients.count} clients connected and said who they are within "
-                f"{getattr(settings, tight):g} s, fewer than federation.min_clients = {settings.min_clients}; "
-                f"start more clients or raise federation.{tight}"
-            )
-        most = self.config.federation.max_weight * statistics.median(m.about.examples for m in members.values())
-        for position, client in enumerate(sorted(members)):
-            member = members[client]
-            member.position, member.weight = position, min(member.about.examples, round(most))
-            if member.weight < member.about.examples:
-                self.watcher.warning(
-                    f"{member.about.name} says that it has {member.about.examples} rows; it counts as {member.weight} "
-                    "(federation.max_weight)"
-                )
-        return dict(sorted(members.items()))
 
     def _announce(self, members: dict[int, Member]) -> None:
         total = sum(self.num_experts)
@@ -164,7 +100,7 @@ class Server:
         self.watcher.round_started(round)
         with self.keeper.recording(round, self.num_experts, self.config.method.tau) as log:
             with self.keeper.taking_rows(log):
-                planned = self._plan(grid, self._sample(members, round), round, log)
+                planned = self._plan(grid, sample(members, self.config, round), round, log)
                 log.planning_seconds = time.perf_counter() - started
                 fold = self._fold(grid, planned, log)
                 self._require_enough(fold.clients, log)
@@ -187,7 +123,7 @@ class Server:
         resident = member.resident
         try:
             with log.phases("check"):
-                update = checks.update(_reply(answer), resident, self.tensors, self._asked)
+                update = checks.update(reply_of(answer), resident, self.tensors, self._asked)
             if update.work.examples != member.about.examples:
                 raise InvalidReplyError(f"says it has {update.work.examples} examples, but had {member.about.examples}")
         except InvalidReplyError as error:
@@ -215,14 +151,6 @@ class Server:
             )
         return folded
 
-    def _sample(self, members: dict[int, Member], round: int) -> list[Member]:
-        wanted = self.config.federation.clients_per_round
-        everyone = list(members.values())
-        if wanted is None or wanted >= len(everyone):
-            return everyone
-        order = torch.randperm(len(everyone), generator=generator(self.config.seed, "sample", round)).tolist()
-        return [everyone[i] for i in sorted(order[:wanted])]
-
     def _plan(self, grid: Grid, sampled: list[Member], round: int, log: RoundRecord) -> list[Member]:
         """Ask the sampled clients what they want to hold; those with a valid answer go on, in the order of numbers."""
         by_node = {member.node: member for member in sampled}
@@ -241,7 +169,7 @@ class Server:
             member = by_node[answer.node]
             budget = sum(self.num_experts) if budget_free else member.about.budget
             try:
-                reply = _reply(answer)
+                reply = reply_of(answer)
                 if self._method.assign is None:
                     resident = checks.resident_set(reply, self.num_experts, self.top_k, budget)
                     member.resident_bits = pack_bits(resident)
@@ -313,14 +241,6 @@ class Server:
         log.seconds, log.evaluation_seconds = now - started, now - evaluating
         self.keeper.save_round(log, self.tensors, watched, whole)
         self.watcher.round_done(round, log.seconds, sum(log.bytes_down.values()), sum(log.bytes_up.values()))
-
-
-def _reply(answer: Answer) -> Any:
-    """The reply's message. Raises InvalidReplyError with the reason where there is none, or where it is only that."""
-    if answer.reply is None:
-        raise InvalidReplyError(answer.reason)
-    checks.trouble(answer.reply)
-    return answer.reply
 
 
 def server_app(server_of: Callable[[Context], Server]) -> ServerApp:

@@ -118,7 +118,7 @@ def _files(folder: Path) -> list[Path]:
             names = sorted({str(file) for file in places.values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not an index of a sharded checkpoint ({error})") from None
-        if any(Path(name).name != name for name in names):  # an index must not lead out of its folder
+        if not all((folder / name).resolve().is_relative_to(folder.resolve()) for name in names):
             raise CheckpointError(f"{index}: names files outside its folder")
         return [folder / name for name in names]
     return [file]
