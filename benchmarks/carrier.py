@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import parser, report
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

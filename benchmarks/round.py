@@ -38,7 +38,7 @@ from hfedmoe.client import device
 from hfedmoe.config import load_config
 from hfedmoe.device.peak import peak_process_bytes
 from hfedmoe.events import Silent
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server import server
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.fold import Fold

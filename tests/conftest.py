@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def federation(tmp_path: Path) -> "Callable[..., Federation]":
     """Makes a tiny federation with overrides; its run folder is `tmp_path / "run"`."""
-    from hfedmoe.runs import RunFolder
+    from hfedmoe.runs.folder import RunFolder
     from tests.federation import Federation, tiny_config
 
     def make(*overrides: str, watcher: "Watcher | None" = None) -> Federation:

@@ -4,7 +4,7 @@ from hfedmoe.config import RunConfig, load_config
 from hfedmoe.data.partition import partition
 from hfedmoe.events import Silent, Watcher
 from hfedmoe.prepare import Prepared, prepare
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import assemble
 
 TINY = [

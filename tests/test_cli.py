@@ -168,7 +168,7 @@ def test_control_c_in_a_real_run_is_one_line(here):
 
 
 def interrupted(config, out, watcher):
-    from hfedmoe.runs import RunFolder
+    from hfedmoe.runs.folder import RunFolder
 
     with RunFolder.create(out, config):
         raise KeyboardInterrupt

@@ -13,7 +13,8 @@ import torch
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent
 from hfedmoe.measure import evaluate_run
-from hfedmoe.runs import RunFolder, experts
+from hfedmoe.runs import experts
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import resume, run
 from tests.federation import tiny_config
 

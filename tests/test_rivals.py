@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hfedmoe.method.methods import METHODS, Residents, Settings, Wish
 from hfedmoe.method.selection import select
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from tests.federation import Federation
 
 Make = Callable[..., Federation]

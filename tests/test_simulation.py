@@ -20,7 +20,7 @@ from hfedmoe.client.device import Device
 from hfedmoe.errors import UserError
 from hfedmoe.events import ClientRound, Silent
 from hfedmoe.moe.payload import expert_shapes
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.wire import checks
 from hfedmoe.wire.exchange import clean

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from hfedmoe.events import Evaluation, Participant
 from hfedmoe.report.live import Live
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.keeper import Keeper
 
 

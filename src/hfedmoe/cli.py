@@ -114,7 +114,7 @@ def run(
 @app.command()
 def resume(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the run.")]) -> None:
     """Continue a run that was interrupted."""
-    from hfedmoe.runs.refusals import require_run
+    from hfedmoe.runs.existing import require_run
 
     require_run(folder)
     from hfedmoe import simulation
@@ -290,7 +290,7 @@ def export(
 ) -> None:
     """Write a result of a run as something that transformers or PEFT loads, with a model card."""
     from hfedmoe.files.whole import check_free
-    from hfedmoe.runs.refusals import require_run
+    from hfedmoe.runs.existing import require_run
 
     require_run(run)
     if not out.resolve().is_relative_to(run.resolve()):  # what is wrong then is said below
@@ -366,6 +366,10 @@ def _require_target(target: str) -> None:
     path = Path(target).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{target}: neither a run folder (no config.toml) nor a model (no config.json)")
+    from hfedmoe.runs.existing import meant_as_run, require_run
+
+    if meant_as_run(path):
+        require_run(path)
     _require_model(target)
 
 

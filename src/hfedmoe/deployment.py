@@ -35,7 +35,7 @@ from hfedmoe.models.digest import base_digest
 from hfedmoe.models.loaded import device_of
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.report.live import Live
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import DEPLOYED, identity_of, write_identity
 from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.server.keeper import Keeper

@@ -17,8 +17,9 @@ from hfedmoe.events import Watcher
 from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.prepare import Prepared, encoder_of, prepare
-from hfedmoe.runs import Checkpoint, RunFolder
+from hfedmoe.runs.checkpoints import Checkpoint
 from hfedmoe.runs.choice import checkpoint_of, fitting
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import check_identity, identity_of, read_identity
 from hfedmoe.server.evaluation import Metrics, evaluate, room_of
 

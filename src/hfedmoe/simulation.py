@@ -16,8 +16,8 @@ from hfedmoe.events import Watcher
 from hfedmoe.files.disk import require_room
 from hfedmoe.moe.payload import load_all
 from hfedmoe.prepare import Prepared, prepare, server_for
-from hfedmoe.runs import RunFolder
 from hfedmoe.runs.choice import fitting
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import (
     DEPLOYED,
     SIMULATED,

@@ -19,7 +19,7 @@ from hfedmoe.method.usage import FederationUsage
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 from hfedmoe.moe.payload import global_tensors, pack
 from hfedmoe.prepare import prepare
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.simulation import resume, run
 from hfedmoe.wire.messages import InvalidReplyError, plan_request, record, usage_of

@@ -17,7 +17,7 @@ from hfedmoe.client.history import ClientHistory
 from hfedmoe.device.pace import Pace, StepTimes
 from hfedmoe.events import Work
 from hfedmoe.report.live import Live
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.wire import checks
 from hfedmoe.wire.messages import InvalidReplyError, Update, train_reply
 from tests.federation import Federation, tiny_config

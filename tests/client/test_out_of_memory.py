@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hfedmoe.client.trouble import attempt, is_out_of_memory, smaller
 from hfedmoe.device.learned import Attempt, Note
 from hfedmoe.events import Participant, Silent
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import resume, run
 from hfedmoe.wire.messages import record
 from hfedmoe.wire.trouble import Trouble

@@ -7,7 +7,7 @@ import torch
 
 from hfedmoe.events import Silent
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.settings import run_config_toml
 from hfedmoe.simulation import run
 from tests.deployment.harness import deployment

@@ -31,7 +31,7 @@ from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from tests.export.stock import stock_logits
 
 CLIENT = 3

@@ -3,7 +3,7 @@
 import pytest
 
 from hfedmoe.config import RunConfig
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 
 CONFIG = RunConfig(keep_checkpoints=2)
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hfedmoe.config import ClientsConfig, DataConfig, RunConfig, TrainConfig
 from hfedmoe.errors import UserError
-from hfedmoe.runs import RunFolder, read_run_config
-from hfedmoe.runs.settings import END
+from hfedmoe.runs.folder import RunFolder
+from hfedmoe.runs.settings import END, read_run_config
 from tests.runs.conftest import CONFIG
 
 

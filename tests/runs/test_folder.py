@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hfedmoe.errors import UserError
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from tests.runs.conftest import CONFIG
 from tests.runs.writing import child
 
@@ -67,7 +67,7 @@ def test_the_lock_dies_with_its_process(run):
     code = """
 import sys, time
 from pathlib import Path
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 run = RunFolder.open(Path(sys.argv[1]), to_write=True)
 print("locked", flush=True)
 time.sleep(60)

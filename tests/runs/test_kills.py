@@ -13,14 +13,14 @@ import torch
 
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from tests.runs.conftest import CONFIG
 from tests.runs.writing import child, tensors
 
 WRITER = """
 import os, sys, torch
 from pathlib import Path
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 
 def write():
     run = RunFolder.open(Path(sys.argv[1]), to_write=True)
@@ -80,7 +80,7 @@ SMALL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
 from hfedmoe.errors import UserError
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = RunFolder.open(Path(sys.argv[1]), to_write=True)
 

@@ -27,6 +27,7 @@ finally:
         "plan --model ./none",
         "resume none",
         "evaluate ./none",
+        "evaluate runs/none",
         "evaluate tiny --rows none.csv",
         "export none out",
         "inspect ./none",

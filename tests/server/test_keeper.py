@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hfedmoe.events import Work
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.wire.messages import Update

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from hfedmoe.events import Silent
 from hfedmoe.report.live import Live
-from hfedmoe.runs import RunFolder
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import resume, run
 from tests.federation import tiny_config
 

@@ -11,7 +11,8 @@ from typing import Any
 from hfedmoe.config import RunConfig, TrainConfig
 from hfedmoe.export.provenance import data_name, hub_data_set, is_local, origin
 from hfedmoe.export.snippet import Loading, loading_code, prompt_words
-from hfedmoe.runs import Checkpoint, RunFolder
+from hfedmoe.runs.checkpoints import Checkpoint
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.settings import versions_here
 
 BASE = "base"

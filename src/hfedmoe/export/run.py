@@ -28,8 +28,9 @@ from hfedmoe.moe.anatomy import text_config
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import load_all
 from hfedmoe.moe.prediction import withdraw
-from hfedmoe.runs import Checkpoint, RunFolder
+from hfedmoe.runs.checkpoints import Checkpoint
 from hfedmoe.runs.choice import checkpoint_of, fitting
+from hfedmoe.runs.folder import RunFolder
 
 FORMS = ("merged", "adapter", "client")
 DTYPES = get_args(ModelConfig.model_fields["dtype"].annotation)

@@ -14,11 +14,5 @@ RUN/best.json                which checkpoint is the best, and by what
         run.append_round({"round": 3, "loss": 1.2})
         run.save_checkpoint(3, tensors, {"rng": ...}, score=0.83)  # last: the checkpoint vouches for its round
 
-Importing this package is cheap: torch and safetensors are imported where they are used. Nothing is pickled.
+`RunFolder` is in `runs.folder`. torch and safetensors are imported where they are used. Nothing is pickled.
 """
-
-from hfedmoe.runs.checkpoints import Checkpoint
-from hfedmoe.runs.folder import RunFolder
-from hfedmoe.runs.settings import read_run_config
-
-__all__ = ["Checkpoint", "RunFolder", "read_run_config"]

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hfedmoe.errors import UserError
-from hfedmoe.runs import Checkpoint, RunFolder
+from hfedmoe.runs.checkpoints import Checkpoint
+from hfedmoe.runs.folder import RunFolder
 
 
 @contextmanager

@@ -8,14 +8,6 @@ from hfedmoe.errors import UserError
 from hfedmoe.models.names import PACKAGED_MODELS, locate
 
 
-def require_run(folder: Path) -> None:
-    """Raise UserError if there is no such run folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder; `ls runs` shows what is there")
-    if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder}: not a run folder (it has no config.toml); name a folder below runs/")
-
-
 def require_model(config: ModelConfig) -> None:
     """Raise UserError if the model is a file or folder that is not there, or no model."""
     if config.name not in PACKAGED_MODELS:

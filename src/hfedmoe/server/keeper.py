@@ -10,8 +10,8 @@ from torch import Tensor
 from hfedmoe.errors import UserError
 from hfedmoe.events import ClientRound, ClientTotals, Evaluation
 from hfedmoe.method.usage import FederationUsage
-from hfedmoe.runs import RunFolder
 from hfedmoe.runs.experts import of_round
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.records import RoundRecord
 
