@@ -167,7 +167,7 @@ def test_stacks_of_several_layers_are_averaged_as_each_by_itself(seed: int) -> N
 def test_stacks_that_do_not_fit_change_nothing() -> None:
     stacks = StacksAverage({"a": (0, 2), "b": (2, 2)})
     rows = torch.ones(1, 3)
-    with pytest.raises(ValueError, match="b has 0 rows, but 1 were to be sent"):
+    with pytest.raises(ValueError, match="b has 0 rows, but 1 were expected"):
         stacks.add({"a": rows, "b": rows[:0]}, torch.tensor([1, 2]), torch.ones(2))
     with pytest.raises(ValueError, match="must ascend"):
         stacks.add({"a": rows, "b": rows}, torch.tensor([2, 1]), torch.ones(2))

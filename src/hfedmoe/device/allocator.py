@@ -1,8 +1,8 @@
 """What the C library does with freed memory: keep it for the next step, or give it back at once.
 
-A training step frees and takes the same large buffers over and over. By default glibc maps each of them anew, and
-every page is faulted in and cleared again: a quarter of a step's time on the CPU was measured. Kept memory is cut up in
-time, though, so that a process takes more than it uses; where a budget must hold, freed memory is given back.
+A training step frees and allocates the same large buffers many times. By default glibc maps each of them again, and
+every page is faulted in and cleared again: this took a quarter of a step's time on the CPU. But kept memory becomes
+fragmented, so a process takes more than it uses. With a budget, freed memory is therefore given back.
 """
 
 import ctypes
@@ -18,9 +18,9 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """For a budget: every buffer of 1 MiB or more has pages of its own; returns whether that was possible.
+    """For a budget: every buffer of 1 MiB or more has its own pages; returns whether that was possible.
 
-    Left alone, glibc raises the threshold to the largest buffer that was ever freed, up to 32 MiB. pyarrow's own
+    By default glibc raises the threshold to the largest buffer that was ever freed, up to 32 MiB. pyarrow's own
     allocator, which reserves a gigabyte at once, is replaced by the system's.
     """
     import pyarrow
@@ -30,7 +30,7 @@ def give_back_freed_memory() -> bool:
 
 
 def trim() -> None:
-    """Give back what is free now, after the many small objects of reading data and building a model."""
+    """Give back memory that is free now; reading data and building a model leave many small free pieces."""
     if sys.platform.startswith("linux"):
         release = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if release is not None:

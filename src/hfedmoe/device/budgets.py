@@ -1,4 +1,4 @@
-"""From what a device has to how many experts it holds: the budgets of a configuration, in experts."""
+"""Convert the budgets of a configuration into numbers of experts."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Plan = Callable[[], "Planner"]
 
 
 def planner_of(config: RunConfig) -> Plan:
-    """A planner that is made when the first budget needs it: budgets in experts and shares do not."""
+    """Makes the planner on its first call: budgets in experts or shares do not need one."""
 
     @functools.cache
     def plan() -> "Planner":
@@ -38,21 +38,21 @@ def memory_of(budget: Budget, device: str) -> int | None:
 
 
 def workload_for(budget: Budget, config: RunConfig, device: str) -> "Workload":
-    """The configured step on what has the budget: a named device, or else `device` (as torch names it)."""
+    """The configured step on the device of the budget: that of a preset, or else `device` (as torch names it)."""
     from hfedmoe.device.workload import Workload
 
     return Workload.on(PRESETS[str(budget)].device if budget in PRESETS else device.partition(":")[0], config)
 
 
 def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: Plan, device: str) -> int:
-    """Experts over all layers that a budget allows.
+    """Number of experts over all layers that a budget allows.
 
     Args:
         num_experts, top_k: of the model, per layer.
-        device: that the memory belongs to, as torch names it.
+        device: where the memory is, as torch names it.
 
     Raises:
-        UserError: the budget cannot hold top-k experts in every layer; the message says what would.
+        UserError: the budget cannot hold top-k experts in every layer; the message says what would help.
     """
     total, layers = sum(num_experts), len(num_experts)
     needed = max(top_k) * layers
@@ -73,7 +73,7 @@ def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: P
     if fit.fits:
         return fit.residents
     change = planner.smallest_change(memory, workload)
-    way_out = "no change of settings is enough: take a smaller model" if change is None else f"it would with {change}"
+    way_out = "no change of settings is enough: use a smaller model" if change is None else f"it can with {change}"
     raise UserError(
         f"clients.budgets: {budget!r} ({_gib(memory)}) cannot hold the {needed} experts that top-{max(top_k)} routing "
         f"in {layers} layers needs: that takes {_gib(fit.needed_bytes)}; {way_out}"
@@ -81,7 +81,7 @@ def experts_of(budget: Budget, num_experts: list[int], top_k: list[int], plan: P
 
 
 def budgets_in_experts(config: RunConfig, num_experts: list[int], top_k: list[int], device: str) -> list[int]:
-    """Experts over all layers of every client of a configuration; equal budgets are planned once. Raises UserError."""
+    """Number of experts over all layers, for every client; equal budgets are planned once. Raises UserError."""
     plan, known = planner_of(config), dict[Budget, int]()
     budgets = config.clients.budgets
     for budget in budgets[: config.clients.count]:

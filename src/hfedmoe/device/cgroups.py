@@ -1,4 +1,4 @@
-"""Control groups of the memory controller, versions 1 and 2: which hold this process, and new ones with a limit."""
+"""Control groups of the memory controller, versions 1 and 2: those of this process, and new ones with a limit."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ class MemoryGroup:
     version: int
 
     def read(self, name: str) -> int | None:
-        """A file with one number; None where there is no such file or it says "max"."""
+        """The number in a file; None if the file is missing or says "max"."""
         try:
             text = (self.folder / name).read_text().strip()
         except FileNotFoundError:
@@ -28,7 +28,7 @@ class MemoryGroup:
         return None if text == "max" else int(text)
 
     def fields(self, name: str) -> dict[str, int]:
-        """A file with a `key number` pair per line; empty where there is no such file."""
+        """The `key number` pairs in a file, one per line; empty if the file is missing."""
         try:
             lines = (self.folder / name).read_text().splitlines()
         except FileNotFoundError:
@@ -37,15 +37,15 @@ class MemoryGroup:
 
     @property
     def limit_bytes(self) -> int | None:
-        """What the group may hold; None where that is not limited."""
+        """The limit of the group; None if it has none."""
         limit = self.read("memory.max" if self.version == 2 else "memory.limit_in_bytes")
         return None if limit is None or limit >= 1 << 62 else limit  # version 1 writes "none" as almost 2^63
 
     @property
     def held_bytes(self) -> int:
-        """What the group holds and the kernel cannot drop: its usage without the cache of files."""
+        """Memory of the group that the kernel cannot drop: its usage without the cache of files."""
         usage = self.read("memory.current" if self.version == 2 else "memory.usage_in_bytes") or 0
-        prefix = "" if self.version == 2 else "total_"  # with the groups below
+        prefix = "" if self.version == 2 else "total_"  # includes the groups below
         stat = self.fields("memory.stat")
         return max(0, usage - sum(stat.get(f"{prefix}{part}_file", 0) for part in ("active", "inactive")))
 
@@ -56,13 +56,13 @@ class MemoryGroup:
 
     @property
     def oom_kills(self) -> int:
-        """Processes of the group that the kernel has killed for want of memory."""
+        """Processes of the group that the kernel killed because memory ran out."""
         return self.fields("memory.events" if self.version == 2 else "memory.oom_control").get("oom_kill", 0)
 
     def set_limit(self, limit_bytes: int) -> None:
-        """Limit memory, and swap to nothing beside it where the kernel accounts for swap."""
+        """Limit memory, and forbid swap if the kernel counts it."""
         memory, swap, swap_bytes = "memory.max", "memory.swap.max", 0
-        if self.version == 1:  # there the second is memory and swap together
+        if self.version == 1:  # here the second file limits memory and swap together
             memory, swap, swap_bytes = "memory.limit_in_bytes", "memory.memsw.limit_in_bytes", limit_bytes
         (self.folder / memory).write_text(str(limit_bytes))
         if (self.folder / swap).exists():
@@ -86,7 +86,7 @@ class MemoryGroup:
 
 
 def memory_groups(proc: Path = Path("/proc/self")) -> list[MemoryGroup]:
-    """The memory control groups that hold this process, its own first, then each one above; empty without any.
+    """The memory control groups of this process: its own first, then each one above; empty if there are none.
 
     `proc` is the process's folder with `cgroup` and `mountinfo` (see cgroups(7) and proc_pid_mountinfo(5)).
     """
@@ -104,8 +104,8 @@ def memory_groups(proc: Path = Path("/proc/self")) -> list[MemoryGroup]:
         root, top = mount
         controllers = top / "cgroup.controllers"
         if version == 2 and not (controllers.exists() and "memory" in controllers.read_text().split()):
-            continue  # mounted beside version 1, which has the memory controller
-        # In a container the mount may show a part of the tree only: what is above or beside it cannot be seen.
+            continue  # mounted in addition to version 1, which has the memory controller
+        # In a container the mount may show only a part of the tree; groups outside of it are not visible.
         seen = ".." not in Path(own).parts and Path(own).is_relative_to(root)
         folder = top / Path(own).relative_to(root) if seen else top
         found += [MemoryGroup(place, version) for place in (folder, *folder.parents) if place.is_relative_to(top)]
@@ -113,14 +113,14 @@ def memory_groups(proc: Path = Path("/proc/self")) -> list[MemoryGroup]:
 
 
 def _membership(line: str, version: int) -> str | None:
-    """The path in a line of /proc/PID/cgroup (`4:memory:/a`, or `0::/a` for version 2), if it is the wanted one."""
+    """The path in a line of /proc/PID/cgroup (`4:memory:/a`, or `0::/a` for version 2), if it is for memory."""
     _, controllers, path = line.split(":", 2)
     wanted = controllers == "" if version == 2 else "memory" in controllers.split(",")
     return path if wanted else None
 
 
 def _mount(line: str, version: int) -> tuple[str, Path] | None:
-    """The group shown at the mount point, and the mount point, in a line of /proc/PID/mountinfo, if it is the one."""
+    """(group at the mount point, mount point) in a line of /proc/PID/mountinfo; None if it is another mount."""
     place, _, kind = line.partition(" - ")
     root, point = (re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), field) for field in place.split()[3:5])
     system, _, options = kind.split(" ", 2)
@@ -130,7 +130,7 @@ def _mount(line: str, version: int) -> tuple[str, Path] | None:
 
 @contextlib.contextmanager
 def limited_group(limit_bytes: int) -> Iterator[MemoryGroup]:
-    """A new group with a limit, gone afterwards. Raises OSError where that is not possible."""
+    """A new group with a limit, removed afterwards. Raises OSError if that is not possible."""
     parent = _parent()
     group = MemoryGroup(Path(tempfile.mkdtemp(prefix="hfedmoe-", dir=parent.folder)), parent.version)
     try:
@@ -141,13 +141,13 @@ def limited_group(limit_bytes: int) -> Iterator[MemoryGroup]:
 
 
 def _parent() -> MemoryGroup:
-    """Where to make a group, such that every limit of this process also holds for it. Raises OSError."""
+    """The group in which to make a new one, so that every limit of this process also holds for it. Raises OSError."""
     for group in memory_groups():
         if group.version == 1:
             return group
-        # With version 2 a group with processes gives no controllers to groups below it: go up to one that does.
+        # In version 2 a group with processes passes no controllers to groups below it: go up to one that does.
         if "memory" in (group.folder / "cgroup.subtree_control").read_text().split():
             return group
         if group.limit_bytes is not None:
-            raise OSError(errno.EPERM, f"a group beside {group.folder} would escape its limit")
+            raise OSError(errno.EPERM, f"a new group outside {group.folder} would not have its limit")
     raise OSError(errno.ENOENT, "no cgroup with the memory controller can be used")

@@ -1,4 +1,4 @@
-"""What the planner says: how much a training step takes, how many experts fit, and what would have to change."""
+"""The planner's results: what a training step takes, how many experts fit, and what would have to change."""
 
 from dataclasses import dataclass
 
@@ -26,17 +26,17 @@ class Forecast:
     residents: list[int]
     """Experts per layer."""
     kinds: dict[str, int]
-    """Bytes by kind (`KINDS`) at the moment when they are most together."""
+    """Bytes by kind (`KINDS`) at the moment when their sum is largest."""
     flops: int
-    """Of one training step; a multiplication and an addition are two."""
+    """Of one training step; a multiplication and an addition count as two."""
     loading_peak: int
-    """Most bytes while the model is read and the experts are made resident."""
+    """Peak bytes while the model is read and the experts are made resident."""
     bootstrap_peak: int
-    """Most bytes of a forward pass over all experts that holds at most as many as are resident (`bootstrap =
+    """Peak bytes of a forward pass over all experts, with at most as many in memory as are resident (`bootstrap =
     "stream"`)."""
     bytes_down: int
     bytes_up: int
-    """Of the messages of a round, all resident experts being trained."""
+    """Of the messages of a round in which all resident experts are trained."""
 
     @property
     def num_residents(self) -> int:
@@ -45,12 +45,12 @@ class Forecast:
 
     @property
     def peak(self) -> int:
-        """Most bytes while training."""
+        """Peak bytes while training."""
         return sum(self.kinds.values())
 
     @property
     def highest(self) -> int:
-        """Most bytes at any time: loading, bootstrap or training."""
+        """Peak bytes at any time: loading, bootstrap or training."""
         return max(self.peak, self.loading_peak, self.bootstrap_peak)
 
     def seconds_per_step(self, flops_per_second: float) -> float:
@@ -64,9 +64,9 @@ class Fit:
 
     memory_bytes: int
     residents: int
-    """Experts over all layers; 0 where not even `forecast` fits."""
+    """Experts over all layers; 0 if nothing fits."""
     forecast: Forecast
-    """With these residents; with the fewest that can train (top-k per layer) where they do not fit."""
+    """With these residents; if nothing fits, with the fewest that can train (top-k per layer)."""
     needed_bytes: int
     """What `forecast` needs, safety margin included."""
 
@@ -78,7 +78,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Change:
-    """Other settings with which the fewest experts that can train do fit."""
+    """Changed settings with which the fewest experts that can train fit."""
 
     settings: dict[str, object]
     """By their names in the configuration, for `--set`."""

@@ -1,6 +1,6 @@
-"""A bare program between a process and a command that runs under a memory limit; see `limits.run_limited`.
+"""A small program between a process and a command that runs under a memory limit; see `limits.run_limited`.
 
-It is run as a file, by a Python without site packages, so it imports nothing of hfedmoe.
+It runs as a file, in a Python without site packages, so it imports nothing from hfedmoe.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ _AGAIN_S = 0.05
 
 
 def launch(order: dict[str, Any]) -> None:
-    """The launcher: put a forked process under the limit, let it become the command, report how it ended."""
+    """The launcher: fork a process, limit its memory, let it become the command, and report how it ended."""
     folder = order["group"] and Path(order["group"])
     os.set_inheritable(order["report"], False)
     timed_out = interrupted = False
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until there is somebody to pass it on to
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until there is a child to pass it to
     pid = os.fork()
     if pid == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -41,9 +41,9 @@ def launch(order: dict[str, Any]) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGALRM, stop)
-    with contextlib.suppress(PermissionError):  # it has done so itself, and is the command by now
+    with contextlib.suppress(PermissionError):  # the child did it itself and is already the command
         os.setpgid(pid, pid)
-    # Timers go off again and again: the first time the forked process may not be in its control group yet.
+    # Timers repeat: at the first signal the forked process may not be in its control group yet.
     if order["timeout_s"] is not None:
         signal.setitimer(signal.ITIMER_REAL, max(order["timeout_s"], 1e-3), _AGAIN_S)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -59,14 +59,14 @@ def launch(order: dict[str, Any]) -> None:
 
 
 def _become(command: list[str], folder: Path | None, limit_bytes: int) -> NoReturn:
-    """In the forked process: take the limit, and exec."""
+    """In the forked process: set the limit, and exec."""
     try:
         os.setpgid(0, 0)
         if folder is not None:
             (folder / "cgroup.procs").write_text(str(os.getpid()))
         else:
             limit_data(limit_bytes, for_good=True)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec would hand that on
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec would keep that
             signal.signal(number, signal.SIG_DFL)
         os.execvp(command[0], command)
     except OSError as error:
@@ -79,7 +79,7 @@ def kill_all(folder: Path | None, leader: int = 0) -> None:
     """Kill the processes of the control group, or else of the process group of `leader`."""
     if folder is not None:
         for pid in (folder / "cgroup.procs").read_text().split():
-            with contextlib.suppress(ProcessLookupError):  # it went by itself
+            with contextlib.suppress(ProcessLookupError):  # it has already ended
                 os.kill(int(pid), signal.SIGKILL)
     else:
         with contextlib.suppress(ProcessLookupError):
@@ -87,7 +87,7 @@ def kill_all(folder: Path | None, leader: int = 0) -> None:
 
 
 def limit_data(limit_bytes: int, for_good: bool) -> None:
-    """Set RLIMIT_DATA of this process, never above what it may have; `for_good`: it cannot raise it again."""
+    """Set RLIMIT_DATA of this process, never above its hard limit; `for_good`: it cannot be raised again."""
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     limit = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit if for_good else hard))

@@ -1,8 +1,8 @@
-"""A note on the device's disk, so that a process killed for its memory is noticed when it starts again.
+"""A note on the device's disk that shows, after a restart, that the process was killed for its memory.
 
-The system's out-of-memory killer leaves no time to report. So a device writes down what it attempts before it does
-(one small JSON file, `{"task": "...", "doing": "train", "experts": 16}`), and deletes the note when that ended in any
-way that the process itself saw. A note found later means: that attempt was killed.
+The system's out-of-memory killer leaves no time to report. So a device writes a note before each attempt (one small
+JSON file, `{"task": "...", "doing": "train", "experts": 16}`), and deletes it when the attempt ends, also with an
+error. A note that is found later means that the attempt was killed.
 """
 
 import json
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a device was doing: `doing` is "plan" or "train", `experts` what it was to hold over all layers."""
+    """What a device was doing: `doing` is "plan" or "train", `experts` the number to hold over all layers."""
 
     task: str
     """Names model and workload; a note of another task says nothing about this one."""
@@ -28,9 +28,9 @@ class Attempt:
 
 
 class Note:
-    """The note of one device; None as its path: nothing is written or found.
+    """The note of one device; with path None, nothing is written or found.
 
-    A note that cannot be read or written is a warning, never an error: the device then learns nothing from a kill.
+    A note that cannot be read or written gives a warning, not an error: the device then learns nothing from a kill.
     """
 
     def __init__(self, path: Path | None, task: str) -> None:
@@ -38,7 +38,7 @@ class Note:
 
     @contextmanager
     def attempting(self, doing: str, experts: int) -> Iterator[None]:
-        """The note lies on the disk as long as the block runs."""
+        """Keep the note on the disk while the block runs."""
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
-"""Run a command under a memory limit that the operating system enforces, and say how it went. Linux only.
+"""Run a command under a memory limit that the operating system enforces, and report how it ended. Linux only.
 
 From a shell: `python -m hfedmoe.device.limits 4GiB -- hfedmoe run my.toml`.
 
-Two ways. A *cgroup* (root) limits what the command and all its processes really hold, page cache included, and keeps
-it from swapping; going beyond it is death. *rlimit* (any user) sets RLIMIT_DATA, which bounds the private writable
-memory of each process; going beyond it is a MemoryError, and file-backed read-only mappings do not count.
+There are two ways. A *cgroup* (needs root) limits the memory of the command and all its processes together, page cache
+included, and prevents swapping; beyond the limit the kernel kills a process. *rlimit* (any user) sets RLIMIT_DATA,
+which limits the private writable memory of each process; beyond it comes a MemoryError. Read-only file mappings do not
+count there.
 """
 
 import argparse
@@ -27,22 +28,22 @@ WAYS = ("auto", "cgroup", "rlimit")
 
 @dataclass(frozen=True)
 class LimitedRun:
-    """How a command went under its limit."""
+    """How a command ended under its limit."""
 
     returncode: int
     """As in `subprocess`: negative for the signal that ended it; 126 or 127 if it could not be started."""
     stdout: str
     stderr: str
     peak_bytes: int
-    """Peak resident memory of the command's process, or of the largest child that it waited for. It may lie a little
-    above the limit: pages of libraries that another process loaded first are charged to that one."""
+    """Peak resident memory of the command's process, or of the largest child that it waited for. It may be a little
+    above the limit: pages of libraries that another process loaded first count for that process."""
     killed: bool
-    """cgroup: the kernel killed a process of the command for want of memory. rlimit: a signal ended the command (a
-    command that handles the refusal, such as Python with its MemoryError, is not killed: see its return code)."""
+    """cgroup: the kernel killed a process of the command because memory ran out. rlimit: a signal ended the command. A
+    command that handles the failed allocation (in Python, a MemoryError) is not killed: see its return code."""
     how: str
     """"cgroup" or "rlimit"."""
     group_peak_bytes: int | None = None
-    """Peak of all the command's processes together with their page cache; None where the system does not say."""
+    """Peak of all the command's processes together with their page cache; None if the system does not report it."""
     timed_out: bool = False
 
 
@@ -56,12 +57,12 @@ def why_no_cgroup() -> str | None:
 
 
 def hold_process_to(limit_bytes: int | None) -> bool:
-    """Refuse this process more private memory than this from now on; returns whether the system can (Linux).
+    """Limit the private memory of this process from now on; returns whether the system can (Linux).
 
-    None takes back what earlier calls set.
+    None removes the limit of earlier calls.
 
-    A device with a budget that was planned wrongly then runs out of memory inside, which it reports and learns from,
-    instead of taking what other programs on the machine need.
+    If its budget was planned wrongly, a device then gets a memory error, which it reports and learns from. Without the
+    limit it would take memory that other programs on the machine need.
     """
     if resource is None or not sys.platform.startswith("linux"):
         return False
@@ -77,7 +78,7 @@ def hold_process_to(limit_bytes: int | None) -> bool:
 
 
 _soft_before: int | None = None
-"""RLIMIT_DATA of this process before `hold_process_to`, while that holds."""
+"""RLIMIT_DATA of this process before `hold_process_to`, while its limit is set."""
 
 
 def run_limited(
@@ -91,12 +92,12 @@ def run_limited(
     """Run `command` under a memory limit of `limit_bytes` and wait for it; it gets no standard input.
 
     When its first process ends, or after `timeout_s`, everything that it started is killed. `env` replaces the
-    environment. `how` is "cgroup", "rlimit", or "auto": a cgroup if that is possible. Without `capture` the command
+    environment. `how` is "cgroup", "rlimit", or "auto": a cgroup if possible. Without `capture` the command
     writes to this process's own output, and `stdout` and `stderr` stay empty.
 
     Raises:
         OSError: the limit cannot be set here (not Linux; "cgroup" without the rights or the controller).
-        ValueError: `how` is none of the three, or the limit is not positive.
+        ValueError: `how` is unknown, or the limit is not positive.
     """
     if how not in WAYS or limit_bytes <= 0:
         raise ValueError(f"how={how!r} (expected one of {', '.join(WAYS)}), limit_bytes={limit_bytes}")
@@ -127,10 +128,10 @@ def run_limited(
 
 
 def _in_launcher(order: dict[str, Any], env: dict[str, str] | None, capture: bool) -> tuple[dict[str, Any], str, str]:
-    """Have a launcher run the command; its report, and what the command printed.
+    """Let a launcher run the command; returns its report and the command's stdout and stderr.
 
-    The launcher is a bare Python of some 12 MB between this process and the command, because the peak that the kernel
-    reports for a process (ru_maxrss) starts at that of the process it was forked from, even after exec.
+    The launcher is a small Python process (12 MB) between this process and the command. It is needed because the peak
+    that the kernel reports for a process (ru_maxrss) starts at that of its parent, even after exec.
     """
     reading, writing = os.pipe()
     pipe = subprocess.PIPE if capture else None
@@ -152,7 +153,7 @@ def _in_launcher(order: dict[str, Any], env: dict[str, str] | None, capture: boo
         try:
             stdout, stderr = launcher.communicate()
         except BaseException:
-            launcher.terminate()  # it takes the command with it
+            launcher.terminate()  # it also kills the command
             raise
         text = report.read()
     if not text:

@@ -1,4 +1,4 @@
-"""Bytes of a client's sub-model, counted from shapes; and the peak of a device that trains."""
+"""Bytes of a client's sub-model, counted from shapes, and the peak memory of a device that trains."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from hfedmoe.moe.model import MoEModel
 def sub_model_bytes(model: MoEModel, resident: list[Tensor]) -> int:
     """Predicted bytes of weights, gradients and AdamW state of a device that holds only `resident`, bool [E] per layer.
 
-    Every resident expert counts in full, also where copies share memory in this process. Activations do not count.
+    Every resident expert counts in full, even if copies share memory in this process. Activations do not count.
     """
     expert_parameters = {id(p) for layer in model.layers for p in layer.experts.parameters()}
     total = sum(p.numel() * p.element_size() for p in model.model.parameters() if id(p) not in expert_parameters)
@@ -28,7 +28,7 @@ def sub_model_bytes(model: MoEModel, resident: list[Tensor]) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory of this process so far on the device where it trains: of the accelerator, or resident memory."""
+    """Peak memory of this process so far on the device where it trains: CUDA memory, or else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return peak_process_bytes()

@@ -3,18 +3,17 @@
 A training step takes longer the more experts per layer get a gradient. The client remembers how long its steps took
 (`StepTimes`) and decides before every step (`Pace`):
 
-1. Keep all configured steps, and lower the experts per layer that a step may train as far as that needs,
-   down to top-k.
-2. If the steps are too slow even so, do as many as fit, but at least one; what time is left over then goes
-   into more experts per layer again.
+1. Keep all configured steps. If needed, lower the number of experts per layer that a step may train, down to top-k.
+2. If that is still too slow, do as many steps as fit, but at least one. The remaining time is used for more experts
+   per layer again.
 3. Never start a step that is expected to end after the deadline, except the first.
 
-In the first round nothing is measured: its first step trains as many experts as configured, and the others are
-decided by it.
+In the first round nothing is measured: the first step trains as many experts as configured, and its time decides the
+others.
 
-A first step whose forward pass alone takes more than PATIENCE deadlines is given up if a lower level is left: what
-it would have cost is remembered, and the next round begins lower. At the lowest level it is completed, however late.
-Pure logic: no model, and a clock that can be replaced.
+If the forward pass of the first step takes more than PATIENCE deadlines and a lower level is left, the step is given
+up. Its expected time is remembered, so the next round begins lower. At the lowest level the step is completed, however
+late. This is pure logic, without a model, and the clock can be replaced.
 """
 
 import time
@@ -23,14 +22,14 @@ from dataclasses import dataclass, field
 
 PATIENCE = 3.0
 DECAY = 0.9
-"""What a measured step still counts one step later: a device's speed changes."""
+"""Factor on the weight of all earlier steps after each step, because a device's speed changes."""
 VARIABLE_SHARE = 0.5
-"""Assumed, until measured, of a step's time: what is proportional to the experts it trains."""
+"""Part of a step's time that is proportional to the experts it trains: assumed until measured."""
 TRUST = 0.01
-"""Weight of that assumption: as much as one step at a distance of a tenth of the mean level."""
+"""Weight of that assumption: that of one step whose level is a tenth above or below the mean level."""
 _ROUNDING = 1e-9
 _SHORTEST_S = 1e-6
-"""What a step counts at least: a coarse clock may show no time at all."""
+"""Least time of a step: a coarse clock may measure 0."""
 
 Clock = Callable[[], float]
 
@@ -52,7 +51,7 @@ class StepTimes:
 
     @property
     def measured(self) -> bool:
-        """Whether there was a step yet."""
+        """Whether any step was measured."""
         return self.sums[0] > 0
 
     def add(self, level: float, seconds: float) -> None:
@@ -77,11 +76,11 @@ class Pace:
     """Decides the steps of one round.
 
     Args:
-        times: what is known; every step done adds to it.
+        times: of earlier steps; every completed step is added.
         deadline_s: seconds from `begin`.
-        steps: as configured.
+        steps: the configured number.
         most: per layer, experts that a step trains without a deadline.
-        least: per layer, experts that a step may train at least.
+        least: per layer, the fewest experts that a step may train.
         clock: in seconds.
     """
 
@@ -101,7 +100,7 @@ class Pace:
         self._began = self.clock()
 
     def next(self) -> list[int] | None:
-        """Experts per layer that the next step may train; None: no further step. Its time runs from now on."""
+        """Experts per layer that the next step may train; None: no further step. Its time starts now."""
         self._step_began = self.clock()
         chosen = self._choose(self.deadline_s - (self._step_began - self._began))
         if chosen is not None:
@@ -113,7 +112,7 @@ class Pace:
         self.times.add(self.levels[-1], self.clock() - self._step_began)
 
     def give_up(self) -> float | None:
-        """After a forward pass: its seconds if the round cannot be saved, which then are remembered; None: go on."""
+        """To call after a forward pass: its seconds if the step is given up, which are remembered; None: go on."""
         taken = self.clock() - self._step_began
         lowest = self.levels[-1] <= _mean(self.least)
         if len(self.levels) > 1 or lowest or taken <= PATIENCE * self.deadline_s:
@@ -123,7 +122,7 @@ class Pace:
 
     @property
     def mean_level(self) -> float | None:
-        """Experts per layer that a step of this round could train; None before the first."""
+        """Experts per layer that a step of this round could train (mean over the steps); None before the first."""
         return _mean(self.levels) if self.levels else None
 
     def _choose(self, remaining: float) -> list[int] | None:

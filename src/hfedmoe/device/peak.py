@@ -1,4 +1,4 @@
-"""The peak memory of this process, from the operating system. Imports nothing that takes memory itself."""
+"""The peak memory of this process, from the operating system. Its imports take little memory."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ def peak_process_bytes() -> int:
     """Peak resident memory of this process so far."""
     status = Path("/proc/self/status")
     if status.exists():
-        # Not getrusage: what it says survives exec, so that a child begins with the peak of the process that forked it.
+        # Not getrusage: its value survives exec, so a child begins with the peak of its parent.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     if resource is None:

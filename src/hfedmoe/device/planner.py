@@ -1,7 +1,7 @@
-"""From a model's configuration alone: what a client's training takes, and how many experts fit into its memory.
+"""What a client's training takes, and how many experts fit into its memory, from the model's configuration alone.
 
 Weights, adapters and optimizer state are counted from shapes (`weights`); activations, gradients, logits and FLOPs
-come from running the real step on fake tensors (`rehearsal`). Nothing is downloaded but the configuration.
+come from running the real step on fake tensors (`rehearsal`). Only the configuration is downloaded.
 """
 
 from collections.abc import Iterator
@@ -21,29 +21,29 @@ from hfedmoe.models.loading import structure
 from hfedmoe.moe.anatomy import UnsupportedModelError
 
 MARGIN = 1.05
-"""`fit` leaves so much room: predictions were within a few per cent of what was measured."""
+"""`fit` multiplies predictions by this: they were within a few per cent of measurements."""
 FRAMEWORK_BYTES = {"cpu": 500 << 20, "cuda": 600 << 20, "mps": 500 << 20}
 """A client's process without a model: libraries, their first use, a tokenizer of 49,152 tokens and a few rows of data.
 Measured on the CPU (x86-64, torch 2.13, transformers 5.23) with `python -m benchmarks.planner_accuracy --framework`;
 assumed for CUDA, where it is the context in the card's memory, and for MPS."""
 PARQUET_BYTES = 56 << 20
-"""Libraries that read Parquet, where the data are packaged, on the hub or in such a file; measured in the same way."""
+"""Libraries that read Parquet, if the data are packaged, on the hub or in a Parquet file; measured in the same way."""
 QUANTISER_BYTES = 44 << 20
-"""bitsandbytes, where experts are stored in 8 or 4 bit."""
+"""bitsandbytes, if experts are stored in 8 or 4 bit."""
 ATTENTION_LORA_BYTES = 106 << 20
-"""PEFT, which is imported for LoRA on the attention only."""
+"""PEFT, which is imported only for LoRA on the attention."""
 CODE_BYTES = 112 << 20
-"""Code that oneDNN makes for 16-bit products and keeps, after some tens of steps; `hfedmoe` limits how much."""
+"""Code that oneDNN compiles and keeps for 16-bit products, after some tens of steps; hfedmoe limits its size."""
 RECEIVED_COPIES = 1
-"""The server's message is in memory while the client trains: the blob, of which the tensors are views."""
+"""Copies of the server's message in memory while the client trains: the blob; the tensors are views of it."""
 UPDATE_COPIES = 3
-"""Afterwards the update is: rows taken from the model, the blob, and what a carrier makes of it."""
+"""Copies of the update in memory afterwards: rows taken from the model, the blob, and the carrier's copy."""
 _BYTES_OF_FACTS = 1024
 _VECTORS = 3
 
 
 def rehearsable(device: str) -> str:
-    """The device type on which a step for this type is rehearsed: the CPU, where torch lacks the device's kind here."""
+    """The device type on which to rehearse a step for `device`: the CPU if torch does not have `device` here."""
     missing = (device == "cuda" and not torch.cuda.is_available()) or (
         device == "mps" and not torch.backends.mps.is_available()
     )
@@ -54,10 +54,10 @@ class Planner:
     """Forecasts for one configuration.
 
     Args:
-        config: of the run. Its model is read from its configuration only.
+        config: of the run. Only the configuration of its model is read.
 
     Raises:
-        UserError: the model is unknown, unreachable, or no usable MoE.
+        UserError: the model is unknown, cannot be reached, or is not a supported MoE model.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -85,11 +85,11 @@ class Planner:
         return sum(self._at_least())
 
     def _at_least(self) -> list[int]:
-        most = max(self.top_k)  # as `selection.select` is asked to leave in every layer
+        most = max(self.top_k)  # the `at_least` of `selection.select`
         return [min(most, number) for number in self.num_experts]
 
     def spread(self, experts: int) -> list[int]:
-        """So many experts over the layers as evenly as their sizes allow."""
+        """This number of experts, spread over the layers as evenly as their sizes allow."""
         rest, counts = min(experts, sum(self.num_experts)), [0] * len(self.num_experts)
         while rest > 0:
             open_layers = [i for i, number in enumerate(self.num_experts) if counts[i] < number]
@@ -135,7 +135,7 @@ class Planner:
 
     def _framework(self, workload: Workload) -> int:
         known = FRAMEWORK_BYTES.get(workload.device, FRAMEWORK_BYTES["cpu"])
-        if workload.device == "cuda":  # the card's memory holds none of the data
+        if workload.device == "cuda":  # GPU memory holds no data
             return known
         if workload.expert_dtype in ("8bit", "4bit"):
             known += QUANTISER_BYTES
@@ -148,7 +148,7 @@ class Planner:
         return known + (0 if all(source.endswith(plain) for source in sources) else PARQUET_BYTES)
 
     def _held(self, counts: list[int], workload: Workload) -> dict[str, int]:
-        """What stays in memory from step to step, but for optimizer and messages."""
+        """What stays in memory from step to step, except optimizer and messages."""
         layers = list(zip(self._weights.layers, counts, strict=True))
         return {
             "framework": self._framework(workload),
@@ -159,10 +159,10 @@ class Planner:
         }
 
     def _loading_peak(self, counts: list[int], held: dict[str, int], workload: Workload) -> int:
-        """First all but the experts is read, then these; a tensor is in memory twice where its precision changes.
+        """First all except the experts is read, then the experts; a tensor whose precision changes is in memory twice.
 
-        Adapters are made for a whole layer, of which the residents' stay. Experts to be trained are stacked, layer by
-        layer.
+        Adapters are made for a whole layer, and those of residents are kept. Experts to be trained are stacked, layer
+        by layer.
         """
         base, expert = self._weights.largest_bytes(workload)
         layers = list(zip(self._weights.layers, counts, strict=True))
@@ -172,7 +172,7 @@ class Planner:
         return max(total - experts + base, total + max(expert, fresh, stacked if workload.experts == "full" else 0))
 
     def _expert_share(self, counts: list[int], workload: Workload) -> float:
-        """Gradients of the residents over those of the experts in a rehearsal."""
+        """Bytes of the residents' gradients divided by those of the experts in a rehearsal."""
         sizes = [layer.trained_bytes(workload) for layer in self._weights.layers]
         there = sum(sizes) * GROUPS
         return sum(size * number for size, number in zip(sizes, counts, strict=True)) / there if there else 0.0
@@ -187,7 +187,7 @@ class Planner:
         """The most experts with which the process stays within `memory_bytes`, at least top-k in every layer.
 
         Args:
-            margin: the predicted peak times this must fit.
+            margin: the predicted peak is multiplied by this.
         """
 
         def needs(forecast: Forecast) -> int:
@@ -209,7 +209,7 @@ class Planner:
     def smallest_change(
         self, memory_bytes: int, workload: Workload | None = None, margin: float = MARGIN
     ) -> Change | None:
-        """The least change of settings with which top-k experts per layer fit; None if no two together are enough.
+        """The smallest change of settings with which top-k experts per layer fit; None if no two changes are enough.
 
         Shorter text comes first, then smaller batches, checkpointing, fewer bits, lower rank; then pairs of them.
         """
@@ -239,11 +239,11 @@ class Planner:
     def _least(
         self, workload: Workload, ladders: tuple[tuple[str, list[Any]], ...], memory_bytes: int, margin: float
     ) -> dict[str, Any] | None:
-        """The mildest values on some ladders that fit: the last is eased first, then the one before it."""
+        """The mildest values on these ladders that fit: the last ladder is made milder first, then the one before."""
 
         def fits(settings: dict[str, Any]) -> bool:
             changed = replace(workload, **settings)
-            # Weights alone often say no, at no cost.
+            # A cheap check first: often the weights alone do not fit.
             if sum(self._held(self._at_least(), changed).values()) * margin > memory_bytes:
                 return False
             return self.forecast(self.smallest, changed).highest * margin <= memory_bytes

@@ -1,4 +1,4 @@
-"""What this machine offers to this process: memory, and what sets its limit; speed, measured in under a second."""
+"""The memory that this process may use and what limits it; the machine's speed, measured in under a second."""
 
 import os
 import time
@@ -15,16 +15,16 @@ _PROC = Path("/proc/self")
 
 @dataclass(frozen=True)
 class Probe:
-    """A machine as this process finds it."""
+    """What a machine offers to this process."""
 
     memory_bytes: int
-    """All that this process may hold, what it holds already included."""
+    """All that this process may hold, including what it already holds."""
     limit: str
-    """What sets that: free memory, a control group, a resource limit or the accelerator."""
+    """What sets this limit: free memory, a control group, a resource limit or the accelerator."""
     flops: float
-    """Float32 FLOP/s of a large matrix product: the best case, a training step reaches a part of it."""
+    """Float32 FLOP/s of a large matrix product: the best case; a training step reaches only a part of it."""
     disk_bytes_per_s: float | None = None
-    """Reading speed of the file that was asked about."""
+    """Reading speed of the given file."""
 
 
 def probe(device: str = "cpu", file: Path | None = None) -> Probe:
@@ -34,10 +34,10 @@ def probe(device: str = "cpu", file: Path | None = None) -> Probe:
 
 
 def available_memory(device: str = "cpu") -> tuple[int, str]:
-    """Bytes that this process may hold on the device, what it holds already included, and what sets that limit.
+    """Bytes that this process may hold on the device, including what it already holds, and what sets this limit.
 
-    On the CPU the least of free physical memory, the room in the control groups and the resource limits. Cached files
-    count as free: the kernel drops them when memory is asked for. Swap does not count.
+    On the CPU: the smallest of free physical memory, the room in the control groups and the resource limits. Cached
+    files count as free: the kernel drops them when memory is needed. Swap does not count.
     """
     kind = device.partition(":")[0]
     if kind == "cuda":
@@ -54,7 +54,7 @@ def available_memory(device: str = "cpu") -> tuple[int, str]:
 
 
 def _physical() -> list[tuple[int, str]]:
-    """Free memory and what this process holds of its own."""
+    """Free memory plus this process's own memory."""
     import psutil
 
     return [(psutil.virtual_memory().available + _own_bytes(), "free physical memory")]
@@ -69,7 +69,7 @@ def _own_bytes() -> int:
 
 
 def _groups(proc: Path = _PROC) -> list[tuple[int, str]]:
-    """The room that each limited control group leaves, its own and those above."""
+    """The room in each limited control group of this process, its own and those above."""
     found = []
     for group in memory_groups(proc):
         limit = group.limit_bytes
@@ -80,7 +80,7 @@ def _groups(proc: Path = _PROC) -> list[tuple[int, str]]:
 
 
 def _resource_limits(proc: Path = _PROC) -> list[tuple[int, str]]:
-    """RLIMIT_DATA and RLIMIT_AS where they are set, less address space that is reserved and not in use."""
+    """RLIMIT_DATA and RLIMIT_AS if they are set, minus address space that is reserved and not used."""
     found: list[tuple[int, str]] = []
     if resource is None:
         return found
@@ -94,7 +94,7 @@ def _resource_limits(proc: Path = _PROC) -> list[tuple[int, str]]:
 
 
 def _status(proc: Path) -> dict[str, int]:
-    """The memory lines of /proc/PID/status in bytes; empty where there is no such file."""
+    """The memory lines of /proc/PID/status in bytes; empty if there is no such file."""
     try:
         lines = (proc / "status").read_text().splitlines()
     except FileNotFoundError:
@@ -104,14 +104,14 @@ def _status(proc: Path) -> dict[str, int]:
 
 _LARGEST = {"cpu": 1024, "cuda": 4096, "mps": 2048}
 _RUN_S = 0.02
-"""A timed run lasts about that long, so that neither the clock nor a kernel launch matters."""
+"""A timed run takes at least about this long, so that the clock and kernel launches do not matter."""
 
 
 def matmul_flops(device: str = "cpu", budget_s: float = 0.4) -> float:
-    """Float32 FLOP/s of square matrix products with torch's present number of threads, the best of some short runs.
+    """Float32 FLOP/s of square matrix products with torch's current number of threads: the best of some short runs.
 
-    Takes at most about `budget_s` and some warm-up, and 12 MB on a CPU. The best run, because whatever else the machine
-    does can only slow a run down.
+    Takes at most about `budget_s` plus warm-up, and 12 MB on a CPU. The best run counts because other work on the
+    machine can only slow a run down.
     """
     import torch
 
@@ -143,7 +143,7 @@ def matmul_flops(device: str = "cpu", budget_s: float = 0.4) -> float:
 
 
 def read_speed(file: Path, at_most: int = 64 << 20) -> float:
-    """Bytes per second of reading the start of `file`, from the disk where the system lets its cache be dropped.
+    """Bytes per second of reading the start of `file`, from the disk if the system can drop its cache.
 
     Raises:
         OSError: the file cannot be read.

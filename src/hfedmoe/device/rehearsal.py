@@ -1,9 +1,8 @@
-"""A training step without weights: the real model code runs on fake tensors, and a `Trace` sees what it would hold.
+"""A training step without weights: the real model code runs on fake tensors, and a `Trace` measures its memory.
 
-Two things are made small without changing what is measured. Of the experts that a layer holds only `GROUPS` are there,
-with all pairs spread evenly over them: what grows with the number of experts (their gradients) is told apart and
-counted in proportion. And of decoder layers that are alike only some are run: what one of them does in the forward and
-in the backward pass is repeated as often as the model has it.
+Two simplifications do not change the result. Each layer has only `GROUPS` experts, with all pairs spread evenly over
+them; what grows with the number of experts (their gradients) is counted separately and scaled. And of equal decoder
+layers only some are run; the forward and backward pass of one of them is repeated as often as the model has it.
 """
 
 from collections import Counter
@@ -29,14 +28,14 @@ from hfedmoe.moe.experts.trained import full_experts, lora_experts
 from hfedmoe.moe.model import MoEModel
 
 GROUPS = 2
-"""Experts per layer in a rehearsal; two, so that one is fetched while its predecessor is still there."""
+"""Experts per layer in a rehearsal; two, so that one is fetched while the one before is still in memory."""
 _ALIKE = 3
-"""Alike layers that are run; the second stands for all: the last one has another neighbour."""
+"""Number of equal layers that are run; the second stands for all, because the last one has another neighbour."""
 
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a step holds beside weights and optimizer state, and computes."""
+    """What a step holds in addition to weights and optimizer state, and what it computes."""
 
     step: Timeline
     """Of forward and backward pass: kinds "activations", "logits", "gradients", and "expert_gradients" of GROUPS
@@ -51,8 +50,8 @@ def rehearse(model: Any, workload: Workload, reduce: bool = True) -> Rehearsed:
     """Run the step of `workload` on fake tensors.
 
     Args:
-        model: on the meta device, in the precisions of the workload; it is used up.
-        reduce: run only some of the layers that are alike.
+        model: on the meta device, in the precisions of the workload; it is changed.
+        reduce: run only some of the equal layers.
     """
     stacks = [_Stack(stack) for stack in _stacks(model)]
     if reduce:
@@ -71,7 +70,7 @@ def rehearse(model: Any, workload: Workload, reduce: bool = True) -> Rehearsed:
 
 @contextmanager
 def _plain_conversion() -> Iterator[None]:
-    """Let modules convert fake parameters: torch would swap them, which fails where anything refers to them weakly."""
+    """Let modules convert fake parameters: torch would swap them, which fails if there are weak references to them."""
     original = nn.Module._apply
 
     def apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
@@ -91,18 +90,18 @@ def _plain_conversion() -> Iterator[None]:
 
 
 class _Stack:
-    """A list of decoder or encoder layers, and which of them stands for each."""
+    """A list of decoder or encoder layers, and for each layer the run layer that stands for it."""
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.layers = layers
         self.stands_for = list(range(len(layers)))
 
     def reduce(self, config: Any) -> None:
-        """Keep `_ALIKE` of the layers that are alike and have a predecessor that is."""
+        """Of the layers that are equal and follow equal layers, keep `_ALIKE`."""
         signatures = [_signature(layer, index, config) for index, layer in enumerate(self.layers)]
         first_moe = next(i for i, layer in enumerate(self.layers) if _has_experts(layer))
         pairs = [(signatures[i], signatures[i - 1] if i > first_moe + 1 else i) for i in range(len(signatures))]
-        # Up to the first layer that is trained, and in the one behind it, the backward pass differs.
+        # Up to the first layer that is trained, and in the one after it, the backward pass differs.
         kept: list[int] = []
         seen: Counter[Any] = Counter()
         second: dict[Any, int] = {}
@@ -124,14 +123,14 @@ class _Stack:
 
 
 def _reduce_lists(config: Any, number: int, kept: list[int]) -> None:
-    """Settings that a config lists layer by layer are read by position in the forward pass."""
+    """Shorten the config's lists with one value per layer: the forward pass reads them by position."""
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == number:
             setattr(config, key, [value[index] for index in kept])
 
 
 def _signature(layer: nn.Module, index: int, config: Any) -> Any:
-    """Equal for layers that do the same: modules, shapes, and what sets their kind of attention."""
+    """A value that is equal for layers that compute the same: modules, shapes and kind of attention."""
     kinds = getattr(config, "layer_types", None)
     parts = [str(kinds[index]) if kinds else ""]
     for name, module in layer.named_modules():
@@ -145,7 +144,7 @@ def _has_experts(layer: nn.Module) -> bool:
 
 
 def _stacks(model: nn.Module) -> list[nn.ModuleList]:
-    """The outermost lists of layers that have MoE layers in them."""
+    """The outermost lists of layers that contain MoE layers."""
     blocks = find_moe_layers(model)
     for block in blocks:
         object.__setattr__(block.block, "_holds_experts", True)
@@ -159,7 +158,7 @@ def _stacks(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def _imagine(model: Any, workload: Workload) -> MoEModel:
-    """Fake weights, and experts and trained tensors for GROUPS experts per layer."""
+    """The model with fake weights, and with fake experts and trained tensors for GROUPS experts per layer."""
     dtype, device = workload.torch_dtype, torch.device(workload.device)
     layers = find_moe_layers(model)
     shapes = [
@@ -200,7 +199,7 @@ def _imagine(model: Any, workload: Workload) -> MoEModel:
 
 
 def _fill(model: Any, device: torch.device, leave: set[int]) -> None:
-    """Fresh tensors for all parameters and buffers but those with an id in `leave`."""
+    """Put new tensors in place of all parameters and buffers, except those with an id in `leave`."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for own in (module._parameters, module._buffers):
@@ -211,13 +210,13 @@ def _fill(model: Any, device: torch.device, leave: set[int]) -> None:
                     fresh = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     made[id(tensor)] = (
                         nn.Parameter(fresh, requires_grad=False) if isinstance(tensor, nn.Parameter) else fresh,
-                        tensor,  # kept alive, so that no id is used again
+                        tensor,  # kept alive, so that no id is reused
                     )
                 own[name] = made[id(tensor)][0]
 
 
 def _even(experts: Tensor, num_experts: int, top_k: int, keep: Tensor | None = None) -> Groups:
-    """Groups as `group_pairs` makes them of pairs that are spread evenly: routing cannot be known."""
+    """As `group_pairs`, with pairs spread evenly over the experts: the routing is not known."""
     pairs = experts.shape[0]
     ends = [pairs * (index + 1) // num_experts for index in range(num_experts)]
     spans = list(zip(range(num_experts), [0, *ends], ends, strict=False))
@@ -249,7 +248,7 @@ class _Imagined:
 
 
 class _Shapes:
-    """An `ExpertSource` that knows shapes only."""
+    """An `ExpertSource` that knows only shapes."""
 
     def __init__(self, shapes: list[dict[str, tuple[int, ...]]]) -> None:
         self._shapes = shapes
@@ -278,7 +277,7 @@ class _ImaginedStore(ExpertStore):
                 self._held[layer, expert] = {name: _Imagined(shape, workload, device) for name, shape in own.items()}
 
     def tensors(self) -> Iterator[Tensor]:
-        """What would be held."""
+        """The tensors that would be held."""
         for held in self._held.values():
             for stored in held.values():
                 if isinstance(stored, _Imagined) and stored.tensor is not None:
@@ -379,7 +378,7 @@ class _Marks:
 
 
 def _expanded(trace: Trace, stacks: list[_Stack]) -> Iterator[Segment]:
-    """The segments of the whole model: those of the layers that were run, as often as they stand for one."""
+    """The segments of the whole model: that of each run layer, once for every layer that it stands for."""
     waiting = list(trace.segments)
     while waiting:
         label = waiting[0].label

@@ -1,4 +1,4 @@
-"""Resource limits of a process, where the system has them (not on Windows). Imports nothing that takes memory."""
+"""Python's `resource` module, or None on Windows, which has none. Imports nothing that takes memory."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""What a computation holds in memory and how much it computes, operation by operation.
+"""The memory and the FLOPs of a computation, operation by operation.
 
-A `Trace` watches the tensors that are made inside it, real or fake: every storage counts once, from the operation
-that makes it until nothing refers to it any more. What came from outside (weights) does not count.
+A `Trace` watches the tensors that are made inside it, real or fake. Every storage counts once, from the operation that
+makes it until nothing refers to it. Tensors from outside (weights) do not count.
 """
 
 import weakref
@@ -23,27 +23,27 @@ _LIKE = {
         torch.ops.aten._scaled_dot_product_flash_attention_backward
     ),
 }
-"""Operations that torch's own FLOP counter passes over, and those that compute the same."""
+"""Operations that torch's FLOP counter does not know, and known ones that compute the same."""
 
 
 def _grouped_flops(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
-    """Of rows by expert [S, K] x [E, K, N] and of outer products [M, S] x [S, N]."""
+    """FLOPs of rows by expert [S, K] x [E, K, N] and of outer products [M, S] x [S, N]."""
     return 2 * left.numel() * right.shape[-1]
 
 
 _COUNTED_HERE = {torch.ops.aten._grouped_mm: _grouped_flops}
-"""Operations that torch's own FLOP counter passes over, and that nothing it knows computes."""
+"""Operations that torch's FLOP counter does not know, without a known one that computes the same."""
 
 
 @dataclass
 class Timeline:
-    """Bytes taken and given back, in order, each under the number of a kind."""
+    """Bytes taken and freed, in order, each with the index of its kind."""
 
     kinds: list[str]
     kind: np.ndarray
     """int64 [N]: index into `kinds`."""
     delta: np.ndarray
-    """int64 [N]: bytes; negative where memory is given back."""
+    """int64 [N]: bytes; negative if memory is freed."""
 
     def peak(self, weights: dict[str, float] | None = None) -> dict[str, int]:
         """Bytes by kind at the moment when their weighted sum is largest (weights are 1 unless given)."""
@@ -69,7 +69,7 @@ class Segment:
 
     label: Any
     events: list[tuple[int, int]] = field(default_factory=list)
-    """(storage, bytes taken or given back)."""
+    """(storage, bytes taken or, negative, freed)."""
     flops: int = 0
 
 
@@ -77,21 +77,21 @@ class Trace(TorchDispatchMode):
     """Context manager: follows the tensors made inside, and counts FLOPs.
 
     Args:
-        known: tensors that do not count, nor do their views.
-        kind: what a fresh tensor is ("activations" unless told otherwise).
+        known: tensors that do not count; their views do not count either.
+        kind: gives the kind of a new tensor ("activations" by default).
     """
 
     def __init__(self, known: Iterable[Tensor] = (), kind: Callable[[Tensor], str] = lambda _: "activations") -> None:
         super().__init__()
         self._kind = kind
-        self._outside = [tensor.untyped_storage() for tensor in known]  # held, so that no address is used again
+        self._outside = [tensor.untyped_storage() for tensor in known]  # held, so that no address is reused
         self._alive: dict[int, int | None] = {storage._cdata: None for storage in self._outside}
         self._storages: list[_Storage] = []
         self.segments = [Segment(None)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked more often than anything is computed
+            return args[0].fake_device  # called more often than all computations
         out = func(*args, **(kwargs or {}))
         for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, Tensor):
@@ -118,17 +118,17 @@ class Trace(TorchDispatchMode):
         self.segments[-1].events.append((number, -self._storages[number].bytes))
 
     def mark(self, label: Any) -> None:
-        """What follows belongs to a new segment."""
+        """Begin a new segment."""
         self.segments.append(Segment(label))
 
     def tag(self, tensor: Tensor, kind: str) -> None:
-        """Say what a tensor made inside is, also for the time that has passed."""
+        """Set the kind of a tensor made inside, also for the past."""
         number = self._alive.get(tensor.untyped_storage()._cdata)
         if number is not None:
             self._storages[number].kind = kind
 
     def timeline(self, segments: Iterable[Segment] | None = None) -> Timeline:
-        """The timeline of the trace, or of some segments in any order and number."""
+        """The timeline of the trace, or of given segments, in any order and also repeated."""
         events = [event for segment in self.segments if segments is None for event in segment.events]
         if segments is not None:
             events = [event for segment in segments for event in segment.events]

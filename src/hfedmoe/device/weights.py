@@ -1,4 +1,4 @@
-"""Bytes of a model's weights, and of what is trained and travels, counted from its structure without weights."""
+"""Bytes of a model's weights and of its trained and sent tensors, counted from its structure without weights."""
 
 import copy
 import json
@@ -24,10 +24,10 @@ class LayerWeights:
     num_experts: int
     top_k: int
     base: dict[str, tuple[int, ...]]
-    """Of the base tensors, under the names of kernel.FULL."""
+    """Shapes of the base tensors, under the names of kernel.FULL."""
 
     def trained(self, workload: Workload) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is trained of one expert, fixed matrices not among them."""
+        """Shapes of the trained tensors of one expert, without fixed matrices."""
         if workload.experts == "full":
             return self.base
         if workload.experts == "frozen":
@@ -36,32 +36,32 @@ class LayerWeights:
 
     def _lora(self, workload: Workload) -> dict[str, tuple[int, ...]]:
         rank, (up, down) = workload.rank, (self.base["up"], self.base["down"])
-        # Families store matrices [out, in] or [in, out]: a factor of each side in any case.
+        # Families store matrices [out, in] or [in, out]: there is one factor per side in both cases.
         return {"up_a": (rank, up[1]), "up_b": (up[0], rank), "down_a": (rank, down[1]), "down_b": (down[0], rank)}
 
     def adapter_bytes(self, workload: Workload) -> int:
-        """Of the LoRA pairs of one expert, fixed matrices too; they are float32."""
+        """Bytes of the LoRA pairs of one expert, with fixed matrices; they are float32."""
         return _numel(self._lora(workload)) * 4 if workload.experts == "lora" else 0
 
     def trained_bytes(self, workload: Workload) -> int:
-        """Of what is trained of one expert."""
+        """Bytes of the trained tensors of one expert."""
         size = workload.torch_dtype.itemsize if workload.experts == "full" else 4
         return _numel(self.trained(workload)) * size
 
     def base_bytes(self, workload: Workload) -> int:
-        """Of the base tensors of one expert, as they are held."""
+        """Bytes of the base tensors of one expert, as they are held."""
         dtype = workload.torch_dtype
         return sum(stored_bytes(shape, workload.expert_dtype, dtype) for shape in self.base.values())
 
     @property
     def largest(self) -> int:
-        """Values of the largest tensor of one expert."""
+        """Number of values of the largest tensor of one expert."""
         return max(math.prod(shape) for shape in self.base.values())
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Some named tensors."""
+    """Shapes and precisions of named tensors."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
@@ -130,27 +130,27 @@ class Weights:
         return self._prepared[key]
 
     def base(self, workload: Workload) -> dict[str, int]:
-        """Bytes by kind (`BASE`) of all weights but the experts'; tied tensors count once."""
+        """Bytes by kind (`BASE`) of all weights except the experts'; tied tensors count once."""
         sizes = dict.fromkeys(BASE, 0)
         for kind, tensor in self._prepare(workload).base:
             sizes[kind] += tensor.nbytes
         return sizes
 
     def largest_bytes(self, workload: Workload) -> tuple[int, int]:
-        """Of the largest tensor as the checkpoint has it: outside of the experts, and of an expert."""
+        """Bytes of the largest tensor in the checkpoint's precision: outside the experts, and of an expert."""
         base = max(tensor.numel() for _, tensor in self._prepare(workload).base)
         return base * self._main.itemsize, max(layer.largest for layer in self.layers) * self._main.itemsize
 
     def whole(self, workload: Workload) -> Tensors:
-        """What is trained and travels whole: routers, and LoRA on the attention."""
+        """The tensors that are trained and sent whole: routers, and LoRA on the attention."""
         return self._prepare(workload).whole
 
     def shared_bytes(self, workload: Workload) -> int:
-        """Of LoRA on the attention."""
+        """Bytes of LoRA on the attention."""
         return self._prepare(workload).shared_bytes
 
     def travelling(self, residents: list[int], workload: Workload) -> Tensors:
-        """What is sent to a client that holds so many experts per layer, and comes back if it trains them all."""
+        """The tensors sent to a client with `residents` experts per layer, and sent back if it trains them all."""
         whole = self.whole(workload)
         shapes, dtypes = dict(whole.shapes), dict(whole.dtypes)
         dtype = workload.torch_dtype if workload.experts == "full" else torch.float32
@@ -163,7 +163,7 @@ class Weights:
 @dataclass(frozen=True)
 class _Prepared:
     base: list[tuple[str, torch.Tensor]]
-    """(kind, tensor on the meta device) of all that stays as it is."""
+    """(kind, tensor on the meta device), as from `_kinds`."""
     whole: Tensors
     shared_bytes: int
 
@@ -174,7 +174,7 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 def blob_bytes(tensors: Tensors) -> int:
     """Size of a safetensors file with these tensors."""
     header, offset = {}, 0
-    # The format sorts by precision, widest first, and then by name: the offsets' digits depend on it.
+    # The format sorts by precision, widest first, and then by name: the number of digits of the offsets depends on it.
     for name in sorted(tensors.shapes, key=lambda name: (-tensors.dtypes[name].itemsize, name)):
         shape, dtype = tensors.shapes[name], tensors.dtypes[name]
         size = math.prod(shape) * dtype.itemsize
@@ -185,7 +185,7 @@ def blob_bytes(tensors: Tensors) -> int:
 
 
 def _kinds(moe: MoEModel) -> list[tuple[str, torch.Tensor]]:
-    """(kind, tensor) of all tensors of the model but the experts' and LoRA's."""
+    """(kind, tensor) of all tensors of the model, except those of experts and LoRA."""
     model = moe.model
     owner = dict.fromkeys(map(id, moe.attention.values()), "adapters")
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):

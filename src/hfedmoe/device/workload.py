@@ -1,4 +1,4 @@
-"""What one training step of a client is, as far as memory and time depend on it."""
+"""The settings of a client's training step that its memory and time depend on."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +36,13 @@ class Workload:
 
     @classmethod
     def of(cls, config: RunConfig, device: str = "cpu") -> "Workload":
-        """The step of a configuration, with prompts as long as they may be.
+        """The step of a configuration, with prompts of the maximum length.
 
-        Answers are one token in classification; where the format leaves it open they are taken to be. Completions and
-        choices may be as long as the prompt.
+        Answers are one token in classification, and also if the format is not known. Completions and choices may be as
+        long as the prompt.
 
         Args:
-            device: type of the device where the configuration says "auto".
+            device: device type if the configuration says "auto".
         """
         from hfedmoe.moe.compact import wants_float32
 
@@ -71,12 +71,12 @@ class Workload:
 
     @classmethod
     def on(cls, device: str, config: RunConfig) -> "Workload":
-        """The configured step on a device of this type, whatever the configuration says about devices."""
+        """The configured step on a device of this type, not on the configured device."""
         model = config.model.model_copy(update={"device": device})
         return cls.of(config.model_copy(update={"model": model}))
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the frozen weights."""
+        """The precision of the frozen weights."""
         dtype: Any = getattr(torch, self.dtype)
         return dtype

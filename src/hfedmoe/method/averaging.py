@@ -1,11 +1,11 @@
-"""Streaming weighted averages (equations 17 and 21): one client at a time is folded in and forgotten.
+"""Streaming weighted averages (equations 17 and 21): clients are added one at a time and not kept.
 
     W    <- W + w
     mean <- mean + w / W * (x - mean)        W and mean start at 0, so the first share is 1 and gives x itself
 
-This form, in float32, returns the very same bits when all clients sent the same rows, whatever their weights, and
-depends on the order of clients only by rounding. Memory: one float32 buffer of the size of the rows. Time: what was
-sent is read once, and the rows of the buffer that it belongs to are read and written once.
+In float32, this form returns exactly the same bits if all clients sent the same rows, for any weights. The order of
+clients matters only by rounding. Memory: one float32 buffer of the size of the rows. Time: sent rows are read once, and
+their rows in the buffer are read and written once.
 """
 
 from collections.abc import Mapping
@@ -36,18 +36,18 @@ class StacksAverage:
         self._means: dict[str, Tensor] = {}
 
     def add(self, stacks: Mapping[str, Tensor], index: Tensor, weight: Tensor, checked: bool = False) -> None:
-        """Fold in some rows of one client; rows of weight 0 are ignored.
+        """Add some rows of one client; rows of weight 0 are ignored.
 
         Args:
-            stacks: all of them by name, [n, ...] each with the rows of `index` that are its own, in the same order.
+            stacks: all stacks by name, [n, ...] each: the rows of `index` that belong to it, in the same order.
             index: int64, which rows were sent, ascending.
             weight: of the same length, not negative.
-            checked: the caller has seen to it that all rows are finite, which takes a pass over them, that index and
+            checked: the caller has checked that all rows are finite (this takes a pass over them), that index and
                 weights are in range, and that the index ascends.
 
         Raises:
             ValueError: shapes or names that do not agree, an index twice or out of range, a weight that is negative
-                or not finite, or a row of positive weight that is not finite. Nothing has been folded in then.
+                or not finite, or a row of positive weight that is not finite. Nothing is added then.
         """
         if stacks.keys() != self._stretches.keys():
             raise ValueError(f"stacks {sorted(stacks)} differ from the expected {sorted(self._stretches)}")
@@ -58,9 +58,7 @@ class StacksAverage:
         sent = self._sent(index.tolist())
         for name, stack in stacks.items():
             if len(stack) != len(sent[self._stretches[name]]):
-                raise ValueError(
-                    f"{name} has {len(stack)} rows, but {len(sent[self._stretches[name]])} were to be sent"
-                )
+                raise ValueError(f"{name} has {len(stack)} rows, but {len(sent[self._stretches[name]])} were expected")
         weight = weight.detach().float()
         if not bool(weight.all()):
             keep = weight > 0
@@ -97,7 +95,7 @@ class StacksAverage:
         torch._foreach_lerp_(into, new, shares)
 
     def _sent(self, index: list[int]) -> dict[tuple[int, int], Runs]:
-        """What was sent of every stretch of rows."""
+        """The sent rows of every stretch."""
         return {stretch: runs_of(index, *stretch) for stretch in self._names}
 
     def _check(self, rows: dict[str, Tensor], checked: bool) -> None:
@@ -110,7 +108,7 @@ class StacksAverage:
     def result(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The averages, in the dtype of previous [E, ...]; rows nobody sent keep `previous` bit for bit.
 
-        Call it once, at the end: float32 averages are handed over, not copied.
+        Call it once, at the end: float32 averages are returned without a copy.
 
         Raises ValueError if the shapes of `previous` are not those of the rows.
         """
@@ -138,7 +136,7 @@ class RowAverage:
         self._stacks = StacksAverage({"rows": (0, num_rows)})
 
     def add(self, rows: Tensor, index: Tensor, weight: Tensor, checked: bool = False) -> None:
-        """Fold in some rows [n, ...] of one client, in any order; arguments and errors as `StacksAverage.add`."""
+        """Add some rows [n, ...] of one client, in any order; arguments and errors as `StacksAverage.add`."""
         if not checked:
             check_rows(self.num_rows, index, weight)
         if not _ascends(index) and len(rows) == len(index):
@@ -159,7 +157,7 @@ class MeanAverage:
         self._mean: Tensor | None = None
 
     def add(self, tensor: Tensor, weight: float | Tensor, checked: bool = False) -> None:
-        """Fold in one client's tensor [...] with a scalar weight; 0 is ignored.
+        """Add one client's tensor [...] with a scalar weight; weight 0 is ignored.
 
         Raises ValueError as `StacksAverage.add`.
         """
@@ -180,7 +178,7 @@ class MeanAverage:
             self._mean.lerp_(new.to(self._mean.device), weight / self._weight)
 
     def result(self, previous: Tensor) -> Tensor:
-        """The average in the dtype of `previous` [...], or `previous` bit for bit if nobody counted.
+        """The average in the dtype of `previous` [...], or `previous` bit for bit if all weights are 0.
 
         Call it once, at the end. Raises ValueError if the shape of `previous` is not that of the tensors.
         """
@@ -202,7 +200,7 @@ def positive_weights(num_rows: int, num_sent: int, index: Tensor, weight: Tensor
 
 
 def check_rows(num_rows: int, index: Tensor, weight: Tensor) -> None:
-    """Raise ValueError unless the index is in range and has no row twice, with a usable weight for every row."""
+    """Raise ValueError unless the index is in range and without duplicates, and every row has a valid weight."""
     if index.dim() != 1 or weight.shape != index.shape:
         raise ValueError(
             f"rows need as many indices and weights, got {tuple(index.shape)} indices and {tuple(weight.shape)} weights"
@@ -216,7 +214,7 @@ def check_rows(num_rows: int, index: Tensor, weight: Tensor) -> None:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """The values in float32, contiguous; the same tensor where it is so already."""
+    """The values in float32, contiguous; the same tensor if it already is."""
     if tensor.dtype == torch.float32 and not tensor.requires_grad and tensor.is_contiguous():
         return tensor
     return tensor.detach().float().contiguous()

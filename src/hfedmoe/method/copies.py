@@ -1,4 +1,4 @@
-"""What a server knows of a client's copies of the experts when it weighs them."""
+"""What a server knows about a client's copies of the experts when it computes their weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Copies:
-    """One client's copies of the experts of a layer, or of several layers with as many experts each.
+    """One client's copies of the experts of a layer, or of several layers with equally many experts.
 
     Raises:
         ValueError: a negative number of examples, or vectors of different shapes.
@@ -40,7 +40,7 @@ VECTORS = tuple(field.name for field in fields(Copies) if field.name != "example
 
 
 def over_layers(rule: Callable[[Copies], Tensor], layers: Sequence[Copies]) -> list[Tensor]:
-    """What `rule` makes of each layer's copies [E]: one call for all layers where they have as many experts.
+    """`rule` of each layer's copies [E]: one call for all layers if they have equally many experts.
 
     Args:
         rule: takes copies of [..., E].

@@ -1,4 +1,4 @@
-"""What the gate (router) of each client counts in the average (equations 18-21).
+"""The weight of each client's gate (router) in the average (equations 18-21).
 
 With S_c = {e : u_c(e) >= tau / E} and S the union of S_c over the clients of the round:
 
@@ -7,7 +7,7 @@ With S_c = {e : u_c(e) >= tau / E} and S the union of S_c over the clients of th
     alpha(c) = sum_e p_c(e) / |S|                       (20)
     gate     = sum_c alpha(c) gate_c                    (21)
 
-Decision: alpha is normalised over the clients of the round. As printed it does not sum to 1 and would shrink the gate
+Decision: alpha is normalised over the clients of the round. As printed, it does not sum to 1 and would shrink the gate
 every round. |S| then cancels, so the weight of one client, `gate_mass`, needs no other client, and gates can be
 averaged one client at a time. Where every alpha is 0 the weights are |D_c|.
 """
@@ -21,7 +21,7 @@ from hfedmoe.method.usage import passes
 
 
 class RoutingConsistency:
-    """r(c) of eq. 18 for clients that come one at a time: S is known only when the last one has come.
+    """r(c) of eq. 18 for clients that are added one at a time: S is known only after the last one.
 
     Args:
         num_experts: E_l of every layer.
@@ -40,18 +40,18 @@ class RoutingConsistency:
         return [int(used.sum()) for used in own]
 
     def value(self, counts: list[int]) -> float:
-        """r(c), the mean over the layers, from |S_c| of every layer; S_c is a part of S, so no more is needed."""
+        """r(c), the mean over the layers, from |S_c| of every layer; S_c is a subset of S, so this is enough."""
         in_use = torch.tensor([int(union.sum()) for union in self._union]).clamp_min(1).float()
         return (torch.tensor(counts) / in_use).mean().item()
 
 
 class GateAverage:
-    """The mean of a tensor by alpha (eq. 21), and by |D_c| where every alpha is 0."""
+    """The mean of a tensor weighted by alpha (eq. 21), or by |D_c| if every alpha is 0."""
 
     def __init__(self) -> None:
         self._by_alpha = MeanAverage()
         self._by_examples: MeanAverage | None = MeanAverage()
-        """Until a client comes whose alpha is not 0."""
+        """None once a client with alpha > 0 was added."""
 
     def add(self, tensor: Tensor, alpha: float, examples: int) -> None:
         """Add one client's tensor [...]. It must be finite, and the numbers not negative."""
@@ -62,7 +62,7 @@ class GateAverage:
             self._by_examples.add(tensor, examples, checked=True)
 
     def result(self, previous: Tensor) -> Tensor:
-        """The mean in the dtype of `previous` [...]; `previous` bit for bit if nobody counts."""
+        """The mean in the dtype of `previous` [...]; `previous` bit for bit if all weights are 0."""
         mean = self._by_alpha if self._by_examples is None else self._by_examples
         return mean.result(previous)
 

@@ -1,4 +1,4 @@
-"""What an expert is worth to a client, from the routing of one batch (equations 3-5 and 10-14).
+"""How much an expert is worth to a client, from the routing of one batch (equations 3-5 and 10-14).
 
 `g[i, e]` is the routing probability of expert `e` for sample `i`; rows sum to 1 over the experts:
 
@@ -8,7 +8,7 @@
     redundancy(e) = mean_i g[i, e] * log(g[i, e] / cumulative(e))    (11)  0 log 0 = 0
     I(e)          = s(e) - beta * redundancy(e)                      (14)
 
-With one row per token instead of one per sample the same functions give the token-level variant.
+With one row per token instead of one per sample, the same functions give the token-level variant.
 
 These functions run for every layer of every batch: they check shapes, never values. Entries that are negative or not
 finite give meaningless results, not errors.
@@ -49,7 +49,7 @@ def sample_mean(probabilities: Tensor, keep: Tensor, observed: Tensor | None = N
     Args:
         probabilities: [T, E], sample after sample.
         keep: bool [B, T / B], False for padding.
-        observed: int64 [B'], the samples with a kept token, where that is known; to find out waits for a GPU.
+        observed: int64 [B'], the samples with a kept token, if already known; to compute them waits for the GPU.
 
     Returns:
         float32 [B', E].

@@ -1,7 +1,7 @@
-"""A method is a row of choices: what a client holds, trains and sends, and what its copies count on the server.
+"""A method is a row of choices: what a client holds, trains and sends, and the weight of its copies on the server.
 
-A new method is one row of `METHODS`. Client, server and wire take every choice from the row and know no method by name.
-All functions take the section [method] of the configuration as `settings`, so a row may have constants of its own.
+A new method is one row of `METHODS`. Client, server and messages read every choice from the row; they know no method by
+name. All functions get the section [method] of the configuration as `settings`, so a row may have its own constants.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class Settings(Protocol):
 
 
 class CannotHoldError(Exception):
-    """A client has not enough room for what the method wants it to hold; the text says how much it would need."""
+    """A client does not have enough room for the experts that the method holds; the text says how much it needs."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Outlook:
 
 @dataclass
 class Wish:
-    """What a server that plans knows of a client: as `Outlook`, with the scores that the client sent."""
+    """What a server that plans knows about a client: as `Outlook`, with the scores that the client sent."""
 
     num_experts: list[int]
     top_k: list[int]
@@ -72,34 +72,34 @@ Residents = list[Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """One method. Shapes: `E` experts of a layer, `[..., E]` one layer or several alike."""
+    """One method. Shapes: `E` experts of a layer, `[..., E]` one layer or several of equal size."""
 
     about: str
     """What a client holds, trains and sends, in one sentence."""
     source: str
     """Where it is described."""
     hold: Callable[[Outlook, Settings], Residents]
-    """The experts that a client holds in a round, top-k at least in every layer. Raises CannotHoldError."""
+    """The experts that a client holds in a round, at least top-k in every layer. Raises CannotHoldError."""
     expert_weight: Callable[[Copies, Settings], Tensor]
-    """What a client's copies of the experts count: float32 [..., E], 0 where they do not."""
+    """The weights of a client's copies of the experts: float32 [..., E], 0 for copies that are not used."""
     gate_weight: Callable[[Copies, Settings], Tensor]
-    """What a client's gates count: float32 [...]; where all clients' are 0, gates count |D_c|."""
+    """The weight of a client's gates: float32 [...]; if it is 0 for all clients, |D_c| is used."""
     gate_rows: Callable[[Copies, Settings], Tensor | None] = lambda copies, settings: None
-    """What each row of its gates counts, where rows count by themselves: float32 [..., E]."""
+    """The weight of each row of its gates: float32 [..., E]; None: rows have no weights of their own."""
     sends: Literal["trained", "held"] = "trained"
     """The experts whose rows a client sends back."""
     train: Callable[[Tensor, Tensor, Tensor, int | None, Tensor | None], Tensor] | None = None
     """Which experts a batch trains under an activation budget, as `selection.activation`; None: all that it hits."""
     score: Callable[[Settings], str | None] = lambda settings: None
-    """The name of the score that it ranks experts by; None: it ranks none, and clients measure none."""
+    """The name of the score that ranks the experts; None: experts are not ranked, and clients measure no score."""
     local_term: Callable[[Sequence[Tensor], Sequence[Tensor], Settings], Tensor] | None = None
-    """Added to the local loss: (trained tensors, the same as the round began, settings) -> scalar."""
+    """Added to the local loss: (trained tensors, their values at the start of the round, settings) -> scalar."""
     assign: Callable[[list[Wish], Settings], list[Residents]] | None = None
-    """The server's plan: what each client holds, from all their wishes. Then `hold` is not asked."""
+    """The server's plan: what each client holds, from all their wishes. Then `hold` is not called."""
 
 
 def hold_best(outlook: Outlook, settings: Settings) -> Residents:
-    """The experts of the highest scores within the budget, top-k at least in every layer (eq. 15)."""
+    """The experts with the highest scores within the budget, at least top-k in every layer (eq. 15)."""
     if outlook.budget >= sum(outlook.num_experts):
         return hold_all(outlook, settings)
     row = SCORES[settings.score]
@@ -140,7 +140,7 @@ class GateRule:
     weight: Callable[[Copies, float], Tensor]
     """(copies, tau) -> float32 [...]."""
     rows: Callable[[Copies, float], Tensor] | None = None
-    """(copies, tau) -> float32 [..., E]; None: the whole gate counts the same."""
+    """(copies, tau) -> float32 [..., E]; None: all rows have the weight of the gate."""
 
 
 GATES: dict[str, GateRule] = {
@@ -158,7 +158,7 @@ def _rule_for_rows(copies: Copies, settings: Settings) -> Tensor | None:
 
 METHODS: dict[str, Method] = {
     "hfedmoe": Method(
-        about="holds the experts that are worth most to it within its budget, trains and sends the ones its data reach",
+        about="holds the experts that are worth most to it within its budget; trains and sends those its data reach",
         source="arXiv 2601.00583",
         hold=hold_best,
         train=activation,

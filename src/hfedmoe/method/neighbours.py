@@ -1,4 +1,4 @@
-"""Sent rows as runs of neighbours, so that a buffer is read and written in a few long pieces instead of row by row."""
+"""Groups sent rows into runs of neighbours, so that a buffer is read and written in long pieces, not row by row."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Runs:
     lengths: list[int]
     """Rows of each run."""
     cuts: list[int]
-    """The stretch in pieces: rows before the first run, the first run, rows between, the second run, ..., the rest."""
+    """Rows of each piece: before the first run, the first run, between, the second run, ..., the rest."""
 
     def __len__(self) -> int:
         return int(self.places.stop - self.places.start)
@@ -24,7 +24,7 @@ def runs_of(index: list[int], first: int, number: int) -> Runs:
     own = slice(bisect_left(index, first), bisect_left(index, first + number))
     lengths: list[int] = []
     cuts: list[int] = []
-    after = first  # the row behind the last run
+    after = first  # the row after the last run
     for row in index[own]:
         if lengths and row == after:
             lengths[-1] += 1

@@ -1,12 +1,12 @@
 """The streaming average of LoRA pairs by their product (FlexLoRA): `lora = "exact"`.
 
-Averaging A and B separately is not averaging B A. Per expert,
+The mean of B A is not the product of the means of B and A. Per expert,
 
     M = sum_c w_c B_c A_c / sum_c w_c,    M = U S V^T,    a = scale * V_R^T,    b = U_R S_R / scale
 
-which is M itself if its rank is at most R, and its best approximation of rank R otherwise. M is kept as the stack of
-the clients' factors, never formed, until their ranks add up to more than min(out, in); then as the dense product.
-The SVD of a stack is that of a small core: B = Q_b R_b and A^T = Q_a R_a give M = Q_b (R_b R_a^T) Q_a^T.
+b a is M itself if its rank is at most R, and its best approximation of rank R otherwise. M is stored as the stack of
+the clients' factors, and as the dense product once their ranks add up to more than min(out, in). The SVD of a stack
+needs only that of a small core: B = Q_b R_b and A^T = Q_a R_a give M = Q_b (R_b R_a^T) Q_a^T.
 """
 
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ class ProductAverage:
         self._shape: tuple[int, int] | None = None
 
     def add(self, a: Tensor, b: Tensor, index: Tensor, weight: Tensor) -> None:
-        """Fold in the LoRA pairs of some experts of one client; pairs of weight 0 are ignored.
+        """Add the LoRA pairs of some experts of one client; pairs of weight 0 are ignored.
 
         Args:
             a: [n, R, in].
@@ -76,7 +76,7 @@ class ProductAverage:
         shape = (b.shape[1], a.shape[2])
         if self._shape is not None and shape != self._shape:
             raise ValueError(f"products {shape} differ from the earlier {self._shape}")
-        # Picking by a mask copies: a view would keep the client's whole update alive.
+        # Indexing with a mask copies: a view would keep the client's whole update alive.
         a = a.detach()[keep.to(a.device)].float()
         b = b.detach()[keep.to(b.device)].float()
         if not (a.isfinite().all() and b.isfinite().all()):
@@ -88,10 +88,10 @@ class ProductAverage:
     def result(self, previous_a: Tensor, previous_b: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of every expert's mean product, in the dtypes of previous_a [E, R, in] and previous_b [E, out, R].
 
-        The rows of a new `a` are orthogonal, with the Frobenius norm of the previous one, so that a learning rate keeps
-        its meaning; the largest entry of each row is positive, so that the signs are determined. It is never 0, even
-        where the product is. An expert that exactly one client sent takes over that client's factors as they are (the
-        same product); one that nobody sent keeps both factors bit for bit.
+        A new `a` has orthogonal rows and the Frobenius norm of the previous one, so that a learning rate keeps its
+        meaning. The largest entry of each row is positive, which fixes the signs. `a` is never 0, even if the product
+        is. An expert that exactly one client sent gets that client's factors unchanged (the same product); one that
+        nobody sent keeps both factors bit for bit.
 
         Raises ValueError if the shapes of the previous factors are not those of the clients'.
         """
@@ -121,6 +121,6 @@ class ProductAverage:
         largest = vt.gather(1, vt.abs().argmax(1, keepdim=True))
         sign = torch.where(largest < 0, -1.0, 1.0)
         scale = norm / len(s) ** 0.5 if norm > 0 else 1.0
-        spare = self.rank - len(s)  # directions that a product smaller than R cannot have: zeros
+        spare = self.rank - len(s)  # a product smaller than R has fewer directions: the rest is zeros
         pad = torch.nn.functional.pad
         return pad(vt * sign * scale, (0, 0, 0, spare)), pad(u * (sign[:, 0] * s / scale), (0, spare))

@@ -18,7 +18,7 @@ class RunningMean:
 
         Args:
             values: [E].
-            weight: what the batch counts, for example its number of samples.
+            weight: of the batch, for example its number of samples.
 
         Raises:
             ValueError: wrong shape, or a weight that is not positive.
@@ -43,7 +43,7 @@ class RunningMean:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
-        """The inverse of `state`. Raises ValueError if it is not such a state."""
+        """The inverse of `state`. Raises ValueError if the state is not valid."""
         if set(state) != {"mean", "weight"} or state["mean"].dim() != 1 or state["mean"].shape != state["weight"].shape:
             raise ValueError("the state of a running mean is `mean` [E] and `weight` [E]")
         running = cls(len(state["mean"]), state["mean"].device)

@@ -1,4 +1,4 @@
-"""Every importance score behind one interface: what one batch shows about one layer -> one number per expert.
+"""All importance scores, with one interface: evidence of one batch about one layer -> one number per expert.
 
 Higher means better to keep. `ib` is the paper's choice, the others are for comparison:
 
@@ -47,17 +47,17 @@ class Score:
     """One sentence for people."""
     measure: Measure
     needs: str | None = None
-    """The field of `Evidence` that it needs beside the routing, which is always measured."""
+    """The field of `Evidence` that it needs in addition to the routing, which is always measured."""
     needs_backward: bool = False
-    """Whether only a backward pass shows it. A client's first pass has none: it begins with `ib` as a prior."""
+    """Whether it needs a backward pass. A client's first pass has none, so it starts with `ib` as a prior."""
     drawn: bool = False
     """Whether it is a random number, drawn when it is needed and never remembered."""
     by_layer: bool = False
-    """Whether its size depends on the layer, so that only experts of one layer can be compared as they are."""
+    """Whether its size depends on the layer, so that only experts of one layer can be compared directly."""
 
     @property
     def within_pass(self) -> bool:
-        """Whether the router alone shows it, so that a batch can choose by its own score during the forward pass."""
+        """Whether it needs only the router, so that a batch can choose by its own score during the forward pass."""
         return self.needs is None
 
 
@@ -79,7 +79,7 @@ def _measured(evidence: Evidence, what: str) -> Tensor:
 
 
 SCORES: dict[str, Score] = {
-    # Decision: rank by I; the paper's text ranks by s in another place, which is "importance" here (beta = 0).
+    # Decision: rank by I. In one place the paper ranks by s, which is "importance" here (beta = 0).
     "ib": Score("importance less redundancy (eq. 14)", lambda e, lam, beta, _: ib_contribution(e.g, lam, beta)),
     "importance": Score("mean and largest routing probability (eq. 5)", lambda e, lam, *_: importance(e.g, lam)),
     "frequency": Score("share of the tokens routed to it", lambda e, *_: _frequency(e)),

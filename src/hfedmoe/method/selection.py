@@ -5,14 +5,14 @@
 Experts of one model have equal sizes, so the `budget` best are the exact optimum.
 
 Decision: the budget is filled even with experts whose contribution is negative, which (15) would leave out: the memory
-is there, and only the order of scores is comparable between one score and another.
+is available, and different scores can be compared only by the order that they give.
 
 Decision: a device has two limits, so there are two choices. `select` is the residency of a round (memory; one budget
 over all layers, a minimum per layer so that every layer still routes). `activation` is the choice of one batch in one
 layer (compute), among the resident experts that the batch was routed to.
 
-Decision: equal contributions are put in an order that the client draws. Without one the lower layer and then the lower
-expert come first; all clients would then choose the same of the experts that none of them has seen.
+Decision: the client draws a random order for equal contributions. Without it, the lower layer and then the lower expert
+come first, so all clients would choose the same experts among those that none of them has seen.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from torch import Tensor
 def select(
     contribution: Sequence[Tensor], budget: int, at_least: int = 0, ties: torch.Generator | None = None
 ) -> list[Tensor]:
-    """The best `budget` experts over all layers, of which the best `at_least` of every layer come first (eq. 15).
+    """`budget` experts over all layers (eq. 15): the best `at_least` of every layer, then the best of the others.
 
     A budget larger than the number of experts selects all of them.
 
@@ -102,10 +102,10 @@ def activation(
 
 
 def comparable(contribution: Sequence[Tensor]) -> list[Tensor]:
-    """Scores whose size depends on the layer, made comparable: each over the mean absolute value of its layer.
+    """Make scores of different layers comparable: divide each by the mean absolute value of its layer.
 
     Decision: sums of activations and of gradients grow or fall with depth by orders of magnitude. One budget over all
-    layers would follow that and not the experts, so every layer gets the same total. The order within a layer stays.
+    layers would follow depth and not the experts, so every layer gets the same mean. The order within a layer stays.
 
     Args:
         contribution: [E_l] per layer.

@@ -1,4 +1,4 @@
-"""How much a client uses each expert, and what its copy of the expert counts (equations 16 and 17).
+"""How much a client uses each expert, and the weight of its copy of the expert (equations 16 and 17).
 
 u_c(e)   = mean over D_c of g(e)                                             (16)
 E_e(t+1) = sum_c w_c(e) E_e(c) / sum_c w_c(e)                                (17)
@@ -21,7 +21,7 @@ class ClientUsage(RunningMean):
     """The usage u_c of a layer's experts over the samples that a client has seen in a round (eq. 16)."""
 
     def add(self, g: Tensor) -> None:
-        """Add a batch: routing probabilities [B, E] of its samples, perhaps none."""
+        """Add a batch: routing probabilities [B, E] of its samples; B may be 0."""
         if len(g):
             self.update(cumulative(g), weight=len(g))
 
@@ -86,5 +86,5 @@ def expert_weights(rule: str, copies: Copies, tau: float) -> Tensor:
     """
     if rule not in EXPERT_WEIGHTS:
         raise ValueError(f'expert rule "{rule}" is unknown; known: {", ".join(EXPERT_WEIGHTS)}')
-    # Decision: usage is no proof of training, so a copy needs both; an expert without any keeps its global value.
+    # Decision: usage does not prove training, so a copy needs both. An expert without copies keeps its global value.
     return torch.where(copies.trained & passes(copies.usage, tau), EXPERT_WEIGHTS[rule](copies), 0.0)

@@ -1,7 +1,7 @@
 """Find the Mixture-of-Experts layers of any transformers model by their structure.
 
 A MoE layer is a module (the *block*) with two parts: *experts*, either one module of stacked weights `[E, ., .]`
-(the layout that transformers gives to most families) or a container of E alike feed-forward modules (Switch
+(the layout of most families in transformers) or a container of E feed-forward modules of equal shape (Switch
 Transformers), and a *router* that scores `E` experts for each token. Neither is looked up by class name.
 """
 
@@ -15,15 +15,15 @@ from hfedmoe.moe.families import DENSE, UNSUPPORTED
 STACKED_DOWN = "down_proj"
 STACKED_UP = ("gate_up_proj", "up_proj")
 CORRECTION_BIASES = ("correction_bias", "expert_bias")
-"""In the names of tensors that shift the choice of experts without passing through the logits (as in DeepSeek-V3)."""
+"""Parts of the names of tensors that change the choice of experts but not the logits (as in DeepSeek-V3)."""
 
 
 class UnsupportedModelError(ValueError):
-    """The model has MoE layers of a build that is not supported; the message names its type and what is missing."""
+    """The MoE layers of the model are not supported; the message names the model's type and what is missing."""
 
 
 class DenseModelError(UnsupportedModelError):
-    """The model has no MoE layers; `can_be_upcycled` says whether its family can get some."""
+    """The model has no MoE layers; `can_be_upcycled` says whether `hfedmoe upcycle` supports its family."""
 
     def __init__(self, message: str, can_be_upcycled: bool) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class DenseModelError(UnsupportedModelError):
 
 @dataclass
 class MoELayer:
-    """One MoE layer: where it is and what it is made of."""
+    """One MoE layer: its place in the model and its parts."""
 
     index: int
     name: str
@@ -47,26 +47,26 @@ class MoELayer:
 
     @property
     def expert_numel(self) -> int:
-        """Weights of one expert."""
+        """Number of weights of one expert."""
         return sum(parameter.numel() for parameter in self.experts.parameters()) // self.num_experts
 
     @property
     def num_logits(self) -> int:
-        """Logits of the router: one per expert, and more where it scores shared or identity experts as well."""
+        """Number of router logits: one per expert, plus those for shared or identity experts, if any."""
         weight = _scoring_weight(self.router, self.num_experts)
         assert weight is not None
         return weight.shape[0]
 
     @property
     def fixed_routing(self) -> bool:
-        """Whether experts are looked up by token and only their weights are learned (hash layers of DeepSeek-V4)."""
+        """Whether a table gives the experts of each token, so that only their weights are learned (DeepSeek-V4)."""
         return any(
             not table.is_floating_point() and table.dim() == 2 and table.shape[1] == self.top_k
             for table in self.router.buffers()
         )
 
     def correction_biases(self) -> list[tuple[nn.Module, str]]:
-        """Owner and attribute of the tensors that shift the choice of experts without passing through the logits."""
+        """(module, attribute) of each tensor that changes the choice of experts but not the logits."""
         return [
             (owner, name)
             for owner in self.block.modules()
@@ -75,7 +75,7 @@ class MoELayer:
         ]
 
     def router_parameters(self) -> dict[str, nn.Parameter]:
-        """What a router learns by gradients: its parameters without correction biases."""
+        """The router's parameters that are trained by gradients: all except correction biases."""
         fixed = {id(getattr(owner, name)) for owner, name in self.correction_biases()}
         return {name: tensor for name, tensor in self.router.named_parameters() if id(tensor) not in fixed}
 
@@ -103,7 +103,7 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
             lonely = f"{family}: layer {name} has {num_experts} experts but no router that scores them"
             if is_stacked(experts):
                 raise UnsupportedModelError(lonely)
-            continue  # a list of alike feed-forward networks is not always one of experts
+            continue  # equal feed-forward networks in a list are not always experts
         layers.append(
             MoELayer(
                 index=len(layers),
@@ -120,16 +120,16 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         raise UnsupportedModelError(lonely)
     if not layers:
         way = (
-            "`hfedmoe upcycle` makes some from a dense model"
+            "`hfedmoe upcycle` can make a MoE model from it"
             if family in DENSE
-            else f"name a MoE model, or a dense one of {', '.join(DENSE)}, which `hfedmoe upcycle` makes one of"
+            else f"use a MoE model, or `hfedmoe upcycle` with a dense model of the families {', '.join(DENSE)}"
         )
         raise DenseModelError(f"{family} has no Mixture-of-Experts layers; {way}", family in DENSE)
     return layers
 
 
 def model_type(model: nn.Module) -> str:
-    """What transformers calls the model's family; the class's name where there is no configuration."""
+    """The model's family as transformers names it; the class name if the model has no configuration."""
     return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
 
 
@@ -154,13 +154,13 @@ def _experts_of(block: nn.Module) -> nn.Module | None:
 
 
 def _alike_feed_forwards(container: nn.ModuleDict | nn.ModuleList) -> bool:
-    """Whether all members are the same two- or three-matrix feed-forward network."""
+    """Whether all members are feed-forward networks of two or three matrices, with equal shapes."""
     members = list(container.values()) if isinstance(container, nn.ModuleDict) else list(container)
     shapes = [[tuple(p.shape) for p in member.parameters()] for member in members]
     matrices = [shape for shape in shapes[0] if len(shape) == 2]
     if any(shape != shapes[0] for shape in shapes) or len(matrices) not in (2, 3):
         return False
-    # Decoder layers are alike too, but only a feed-forward network goes up to one width and comes back from it.
+    # Decoder layers have equal shapes too, but only in a feed-forward network all matrices have the same two sizes.
     return len({frozenset(shape) for shape in matrices}) == 1 and not any(
         isinstance(inner, nn.ModuleList) for member in members for inner in member.modules()
     )
@@ -180,7 +180,7 @@ def _router_of(block: nn.Module, experts: nn.Module, num_experts: int) -> nn.Mod
 
 
 def _scoring_weight(module: nn.Module, num_experts: int) -> Tensor | None:
-    """The matrix that makes logits [T, num_experts], or more if `module` says that it routes `num_experts` experts."""
+    """The router matrix [num_experts, H]; it may have up to twice the rows if `module.num_experts` is num_experts."""
     most = 2 * num_experts if getattr(module, "num_experts", None) == num_experts else num_experts
     for parameter in module.parameters():
         if parameter.dim() == 2 and num_experts <= parameter.shape[0] <= most and _is_small(module, parameter):
@@ -189,7 +189,7 @@ def _scoring_weight(module: nn.Module, num_experts: int) -> Tensor | None:
 
 
 def _is_small(module: nn.Module, weight: Tensor) -> bool:
-    """A router is little more than its weight; a shared expert that happens to have a fitting shape is not."""
+    """Whether `weight` is nearly all of the module: true for a router, false for a shared expert of that shape."""
     return sum(parameter.numel() for parameter in module.parameters()) <= weight.numel() + 2 * sum(weight.shape)
 
 

@@ -1,4 +1,4 @@
-"""LoRA on the attention: PEFT's, on every linear map of it."""
+"""LoRA on all linear layers of the attention, through PEFT."""
 
 from typing import Any
 
@@ -10,29 +10,29 @@ from hfedmoe.moe.compact import CompactLinear
 from hfedmoe.moe.experts.trained import fresh_a
 
 A, B = ".lora_A.", ".lora_B."
-"""In the names of the two factors: A [R, in] and B [out, R]."""
+"""Parts of the names of the two factors: A [R, in] and B [out, R]."""
 
 
 def is_attention(name: str) -> bool:
-    """Whether a parameter or module of this name belongs to the attention, but for its norms."""
+    """Whether a parameter or module of this name belongs to the attention; its norms do not."""
     return any("att" in part.lower() and "norm" not in part for part in name.split(".")[:-1])
 
 
 def add_attention_lora(model: Any, rank: int, alpha: float, seed: int, freeze_a: bool = False) -> dict[str, Tensor]:
-    """Put fresh adapters into the model; the factors A and B under their travelling names, `shared.*`.
+    """Add new adapters to the model; returns the factors A and B by the names under which they are sent, `shared.*`.
 
-    Every device that uses the same seed gets the same A, bit for bit, whatever it computes in.
+    The same seed gives the same A, bit for bit, on every device and in every precision.
 
     Args:
         alpha: the low-rank term is scaled by alpha / rank.
         freeze_a: A stays as it is and only B is trained (FFA-LoRA).
 
     Raises:
-        UnsupportedModelError: the model's attention has no linear maps, or none that PEFT has LoRA for.
+        UnsupportedModelError: the attention has no linear layers, or PEFT has no LoRA for them.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # here, because importing it takes 70 MB of a small device
+    from peft import LoraConfig, inject_adapter_in_model  # imported here because it takes 70 MB
 
-    # Whole names: a gate_proj of the attention is one of the feed-forward network by its last part, too.
+    # Full names: the attention and the feed-forward network may both have a gate_proj.
     targets = [name for name, module in model.named_modules() if _is_plain_linear(module) and is_attention(name)]
     if not targets:
         raise UnsupportedModelError(f"{type(model).__name__}: no attention projections found to put LoRA on")
@@ -40,7 +40,7 @@ def add_attention_lora(model: Any, rank: int, alpha: float, seed: int, freeze_a:
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
     try:
         inject_adapter_in_model(settings, model)
-    except ValueError as error:  # an attention's gate_proj, say, is taken for a part of fused experts
+    except ValueError as error:  # for example, PEFT takes the attention's gate_proj for fused experts
         raise UnsupportedModelError(f"{type(model).__name__}: PEFT has no LoRA for this attention ({error})") from None
     torch.random.set_rng_state(state)
     factors = {name: parameter for name, parameter in model.named_parameters() if A in name or B in name}
@@ -54,5 +54,5 @@ def add_attention_lora(model: Any, rank: int, alpha: float, seed: int, freeze_a:
 
 
 def _is_plain_linear(module: torch.nn.Module) -> bool:
-    """A linear map with the forward that PEFT expects; families have subclasses with forwards of their own."""
+    """Whether it is a linear layer with the forward that PEFT expects; some families have subclasses with another."""
     return type(module) is torch.nn.Linear or isinstance(module, CompactLinear)

@@ -1,8 +1,8 @@
-"""Frozen weights in 16 bit, arithmetic in float32: for processors that multiply 16-bit matrices slowly or not at all.
+"""Frozen weights in 16 bit, arithmetic in float32: for CPUs that multiply 16-bit matrices slowly or not at all.
 
-Matrices stay in 16 bit and are cast when they are used, a block of rows at a time, so that memory is that of a 16-bit
-model and time that of a float32 one. Everything that is small (norms, routers, biases) becomes float32: what is trained
-then has full precision.
+Matrices stay in 16 bit and are cast to float32 in each use, one block of rows at a time. So a model takes the memory
+of 16 bit and the time of float32. Small tensors (norms, routers, biases) become float32, so trained ones have full
+precision.
 """
 
 import platform
@@ -16,16 +16,16 @@ from hfedmoe.moe.anatomy import find_moe_layers
 
 CPUINFO = Path("/proc/cpuinfo")
 BLOCK_ELEMENTS = 1 << 22
-"""Weights cast at once: 16 MB in float32. A vocabulary's head is far larger than any other matrix."""
+"""Weights cast at once: 16 MB in float32. The output head is far larger than any other matrix."""
 
 
 def multiplies_16_bit(device: torch.device, dtype: torch.dtype, here: bool = False) -> bool:
-    """Whether the device has instructions for products in `dtype`; processors say so.
+    """Whether the device has instructions for matrix products in `dtype`; CPUs list them in /proc/cpuinfo.
 
-    CUDA has them for bfloat16 from compute capability 8 on, which is assumed of a card that is only planned for.
+    CUDA has them for bfloat16 from compute capability 8; a GPU that is not `here` is assumed to have them.
 
     Args:
-        here: the device is one of this machine.
+        here: the device is in this machine.
     """
     if here and device.type == "cuda" and dtype == torch.bfloat16:
         return torch.cuda.get_device_capability(device)[0] >= 8
@@ -42,16 +42,16 @@ def multiplies_16_bit(device: torch.device, dtype: torch.dtype, here: bool = Fal
 
 
 def wants_float32(compute: str, device: torch.device, dtype: torch.dtype, here: bool = False) -> bool:
-    """What `model.compute` ("auto", "float32" or "same") means for weights of this precision on this device.
+    """Whether `model.compute` ("auto", "float32" or "same") means float32 for weights of this precision on this device.
 
-    "auto" never computes in float16: the gradients of a low-rank pair whose other half is still small vanish in it.
+    "auto" never computes in float16: there, gradients of a LoRA factor vanish while the other factor is still small.
     """
     slow = dtype == torch.float16 or not multiplies_16_bit(device, dtype, here)
     return compute == "float32" or (compute == "auto" and slow)
 
 
 def compute_in_float32(model: Any) -> None:
-    """Change a 16-bit model in place so that it computes in float32; its experts are left to the expert kernel.
+    """Change a 16-bit model in place so that it computes in float32; the expert kernel casts the experts.
 
     Raises:
         UnsupportedModelError: the model has no MoE layers.
@@ -72,11 +72,11 @@ def compute_in_float32(model: Any) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and buffer.dtype.itemsize == 2:
                 module._buffers[name] = buffer.float()
-    model.config.dtype = torch.float32  # what masks and caches are made in
+    model.config.dtype = torch.float32  # the dtype of masks and caches
 
 
 class CompactLinear(nn.Linear):
-    """A linear map with frozen 16-bit weights that computes in float32."""
+    """A linear layer with frozen 16-bit weights that computes in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = _CastProduct.apply(x.float(), self.weight)
@@ -104,7 +104,7 @@ class _CastProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         blocks = _blocks(ctx.weight)
-        rows = grads[0].reshape(-1, ctx.weight.shape[0])  # two dimensions: parts of three would go sample by sample
+        rows = grads[0].reshape(-1, ctx.weight.shape[0])  # with three dimensions, torch multiplies sample by sample
         parts = rows.split([len(block) for block in blocks], dim=1)
         out = parts[0] @ blocks[0].float()
         for part, block in zip(parts[1:], blocks[1:], strict=True):

@@ -1,19 +1,19 @@
-"""What cannot be told from a model's structure: families that differ from the rest, and families that are refused.
+"""Families that need special code, and families that are refused: what a model's structure does not tell.
 
-A family that is not named here is read by its structure alone (see `anatomy` and `layouts`). The families that are
-tested are those with a tiny model in tests/families/table.py; docs/models.md lists both.
+All other families are read by their structure alone (see `anatomy` and `layouts`). Tested families are those with a
+tiny model in tests/families/table.py; docs/models.md lists tested and refused families.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 Dispatch = Literal["one_hot", "weights_on_input", "identity"]
-"""How a block hands tokens to its experts if not by experts(hidden, top_k_index, top_k_weights); see `dispatch`."""
+"""How a block calls its experts, if not by experts(hidden, top_k_index, top_k_weights); see `dispatch`."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """How stacked experts are built that do not say so through transformers' experts interface."""
+    """How stacked experts without transformers' experts interface are built."""
 
     dispatch: Dispatch
     transposed: bool = False
@@ -26,7 +26,7 @@ WITHOUT_INTERFACE = {
     # Indices from E on are experts that return their input; the up projection has (unused) rows for them.
     "LongcatFlashExperts": Build(dispatch="identity"),
 }
-"""By class name of the experts."""
+"""Builds by the class name of the experts."""
 
 
 def _text_only(text_type: str) -> str:
@@ -76,7 +76,7 @@ UNSUPPORTED = {
     "vitpose_backbone": f"finds poses in images and {_NO_LANGUAGE_MODEL}",
     "zaya": "routers hand states from layer to layer and may choose to skip the experts",
 }
-"""Reason by model type; the error says both."""
+"""Reason by model type; the error names both."""
 
 DENSE = ("llama", "mistral")
 """Dense families with Mixtral's blocks: RMS norm, rotary attention without biases, SwiGLU feed-forward."""

@@ -1,4 +1,4 @@
-"""The last matrix product of a model, onto the vocabulary."""
+"""The output head: the last matrix product of a model."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 def keep_head_one_product(model: Any) -> None:
-    """Let the head of a transformers model see its input in one piece of memory; calling it again changes nothing.
+    """Make the input of the output head of a transformers model contiguous; a second call changes nothing.
 
-    Logits are wanted of the last tokens only, and transformers slices them out. With such an input and frozen weights
-    torch multiplies sample by sample: it reads the vocabulary's matrix once for each, and in bfloat16 on a processor
-    copies it for each (8 samples and a matrix of 100 MB: 800 MB, and 170 times as long).
+    Only the logits of the last tokens are needed, so transformers slices the input. With a slice and frozen weights,
+    torch multiplies sample by sample: it reads the head's matrix once per sample, and in bfloat16 on a CPU also copies
+    it each time (8 samples and a matrix of 100 MB: 800 MB, and 170 times as long).
     """
     head = model.get_output_embeddings()
     if head is not None and _in_one_piece not in head._forward_pre_hooks.values():

@@ -1,6 +1,6 @@
-"""A MoE model ready for federated fine-tuning: what is trained, what is resident, what travels.
+"""A MoE model ready for federated fine-tuning: what is trained, what is resident, what is sent.
 
-Trainable tensors have three kinds, and the names under which they travel say so:
+There are three kinds of trainable tensors; the names under which they are sent show the kind:
 
     router.{layer}.{name}    gates, whole
     experts.{layer}.{name}   trained tensors of the experts, one row per expert
@@ -34,17 +34,17 @@ class MoEModel:
         model: any transformers model with MoE layers.
         experts: "lora", "full" or "frozen".
         rank, alpha: of the LoRA pairs; the low-rank term is scaled by alpha / rank.
-        freeze_a: LoRA's A stays at its seeded random value and does not travel.
+        freeze_a: LoRA's A keeps its seeded random value and is not sent.
         router: train the routers.
         attention: LoRA (same rank and alpha) on the attention projections, through PEFT.
         seed: of the LoRA initialisation; must be the same on all devices.
         off_budget: what resident experts over the activation budget do: "frozen" (forward only) or "skip".
-        store: holds the base tensors of the experts, which then are no parameters of `model`. Until experts are made
-            resident there are none. Without it all experts are in `model`, and residency is a mask over them.
-        masked: also with a store, hold every expert and mask them.
+        store: holds the base tensors of the experts, which are then not parameters of `model`. It is empty until
+            experts are made resident. Without a store all experts are in `model`, and residency is a mask over them.
+        masked: hold every expert and mask them, even with a store.
 
     Raises:
-        UnsupportedModelError: no MoE layers, or layers that the expert forward does not know.
+        UnsupportedModelError: no MoE layers, or layers that the expert forward does not support.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class MoEModel:
             keep_eager(layer.block)
         keep_head_one_product(model)
         self.attention = add_attention_lora(model, rank, alpha, seed, freeze_a) if attention else {}
-        """LoRA on the attention, A and B by their travelling names; those that are trained are in `shared`."""
+        """LoRA on the attention, A and B by the names under which they are sent; the trained ones are in `shared`."""
         self.shared = {name: tensor for name, tensor in self.attention.items() if tensor.requires_grad}
         for state in self.states:
             state.off_budget = off_budget
@@ -103,13 +103,13 @@ class MoEModel:
             else:
                 state.begin = lambda present: begin().select(present.to(self.device))
         elif experts == "full" and self.store is None:
-            own = {name: tensor.contiguous() for name, tensor in tensors.items()}  # shared copies become real ones
+            own = {name: tensor.contiguous() for name, tensor in tensors.items()}  # expanded stacks become real copies
             state.set_tensors(own)
             state.trained = full_experts(state.tensors() if state.layout.stacked else own)
 
     @property
     def config(self) -> Any:
-        """Of the transformers model."""
+        """The config of the transformers model."""
         return self.model.config
 
     @property
@@ -119,7 +119,7 @@ class MoEModel:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are; of a model without contents, the meta device."""
+        """The device of its weights; the meta device for a model without contents."""
         devices = [parameter.device for parameter in self.model.parameters()]
         return next((device for device in devices if device.type != "meta"), devices[0])
 
@@ -164,7 +164,7 @@ class MoEModel:
                 state.resident, state.local, state.trained = resident, local, trained
 
     def release(self) -> None:
-        """Drop the experts that a store reads when they are wanted, with what is trained of them."""
+        """Drop the experts in the store and their trained tensors; a masked model keeps them."""
         if self.store is not None and not self.masked:
             self.store.clear()
             for state in self.states:
@@ -181,21 +181,21 @@ class MoEModel:
         return [torch.ones(number, dtype=torch.bool) for number in self.num_experts]
 
     def watch(self, batch: TokenMasks | None, measure: str | None = None) -> None:
-        """Gather routing evidence from the next pass in every layer; None stops."""
+        """Collect routing evidence from the next pass in every layer; None stops."""
         for routing in self.routing:
             routing.watch(batch, measure)
 
     def count(self, tokens: TokenMasks | None) -> None:
-        """Let the experts skip padding in the next passes, without gathering evidence; None: all tokens count."""
+        """Let the experts skip padding in the next passes, without collecting evidence; None: all tokens count."""
         for state in self.states:
             state.counted = None if tokens is None else tokens.of(state.layer).keep.reshape(-1)
 
     def trained_now(self) -> list[list[bool]]:
-        """Per layer and local expert: did the last backward pass give it a gradient?"""
+        """Per layer and local expert: whether the last backward pass gave it a gradient."""
         return [[] if state.trained is None else state.trained.has_gradient() for state in self.states]
 
     def router_gradient_problem(self) -> str | None:
-        """Why the routers cannot learn, if they cannot: with top-1 and renormalised weights every weight is 1."""
+        """Why the routers cannot learn (renormalised top-1 weights are always 1); None if they can."""
         for layer in self.layers:
             weight = next(p for p in layer.router.parameters() if p.dim() == 2)
             if weight.is_meta or not self.routers:
@@ -210,24 +210,24 @@ class MoEModel:
 
 
 def _router_learns(layer: MoELayer, weight: Tensor) -> bool:
-    """Run the router alone on random states and see whether its gate weights have a gradient."""
-    if layer.fixed_routing:  # it wants tokens, and its weights are of all experts
+    """Whether the gate weights have a gradient, tested by running the router alone on random states."""
+    if layer.fixed_routing:  # it needs token ids, and its weights are those of all experts
         return layer.top_k > 1
-    generator = torch.Generator().manual_seed(982_451_653)  # no seed that weights are drawn with
+    generator = torch.Generator().manual_seed(982_451_653)  # not a seed that weights are drawn with
     states = torch.randn(1, 64, weight.shape[1], generator=generator).to(weight)
-    # Some blocks keep the correction bias of their router and hand it over.
+    # In some families the block owns the correction bias and passes it to the router.
     biases = [getattr(owner, name) for owner, name in layer.correction_biases() if owner is layer.block]
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # some routers sample
         outputs = layer.router(states, *biases)
-        if isinstance(outputs, Tensor):  # logits only: the weights are made by the block
+        if isinstance(outputs, Tensor):  # logits only: the block makes the weights
             return layer.top_k > 1 or not getattr(layer.block, "norm_topk_prob", False)
         floats = [out for out in outputs if out.is_floating_point() and out.requires_grad]
-        # Weights of the chosen experts, or else scores of all, which come before the logits.
+        # Weights of the chosen experts, or else scores of all experts, which come before the logits.
         scores = [out for out in floats if out.shape[-1] == layer.top_k] or floats[:1]
         if not scores:
             return False
         mix = torch.rand(scores[0].shape, generator=generator).to(scores[0])
         (gradient,) = torch.autograd.grad((scores[0] * mix).sum(), weight)
-    # Renormalised top-1 weights are w / w: what is left is rounding, about 1e-7, where real gradients are 0.1 to 1.
+    # Renormalised top-1 weights are w / w: only rounding is left, about 1e-7; real gradients are 0.1 to 1.
     return bool(gradient.abs().max() > 1e-5)

@@ -1,6 +1,6 @@
 """Take trained tensors out of a model to send them, and put received ones into it.
 
-Rows of experts are sent for a set of experts in ascending order, so a bit per expert says which they are.
+Rows of experts are sent in ascending order of the experts, so one bit per expert says which they are.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,16 +14,16 @@ from hfedmoe.moe.model import MoEModel
 
 
 class MismatchError(ValueError):
-    """Tensors that do not belong to the model: another name, shape or number."""
+    """Tensors do not fit the model: wrong name, shape or number."""
 
 
 def layer_of(name: str) -> int:
-    """The MoE layer of a travelling tensor `experts.{layer}.*` or `router.{layer}.*`."""
+    """The MoE layer of a sent tensor `experts.{layer}.*` or `router.{layer}.*`."""
     return int(name.split(".")[1])
 
 
 def lora_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """The travelling tensors that are LoRA pairs, (A, B), of experts and of the attention."""
+    """The LoRA pairs (A, B) among the names of sent tensors, of experts and of the attention."""
     names = set(names)
     pairs = [(name, name[:-1] + "b") for name in names if name.startswith("experts.") and name.endswith("_a")]
     pairs += [(name, name.replace(A, B)) for name in names if name.startswith("shared.") and A in name]
@@ -54,7 +54,7 @@ def global_tensors(model: MoEModel) -> dict[str, Tensor]:
 
 
 def pack(tensors: dict[str, Tensor], experts: list[Tensor]) -> dict[str, Tensor]:
-    """What goes to a client: `tensors` (as `global_tensors` gives them) with only the rows of some experts.
+    """The tensors for a client: `tensors` (from `global_tensors`) with only the rows of some experts.
 
     Args:
         experts: bool [E] per layer.
@@ -68,7 +68,7 @@ def pack(tensors: dict[str, Tensor], experts: list[Tensor]) -> dict[str, Tensor]
 
 
 def extract(model: MoEModel, experts: list[Tensor]) -> dict[str, Tensor]:
-    """What goes back from a client: copies of gates and shared tensors, and the rows of some (resident) experts."""
+    """The tensors from a client: copies of gates and shared tensors, and the rows of some (resident) experts."""
     packed = {name: tensor.detach().clone() for name, tensor in whole_tensors(model).items()}
     for state in _trained(model):
         rows = _local_rows(state, experts[state.layer.index])
@@ -82,7 +82,7 @@ def load(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> N
     """Put received tensors into the model, in place: gates and shared tensors whole, rows for the given experts.
 
     Raises:
-        MismatchError: a tensor is missing, unknown or of another shape than the model's.
+        MismatchError: a tensor is missing, unknown or has the wrong shape.
     """
     expected = expected_shapes(model, experts)
     if set(packed) != set(expected):
@@ -100,7 +100,7 @@ def load(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> N
 
 
 def initial_tensors(model: MoEModel) -> dict[str, Tensor]:
-    """A copy of what is trained as it is now, for `restore`: of a carved model without experts, which begin afresh."""
+    """A copy of the trained tensors, for `restore`; of a carved model without experts, as `restore` drops them."""
     if model.masked:
         return global_tensors(model)
     return {name: tensor.detach().clone() for name, tensor in whole_tensors(model).items()}
@@ -123,7 +123,7 @@ def load_all(model: MoEModel, packed: dict[str, Tensor]) -> None:
 
 
 def expected_shapes(model: MoEModel, experts: list[Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that travels when the rows of `experts` (bool [E] per layer) do."""
+    """Name and shape of every tensor that is sent with the rows of `experts` (bool [E] per layer)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in whole_tensors(model).items()}
     for name, shape in expert_shapes(model).items():
         shapes[name] = (int(experts[layer_of(name)].sum()), *shape[1:])
@@ -135,7 +135,7 @@ def _trained(model: MoEModel) -> Iterator[ExpertState]:
 
 
 def _stacks(state: ExpertState) -> dict[str, Tensor]:
-    """The stacks that travel."""
+    """The stacks that are sent."""
     assert state.trained is not None
     return {name: state.trained.stacks[name] for name in state.trained.travelling}
 

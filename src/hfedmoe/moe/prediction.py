@@ -1,23 +1,23 @@
-"""Layers that predict further tokens (multi-token prediction). transformers does not train them, and so do not we.
+"""Layers for multi-token prediction. transformers does not train them, and neither does this project.
 
-A checkpoint may hold them (`mtp.*`, or a layer behind the last one); a model that is loaded has none. Its config still
-promises them, and whoever reads that config for speculative decoding looks for their tensors.
+A checkpoint may have them (`mtp.*`, or a layer after the last one), but a loaded model has none. Its config still
+gives their number, so tools for speculative decoding would look for their tensors.
 """
 
 from typing import Any
 
 KEYS = ("num_mtp_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers")
-"""What configs call the number of such layers; some names are others' aliases."""
+"""Config keys for the number of these layers; some are aliases of others."""
 
 
 def promised(config: Any) -> int:
-    """How many such layers a config promises."""
+    """The number of these layers in a config."""
     text = config.get_text_config()
     return max((int(getattr(text, key, 0) or 0) for key in KEYS), default=0)
 
 
 def withdraw(config: Any) -> int:
-    """Promise none any more, in place; returns how many it had promised."""
+    """Set the number of these layers to 0, in place; returns the number before."""
     number = promised(config)
     text = config.get_text_config()
     for key in KEYS:

@@ -1,7 +1,7 @@
-"""Sparse upcycling: every feed-forward block of a dense model becomes E equal experts behind a fresh router.
+"""Sparse upcycling: every feed-forward block of a dense model becomes E equal experts with a new router.
 
 The model's function is unchanged, because the experts are copies and the top-k weights sum to 1 (Komatsuzaki et al.,
-2022). In memory the copies are one tensor until somebody trains or writes them.
+2022). In memory the copies are one tensor until they are trained or written.
 """
 
 from typing import Any
@@ -40,10 +40,11 @@ def upcycle(dense: Any, experts: int, top_k: int, router_std: float, seed: int) 
 
     Args:
         dense: a Llama or Mistral model.
-        router_std: standard deviation of the fresh router rows, drawn with `seed`.
+        router_std: standard deviation of the new router rows, drawn with `seed`.
 
     Raises:
-        UnsupportedModelError: the family, or biases or attention scaling that Mixtral does not have.
+        UnsupportedModelError: the family is not supported, or the model has biases or attention scaling, which Mixtral
+            does not have.
         ValueError: top_k or experts out of range.
     """
     source = dense.config

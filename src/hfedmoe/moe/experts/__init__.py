@@ -1,1 +1,1 @@
-"""The forward and backward pass of the experts, and where their tensors are."""
+"""The forward and backward pass of the experts, and the storage of their tensors."""

@@ -1,4 +1,4 @@
-"""The gate of the experts: what lies between the up and the down projection of a pair, and its gradient.
+"""The gate (activation) between the up and the down projection of an expert, and its gradient.
 
 a = gate(u) * w        u [S, U], w [S, 1] the routing weights -> a [S, I]
 """
@@ -15,20 +15,20 @@ class Gate:
     """The activation of the experts of a layer."""
 
     function: Callable[[Tensor], Tensor]
-    """u [S, U] -> [S, I]: activation, and product with the ungated half where the family has one."""
+    """u [S, U] -> [S, I]: the activation, times the ungated half if the family has one."""
     silu: bool = False
-    """It is silu(first half) * second half: its gradient is written out, which is faster."""
+    """True for silu(first half) * second half; its gradient is written out here, which is faster."""
 
     def __call__(self, u: Tensor, w: Tensor) -> Tensor:
-        """gate(u) * w in fresh memory [S, I]."""
+        """gate(u) * w [S, I], in new memory."""
         if not self.silu:
             a = self.function(u)
-            return a * w if a is u else a.mul_(w)  # the identity gives u itself, which the backward pass needs
+            return a * w if a is u else a.mul_(w)  # an identity returns u itself, which the backward pass needs
         gate, up = u.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate).mul_(up).mul_(w)
 
     def again(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
-        """gate(u) for the backward pass [S, I]; also memory for the gradient [S, U], with silu in its first half."""
+        """gate(u) [S, I] for the backward pass; for silu also memory for the gradient [S, U], first half silu(gate)."""
         if not self.silu:
             a = self.function(u)
             return a.clone() if a is u else a, None
@@ -40,13 +40,13 @@ class Gate:
     def backward(
         self, u: Tensor, w: Tensor, a: Tensor, d_a: Tensor, d_u: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of w [S] and of u [S, U], given d_a [S, I]: that of what is weighted. Overwrites a and d_a.
+        """Gradients of w [S] and u [S, U], given d_a [S, I], that of the weighted and masked a. Overwrites a and d_a.
 
         Args:
-            a, d_u: of `again`; a is masked already.
-            mask: [S, I] that gate(u) was multiplied with (dropout).
+            a, d_u: from `again`; a is already multiplied with the mask.
+            mask: [S, I], the dropout mask of gate(u).
         """
-        d_w = a.mul_(d_a).sum(1)  # added up in float32 in any precision
+        d_w = a.mul_(d_a).sum(1)  # torch adds up in float32 in any precision
         d_a *= w
         if mask is not None:
             d_a *= mask

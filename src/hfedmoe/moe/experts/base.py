@@ -1,9 +1,9 @@
 """The base weights of a layer's experts, as four products on grouped rows.
 
-Every kind of storage offers the same four products, so that the expert forward and backward are written once:
-`up` and `down` for the forward pass, `up_t` and `down_t` for the gradients of their inputs. Where the caller has
-low-rank terms to add it passes them as `rows`, and the base product is added to them in place. `T` tokens, `S`
-sorted (token, expert) pairs, `H` hidden, `U` width of the up projection (2I with a gate, else I), `I` intermediate.
+Every kind of storage has the same four products, so the expert forward and backward are written only once:
+`up` and `down` for the forward pass, `up_t` and `down_t` for the gradients of their inputs. The caller can pass
+low-rank terms as `rows`; the base product is added to them in place. `T` tokens, `S` sorted (token, expert) pairs,
+`H` hidden, `U` width of the up projection (2I with a gate, else I), `I` intermediate.
 """
 
 from typing import Protocol
@@ -21,7 +21,7 @@ class ExpertBase(Protocol):
     num_experts: int
 
     def up(self, x: Tensor, rows: Tensor, groups: Groups) -> Tensor:
-        """x [T, H], and the same as a row per pair [S, H] -> [S, U]: the up projection of every pair."""
+        """x [T, H], and as `rows` [S, H] with one row per pair -> [S, U]: the up projection of every pair."""
         ...
 
     def up_t(self, grad: Tensor, groups: Groups, rows: Tensor | None) -> Tensor:
@@ -33,12 +33,12 @@ class ExpertBase(Protocol):
         ...
 
     def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
-        """grad [T, H], and the same as a row per pair [S, H] -> [S, I]: gradient of `down` with respect to a."""
+        """grad [T, H], and as `rows` [S, H] with one row per pair -> [S, I]: gradient of `down` with respect to a."""
         ...
 
 
 class Weights(Protocol):
-    """One matrix `[rows, columns]` per expert, wherever and however it is stored."""
+    """One matrix `[rows, columns]` per expert, in any kind of storage."""
 
     num_experts: int
     rows: int
@@ -48,9 +48,10 @@ class Weights(Protocol):
 
 
 def add_product(rows: Tensor | None, left: Tensor, weights: Weights, groups: Groups, *, t: bool) -> Tensor:
-    """rows[s:e] += left[s:e] @ W_expert (or its transpose) for every group; allocates `rows` where it is None.
+    """rows[s:e] += left[s:e] @ W_expert (or its transpose) for every group; allocates `rows` if it is None.
 
-    Rows are added to a fresh product, in the precision of `left`, where theirs is another or the product is rounded.
+    If `rows` has another precision than `left`, or a `rounded_product` is used, the result is new memory in the
+    precision of `left`.
     """
     if rows is not None and (rows.dtype != left.dtype or matmul.makes_code(left)):
         return add_product(None, left, weights, groups, t=t).add_(rows)
@@ -93,14 +94,14 @@ class StackedWeights:
         return weight.t() if self.transposed else weight
 
     def whole(self, dtype: torch.dtype) -> Tensor | None:
-        """All matrices [E, rows, columns], if they are stored in this precision."""
+        """All matrices [E, rows, columns]; None if they are stored in another precision."""
         if self.stack.dtype != dtype:
             return None
         return self.stack.transpose(1, 2) if self.transposed else self.stack
 
 
 class ListedWeights:
-    """Matrices stored one by one, as in models that keep a module per expert."""
+    """Matrices stored one by one, as in models with one module per expert."""
 
     def __init__(self, matrices: list[Tensor]) -> None:
         self.matrices = matrices
@@ -112,7 +113,7 @@ class ListedWeights:
 
 
 class SeparateBase:
-    """Every expert has matrices of its own: `up` [U, H] and `down` [H, I] for each."""
+    """Every expert has its own matrices: `up` [U, H] and `down` [H, I]."""
 
     def __init__(self, up: Weights, down: Weights) -> None:
         self._up, self._down = up, down
@@ -134,8 +135,8 @@ class SeparateBase:
 class SharedBase:
     """All experts have the same frozen matrices (a freshly upcycled model): `up` [U, H], `down` [H, I].
 
-    The products are linear in what differs between the experts, so each is computed once per token and not once
-    per pair: half the work for top-2 routing, with the same result up to rounding.
+    The products are linear, so each is computed once per token and not once per pair: half the work for top-2
+    routing, with the same result up to rounding.
     """
 
     def __init__(self, up: Tensor, down: Tensor, num_experts: int) -> None:
@@ -158,7 +159,7 @@ class SharedBase:
 
 
 def base_of(up: Tensor, down: Tensor, transposed: bool = False) -> ExpertBase:
-    """The base for stacks `up` and `down`; stacks expanded from one matrix (stride 0) are computed once."""
+    """The base for stacks `up` and `down`: a `SharedBase` if both are expanded from one matrix (stride 0)."""
     if up.stride(0) == 0 and down.stride(0) == 0 and up.shape[0] > 1 and not transposed:
         return SharedBase(up[0], down[0], up.shape[0])
     return SeparateBase(StackedWeights(up, transposed), StackedWeights(down, transposed))

@@ -1,7 +1,7 @@
-"""Ways from a block to its experts that differ from transformers' experts interface.
+"""Use our experts forward in blocks that do not call transformers' experts interface.
 
-Most blocks call `experts(hidden, top_k_index, top_k_weights)`, and the interface lets a library supply that forward.
-For the others an instance of the experts, or of their block, gets a forward that ends in the same place.
+Most blocks call `experts(hidden, top_k_index, top_k_weights)`, and the interface lets a library replace that forward.
+In the others, the experts or their block get a new forward on the instance, which calls the same code.
 """
 
 from collections.abc import Callable
@@ -15,25 +15,25 @@ from hfedmoe.moe.families import Dispatch
 
 
 class Experts(Protocol):
-    """What computes the experts of a layer (`experts.ExpertState`)."""
+    """Computes the experts of a layer (`state.ExpertState`)."""
 
     layer: MoELayer
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """hidden [T, H], index and weights [T, K] -> [T, H]; observed."""
+        """hidden [T, H], index and weights [T, K] -> [T, H]: `observe`, then `compute`."""
         ...
 
     def observe(self, index: Tensor, weights: Tensor) -> None:
-        """Show who goes where, before the experts run."""
+        """Report the routing, before the experts run."""
         ...
 
     def compute(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """The same as calling it, unobserved."""
+        """Run the experts without `observe`."""
         ...
 
 
 def redirect(way: Dispatch, state: Experts) -> None:
-    """Let the stock block of a layer compute with `state`."""
+    """Let the original block of a layer compute with `state`."""
     layer = state.layer
     if way == "weights_on_input":
         _set_forward(layer.block, _weights_on_input(state))
@@ -42,10 +42,10 @@ def redirect(way: Dispatch, state: Experts) -> None:
 
 
 def keep_eager(block: Any) -> None:
-    """Let torch.compile leave a MoE block as it is, and compile what is around it.
+    """Exclude a MoE block from torch.compile; the code around it is still compiled.
 
-    Routers are masked and watched in hooks and modes that compiled code would pass over, and how many tokens an expert
-    gets differs from batch to batch.
+    Routers are masked and watched by hooks and modes, which compiled code would skip. Also, the number of tokens per
+    expert changes from batch to batch.
     """
     _set_forward(block, torch.compiler.disable(block.forward))
 
@@ -77,7 +77,7 @@ def _identity(state: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _weights_on_input(state: Experts) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Llama-4: the scores scale what experts get, not what they give; only chosen experts run, as the others get 0."""
+    """Llama-4: the scores scale the experts' input, not the output; only chosen experts run (others would get 0)."""
     block: Any = state.layer.block
     top_k = state.layer.top_k
 
@@ -85,7 +85,7 @@ def _weights_on_input(state: Experts) -> Callable[[Tensor], tuple[Tensor, Tensor
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         scores, logits = block.router(flat)
         weights, index = scores.topk(top_k, dim=-1)
-        # A gate of 1 on each output, so that the gradient of an expert's share of the output can be watched.
+        # Each expert's output has a gate of 1, so that its gradient can be watched.
         gate = torch.ones_like(weights).requires_grad_(weights.requires_grad)
         state.observe(index, gate)
         tokens = (flat[:, None] * weights[..., None].to(flat.dtype)).reshape(-1, flat.shape[1])

@@ -1,4 +1,4 @@
-"""The expert forward and backward: LoRA (or full training) per group of tokens, without the full-size deltas.
+"""The expert forward and backward: LoRA (or full training) per group of tokens, without full-size weight deltas.
 
 For the pairs (token t, expert e) of a layer, sorted by expert, with gate weight w and LoRA scale c:
 
@@ -26,7 +26,7 @@ from hfedmoe.moe.experts.matmul import add_product, are_large, makes_code, outer
 LORA = ("up_a", "up_b", "down_a", "down_b")
 """Trained matrices of an expert with LoRA: A [R, in] and B [out, R] of the up and of the down projection."""
 FULL = ("up", "down", "up_bias", "down_bias")
-"""Trained tensors of an expert without LoRA; the biases only where the family has them."""
+"""Trained tensors of an expert without LoRA; biases only if the family has them."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ def experts_forward(
         x: [T, H].
         weights: [T * K] gate weights, in the order of the flattened routing.
         stacks: the trained tensors [E, ...] by name: LORA, a part of FULL, or nothing (frozen experts).
-        leaves: for every group in turn, its row of each stack: what receives the gradients.
+        leaves: group by group, its row of each stack; these rows receive the gradients.
     """
     return _GroupedExperts.apply(math, groups, stacks, x, weights, *leaves)
 
@@ -84,7 +84,7 @@ class _GroupedExperts(torch.autograd.Function):
         extra = None
         if trained.lora:
             low_down = product(trained.thin(a), trained["down_a"].transpose(1, 2), groups).mul_(math.scale)
-            # Into rows, whose contents are no longer needed.
+            # Written over rows, which are no longer needed.
             extra = write_product(rows, low_down, trained["down_b"].transpose(1, 2), groups)
         if math.down_bias is not None:
             extra = rows.zero_() if extra is None else extra
@@ -118,10 +118,10 @@ class _GroupedExperts(torch.autograd.Function):
 
 
 def _thin_dtype(x: Tensor) -> torch.dtype:
-    """The precision of LoRA's products with inputs x: that of the pass, but float32 for 16 bit on a processor.
+    """The precision of LoRA's products with inputs x: that of x, but float32 for 16 bit on a CPU.
 
-    For each product in 16 bit a processor makes code for its number of rows, which differs from batch to batch: that
-    takes longer than a thin product in float32.
+    On a CPU, each new number of rows of a 16-bit product is compiled, and it changes from batch to batch. That takes
+    longer than a thin product in float32.
     """
     return torch.float32 if makes_code(x) else x.dtype
 
@@ -145,21 +145,21 @@ class _Trained:
         return self._cast[name]
 
     def thin(self, rows: Tensor) -> Tensor:
-        """Rows in the precision of LoRA's products, unless they get it group by group."""
+        """Rows in the precision of LoRA's products; unchanged if each group is cast by itself."""
         return rows if self._one_by_one else rows.to(self._dtype)
 
     def wants(self, name: str) -> bool:
-        """Whether gradients of `name` are asked for: all experts are trained alike."""
+        """Whether gradients of `name` are needed, for any expert."""
         return name in self._slots and any(self._wanted[self._slots[name] :: len(self._slots)])
 
     def put(self, name: str, grads: Sequence[Tensor]) -> None:
-        """The gradients of `name`, one per group, in the precision of the stacks."""
+        """Set the gradients of `name`, one per group, in the precision of the stacks."""
         self.grads[self._slots[name] :: len(self._slots)] = grads
 
     def put_outer(self, name: str, left: Tensor, right: Tensor, groups: Groups, flip: bool = False) -> None:
-        """left' @ right for every group (right' @ left where `flip`): the gradient of a matrix from its two sides.
+        """Set the gradients of `name` to left' @ right for every group (right' @ left if `flip`).
 
-        The gradient of B is laid out in memory as its transpose, as B is: several times faster where one side is thin.
+        The gradient of B is stored transposed, as B is: several times faster if one side is thin.
         """
         dtype = self._stacks[name].dtype
         if name in ("up_b", "down_b"):
@@ -169,7 +169,7 @@ class _Trained:
 
 
 def _add_bias(groups: Groups, rows: Tensor, bias: Sequence[Tensor] | None, w: Tensor | None = None) -> None:
-    """Add each group's bias to its rows, times the gate weights w [S, 1] where they are given."""
+    """Add each group's bias to its rows, times the gate weights w [S, 1] if given."""
     if bias is None:
         return
     for expert, start, end in groups.spans:
@@ -178,7 +178,7 @@ def _add_bias(groups: Groups, rows: Tensor, bias: Sequence[Tensor] | None, w: Te
 
 
 def _with_bias(math: ExpertMath, groups: Groups, rows: Tensor, d_pairs: Tensor) -> Tensor:
-    """d_pairs [S], the gradient of each pair's weight, with what the down bias adds to it; rows as `_down_backward`."""
+    """Add the part of the down bias to d_pairs [S], the gradient of each pair's weight; rows as in `_down_backward`."""
     if math.down_bias is not None:
         for expert, start, end in groups.spans:
             d_pairs[start:end] += rows[start:end] @ math.down_bias[expert].to(rows.dtype)
@@ -198,7 +198,7 @@ def _down_backward(
     """Gradients of the trained tensors of the down projection; adds the low-rank part to d_a [S, I] in place.
 
     Args:
-        rows: gradient of the output, a row per pair [S, H].
+        rows: gradient of the output, one row per pair [S, H].
     """
     if trained.lora:
         assert low is not None

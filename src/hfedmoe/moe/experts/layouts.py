@@ -1,7 +1,7 @@
-"""How families keep their experts: as stacks `[E, ...]` in one module, or as a container with a module per expert.
+"""How families store their experts: as stacks `[E, ...]` in one module, or as a container with one module per expert.
 
-A layout gets the tensors of a layer's experts out of the model and puts others in, knows what they are called, and
-says how the experts compute. Everything else works on the tensors under the names of `kernel.FULL`.
+A layout reads and replaces the tensors of a layer's experts, knows their names in the model, and says how the experts
+compute. All other code uses the names of `kernel.FULL`.
 """
 
 from collections.abc import Callable
@@ -19,23 +19,23 @@ from hfedmoe.moe.experts.store import ExpertStore, HeldBiases, HeldWeights
 from hfedmoe.moe.families import WITHOUT_INTERFACE, Dispatch
 
 Held = tuple[ExpertStore, int]
-"""Where the base tensors of a layer are, if not in the model: the store, and the layer's index."""
+"""Where the base tensors of a layer are if they are not in the model: the store, and the layer's index."""
 
 
 class Layout(Protocol):
-    """The experts of one layer, as its family keeps them."""
+    """The experts of one layer, as its family stores them."""
 
     stacked: bool
     dispatch: Dispatch | None
-    """Set where the block does not call experts(hidden, top_k_index, top_k_weights) on stacked experts."""
+    """Set if the block does not call experts(hidden, top_k_index, top_k_weights) on stacked experts."""
 
     @property
     def num_local(self) -> int:
-        """Experts that the model has in memory."""
+        """Number of experts that the model has in memory."""
         ...
 
     def math(self, scale: float, held: Held | None) -> ExpertMath:
-        """How the experts compute; `scale` is that of their low-rank terms. Raises UnsupportedModelError."""
+        """How the experts compute; `scale` multiplies their low-rank terms. Raises UnsupportedModelError."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -43,20 +43,20 @@ class Layout(Protocol):
         ...
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Compute with these stacks from now on (the other way round of `tensors`).
+        """Compute with these stacks from now on (inverse of `tensors`).
 
-        The model shares their memory, or has copies where the family keeps more rows than there are experts: then
-        `tensors` gives what it computes with.
+        The model shares their memory. If the family has more rows than experts, the model copies them; `tensors`
+        then returns the copies.
         """
         ...
 
     def names(self) -> list[dict[str, str]]:
-        """Names in the model of the base tensors under the names of kernel.FULL: per expert, or once for stacks."""
+        """Names of the base tensors in the model by those in kernel.FULL: one dict per expert, or one for stacks."""
         ...
 
 
 class StackedLayout:
-    """The layout that transformers gives to most families: one module with the weights of all experts."""
+    """The layout of most families in transformers: one module with the weights of all experts."""
 
     stacked = True
 
@@ -124,7 +124,7 @@ class StackedLayout:
 
 
 class ListedLayout:
-    """A module per expert, each with an up and a down projection (Switch Transformers)."""
+    """One module per expert, each with an up and a down projection (Switch Transformers)."""
 
     stacked = False
 

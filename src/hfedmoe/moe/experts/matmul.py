@@ -1,11 +1,11 @@
-"""Products of rows that are sorted by expert with a matrix per expert: one grouped call where torch has a kernel.
+"""Multiply rows that are sorted by expert with one matrix per expert: one grouped call if torch has a kernel.
 
-On a GPU that is one kernel in place of a launch per expert for bfloat16 on Hopper and data-centre Blackwell. On others
-torch itself waits for the groups' ends and launches a product for each, so there is a call per group here, as for rows
-of a size that is no multiple of 16 bytes. On a processor a grouped call is the same loop of matrix products without
-Python between them: what counts for the thin products of LoRA, whose matrices take less time than a call.
+On Hopper and data-centre Blackwell GPUs, bfloat16 needs one kernel in place of one launch per expert. On other GPUs
+torch would wait for the groups' ends and launch one product per group, so this module makes one call per group. It
+does the same for rows whose size is not a multiple of 16 bytes. On a CPU a grouped call is the same loop of matrix
+products, but without Python in between. This matters for the thin products of LoRA, which take less time than a call.
 
-Factors of two precisions are multiplied in the finer one, and rows may be coarser than what is added to them.
+Factors of two precisions are multiplied in the finer one. Rows may be coarser than what is added to them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,22 +19,22 @@ from torch.nn.functional import grouped_mm
 from hfedmoe.moe.experts.groups import Groups
 
 _SMALL = 1 << 22
-"""Elements of all results of `outer` together below which calls cost more than the arithmetic, on a processor."""
+"""Elements of all results of `outer` together; below this, calls on a CPU cost more than the arithmetic."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MANY_ROWS = 128
-"""Per expert: from there on its own rows in float32 fit the cache, and those of all experts do not."""
+"""Rows per expert; from this number on, the float32 rows of one expert fit the cache but those of all do not."""
 _MOST_GROUPS = 1024
-"""Groups from which on torch refuses a grouped product on a GPU."""
+"""From this number of groups on, torch refuses a grouped product on a GPU."""
 _ALIGNMENT = 16
-"""Bytes: torch's grouped kernels want the rows of every operand to begin at a multiple of it."""
+"""Bytes: torch's grouped kernels need the rows of every operand to begin at a multiple of it."""
 
 
 def has_kernel(groups: Groups, *operands: Tensor) -> bool:
-    """Whether a grouped product is the way for operands that lie in memory like these."""
+    """Whether to use a grouped product for operands of this device, precision and memory layout."""
     dtype = operands[0].dtype
     if dtype not in _DTYPES or any(operand.dtype != dtype for operand in operands):
         return False
-    if any(isinstance(operand, FakeTensor) for operand in operands):  # torch describes the product for bfloat16 only
+    if any(isinstance(operand, FakeTensor) for operand in operands):  # torch fakes it for bfloat16 only
         return False
     device = operands[0].device
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def _is_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _is_aligned(operand: Tensor) -> bool:
-    """One of the two inner dimensions is contiguous, and the other's stride is aligned."""
+    """Whether one of the last two dimensions is contiguous and the stride of the other is aligned."""
     rows, columns = operand.stride()[-2:]
     size = operand.element_size()
     if columns == 1 and rows >= max(1, operand.shape[-1]):
@@ -58,7 +58,7 @@ def _is_aligned(operand: Tensor) -> bool:
 
 
 def are_large(groups: Groups) -> bool:
-    """Whether the groups have so many rows that a call for each costs less than passes over all rows in memory."""
+    """Whether the groups are so large that one call per group costs less than passes over all rows in memory."""
     return groups.size >= _MANY_ROWS * len(groups.spans)
 
 
@@ -89,9 +89,9 @@ def add_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> No
 
 
 def write_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> Tensor:
-    """left [S, K] times each group's own matrix of stack [E, K, N], in place of the contents of rows [S, N].
+    """left [S, K] times each group's own matrix of stack [E, K, N], written over rows [S, N].
 
-    In fresh memory where a GPU has a kernel, and in the precision of left where that is finer and groups are small.
+    The result is new memory if a GPU has a kernel, or if left has another precision and the groups are small.
     """
     coarser = rows.dtype != left.dtype
     if (coarser and not are_large(groups)) or (rows.is_cuda and has_kernel(groups, left, stack)):
@@ -105,14 +105,14 @@ def write_product(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> 
 
 
 def makes_code(left: Tensor) -> bool:
-    """Whether products are such that a processor makes code for every number of rows: in 16 bit."""
+    """Whether products with left are compiled for every new number of rows: in 16 bit on a CPU."""
     return left.device.type == "cpu" and left.dtype.itemsize == 2
 
 
 def rounded_product(left: Tensor, matrix: Callable[[int], Tensor], columns: int, groups: Groups) -> Tensor:
     """left [S, K] times matrix(expert) [K, N = columns] of each group: [S, N], with few different numbers of rows.
 
-    A group's rows are rounded up to those behind it, which the groups that they belong to then overwrite.
+    The number of rows is rounded up with rows of the next groups; these groups then overwrite the extra results.
     """
     rows = left.new_empty(groups.size, columns)
     for expert, start, end in groups.spans:
@@ -125,7 +125,7 @@ def rounded_product(left: Tensor, matrix: Callable[[int], Tensor], columns: int,
 
 
 def _by_group(rows: Tensor, left: Tensor, stack: Tensor, groups: Groups) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For every group its part of rows, and its part of left and its matrix in the finer precision of these two."""
+    """For every group: its part of rows, its part of left and its matrix; the last two in their finer precision."""
     finer = torch.promote_types(left.dtype, stack.dtype)
     for (expert, _, _), own, target in zip(groups.spans, groups.split(left), groups.split(rows), strict=True):
         yield target, own.to(finer), stack[expert].to(finer)
@@ -135,7 +135,7 @@ def outer(left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Se
     """left' @ right of each group's rows, left [S, M] and right [S, N]: one [M, N] in `dtype` per group."""
     few = 2 * len(groups.spans) < groups.num_experts
     large = left.shape[1] * right.shape[1] * groups.num_experts > _SMALL and not left.is_cuda
-    # A grouped product makes results for experts without a single row, too: they take memory and time for nothing.
+    # A grouped product also makes results for experts without rows, which wastes memory and time.
     if not few and not large and has_kernel(groups, left.t(), right):
         stacked = grouped_mm(left.t(), right, offs=groups.ends).to(dtype)
         return [stacked[expert] for expert, _, _ in groups.spans]

@@ -1,14 +1,14 @@
-"""How the frozen weights of an expert are held in memory: as they are, in 16 bit, or quantised to 8 or 4 bit.
+"""How the frozen weights of an expert are held in memory: unchanged, in 16 bit, or quantised to 8 or 4 bit.
 
-A `Stored` holds one tensor and gives it back in the precision of the pass. Quantised ones hold blocks of 64 values with
-a scale each and are dequantised on every call, one tensor at a time; nothing is cached:
+A `Stored` holds one tensor and returns it in the precision of the pass. A quantised tensor has blocks of 64 values with
+one scale each. It is dequantised on every call, one tensor at a time; nothing is cached:
 
-* 8 bit: a byte per value, dynamic code (Dettmers et al., arXiv 2110.02861), scales float32: 8.5 bits per value;
-* 4 bit: NF4 with double quantisation (QLoRA, Dettmers et al., arXiv 2305.14314): the scales, less their mean, are
+* 8 bit: one byte per value, dynamic code (Dettmers et al., arXiv 2110.02861), float32 scales: 8.5 bits per value;
+* 4 bit: NF4 with double quantisation (QLoRA, Dettmers et al., arXiv 2305.14314): the scales minus their mean are
   quantised to 8 bit in blocks of 256: 4.127 bits per value.
 
-The code tables (256 and 16 float32) are the same for all tensors; they are held once per process and device and counted
-nowhere. Quantising and dequantising is bitsandbytes', on the device of the tensor.
+The code tables (256 and 16 float32) are the same for all tensors: they are held once per process and device, and no
+byte count includes them. bitsandbytes quantises and dequantises, on the device of the tensor.
 """
 
 import functools
@@ -22,14 +22,14 @@ from torch import Tensor
 from hfedmoe.errors import UserError
 
 BLOCK = 64
-"""Values that share a scale. 64 is the smallest that bitsandbytes has for 8 bit on every device."""
+"""Values that share a scale. 64 is the smallest number that bitsandbytes has for 8 bit on every device."""
 NESTED_BLOCK = 256
-"""Scales that share a scale in their turn (4 bit)."""
+"""Scales that share a second-level scale (4 bit)."""
 _CHUNK = 1 << 18  # values quantised at once: bounds the float32 temporaries to a few MB; a multiple of BLOCK
 
 
 class Stored(Protocol):
-    """One tensor, however it is held."""
+    """One tensor, plain or quantised."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -40,7 +40,7 @@ class Stored(Protocol):
         ...
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
-        """The tensor [shape] in `dtype`; not to be written to."""
+        """The tensor [shape] in `dtype`; do not write to it."""
         ...
 
 
@@ -118,7 +118,7 @@ class Quantised4:
     def __call__(self, dtype: torch.dtype) -> Tensor:
         functional = _bitsandbytes("4bit")
         scales = _dequantised_8(self._scales, self._nested, NESTED_BLOCK, torch.float32).add_(self._mean)
-        # As one row of even length: other odd shapes would take a path that is compiled anew for every shape.
+        # As one row of even length: odd shapes would take a path that is compiled again for every shape.
         state = functional.QuantState(
             scales, torch.Size((1, 2 * self._data.numel())), None, BLOCK, "nf4", dtype=_float(dtype)
         )
@@ -129,9 +129,8 @@ class Quantised4:
 def store_as(tensor: Tensor, expert_dtype: str, dtype: torch.dtype) -> Stored:
     """Hold a float tensor as `model.expert_dtype` says.
 
-    What is returned holds no more than the tensor's own values: a view into something larger is copied, and only a
-    tensor that needs no change is shared with the caller. Vectors (biases) are never quantised: they are kept in
-    `dtype`.
+    The result holds only the tensor's own values: a view of a larger tensor is copied. Only a tensor that needs no
+    change is shared with the caller. Vectors (biases) are never quantised: they are kept in `dtype`.
 
     Args:
         expert_dtype: "same" (as `dtype`), "float32", "bfloat16", "float16", "8bit" or "4bit".
@@ -150,7 +149,7 @@ def store_as(tensor: Tensor, expert_dtype: str, dtype: torch.dtype) -> Stored:
 
 
 def stored_bytes(shape: Sequence[int], expert_dtype: str, dtype: torch.dtype) -> int:
-    """Bytes that `store_as` of a tensor of this shape holds, without the tensor."""
+    """Bytes that `store_as` would hold for a tensor of this shape."""
     values = math.prod(shape)
     if not _is_quantised(shape, expert_dtype):
         return values * _plain_dtype(expert_dtype, dtype).itemsize
@@ -169,7 +168,7 @@ def _plain_dtype(expert_dtype: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _float(dtype: torch.dtype) -> torch.dtype:
-    """The precision to dequantise to: bitsandbytes knows three."""
+    """The precision to dequantise to: bitsandbytes supports three."""
     return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
 
 
@@ -182,7 +181,7 @@ def _chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     step = max(BLOCK, _CHUNK // rows.shape[1] // BLOCK * BLOCK)
     for start in range(0, rows.shape[0], step):
         values = rows[start : start + step].reshape(-1)
-        # The library knows three precisions; float32 takes the same path on every device.
+        # bitsandbytes supports three precisions; float32 takes the same path on every device.
         yield start * rows.shape[1], values.float()
 
 
@@ -202,7 +201,7 @@ def _bitsandbytes(expert_dtype: str) -> Any:
     try:
         from bitsandbytes import functional
     except ModuleNotFoundError as error:
-        if error.name != "bitsandbytes":  # it is there, and lacks something itself
+        if error.name != "bitsandbytes":  # it is installed, but one of its own imports fails
             raise
         raise UserError(
             f'model.expert_dtype = "{expert_dtype}" needs bitsandbytes: pip install "hfedmoe[quantised]"'

@@ -1,4 +1,4 @@
-"""Our experts forward, registered with transformers' experts interface, and what it knows about each layer."""
+"""Our experts forward, registered with transformers' experts interface, and its state for each layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,15 +34,15 @@ class ExpertState:
         self.grouping: Callable[..., Groups] = group_pairs
         self.trained: TrainedExperts | None = None
         self.begin: Callable[[Tensor], TrainedExperts] | None = None
-        """Fresh trained tensors for the experts with these indices, where a store reads experts as they are wanted."""
+        """Makes new trained tensors for the experts with these indices; set if a store reads experts when needed."""
         self.resident: Tensor | None = None
         """bool [E]: experts that may be used; None means all."""
         self.local: Tensor | None = None
-        """int64 [E + 1]: place of each expert in the (carved) stacks; None where experts keep their own index."""
+        """int64 [E + 1]: position of each expert in the (carved) stacks; None if experts keep their own index."""
         self.trainable: Tensor | None = None
         """bool [E]: experts that build a graph for this batch; None means all."""
         self.counted: Tensor | None = None
-        """bool [T]: tokens that are no padding; None means all. No expert works on the others, or learns from them."""
+        """bool [T]: True for real tokens; experts skip padding and do not learn from it. None: all tokens are real."""
         self.off_budget = "frozen"
         self.observer: Observer | None = None
         self.norms: Callable[[Tensor], None] | None = None
@@ -50,7 +50,7 @@ class ExpertState:
 
     @property
     def num_local(self) -> int:
-        """Experts that are present in memory."""
+        """Number of experts in memory."""
         if self.store is not None:
             return len(self.store.present[self.layer.index])
         return self.layout.num_local
@@ -61,7 +61,7 @@ class ExpertState:
         number = self.num_local
         if self.local is None:
             return torch.arange(number)
-        return self.local[:-1].argsort()[:number]  # absent experts share the place behind the last
+        return self.local[:-1].argsort()[:number]  # absent experts share the position after the last
 
     def math(self) -> ExpertMath:
         """How the experts of this layer compute."""
@@ -75,11 +75,11 @@ class ExpertState:
         return sum(p.numel() * p.element_size() for p in self.layer.experts.parameters()) // self.num_local
 
     def tensors(self) -> dict[str, Tensor]:
-        """The base tensors, stacked `[E, ...]`, under the names of kernel.FULL; without contents if a store has any."""
+        """The base tensors, stacked `[E, ...]`, under the names of kernel.FULL; empty if a store holds them."""
         return self.layout.tensors()
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Compute with these stacks from now on (the other way round of `tensors`); the model shares their memory."""
+        """Compute with these stacks from now on, as `Layout.set_tensors`."""
         self.layout.set_tensors(tensors)
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -88,12 +88,12 @@ class ExpertState:
         return self.compute(hidden, index, weights)
 
     def observe(self, index: Tensor, weights: Tensor) -> None:
-        """Show index and weights [T, K] to whoever watches this layer."""
+        """Call the observer of this layer, if there is one, with index and weights [T, K]."""
         if self.observer is not None:
             self.observer(index, weights)
 
     def compute(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """The experts forward, unobserved."""
+        """The experts forward, without the observer."""
         device_type = hidden.device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
@@ -111,8 +111,8 @@ class ExpertState:
         if self.local is not None:
             experts = self.local[experts]
             trainable = None if trainable is None else trainable[self.present]
-            here = None  # what is absent has no place in the stacks
-        # Routers limited to groups may pick absent experts, with weight 0: they must not run in a masked model either.
+            here = None  # absent experts are not in the stacks
+        # Group-limited routers may pick absent experts, with weight 0: these must not run in a masked model either.
         chosen = here if trainable is None else trainable if here is None else trainable & here
         flat = weights.reshape(-1)
         groups = self.grouping(experts, self.num_local, top_k, chosen)
@@ -127,7 +127,7 @@ class ExpertState:
             if rest.size > 0:
                 with torch.no_grad():
                     rows = self._pairs(math, hidden, rest)
-                # The gate still learns from experts over the budget; they themselves and what lies below them do not.
+                # Experts over the budget still train the gate, but not themselves or the layers below.
                 out = out + rest.sum_per_token(rows * flat[rest.pair, None].to(rows.dtype))
         return out
 
@@ -138,7 +138,7 @@ class ExpertState:
         return experts_forward(math, hidden, flat, groups, self.trained.stacks, leaves)
 
     def _pairs(self, math: ExpertMath, hidden: Tensor, groups: Groups) -> Tensor:
-        """The unweighted output of every pair [S, H]: each pair is treated as a token of its own."""
+        """The unweighted output of every pair [S, H]: each pair is treated as its own token."""
         own = torch.arange(groups.size, device=hidden.device)
         alone = Groups(groups.size, own, own, groups.spans, groups.num_experts, groups.ends, own[:, None])
         return self._grouped(math, hidden[groups.token], hidden.new_ones(groups.size), alone)
@@ -154,14 +154,14 @@ def attach(model: Any, layers: list[MoELayer], store: ExpertStore | None = None)
     """Let every MoE layer of `model` compute with our experts forward; returns the state of each.
 
     Raises:
-        UnsupportedModelError: the experts of a layer are of a build that the forward does not know.
+        UnsupportedModelError: the forward does not support the experts of a layer.
     """
     if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _registered_forward)
     states = []
     for layer in layers:
         state = ExpertState(layer, store)
-        state.math()  # refuse now rather than in the first step
+        state.math()  # raise now, not in the first step
         object.__setattr__(layer.experts, STATE, state)
         if state.layout.dispatch is not None:
             redirect(state.layout.dispatch, state)

@@ -1,7 +1,7 @@
-"""The base tensors of the experts that are on this device, one by one, read from where they are stored when needed.
+"""The base tensors of the experts on this device, read from their source when needed.
 
-Nothing is stacked, so that an expert comes and goes alone: between rounds only the difference is read and dropped,
-and a forward pass can stream over all experts while a few of them are in memory at any time.
+Each expert is held by itself, not in a stack. So between rounds only the difference is read and dropped, and a forward
+pass can stream over all experts with only a few of them in memory.
 """
 
 from collections import OrderedDict
@@ -33,7 +33,7 @@ class ExpertStore:
     """Holds experts for the layers of one model.
 
     Args:
-        source: of their tensors.
+        source: where their tensors come from.
         num_experts: per MoE layer.
         expert_dtype: how they are held: "same" (as `dtype`), "float32", "bfloat16", "float16", "8bit" or "4bit".
         dtype: of the model.
@@ -53,12 +53,12 @@ class ExpertStore:
         self.present: list[list[int]] = [[] for _ in num_experts]
         """Per layer, the experts that may be used, in ascending order."""
         self.reads = 0
-        """Experts read from the source so far."""
+        """Number of experts read from the source so far."""
         self._held: OrderedDict[tuple[int, int], dict[str, Stored]] = OrderedDict()
         self._capacity: int | None = None
 
     def __len__(self) -> int:
-        """Experts in memory."""
+        """Number of experts in memory."""
         return len(self._held)
 
     @property
@@ -86,9 +86,9 @@ class ExpertStore:
         self.present = [[] for _ in self.num_experts]
 
     def reside_stacked(self, resident: list[Tensor]) -> list[dict[str, Tensor]]:
-        """As `reside`, with the experts of each layer in stacks [n, ...] of the model's dtype, to train them whole.
+        """As `reside`, with the experts of each layer in stacks [n, ...] of the model's dtype, for full training.
 
-        Rows of a stack cannot come and go, so all experts are dropped first and read anew.
+        Rows of a stack cannot be added or removed, so all experts are dropped first and read again.
         """
         self._held.clear()
         self.present = [keep.nonzero()[:, 0].tolist() for keep in resident]
@@ -108,9 +108,9 @@ class ExpertStore:
 
     @contextmanager
     def streaming(self, capacity: int) -> Iterator[None]:
-        """Every expert may be used; at most `capacity` are in memory, and those not used for longest make room.
+        """Every expert may be used; at most `capacity` are in memory, and the least recently used is dropped first.
 
-        Afterwards the experts that were resident before are so again. Raises ValueError for a capacity below 1.
+        Afterwards the same experts as before are resident. Raises ValueError for a capacity below 1.
         """
         if capacity < 1:
             raise ValueError(f"cannot stream experts with room for {capacity}")
@@ -129,7 +129,7 @@ class ExpertStore:
             self.reside([_mask(experts, n) for experts, n in zip(before, self.num_experts, strict=True)])
 
     def get(self, layer: int, expert: int) -> dict[str, Stored]:
-        """The tensors of one expert, which is read now if the store is streaming."""
+        """The tensors of one expert; while streaming, it is read now if it is not in memory."""
         key = (layer, expert)
         if self._capacity is None:
             return self._held[key]
@@ -144,7 +144,7 @@ class ExpertStore:
     def _read(self, layer: int, expert: int) -> dict[str, Stored]:
         self.reads += 1
         read, held = self.source.read(layer, expert), {}
-        while read:  # each tensor of the expert goes as soon as it is held
+        while read:  # frees each read tensor as soon as it is stored
             name, tensor = read.popitem()
             held[name] = store_as(tensor.to(self.device), self.expert_dtype, self.dtype)
             del tensor
@@ -152,7 +152,7 @@ class ExpertStore:
 
 
 class HeldWeights:
-    """One matrix per present expert of a layer: what the expert kernel computes with (see `base.Weights`)."""
+    """One matrix per present expert of a layer, as the expert kernel needs it (see `base.Weights`)."""
 
     def __init__(self, store: ExpertStore, layer: int, name: str, transposed: bool) -> None:
         self._store, self._layer, self._name, self._transposed = store, layer, name, transposed
@@ -174,7 +174,7 @@ class HeldBiases(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._store.present[self._layer])
 
-    def __getitem__(self, expert: Any) -> Any:  # one place, as in kernel; slices of a Sequence are not used
+    def __getitem__(self, expert: Any) -> Any:  # one index; the kernel uses no slices
         stored = self._store.get(self._layer, self._store.present[self._layer][expert])[self._name]
         return stored(self._store.dtype)
 

@@ -1,7 +1,7 @@
 """The trained tensors of one layer's experts: one stack per kind, and one leaf per expert for the optimizer.
 
-A leaf is a view of its expert's row. Autograd and the optimizer see single experts: an expert that got no tokens
-has no gradient at all (not a gradient of zeros), so that no optimizer moves it, and has no optimizer state.
+A leaf is a view of its expert's row. Autograd and the optimizer see single experts: an expert without tokens has no
+gradient (not a gradient of zeros), so no optimizer changes it or keeps state for it.
 """
 
 import math
@@ -32,12 +32,12 @@ class TrainedExperts:
 
     @property
     def travelling(self) -> tuple[str, ...]:
-        """Names of the tensors that are trained, and so travel."""
+        """Names of the trained tensors: these are sent."""
         return tuple(name for name in self.stacks if name not in self.fixed)
 
     @property
     def num_experts(self) -> int:
-        """E, the experts that are present."""
+        """E, the number of present experts."""
         return next(iter(self.stacks.values())).shape[0]
 
     def of(self, experts: Sequence[int]) -> list[Tensor]:
@@ -56,20 +56,20 @@ class TrainedExperts:
         ]
 
     def select(self, experts: Tensor) -> "TrainedExperts":
-        """The same, reduced to some experts (int64 indices)."""
+        """A copy with only some experts (int64 indices)."""
         stacks = {name: _rows(stack, experts) for name, stack in self.stacks.items()}
         return TrainedExperts(stacks, self.scale, self.fixed)
 
 
 def _rows(stack: Tensor, experts: Tensor) -> Tensor:
-    """Some rows of a stack; B stays laid out as its transpose."""
+    """Some rows of a stack; B stays stored as its transpose."""
     if stack.is_contiguous():
         return stack.index_select(0, experts)
     return stack.transpose(1, 2).index_select(0, experts).transpose(1, 2)
 
 
 def fresh_a(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A of fresh LoRA pairs [..., R, in] as PEFT draws it (Kaiming, a = sqrt 5): float32, on the processor."""
+    """A of new LoRA pairs [..., R, in], drawn as in PEFT (Kaiming, a = sqrt 5): float32, on the CPU."""
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
@@ -84,11 +84,11 @@ def lora_experts(
     device: torch.device,
     freeze_a: bool = False,
 ) -> TrainedExperts:
-    """Fresh LoRA pairs: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero, so that the model is unchanged.
+    """New LoRA pairs: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero, so that the model is unchanged.
 
-    B [out, R] is laid out in memory as its transpose: products with so thin a matrix are faster by row.
+    B [out, R] is stored as its transpose: products with a thin matrix are faster by row.
 
-    Every device that uses the same seed gets the same A, bit for bit.
+    The same seed gives the same A on every device, bit for bit.
 
     Args:
         up_shape: [U, H] of the up projection; down_shape: [H, I].

@@ -1,8 +1,8 @@
 """Routers: masked to the resident experts for decisions, unmasked for statistics.
 
-The stock router of each family keeps its own rules (softmax or sigmoid, groups, correction biases, renormalised top-k).
-Absent experts are masked where the logits arise, before any of these rules, by watching the one linear map inside the
-router; so weights renormalise as the family does. The unmasked logits of the same pass give the statistics.
+The original router of each family keeps its own rules (softmax or sigmoid, groups, correction biases, renormalised
+top-k). Absent experts are masked in the output of the router's one linear layer, before these rules, so weights are
+renormalised as in the family. The unmasked logits of the same pass give the statistics.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from hfedmoe.moe.routing.tap import LogitTap, probabilities_of, widened
 from hfedmoe.moe.routing.tokens import TokenMasks
 
 _ABSENT_BIAS = -1e4
-"""Added to the correction bias of absent experts; finite, so that a group with one resident beats an empty one."""
+"""Added to the correction bias of absent experts; finite, so that a group with one resident beats one with none."""
 
 Choose = Callable[[int, Evidence, Tensor], Tensor]
 """(layer, evidence so far, hit bool [E]) -> experts bool [E] that build a graph for this batch."""
 
 
 class LayerRouting:
-    """Hooks on one layer's block and router; gathers what a watched batch shows about the layer's experts."""
+    """Hooks on one layer's block and router; collects evidence about the layer's experts from a watched batch."""
 
     def __init__(self, state: ExpertState) -> None:
         self.state, self.layer = state, state.layer
@@ -34,16 +34,16 @@ class LayerRouting:
         self.token_level = False
         self.evidence: Evidence | None = None
         self.tokens: Tensor | None = None
-        """float32 [E]: tokens of the watched batch that each expert really processed."""
+        """float32 [E]: number of tokens of the watched batch that each expert processed."""
         self.hit: Tensor | None = None
         self._measure: str | None = None
         self._index = torch.empty(0, dtype=torch.int64)
         self._tap: LogitTap | None = None
         self._wanted: Tensor | None = None
-        """int64 [T, K]: what the router would choose among all experts for the watched batch; None if it is silent."""
+        """int64 [T, K]: the router's choice among all experts for the watched batch; None if it gives no indices."""
         self._biases = self.layer.correction_biases()
         self._dtype = torch.float32
-        """Of the block, whatever the router computes in."""
+        """The precision of the block, which may differ from the router's."""
         router, block = self.layer.router, self.layer.block
         router.register_forward_pre_hook(self._enter)
         router.register_forward_hook(self._leave, always_call=True)
@@ -57,10 +57,10 @@ class LayerRouting:
         return "softmax" if self._tap is None else self._tap.kind
 
     def watch(self, batch: TokenMasks | None, measure: str | None = None) -> None:
-        """Gather evidence from the next forward (and backward) pass; None stops watching.
+        """Collect evidence from the next forward (and backward) pass; None stops watching.
 
         Args:
-            measure: "activation" or "taylor" where the score needs it.
+            measure: "activation" or "taylor" if the score needs it.
         """
         self.batch, self.evidence, self.tokens, self.hit = batch, None, None, None
         self.state.trainable = None
@@ -69,7 +69,7 @@ class LayerRouting:
         self.state.norms = self._activation if self._measure == "activation" else None
 
     def _enter(self, module: nn.Module, args: Any) -> Any:
-        # A trained router is float32 in a 16-bit model too, and its weights are cast by the experts forward.
+        # A trained router is float32 also in a 16-bit model; the experts forward casts the weights that it returns.
         dtype = next(module.parameters()).dtype
         self._dtype = args[0].dtype
         args = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
@@ -84,12 +84,12 @@ class LayerRouting:
         if self._tap is not None:
             self._tap.__exit__(None, None, None)
         if isinstance(output, tuple) and len(output) > 3:
-            # What follows logits, weights and indices goes to other modules, such as the weights of shared experts.
+            # Outputs after logits, weights and indices go to other modules, for example weights of shared experts.
             return (*output[:3], *(out.to(self._dtype) if isinstance(out, Tensor) else out for out in output[3:]))
         return None
 
     def _unmasked_choice(self, router: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
-        """The experts [T, K] that the router would choose among all, by its own rules; None if it does not say."""
+        """The experts [T, K] that the router would choose among all, by its own rules; None if it gives no indices."""
         masks = {(owner, name): owner.__dict__.pop(name, None) for owner, name in self._biases}
         plain = [self._unmask(a) if isinstance(a, Tensor) else a for a in args]
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(self._device)):
@@ -100,7 +100,7 @@ class LayerRouting:
         return _indices(outputs, self.layer.top_k)
 
     def _unmask(self, argument: Tensor) -> Tensor:
-        """A router's argument, which is its correction bias where the block keeps that."""
+        """A router's argument; if it is the masked correction bias of the block, the unmasked one."""
         for owner, name in self._biases:
             bias = getattr(owner, name)
             if owner is self.layer.block and argument.shape == bias.shape:
@@ -117,7 +117,7 @@ class LayerRouting:
             for owner, name in self._biases:
                 bias = getattr(owner, name)
                 absent = widened(~resident, bias.numel()).to(bias).view_as(bias)
-                # Seen before the parameter or buffer of that name, which stays as it is.
+                # Python finds this before the parameter or buffer of that name, which does not change.
                 owner.__dict__[name] = bias.detach() + _ABSENT_BIAS * absent
 
     def _restore_biases(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -152,14 +152,14 @@ class LayerRouting:
         self.evidence = Evidence(g=g, routed=demanded)
         self.tokens, self.hit, self._index = used, used > 0, index
         if self._measure == "taylor":
-            self.evidence.taylor = torch.full_like(used, float("nan"))  # until the backward pass has been there
+            self.evidence.taylor = torch.full_like(used, float("nan"))  # until the backward pass
             if weights.requires_grad:
                 self._watch_gradient(weights, keep)
         if self.choose is not None:
             self.state.trainable = self.choose(self.layer.index, self.evidence, self.hit)
 
     def _shares(self, index: Tensor) -> Tensor:
-        """[T, E]: an equal share for each expert that a token is bound to."""
+        """[T, E]: an equal share for each expert of a token."""
         shares = torch.zeros(index.shape[0], self.layer.num_experts, device=index.device)
         # Added up: a table may name an expert twice.
         return shares.scatter_add_(1, index, torch.full(index.shape, 1 / index.shape[1], device=index.device))
@@ -176,7 +176,7 @@ class LayerRouting:
     def _activation(self, norms: Tensor) -> None:
         assert self.evidence is not None
         assert self.batch is not None
-        norms = norms.view(self._index.shape)  # where experts scale their input, every pair is a token of its own
+        norms = norms.view(self._index.shape)  # with weights on the input, every pair is its own token
         keep = self.batch.of(self.layer).keep.reshape(-1, 1)
         ran = self.resident() if self.state.trainable is None else self.resident() & self.state.trainable
         self.evidence.activation = _per_expert(norms * keep, self._index, ran)
@@ -191,22 +191,22 @@ class LayerRouting:
 
 def _count(index: Tensor, keep: Tensor, num_experts: int) -> Tensor:
     """float32 [E]: kept tokens per expert; indices outside [0, E) mean "no expert"."""
-    kept = keep[:, None].expand_as(index).reshape(-1).float()  # whole numbers: exact, in whatever order they are added
+    kept = keep[:, None].expand_as(index).reshape(-1).float()  # whole numbers: sums are exact in any order
     counts = kept.new_zeros(num_experts + 1)
     return counts.scatter_add_(0, index.reshape(-1).clamp(max=num_experts), kept)[:num_experts]
 
 
 def _per_expert(values: Tensor, index: Tensor, present: Tensor) -> Tensor:
-    """Add up `values` [T, K] per expert; NaN for experts that are not present, so that nothing is learned of them."""
+    """Add up `values` [T, K] per expert; NaN for experts that are not present: they count as not observed."""
     num_experts = present.shape[0]
-    # Token by token first: where a token's experts differ, nothing is added to the same place in an order of its own.
+    # First per token: if the experts of a token differ, no two values are added to the same place in random order.
     values = values.masked_fill(index >= num_experts, 0.0)
     spread = values.new_zeros(len(index), num_experts + 1).scatter_add_(1, index.clamp(max=num_experts), values)
     return spread[:, :num_experts].sum(0).masked_fill(~present, float("nan"))
 
 
 def _indices(outputs: Any, top_k: int) -> Tensor | None:
-    """The chosen experts among a router's outputs."""
+    """The output of a router that holds the chosen experts; None if there is none."""
     for out in outputs if isinstance(outputs, tuple) else (outputs,):
         if isinstance(out, Tensor) and not out.is_floating_point() and out.dim() == 2 and out.shape[-1] == top_k:
             return out

@@ -1,4 +1,4 @@
-"""See and mask a router's logits where they arise, whatever its family does with them afterwards."""
+"""Read and mask a router's logits at the output of its linear layer, for any family."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ _SOFTPLUS = {torch.nn.functional.softplus}
 
 
 class LogitTap(TorchFunctionMode):
-    """Inside a router's forward: notes its raw logits, masks absent experts in them, and sees how it scores."""
+    """Active in a router's forward: stores the raw logits, masks absent experts, and detects the kind of score."""
 
     def __init__(self, layer: MoELayer, absent: Tensor | None) -> None:
         super().__init__()
         self._num_logits, self._num_experts, self._top_k = layer.num_logits, layer.num_experts, layer.top_k
         self._absent = None if absent is None else widened(absent, self._num_logits)
         self.logits: Tensor | None = None
-        """[T, E]: of the experts, before masking."""
+        """[T, E]: logits of the experts, before masking."""
         self.kind = "softmax"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,12 +40,12 @@ class LogitTap(TorchFunctionMode):
 
 
 def probabilities_of(logits: Tensor, kind: str) -> Tensor:
-    """`routing_probabilities`, with one kind more: the square root of softplus, normalised (DeepSeek-V4)."""
+    """`routing_probabilities`, with one more kind: the square root of softplus, normalised (DeepSeek-V4)."""
     if kind == "sqrtsoftplus":
         return routing_probabilities(0.5 * torch.nn.functional.softplus(logits.float()).log(), "softmax")
     return routing_probabilities(logits, kind)
 
 
 def widened(flags: Tensor, width: int) -> Tensor:
-    """bool [E] -> [width]: what a router scores beside the experts is never absent."""
+    """bool [E] -> [width], padded with False: what a router scores in addition to experts is never absent."""
     return torch.nn.functional.pad(flags, (0, width - flags.shape[0]))

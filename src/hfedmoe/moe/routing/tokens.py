@@ -33,17 +33,17 @@ class TokenMasks:
 
 @dataclass
 class Tokens:
-    """Which tokens count, found out once per batch and not once per layer: it waits for a GPU."""
+    """Which tokens count, computed once per batch and not once per layer, because it waits for the GPU."""
 
     keep: Tensor
     """bool [B, S]."""
 
     @cached_property
     def kept(self) -> Tensor:
-        """int64: those that count, among all B * S."""
+        """int64: indices of the tokens that count, among all B * S."""
         return self.keep.reshape(-1).nonzero()[:, 0]
 
     @cached_property
     def observed(self) -> Tensor:
-        """int64: the samples with a token that counts."""
+        """int64: indices of the samples with a token that counts."""
         return self.keep.any(1).nonzero()[:, 0]

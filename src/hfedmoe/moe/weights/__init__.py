@@ -1,1 +1,1 @@
-"""Experts that are not in the model: read from a checkpoint when they are wanted."""
+"""Experts that are not in the model: read from a checkpoint when needed."""

@@ -1,7 +1,7 @@
-"""What a checkpoint calls the tensors of a model, and how to get one expert out of it.
+"""The names of a model's tensors in a checkpoint, and how to read one expert from it.
 
-Hub checkpoints keep a tensor per expert, newer ones stack them, and names differ by family. transformers knows all of
-this for loading whole models; its renamings and conversions are used here for one tensor, or one expert, at a time.
+Hub checkpoints have one tensor per expert, newer ones have stacks, and names differ by family. transformers has the
+renamings and conversions to load whole models; this module uses them for one tensor, or one expert, at a time.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,15 @@ from hfedmoe.moe.weights.shards import CheckpointError, Shards
 
 @dataclass
 class Sources:
-    """What one parameter of the model is made of: names in the checkpoint by the pattern they matched."""
+    """The stored tensors that make one parameter of the model: names in the checkpoint by the pattern they match."""
 
     converter: Any = None
-    """transformers' conversion that makes the parameter of them; None if it is stored as it is."""
+    """transformers' conversion of these tensors into the parameter; None if it is stored without conversion."""
     names: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def first(self) -> str:
-        """The name of one of them, to name in messages."""
+        """One of the names, for messages."""
         return next(iter(self.names.values()))[0]
 
 
@@ -45,7 +45,7 @@ class Checkpoint:
         self.sources = _sources(shards, model)
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """A parameter in the precision it is stored in, with what else comes out of the same tensors.
+        """A parameter in its stored precision, and any others that the same conversion makes.
 
         Raises:
             CheckpointError: the checkpoint lacks it, is damaged, or has it in a form that cannot be converted.
@@ -53,12 +53,12 @@ class Checkpoint:
         return self._made_of(name, self.shards.read, self._source(name).names)
 
     def read_expert(self, name: str, expert: int, num_experts: int) -> Tensor:
-        """Row `expert` of a parameter that the model stacks to [E, ...]; no other is read. Raises CheckpointError."""
+        """Row `expert` of a parameter that the model stacks to [E, ...]; reads no other row. Raises CheckpointError."""
         source = self._source(name)
         if source.converter is None:
             return self.shards.read_row(source.first, expert)
         if any(1 < len(names) < num_experts for names in source.names.values()):
-            raise CheckpointError(f"{self.shards.folder}: {name} is not stored by expert ({source.first}, ...)")
+            raise CheckpointError(f"{self.shards.folder}: {name} is not stored per expert ({source.first}, ...)")
         own: dict[str, list[str]] = {
             pattern: names if len(names) == 1 else [names[expert]] for pattern, names in source.names.items()
         }
@@ -70,10 +70,10 @@ class Checkpoint:
         return self._made_of(name, read, own)[name][0]
 
     def missing(self, name: str, experts: int | None = None) -> bool:
-        """Whether something of a parameter is not stored.
+        """Whether a parameter, or a part of it, is not stored.
 
         Args:
-            experts: how many rows (experts) it stacks, where they may be stored one by one.
+            experts: number of rows (experts) that it stacks, if they may be stored one by one.
         """
         source = self.sources.get(name)
         if source is None:
@@ -93,10 +93,10 @@ class Checkpoint:
         try:
             made = converter.convert(name, model=self.model, config=self.model.config)
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.shards.folder}: cannot make {name} of {source.first} ({error})") from None
+            raise CheckpointError(f"{self.shards.folder}: cannot make {name} from {source.first} ({error})") from None
         made = {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
         if name not in made:
-            raise CheckpointError(f"{self.shards.folder}: cannot make {name} of {source.first}")
+            raise CheckpointError(f"{self.shards.folder}: cannot make {name} from {source.first}")
         return made
 
     def _source(self, name: str) -> Sources:
@@ -107,7 +107,7 @@ class Checkpoint:
 
 
 class CheckpointExperts:
-    """The experts of a model's MoE layers, one by one from its checkpoint: an `ExpertSource`."""
+    """An `ExpertSource` that reads the experts of a model's MoE layers one by one from its checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, layers: list[MoELayer]) -> None:
         self.checkpoint, self.layers = checkpoint, layers
@@ -162,7 +162,7 @@ def _sources(shards: Shards, model: Any) -> dict[str, Sources]:
         if name not in wanted and stored in wanted:
             name, pattern = stored, None
         if name not in wanted:
-            continue  # transformers passes over what the model does not have, too
+            continue  # transformers also ignores what the model does not have
         source = sources.setdefault(name, Sources(None if pattern is None else by_pattern[pattern]))
         source.names.setdefault(pattern or stored, []).append(stored)
     return sources

@@ -1,7 +1,7 @@
 """Which experts a device has: a mask over a whole model, or only the resident experts in memory.
 
-Both give the same outputs and gradients. The routers keep all their rows: they are small, and with them the client
-measures which absent experts it would have used.
+Both give the same outputs and gradients. The routers keep all their rows: they are small, and the client needs them to
+measure which absent experts it would have used.
 """
 
 import torch
@@ -28,7 +28,7 @@ def check_resident(states: list[ExpertState], resident: list[Tensor]) -> None:
 
 
 def mask(states: list[ExpertState], resident: list[Tensor] | None) -> None:
-    """Restrict routing to the resident experts (bool [E] per layer); None lifts the restriction.
+    """Restrict routing to the resident experts (bool [E] per layer); None removes the restriction.
 
     Raises:
         ValueError: a layer would keep fewer than top-k experts.
@@ -44,7 +44,7 @@ def mask(states: list[ExpertState], resident: list[Tensor] | None) -> None:
 def reside(states: list[ExpertState], store: ExpertStore, resident: list[Tensor], whole: bool = False) -> None:
     """Hold exactly these experts (bool [E] per layer), reading and dropping the difference.
 
-    Trained tensors start anew: what a device trains in a round is what the server sends for it.
+    Trained tensors start new: the server sends their values for each round.
 
     Args:
         whole: the base tensors themselves are trained.
@@ -68,7 +68,7 @@ def reside(states: list[ExpertState], store: ExpertStore, resident: list[Tensor]
 
 
 def _restrict(state: ExpertState, keep: Tensor) -> None:
-    """Only these experts are in memory, in ascending order."""
+    """Restrict the state to these experts, which are in memory in ascending order."""
     held = int(keep.sum())
     local = torch.full((len(keep) + 1,), held, dtype=torch.int64)
     local[:-1][keep] = torch.arange(held)

@@ -1,7 +1,7 @@
-"""Read single tensors, or single rows of them, out of a safetensors checkpoint of one or many files.
+"""Read single tensors, or single rows of them, from a safetensors checkpoint of one or many files.
 
-Files are read, not mapped: pages of a mapped file count as memory of the process that touched them, which is what a
-device with a budget must not have. A tensor is read straight into the memory where it stays.
+Files are read, not mapped: used pages of a mapped file count as memory of the process, which a device with a budget
+must avoid. A tensor is read directly into its final memory.
 """
 
 import json
@@ -20,7 +20,7 @@ from hfedmoe.files.lfs import pointer_in
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000
-"""The format's own limit for the header of a file."""
+"""Bytes: the limit of the format for the header of a file."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,7 +36,7 @@ _DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """The checkpoint is missing, damaged, or not what its model needs; the message names the file or tensor."""
+    """The checkpoint is missing, damaged, or does not fit its model; the message names the file or tensor."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Entry:
 
 
 class Shards:
-    """The tensors of a checkpoint folder by name, without reading any of them.
+    """The tensors of a checkpoint folder by name; none is read before it is asked for.
 
     Raises:
         CheckpointError: there is no safetensors checkpoint in the folder, or a file is damaged.
@@ -78,7 +78,7 @@ class Shards:
             raise CheckpointError(f"{self.folder}: the checkpoint has no tensor {name}") from None
 
     def read(self, name: str) -> Tensor:
-        """A tensor in its stored precision, in memory of its own."""
+        """A tensor in its stored precision, in its own memory."""
         entry = self[name]
         return _read(entry, entry.start, entry.shape)
 
@@ -95,11 +95,11 @@ def weights_file(folder: Path) -> Path | None:
     """The file or index of a folder's safetensors checkpoint that transformers loads; None if it has neither.
 
     As `transformers.modeling_utils._get_resolved_checkpoint_files`: `transformers_weights` in config.json, else the
-    single file, and the index only where there is none. A folder that was saved in shards and then whole has both.
+    single file, else the index. A folder that was saved first in shards and then as one file has both.
     """
     try:
         explicit = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
-    except (OSError, ValueError, AttributeError):  # who needs the config says what is wrong with it
+    except (OSError, ValueError, AttributeError):  # code that needs the config reports the error
         explicit = None
     if isinstance(explicit, str):
         file = folder / explicit

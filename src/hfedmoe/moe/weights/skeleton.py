@@ -1,4 +1,4 @@
-"""A model with everything in memory but its experts, tensor by tensor from a checkpoint."""
+"""A model with everything in memory except its experts, read tensor by tensor from a checkpoint."""
 
 import re
 from typing import Any
@@ -15,7 +15,7 @@ from hfedmoe.moe.weights.shards import CheckpointError, Shards
 
 
 def empty_model(auto: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any:
-    """The model that `config` describes; its parameters have no contents, what is computed (rotary tables) has.
+    """The model that `config` describes; parameters have no contents, computed buffers (rotary tables) have.
 
     Args:
         auto: transformers' AutoModelForCausalLM or AutoModelForSeq2SeqLM.
@@ -27,9 +27,9 @@ def empty_model(auto: Any, config: Any, dtype: torch.dtype, **options: Any) -> A
 
 
 def fill(model: Any, shards: Shards, dtype: torch.dtype, expert_dtype: str, device: torch.device) -> ExpertStore:
-    """Read everything but the experts into an empty model; the store reads these when they are wanted.
+    """Read everything except the experts into an empty model; the returned store reads experts when needed.
 
-    At any time one tensor more than the finished model is in memory.
+    The peak memory is that of the finished model plus one tensor.
 
     Args:
         expert_dtype: how experts are held, see `ExpertStore`.
@@ -43,7 +43,7 @@ def fill(model: Any, shards: Shards, dtype: torch.dtype, expert_dtype: str, devi
     checkpoint = Checkpoint(shards, model)
     tied = _untie(model, checkpoint)
     wanted = {name: p for name, p in model.named_parameters() if id(p) not in experts and name not in tied}
-    # Buffers that are stored as well (correction biases); tied weights are found once.
+    # Also buffers that are stored (correction biases); tied weights appear once.
     wanted |= {name: b for name, b in model.named_buffers() if name in checkpoint.sources}
     source = CheckpointExperts(checkpoint, layers)
     _require(shards, model, [name for name in wanted if checkpoint.missing(name)] + source.missing())
@@ -67,9 +67,9 @@ def fill(model: Any, shards: Shards, dtype: torch.dtype, expert_dtype: str, devi
 
 
 def _untie(model: Any, checkpoint: Checkpoint) -> set[str]:
-    """Give every stored one of two tied tensors (embedding and head) its own place; returns those that are not stored.
+    """Untie tied tensors (embedding and head) that are stored; returns the names of those that are not stored.
 
-    transformers ties them only if the stored values are equal, or if one is not stored, whatever the config says.
+    transformers ties them only if the stored values are equal, or if one is not stored; the config does not matter.
     """
     pairs = dict(model.all_tied_weights_keys)
     for target in pairs:
@@ -79,7 +79,7 @@ def _untie(model: Any, checkpoint: Checkpoint) -> set[str]:
 
 
 def _require(shards: Shards, model: Any, missing: list[str]) -> None:
-    """Raise CheckpointError for tensors that are not stored, but for those that the family leaves out on purpose."""
+    """Raise CheckpointError for missing tensors, except those that the family leaves out on purpose."""
     left_out = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     unknown = [name for name in missing if not any(re.search(pattern, name) for pattern in left_out)]
     if unknown:
@@ -96,7 +96,7 @@ def missing_tensors(where: str, names: list[str]) -> str:
 
 
 class _Dtypes:
-    """The precision of each tensor: some families keep some tensors in float32 whatever the model's own is."""
+    """The precision of each tensor: some families keep some tensors in float32 in a model of any precision."""
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
