@@ -36,15 +36,14 @@ _COPIED = (
 
 
 def upcycle(dense: Any, experts: int, top_k: int, router_std: float, seed: int) -> Any:
-    """A Mixtral model with the dense model's weights; its experts share memory with each other and with `dense`.
+    """A Mixtral model with the dense model's weights; its experts share memory with each other.
 
     Args:
         dense: a Llama or Mistral model.
         router_std: standard deviation of the new router rows, drawn with `seed`.
 
     Raises:
-        UnsupportedModelError: the family is not supported, or the model has biases or attention scaling, which Mixtral
-            does not have.
+        UnsupportedModelError: the family is not supported, or the model has biases, which Mixtral does not have.
         ValueError: top_k or experts out of range.
     """
     source = dense.config

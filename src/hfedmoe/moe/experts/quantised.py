@@ -175,7 +175,7 @@ def _float(dtype: torch.dtype) -> torch.dtype:
 def _chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(start, values [n]) of a tensor in row-major order; all but the last hold a multiple of BLOCK values.
 
-    A view that is not contiguous is copied a chunk at a time.
+    A view of two dimensions that is not contiguous is copied a chunk at a time, one of more dimensions whole.
     """
     rows = tensor.reshape(-1, tensor.shape[-1])
     step = max(BLOCK, _CHUNK // rows.shape[1] // BLOCK * BLOCK)

@@ -31,7 +31,7 @@ def mask(states: list[ExpertState], resident: list[Tensor] | None) -> None:
     """Restrict routing to the resident experts (bool [E] per layer); None removes the restriction.
 
     Raises:
-        ValueError: a layer would keep fewer than top-k experts.
+        ValueError: a layer would keep fewer than top-k experts, or the model holds only its residents.
     """
     if resident is not None:
         check_resident(states, resident)

@@ -68,9 +68,6 @@ class Shards:
         for file in _files(folder):
             self.entries |= dict(_header(file))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.entries
-
     def __getitem__(self, name: str) -> Entry:
         try:
             return self.entries[name]
