@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfedmoe.method.methods import METHODS, Residents, Settings, Wish
+from hfedmoe.events import Silent
+from hfedmoe.method.methods import METHODS
+from hfedmoe.method.row import Residents, Settings, Wish
 from hfedmoe.method.selection import select
 from hfedmoe.runs.folder import RunFolder
-from tests.federation import Federation
+from hfedmoe.simulation import resume, run
+from tests.federation import Federation, tiny_config
+from tests.test_resume import StopAt, Stopped
 
 Make = Callable[..., Federation]
 QUICK = ("data.test_rows=6", "evaluation.watch_rows=1", "federation.rounds=1")
@@ -87,7 +91,7 @@ def test_a_method_may_plan_on_the_server(federation: Make, tmp_path: Path, monke
     """Each client gets its best experts among those that no client before it holds, while there are any."""
     seen: list[Wish] = []
 
-    def cover(wishes: list[Wish], settings: Settings) -> list[Residents]:
+    def cover(wishes: list[Wish], held: Tensor, settings: Settings) -> list[Residents]:
         seen.extend(wishes)
         taken = [torch.zeros(number) for number in wishes[0].num_experts]
         plans = []
@@ -107,3 +111,87 @@ def test_a_method_may_plan_on_the_server(federation: Make, tmp_path: Path, monke
     held = torch.tensor(rows["resident"].reshape(4, -1).astype("int64"))
     assert held.sum(1).tolist() == [8] * 4
     assert held.sum(0).tolist() == [1] * 32  # four clients of eight experts cover all 32 once
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_and_is_resumed_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    settings = (
+        "data.test_rows=6",
+        "evaluation.watch_rows=2",
+        "federation.rounds=3",
+        "keep_checkpoints=4",
+        "train.batch_size=2",
+        f"method.name={name}",
+        'clients.budgets=["100%","50%"]',
+    )
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(tiny_config(*settings), whole, Silent())
+    with pytest.raises(Stopped):
+        run(tiny_config(*settings), stopped, StopAt(3))
+    resume(stopped, Silent())
+    one, other = (RunFolder.open(path).load_checkpoint("last").tensors for path in (whole, stopped))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    start = RunFolder.open(whole).load_checkpoint(1).tensors
+    changed = {key.split(".")[0] for key, tensor in one.items() if not torch.equal(tensor, start[key])}
+    assert changed == {"router", "experts"} - METHODS[name].private
+    (line,) = RunFolder.open(whole).read_rounds()[-1:]
+    statuses = [row["status"] for row in line["clients"]]
+    if name == "pooled":
+        assert statuses == ["ok"]
+        assert line["clients"][0]["steps"] == 4 * 2
+        assert line["clients"][0]["examples"] == 160
+    elif name in ("fedavg", "fedprox", "fc_moe", "fedalign_moe"):
+        assert statuses == ["ok", "too small"] * 2
+    else:
+        assert statuses == ["ok"] * 4
+        held = [row["resident"] for row in line["clients"]]
+        assert held == [32] * 4 if METHODS[name].unlimited else held[1] <= 16
+
+
+@pytest.mark.parametrize("name", ["local", "flex_moe", "flame"])
+def test_what_a_client_keeps_never_travels(federation: Make, name: str) -> None:
+    run = federation(*QUICK, f"method.name={name}", "federation.rounds=2")
+    private = METHODS[name].private
+    no_such = {"shared"} if name == "flame" else {"shared", "scale"}
+    sent: list[set[str]] = []
+    for device in run.devices:
+        honest = device.train
+
+        def train(history, resident, tensors, round, honest=honest):  # type: ignore[no-untyped-def]
+            update = honest(history, resident, tensors, round)
+            sent.append({key.split(".")[0] for key in [*update.tensors, *tensors]})
+            assert history.private is not None
+            assert {key.split(".")[0] for key in history.private.tensors} == private - no_such
+            return update
+
+        device.train = train  # type: ignore[method-assign]
+    run.run()
+    assert len(sent) == 8
+    assert all(not kinds & private for kinds in sent)
+
+
+def test_a_client_goes_on_with_what_it_kept(federation: Make) -> None:
+    """Of experts that it held before; others begin as they were at first."""
+    run = federation(*QUICK, "method.name=local", "federation.rounds=2", 'clients.budgets=["50%"]')
+    device = run.devices[0]
+    seen: list[tuple[list[Tensor], dict[str, Tensor]]] = []
+    honest = device._begin
+
+    def begin(history, resident, received):  # type: ignore[no-untyped-def]
+        started = honest(history, resident, received)
+        seen.append((resident, {key: tensor.clone() for key, tensor in started.items()}))
+        if history.private is not None:
+            for key, tensor in started.items():
+                if key.startswith("experts."):
+                    layer = int(key.split(".")[1])
+                    known, now = history.private.experts[layer], resident[layer]
+                    mine = tensor[known[now]]
+                    assert torch.equal(mine, history.private.tensors[key][now[known]])
+                    new = device.initial[key][now & ~known]
+                    assert torch.equal(tensor[~known[now]], new)
+        return started
+
+    device._begin = begin  # type: ignore[method-assign]
+    run.run()
+    assert len(seen) == 2
+    assert any(not torch.equal(seen[1][1][key], tensor) for key, tensor in seen[0][1].items() if "router" in key)

@@ -31,6 +31,8 @@ from hfedmoe.device.limits import hold_process_to
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent, Watcher
 from hfedmoe.files.cache import cache_folder
+from hfedmoe.method.methods import METHODS
+from hfedmoe.method.row import Method
 from hfedmoe.models.digest import base_digest
 from hfedmoe.models.loaded import device_of
 from hfedmoe.prepare import Prepared, prepare, server_for
@@ -102,7 +104,7 @@ def _device(message: Message, context: Context) -> Device:
     number = _number(context, config)
     budget = _budget(context, config, number)
     place = device_of(config.model.device)
-    memory = memory_of(budget, str(place)) if config.method.residency == "budget" else None
+    memory = None if _method(config).ignores_budgets(config.method) else memory_of(budget, str(place))
     # Also where there is no limit: Flower may have had this process serve a client with one before.
     hold_process_to(memory if place.type == "cpu" and budget != AUTO else None)
     own = context.node_config.get("data")
@@ -201,9 +203,13 @@ def _budget(context: Context, config: RunConfig, number: int) -> Budget:
     return own
 
 
+def _method(config: RunConfig) -> Method:
+    return METHODS[config.method.name]
+
+
 def _experts(context: Context, config: RunConfig, budget: Budget, prepared: Prepared, device: str) -> int | None:
     """The node's budget in experts; planned once, as every message may come to a new process. None: unlimited."""
-    if config.method.residency == "all":
+    if _method(config).ignores_budgets(config.method):
         return None
     kept = context.state.config_records.get(PLACE)
     if kept is not None and kept["asked"] == _asked(context, config):

@@ -23,6 +23,7 @@ from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, 
 from hfedmoe.device.budgets import budgets_in_experts
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
+from hfedmoe.method.methods import METHODS
 from hfedmoe.models.loaded import Loaded
 from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
@@ -117,7 +118,8 @@ def prepare(
     if problem is not None:
         raise UserError(problem)
     budgets = None
-    if config.method.residency == "budget" and not carve:
+    method = METHODS[config.method.name]
+    if not carve and (not method.ignores_budgets(config.method) or method.experts_per_token is not None):
         top_k = [layer.top_k for layer in model.layers]
         budgets = budgets_in_experts(config, model.num_experts, top_k, str(model.device))
     if (config.train.loss == "choices" or config.train.logit_adjustment) and not encoder.first_token_only:

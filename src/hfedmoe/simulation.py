@@ -1,6 +1,6 @@
 """Run a federation on this machine from a configuration: the embedded default behind `hfedmoe run`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from hfedmoe.data.partition import partition
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
 from hfedmoe.files.disk import require_room
+from hfedmoe.method.methods import METHODS
 from hfedmoe.moe.payload import load_all
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.runs.choice import fitting
@@ -138,6 +139,8 @@ def assemble(
     Raises:
         UserError: the checkpoint is damaged or does not fit the model.
     """
+    if METHODS[prepared.config.method.name].pooled:
+        prepared, parts = pooled(prepared, parts)
     devices = _devices(prepared, parts, watcher)
     grid = InProcessGrid(client_app(lambda _, context: devices[int(context.node_config["partition-id"])]), len(devices))
     keeper = Keeper(folder, lambda: _to_tensors(changed_contexts(grid)), from_round)
@@ -149,6 +152,20 @@ def assemble(
             load_all(prepared.model, tensors)
         restore_contexts(grid, _to_bytes(checkpoint.clients or {}))
     return Simulation(server_for(prepared, keeper, watcher, tensors, from_round or 0), devices, grid)
+
+
+def pooled(prepared: Prepared, parts: list[list[int]]) -> tuple[Prepared, list[list[int]]]:
+    """One client with the rows of all, without limits, that takes as many steps in a round as they would together."""
+    config = prepared.config
+    asked = config.federation.clients_per_round or config.clients.count
+    changes = {
+        "clients": config.clients.model_copy(update={"count": 1, "budgets": ["100%"], "deadlines_s": None}),
+        "federation": config.federation.model_copy(update={"clients_per_round": None, "min_clients": 1}),
+        "train": config.train.model_copy(update={"steps": config.train.steps * asked}),
+        "data": config.data.model_copy(update={"clients": None}),
+    }
+    one = replace(prepared, config=config.model_copy(update=changes), budgets=None)
+    return one, [sorted(row for part in parts for row in part)]
 
 
 def _devices(prepared: Prepared, parts: list[list[int]], watcher: Watcher) -> list[Device]:

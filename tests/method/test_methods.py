@@ -5,7 +5,8 @@ import torch
 
 from hfedmoe.config import MethodConfig
 from hfedmoe.method.copies import Copies
-from hfedmoe.method.methods import METHODS, CannotHoldError, Outlook
+from hfedmoe.method.methods import METHODS
+from hfedmoe.method.row import CannotHoldError, Outlook
 
 CONTRIBUTION = [torch.tensor([0.1, 0.9, 0.5, 0.2]), torch.tensor([0.8, 0.3, 0.4, 0.7])]
 
@@ -66,7 +67,17 @@ def test_fedavg_holds_everything_or_takes_no_part() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_row_says_what_it_is(name: str) -> None:
     row = METHODS[name]
-    assert row.source.startswith("arXiv ")
-    assert row.about
-    assert row.sends in ("trained", "held")
+    assert "arXiv " in row.source or row.status == "bound"
+    assert row.holds
+    assert row.trains
+    assert row.travels
+    assert row.server
     assert MethodConfig(name=name).name == name
+
+
+def test_options_are_the_methods_own() -> None:
+    assert MethodConfig(name="fedprox", options={"mu": 0.5}).options == {"mu": 0.5}
+    with pytest.raises(ValueError, match="hfedmoe has no option mu; it has none"):
+        MethodConfig(options={"mu": 0.5})
+    with pytest.raises(ValueError, match=r"mu = -1 must be from 0"):
+        MethodConfig(name="fedprox", options={"mu": -1})

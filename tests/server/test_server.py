@@ -61,7 +61,7 @@ def test_how_lora_is_averaged_reaches_the_fold(lora: str, exact: bool, monkeypat
 
     monkeypatch.setattr(server, "Fold", spy)
     Federation(None, tiny_config(*QUICK, "federation.rounds=1", f"train.lora={lora}", "train.rank=3")).run()
-    assert seen == [(exact, 3)]
+    assert seen == [(exact, 3, None)]
 
 
 def test_clients_are_drawn_by_seed_and_round_and_come_in_the_order_of_their_numbers() -> None:

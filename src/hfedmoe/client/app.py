@@ -13,7 +13,7 @@ from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.place import Place
 from hfedmoe.client.trouble import attempt
 from hfedmoe.errors import OwnDataError, UserError
-from hfedmoe.method.methods import CannotHoldError
+from hfedmoe.method.row import CannotHoldError
 from hfedmoe.moe.payload import MismatchError
 from hfedmoe.wire import requests
 from hfedmoe.wire.messages import (
@@ -113,6 +113,8 @@ def client_app(
             return refuse(Trouble(OUT_OF_MEMORY, place.cannot, OUT_OF_MEMORY, place.smallest))
         round = requests.round_of(message, place.config.federation.rounds)
         usage = usage_of(message, place.num_experts)
+        if place.method.needs_usage:
+            history.federation = usage
         try:
             if place.method.assign is not None:
                 content = wish_reply(place.contribution(history, round, usage, first_pass))

@@ -6,10 +6,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.learner import Learner
+from hfedmoe.client.memory import Memory
 from hfedmoe.client.place import Place
 from hfedmoe.client.scoring import bootstrap
 from hfedmoe.client.training import train
@@ -20,7 +22,7 @@ from hfedmoe.data.example import Example
 from hfedmoe.device.memory import peak_bytes, sub_model_bytes
 from hfedmoe.device.pace import Clock, Pace
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.payload import extract, load, restore
+from hfedmoe.moe.payload import extract, kind_of, load, public, reset, restore
 from hfedmoe.wire.messages import Update
 
 
@@ -107,10 +109,51 @@ class Device:
         least = [min(number, layer.top_k) for number, layer in zip(most, self.model.layers, strict=True)]
         return Pace(history.step_times, self.deadline_s, self.config.train.steps, most, least, self.clock)
 
+    def _begin(self, history: ClientHistory, resident: list[Tensor], received: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the round begins with: what was received, what the client keeps of its own, and what it adds."""
+        method, numbers = self.learner.method, self.model.num_experts
+        if method.private:
+            reset(self.model, self.initial)
+            own = extract(self.model, resident)
+            if history.private is not None:
+                own = history.private.over(own, resident)
+            received = received | {name: tensor for name, tensor in own.items() if kind_of(name) in method.private}
+        if method.begin is None:
+            return received
+        start = dict(received)
+        if history.began is not None and history.ended is not None:
+            settings = self.learner.settings
+            began, ended = history.began.over(received, resident), history.ended.over(received, resident)
+            for name, tensor in received.items():
+                if kind_of(name) == "experts":
+                    start[name] = torch.stack(
+                        [
+                            method.begin(new.reshape(-1), old.reshape(-1), last.reshape(-1), settings).view_as(new)
+                            for new, old, last in zip(tensor, began[name], ended[name], strict=True)
+                        ]
+                    )
+        history.began = (history.began or Memory.nothing(numbers)).updated(start, resident)
+        return start
+
+    def _remember(self, history: ClientHistory, resident: list[Tensor]) -> None:
+        """Keep what the method leaves on the client."""
+        method, numbers = self.learner.method, self.model.num_experts
+        if not method.private and method.begin is None:
+            return
+        now = extract(self.model, resident)
+        if method.private:
+            own = {name: tensor for name, tensor in now.items() if kind_of(name) in method.private}
+            history.private = (history.private or Memory.nothing(numbers)).updated(own, resident)
+        if method.begin is not None:
+            history.ended = (history.ended or Memory.nothing(numbers)).updated(now, resident)
+
     def train(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor], round: int) -> Update:
         """Train the resident experts and return what changed."""
+        method = self.learner.method
         self.model.set_resident(resident)
-        load(self.model, tensors, resident)
+        load(self.model, self._begin(history, resident, tensors), resident)
+        if method.experts_per_token is not None:
+            self.model.limit_top_k(method.experts_per_token(self.place.share, self.place.top_k[0]))
         on_step = self.on_step
         local = train(
             self.learner,
@@ -120,10 +163,12 @@ class Device:
             on_step=None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
             pace=self.pace(history, resident),
         )
+        self.model.limit_top_k(None)
+        self._remember(history, resident)
         peak = sub_model_bytes(self.model, resident) if self.simulated else peak_bytes(self.model.device)
-        sent = local.trained if self.learner.method.sends == "trained" else resident
+        sent = local.trained if method.sends == "trained" else resident
         return Update(
-            tensors=extract(self.model, sent),
+            tensors=public(extract(self.model, sent), method.private),
             sent=sent,
             trained=local.trained,
             usage=local.usage,

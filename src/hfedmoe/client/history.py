@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hfedmoe.client.memory import Memory
 from hfedmoe.device.pace import StepTimes
 from hfedmoe.method.running import RunningScore
+
+MEMORIES = ("private", "began", "ended")
 
 
 @dataclass
@@ -21,6 +24,13 @@ class ClientHistory:
     rounds: int = 0
     step_times: StepTimes = field(default_factory=StepTimes)
     """How long steps took, where there is a deadline."""
+    private: Memory | None = None
+    """Trained tensors of its own, for methods that leave some on the client."""
+    began: Memory | None = None
+    ended: Memory | None = None
+    """What its last rounds began and ended with, for methods that keep something back."""
+    federation: list[Tensor] | None = None
+    """Per layer [E], the federation's usage as the server last told it."""
     limit: int | None = None
     """Experts over all layers that it holds at most since it ran out of memory; 0: not even the fewest possible."""
 
@@ -54,6 +64,11 @@ class ClientHistory:
             tensors["step_times"] = torch.tensor(self.step_times.sums, dtype=torch.float64)
         if self.limit is not None:
             tensors["limit"] = torch.tensor([self.limit])
+        if self.federation is not None:
+            tensors["federation"] = torch.cat(self.federation)
+        for name in MEMORIES:
+            memory = getattr(self, name)
+            tensors |= {} if memory is None else memory.to_tensors(f"{name}/")
         return tensors
 
     @classmethod
@@ -70,4 +85,10 @@ class ClientHistory:
         seen, rounds = tensors["counters"].tolist()
         times = StepTimes(tensors["step_times"].tolist()) if "step_times" in tensors else StepTimes()
         limit = int(tensors["limit"].item()) if "limit" in tensors else None
-        return cls(scores, prior, seen, rounds, times, limit)
+        memories = {
+            name: Memory.from_tensors(tensors, f"{name}/", num_experts)
+            for name in MEMORIES
+            if any(key.startswith(f"{name}/") for key in tensors)
+        }
+        told = [part.clone() for part in tensors["federation"].split(num_experts)] if "federation" in tensors else None
+        return cls(scores, prior, seen, rounds, times, limit=limit, federation=told, **memories)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from hfedmoe.config import MethodConfig, RunConfig, TrainConfig
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.example import Example
-from hfedmoe.method.methods import METHODS, Method
+from hfedmoe.method.methods import METHODS
+from hfedmoe.method.row import Method
 from hfedmoe.moe.model import MoEModel
 
 

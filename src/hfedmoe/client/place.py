@@ -13,7 +13,8 @@ from hfedmoe.client.trouble import smaller
 from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import in_experts
 from hfedmoe.device.learned import Note
-from hfedmoe.method.methods import METHODS, Method, Outlook
+from hfedmoe.method.methods import METHODS
+from hfedmoe.method.row import Method, Outlook
 from hfedmoe.method.scores import SCORES, Score
 from hfedmoe.seeds import generator
 from hfedmoe.wire.trouble import OUT_OF_MEMORY, Trouble
@@ -56,8 +57,17 @@ class Place:
     @property
     def budget(self) -> int:
         """Experts over all layers; with residency "all" budgets mean nothing."""
-        if self.config.method.residency == "all":
+        if self.method.ignores_budgets(self.config.method):
             return self.total
+        return self._room
+
+    @property
+    def share(self) -> float:
+        """The share of all experts that its budget has room for, also if the method ignores budgets."""
+        return self._room / self.total
+
+    @property
+    def _room(self) -> int:
         if self.budget_experts is not None:
             return min(self.budget_experts, self.total)
         budgets = self.config.clients.budgets

@@ -81,6 +81,8 @@ def train(
     choice, ranked = Choice(learner, history), ranked_by(learner)
     choice.within(activation_budget)
     model.model.train()
+    for routing in model.routing:
+        routing.with_gradient = learner.method.routing_term is not None and history.federation is not None
     batches = endless_batches(learner, history)
     try:
         for step in range(1, settings.steps + 1):
@@ -92,6 +94,7 @@ def train(
             batch = learner.encoder.training_batch(next(batches)).to(model.device)
             model.watch(tokens_of(batch), None if ranked is None else ranked.needs)
             loss = loss_of.answers(model.model(**batch.model_inputs()).logits, batch)
+            whole = loss if history.federation is None else loss + loss_of.routing(history.federation)
             if pace is not None:
                 _synchronise(model)
                 if (taken := pace.give_up()) is not None:
@@ -99,7 +102,7 @@ def train(
                         f"the forward pass of its first step took {taken:.1f} s, "
                         f"and its deadline is {pace.deadline_s:g} s"
                     )
-            loss.backward()
+            whole.backward()
             statistics.note_trained(model)  # before a local term, which has a gradient for everything
             loss_of.add_local_term(optimizer)
             losses.append(loss.item())  # after the backward pass has been handed to the device: this waits for it
@@ -153,6 +156,19 @@ class _Loss:
     def answers(self, logits: Tensor, batch: Batch) -> Tensor:
         """The cross entropy of a batch's answers, which is the loss that is reported."""
         return answer_loss(logits, batch, self._learner.train.loss == "choices", self._adjustment)
+
+    def routing(self, federation: list[Tensor]) -> Tensor | float:
+        """The method's own term for the routing of the batch; 0 if it has none."""
+        term = self._learner.method.routing_term
+        if term is None:
+            return 0.0
+        means = [routing.batch_mean() for routing in self._learner.model.routing]
+        if not any(mean.requires_grad for mean in means):
+            raise TrainingError(
+                "the method's routing term has no gradient; set train.router = true and "
+                "train.gradient_checkpointing = false"
+            )
+        return term(means, federation, self._learner.settings)
 
     def add_local_term(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the gradient of the method's own term, for what the round has trained so far: the rest is as it began."""

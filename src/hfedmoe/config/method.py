@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hfedmoe.config.named import NamedIn
 from hfedmoe.config.section import Section
@@ -16,6 +16,9 @@ class MethodConfig(Section):
         NamedIn("hfedmoe.method.methods", "METHODS", "hfedmoe"),
         Field(description="what clients hold, train and send, and what their copies count"),
     ] = "hfedmoe"
+    options: Annotated[
+        dict[str, float], Field(description="numbers of the method's own (docs/methods.md), such as `{ mu = 0.1 }`")
+    ] = Field(default_factory=dict)
     score: Annotated[
         str,
         NamedIn("hfedmoe.method.scores", "SCORES", "ib"),
@@ -46,6 +49,19 @@ class MethodConfig(Section):
         ),
     ] = "forward"
     bootstrap_batches: Annotated[int, Field(ge=1, description="batches of that forward pass")] = 2
+
+    @model_validator(mode="after")
+    def _options_are_the_methods(self) -> "MethodConfig":
+        if self.options:
+            from hfedmoe.method.methods import METHODS  # imports torch
+
+            known = {option.name: option for option in METHODS[self.name].options}
+            for name, value in self.options.items():
+                if name not in known:
+                    raise ValueError(f"{self.name} has no option {name}; it has {', '.join(known) or 'none'}")
+                if not known[name].low <= value <= known[name].high:
+                    raise ValueError(f"{name} = {value:g} must be from {known[name].low:g} to {known[name].high:g}")
+        return self
 
 
 class TrainConfig(Section):

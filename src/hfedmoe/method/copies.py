@@ -27,16 +27,20 @@ class Copies:
     """bool [..., E], the experts on the device in this round."""
     trained: Tensor
     """bool [..., E], those with at least one optimizer step."""
+    federation: Tensor | None = None
+    """[..., E], the federation's usage in the rounds before; None: in the first, or where the method needs it not."""
 
     def __post_init__(self) -> None:
         if self.examples < 0:
             raise ValueError(f"examples={self.examples} must not be negative")
         shapes = {tuple(getattr(self, name).shape) for name in VECTORS}
+        if self.federation is not None:
+            shapes.add(tuple(self.federation.shape))
         if len(shapes) > 1:
             raise ValueError(f"{', '.join(VECTORS)} must all be [..., E], got {sorted(shapes)}")
 
 
-VECTORS = tuple(field.name for field in fields(Copies) if field.name != "examples")
+VECTORS = tuple(field.name for field in fields(Copies) if field.name not in ("examples", "federation"))
 
 
 def over_layers(rule: Callable[[Copies], Tensor], layers: Sequence[Copies]) -> list[Tensor]:
@@ -49,4 +53,6 @@ def over_layers(rule: Callable[[Copies], Tensor], layers: Sequence[Copies]) -> l
     if len({copies.usage.shape for copies in layers}) > 1:
         return [rule(copies) for copies in layers]
     stacked = {name: torch.stack([getattr(copies, name) for copies in layers]) for name in VECTORS}
-    return list(rule(Copies(layers[0].examples, **stacked)).unbind(0))
+    usual = [copies.federation for copies in layers if copies.federation is not None]
+    federation = torch.stack(usual) if usual else None
+    return list(rule(Copies(layers[0].examples, federation=federation, **stacked)).unbind(0))

@@ -31,7 +31,7 @@ def routing_probabilities(logits: Tensor, kind: str) -> Tensor:
     Raises:
         ValueError: unknown kind.
     """
-    logits = logits.detach().float()
+    logits = logits.float()
     if kind == "softmax":
         return logits.softmax(-1)
     if kind == "sigmoid":

@@ -51,6 +51,21 @@ class FederationUsage:
         return None if self._sum is None else (self._sum / self._weight).float()
 
 
+class HeldCounts:
+    """How many times clients held each expert, over all rounds so far."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, held: Tensor) -> None:
+        """Add one client's round: bool [sum E_l]."""
+        self._sum = held.float() if self._sum is None else self._sum + held.float()
+
+    def value(self) -> Tensor | None:
+        """float32 [sum E_l]; None before anything was added."""
+        return self._sum
+
+
 def passes(usage: Tensor, tau: float) -> Tensor:
     """Which experts a client uses enough to count, the set S_c: usage [..., E] -> bool [..., E].
 

@@ -4,6 +4,7 @@ import torch
 
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
+from hfedmoe.method.methods import METHODS
 from hfedmoe.models.loaded import device_of
 from hfedmoe.moe.anatomy import UnsupportedModelError
 from hfedmoe.moe.compact import compute_in_float32, wants_float32
@@ -50,6 +51,7 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
             off_budget=config.clients.off_budget,
             store=store,
             masked=masked,
+            scales=METHODS[config.method.name].experts_per_token is not None,
         )
     except (UnsupportedModelError, CheckpointError) as error:
         raise UserError(f"model.name = {config.model.name}: {error}") from None

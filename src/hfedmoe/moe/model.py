@@ -1,10 +1,11 @@
 """A MoE model ready for federated fine-tuning: what is trained, what is resident, what is sent.
 
-There are three kinds of trainable tensors; the names under which they are sent show the kind:
+There are four kinds of trainable tensors; the names under which they are sent show the kind:
 
     router.{layer}.{name}    gates, whole
     experts.{layer}.{name}   trained tensors of the experts, one row per expert
     shared.{name}            everything else that is trained, whole
+    scale.{layer}.output     a factor of the output of a layer's experts, for methods that train one
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfedmoe.moe.anatomy import MoELayer, find_moe_layers
+from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.attention import add_attention_lora
 from hfedmoe.moe.experts.dispatch import keep_eager
 from hfedmoe.moe.experts.state import ExpertState, attach
@@ -42,6 +43,7 @@ class MoEModel:
         store: holds the base tensors of the experts, which are then not parameters of `model`. It is empty until
             experts are made resident. Without a store all experts are in `model`, and residency is a mask over them.
         masked: hold every expert and mask them, even with a store.
+        scales: train a scale of the output of each layer's experts, which begins at 1.
 
     Raises:
         UnsupportedModelError: no MoE layers, or layers that the expert forward does not support.
@@ -60,6 +62,7 @@ class MoEModel:
         off_budget: str = "frozen",
         store: ExpertStore | None = None,
         masked: bool = False,
+        scales: bool = False,
     ) -> None:
         self.model, self.store, self.masked = model, store, masked or store is None
         self._whole = experts == "full"
@@ -79,6 +82,11 @@ class MoEModel:
             self._train_experts(state, experts, rank, alpha, freeze_a, seed)
         if store is not None and masked:
             self._hold_all(store)
+        self.scales: dict[str, Tensor] = {}
+        if scales:
+            for state in self.states:
+                state.scale = torch.ones(1, device=self.device, requires_grad=True)
+                self.scales[f"scale.{state.layer.index}.output"] = state.scale
         self.routers: dict[str, Tensor] = {}
         if router:
             for layer in self.layers:
@@ -126,7 +134,7 @@ class MoEModel:
     def parameters(self) -> list[Tensor]:
         """Everything that is trained: routers, shared tensors, and one leaf per expert and kind."""
         leaves = [leaf for state in self.states if state.trained is not None for leaf in state.trained.parameters()]
-        return [*self.routers.values(), *self.shared.values(), *leaves]
+        return [*self.routers.values(), *self.shared.values(), *self.scales.values(), *leaves]
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them: less memory, more time."""
@@ -143,6 +151,17 @@ class MoEModel:
             mask(self.states, resident)
         else:
             reside(self.states, self.store, self._everything() if resident is None else resident, self._whole)
+
+    def limit_top_k(self, number: int | None) -> None:
+        """Let at most so many experts work on a token, those with the largest weights; None: the model's own top-k.
+
+        Raises:
+            UnsupportedModelError: the model weighs the input of its experts and not their output.
+        """
+        for state in self.states:
+            if number is not None and state.layout.dispatch == "weights_on_input":
+                raise UnsupportedModelError("the number of experts per token cannot be limited in this family")
+            state.most_per_token = number
 
     @contextmanager
     def streaming(self, capacity: int) -> Iterator[None]:

@@ -3,7 +3,8 @@
 Rows of experts are sent in ascending order of the experts, so one bit per expert says which they are.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from hfedmoe.moe.attention import A, B
 from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.model import MoEModel
+
+T = TypeVar("T")
 
 
 class MismatchError(ValueError):
@@ -20,6 +23,16 @@ class MismatchError(ValueError):
 def layer_of(name: str) -> int:
     """The MoE layer of a sent tensor `experts.{layer}.*` or `router.{layer}.*`."""
     return int(name.split(".")[1])
+
+
+def kind_of(name: str) -> str:
+    """What a sent tensor is: "router", "experts", "shared" or "scale"."""
+    return name.split(".", 1)[0]
+
+
+def public(tensors: Mapping[str, T], private: Collection[str]) -> dict[str, T]:
+    """The tensors whose kinds are not private."""
+    return {name: tensor for name, tensor in tensors.items() if kind_of(name) not in private}
 
 
 def lora_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -40,8 +53,8 @@ def expert_shapes(model: MoEModel) -> dict[str, tuple[int, ...]]:
 
 
 def whole_tensors(model: MoEModel) -> dict[str, Tensor]:
-    """Gates and shared tensors, which every client has: the live parameters, not copies."""
-    return model.routers | model.shared
+    """Gates, shared tensors and scales, which every client has: the live parameters, not copies."""
+    return model.routers | model.shared | model.scales
 
 
 def global_tensors(model: MoEModel) -> dict[str, Tensor]:
@@ -113,6 +126,16 @@ def restore(model: MoEModel, initial: dict[str, Tensor]) -> None:
         load_all(model, initial)
         return
     model.release()
+    for name, tensor in whole_tensors(model).items():
+        tensor.copy_(initial[name])
+
+
+@torch.no_grad()
+def reset(model: MoEModel, initial: dict[str, Tensor]) -> None:
+    """As `restore`, but a carved model keeps its experts: their trained tensors are new when they are made resident."""
+    if model.masked:
+        load_all(model, initial)
+        return
     for name, tensor in whole_tensors(model).items():
         tensor.copy_(initial[name])
 

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from hfedmoe.config import MethodConfig
 from hfedmoe.method.averaging import MeanAverage, StacksAverage
+from hfedmoe.method.combining import StacksCombined
 from hfedmoe.method.copies import Copies, over_layers
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.products import ProductAverage
-from hfedmoe.moe.payload import layer_of, lora_pairs
+from hfedmoe.moe.payload import layer_of, lora_pairs, public
 from hfedmoe.server.gates import GateFold
 from hfedmoe.wire.messages import Update
 
@@ -21,12 +22,20 @@ class Fold:
         settings: the method and its constants.
         exact_lora: average the products B A instead of the factors (FlexLoRA), refactored to the same rank.
         rank: of the LoRA pairs, for `exact_lora`.
+        usage: of the federation in the rounds before, float32 [E] per layer, for methods that weigh by it.
     """
 
     def __init__(
-        self, tensors: dict[str, Tensor], settings: MethodConfig, exact_lora: bool = False, rank: int = 0
+        self,
+        tensors: dict[str, Tensor],
+        settings: MethodConfig,
+        exact_lora: bool = False,
+        rank: int = 0,
+        usage: list[Tensor] | None = None,
     ) -> None:
         self._tensors, self._settings, self._method = tensors, settings, METHODS[settings.name]
+        self._usage = usage
+        tensors = public(tensors, self._method.private)
         pairs = lora_pairs(tensors) if exact_lora else []
         self._products = {pair: ProductAverage(tensors[pair[0]].shape[0], rank) for pair in pairs if _of_experts(pair)}
         self._shared_products = {pair: ProductAverage(1, rank) for pair in pairs if not _of_experts(pair)}
@@ -51,7 +60,12 @@ class Fold:
             stretches |= dict.fromkeys(own, (first, number))
             first += number
         self._stacks = list(stretches)
-        self._experts = StacksAverage(stretches)
+        combine = self._method.combine
+        self._experts: StacksAverage | StacksCombined
+        if combine is None:
+            self._experts = StacksAverage(stretches)
+        else:
+            self._experts = StacksCombined(stretches, lambda changes, weights: combine(changes, weights, settings))
         self._gates = GateFold(gates, settings)
         self.clients = 0
 
@@ -64,8 +78,10 @@ class Fold:
         """
         self.clients += 1
         layers = [
-            Copies(examples, *vectors)
-            for vectors in zip(update.usage, update.importance, update.tokens, held, update.trained, strict=True)
+            Copies(examples, *vectors, federation=None if self._usage is None else self._usage[layer])
+            for layer, vectors in enumerate(
+                zip(update.usage, update.importance, update.tokens, held, update.trained, strict=True)
+            )
         ]
         weights = over_layers(lambda copies: self._method.expert_weight(copies, self._settings), layers)
         if self._stacks:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hfedmoe.errors import UserError
 from hfedmoe.events import ClientRound, ClientTotals, Evaluation
-from hfedmoe.method.usage import FederationUsage
+from hfedmoe.method.methods import METHODS
+from hfedmoe.method.usage import FederationUsage, HeldCounts
 from hfedmoe.runs.experts import of_round
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.evaluation import Metrics
@@ -44,21 +45,30 @@ class Keeper:
         self._names: dict[int, str] = {}
         self.usage = FederationUsage()
         """Of the federation, over all complete rounds."""
+        self.held = HeldCounts()
+        """How often clients held each expert, over all complete rounds."""
         if folder is not None:
             self._recall(folder)
 
     def _recall(self, folder: RunFolder) -> None:
         rows = folder.read_expert_rows()
-        prior = folder.config.method.bootstrap == "prior"
+        method = METHODS[folder.config.method.name]
+        counted = folder.config.method.bootstrap == "prior" or method.needs_usage or method.assign is not None
         for line in folder.iter_rounds():
             if "all" in line["evaluation"]:
                 self.scores.append(_evaluation(line["round"], line["evaluation"]["all"]))
             examples = {row["client"]: row["weight"] for row in line["clients"] if row["status"] == "ok"}
-            if prior and examples and not line.get("failed"):
-                for client, usage in _usage_of(folder, rows, line["round"], examples):
+            if counted and examples and not line.get("failed"):
+                for client, usage, held in _rows_of(folder, rows, line["round"], examples):
                     self.usage.add(usage, examples[client])
+                    self.held.add(held)
             for row in line["clients"] if "bytes_down" in line else ():
                 self._count(ClientRound.from_json(row))
+
+    def took(self, usage: list[Tensor], held: list[Tensor], weight: int) -> None:
+        """Count a client's valid update: its usage float32 [E] and what it held bool [E], per layer."""
+        self.usage.add(torch.cat(usage), weight)
+        self.held.add(torch.cat(held))
 
     @contextmanager
     def recording(self, round: int, num_experts: list[int], tau: float) -> Iterator[RoundRecord]:
@@ -155,8 +165,8 @@ class Keeper:
         self._last_saved = round
 
 
-def _usage_of(folder: RunFolder, rows: Any, round: int, clients: dict[int, int]) -> Iterator[tuple[int, Tensor]]:
-    """Number and usage float32 [sum E_l] of the clients of a round, in the order of experts.npy.
+def _rows_of(folder: RunFolder, rows: Any, round: int, clients: dict[int, int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number, usage float32 [sum E_l] and residents bool [sum E_l] of the clients of a round, as in experts.npy.
 
     Raises UserError if the row of a client is missing.
     """
@@ -164,13 +174,14 @@ def _usage_of(folder: RunFolder, rows: Any, round: int, clients: dict[int, int])
     missing = clients.keys() - {int(row["client"]) for row in own}
     if missing:
         raise UserError(
-            f"{folder.path / 'experts.npy'}: has no row of client {min(missing)} in round {round}, and "
-            'method.bootstrap = "prior" goes on from them; restore the file or start the run again'
+            f"{folder.path / 'experts.npy'}: has no row of client {min(missing)} in round {round}, and its method "
+            "goes on from them; restore the file or start the run again"
         )
     for row in own:
         if int(row["client"]) in clients:
             usage = torch.from_numpy(row["usage"].copy())
-            yield int(row["client"]), usage[~usage.isnan()]  # NaN pads layers of fewer experts
+            exists = ~usage.isnan()  # NaN pads layers of fewer experts
+            yield int(row["client"]), usage[exists], torch.from_numpy(row["resident"].copy())[exists]
 
 
 def _evaluation(round: int, metrics: dict[str, Any]) -> Evaluation:

@@ -14,8 +14,9 @@ from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import in_experts
 from hfedmoe.errors import UserError
 from hfedmoe.events import Evaluation, Participant, Watcher
-from hfedmoe.method.methods import METHODS, Residents, Wish
-from hfedmoe.moe.payload import pack
+from hfedmoe.method.methods import METHODS
+from hfedmoe.method.row import Residents, Wish
+from hfedmoe.moe.payload import pack, public
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.fold import Fold
 from hfedmoe.server.keeper import Keeper
@@ -110,7 +111,14 @@ class Server:
 
     def _fold(self, grid: Grid, planned: list[Member], log: RoundRecord) -> Fold:
         """Have the clients train, and fold in their updates as they come."""
-        fold = Fold(self.tensors, self.config.method, self.config.train.lora == "exact", self.config.train.rank)
+        usage = self._usage() if self._method.needs_usage else None
+        fold = Fold(
+            self.tensors,
+            self.config.method,
+            self.config.train.lora == "exact",
+            self.config.train.rank,
+            None if usage is None else list(usage.split(self.num_experts)),
+        )
         requests = (self._train_request(member, log.round, log) for member in planned)
         by_node = {member.node: member for member in planned}
         for answer in exchange(grid, requests, f"train-{log.round}", self.config.federation.timeout_s):
@@ -136,7 +144,7 @@ class Server:
             done = log.received(
                 member.about.client, update, resident, size, member.weight, self._activation_wanted(resident)
             )
-            self.keeper.usage.add(torch.cat(update.usage), member.weight)
+            self.keeper.took(update.usage, resident, member.weight)
             self.watcher.client_done(log.round, member.position, done)
 
     def _averaged(self, fold: Fold, log: RoundRecord) -> dict[str, Tensor]:
@@ -154,8 +162,8 @@ class Server:
     def _plan(self, grid: Grid, sampled: list[Member], round: int, log: RoundRecord) -> list[Member]:
         """Ask the sampled clients what they want to hold; those with a valid answer go on, in the order of numbers."""
         by_node = {member.node: member for member in sampled}
-        budget_free = self.config.method.residency == "all"
-        usage = self.keeper.usage.value() if self.config.method.bootstrap == "prior" else None
+        budget_free = self._method.ignores_budgets(self.config.method)
+        usage = self._usage() if self.config.method.bootstrap == "prior" or self._method.needs_usage else None
 
         def requests() -> Iterator[Request]:
             for member in sampled:
@@ -191,11 +199,19 @@ class Server:
     def _assigned(self, planned: list[Member], wishes: dict[int, Wish]) -> list[Residents]:
         """What every client holds, by the server's own plan."""
         assert self._method.assign is not None
-        return self._method.assign([wishes[member.about.client] for member in planned], self.config.method)
+        held = self.keeper.held.value()
+        held = torch.zeros(sum(self.num_experts)) if held is None else held
+        return self._method.assign([wishes[member.about.client] for member in planned], held, self.config.method)
+
+    def _usage(self) -> Tensor | None:
+        """The federation's usage so far, float32 [sum E_l]."""
+        return self.keeper.usage.value()
 
     def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
         with log.phases("pack"):
-            content = train_request(round, member.resident, pack(self.tensors, member.resident))
+            content = train_request(
+                round, member.resident, pack(public(self.tensors, self._method.private), member.resident)
+            )
         log.sent(member.about.client, wire_bytes(content))
         self.watcher.client_started(round, member.position, self.config.train.steps)
         return Request(member.node, TRAIN, content)

@@ -11,7 +11,8 @@ from torch import Tensor
 from hfedmoe.config import RunConfig
 from hfedmoe.events import Work
 from hfedmoe.method.methods import METHODS
-from hfedmoe.moe.payload import layer_of, lora_pairs
+from hfedmoe.method.row import Kind
+from hfedmoe.moe.payload import layer_of, lora_pairs, public
 from hfedmoe.wire.messages import (
     CONTRIBUTION,
     VECTORS,
@@ -45,6 +46,8 @@ class Asked:
     """The experts whose rows come back: "trained" or "held" (`method.methods.Method.sends`)."""
     exact: bool = False
     """Whether products of LoRA pairs are averaged (train.lora = "exact")."""
+    private: frozenset[Kind] = frozenset()
+    """Kinds of tensors that stay on the client."""
 
     @classmethod
     def of(cls, config: RunConfig, top_k: list[int]) -> "Asked":
@@ -55,6 +58,7 @@ class Asked:
             [tokens * k for k in top_k],
             METHODS[config.method.name].sends,
             config.train.lora == "exact",
+            METHODS[config.method.name].private,
         )
 
 
@@ -157,7 +161,7 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], as
         name: (torch.Size([int(sent[layer_of(name)].sum()), *tensor.shape[1:]]), tensor.dtype)
         if name.startswith("experts.")
         else (tensor.shape, tensor.dtype)
-        for name, tensor in like.items()
+        for name, tensor in public(like, asked.private).items()
     }
     expected |= {name: (torch.Size([sum(num_experts)]), torch.float32) for name in VECTORS}
     size = sum(shape.numel() * dtype.itemsize for shape, dtype in expected.values())

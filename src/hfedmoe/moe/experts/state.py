@@ -43,6 +43,10 @@ class ExpertState:
         """bool [E]: experts that build a graph for this batch; None means all."""
         self.counted: Tensor | None = None
         """bool [T]: True for real tokens; experts skip padding and do not learn from it. None: all tokens are real."""
+        self.most_per_token: int | None = None
+        """Experts that work on a token at most; None: all that the router chose."""
+        self.scale: Tensor | None = None
+        """[1], trained: the output of the experts is multiplied by it; None: it is not."""
         self.off_budget = "frozen"
         self.observer: Observer | None = None
         self.norms: Callable[[Tensor], None] | None = None
@@ -84,6 +88,7 @@ class ExpertState:
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The experts forward: hidden [T, H], index and weights [T, K] -> [T, H]."""
+        index, weights = self._limited(index, weights)
         self.observe(index, weights)
         return self.compute(hidden, index, weights)
 
@@ -99,6 +104,16 @@ class ExpertState:
             with torch.autocast(device_type, enabled=False):
                 return self._forward(hidden.to(torch.get_autocast_dtype(device_type)), index, weights).to(hidden.dtype)
         return self._forward(hidden, index, weights)
+
+    def _limited(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Index and weights [T, K] with only the largest weights of each token, which keep their sum."""
+        if self.most_per_token is None or self.most_per_token >= index.shape[1]:
+            return index, weights
+        kept = torch.zeros_like(index, dtype=torch.bool)
+        kept.scatter_(1, weights.topk(self.most_per_token, dim=1).indices, True)
+        few = weights * kept
+        few = few * (weights.sum(1, keepdim=True) / few.sum(1, keepdim=True).clamp_min(1e-12))
+        return index.masked_fill(~kept, self.layer.num_experts), few
 
     def _forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         math = self.math()
@@ -129,7 +144,7 @@ class ExpertState:
                     rows = self._pairs(math, hidden, rest)
                 # Experts over the budget still train the gate, but not themselves or the layers below.
                 out = out + rest.sum_per_token(rows * flat[rest.pair, None].to(rows.dtype))
-        return out
+        return out if self.scale is None else out * self.scale.to(out.dtype)
 
     def _grouped(self, math: ExpertMath, hidden: Tensor, flat: Tensor, groups: Groups) -> Tensor:
         if self.trained is None:

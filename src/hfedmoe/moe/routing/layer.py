@@ -32,6 +32,8 @@ class LayerRouting:
         self.batch: TokenMasks | None = None
         self.choose: Choose | None = None
         self.token_level = False
+        self.with_gradient = False
+        """Whether the logits of a pass are kept with their gradient, for `batch_mean`."""
         self.evidence: Evidence | None = None
         self.tokens: Tensor | None = None
         """float32 [E]: number of tokens of the watched batch that each expert processed."""
@@ -76,7 +78,7 @@ class LayerRouting:
         resident = self.state.resident
         if resident is not None and self.batch is not None and self.evidence is None:
             self._wanted = self._unmasked_choice(module, args)
-        self._tap = LogitTap(self.layer, None if resident is None else ~resident)
+        self._tap = LogitTap(self.layer, None if resident is None else ~resident, self.with_gradient)
         self._tap.__enter__()
         return args
 
@@ -180,6 +182,17 @@ class LayerRouting:
         keep = self.batch.of(self.layer).keep.reshape(-1, 1)
         ran = self.resident() if self.state.trainable is None else self.resident() & self.state.trainable
         self.evidence.activation = _per_expert(norms * keep, self._index, ran)
+
+    def batch_mean(self) -> Tensor:
+        """[E], with gradient: the mean routing probability of the watched batch's real tokens.
+
+        Raises:
+            RuntimeError: no batch was watched `with_gradient`.
+        """
+        if self._tap is None or self._tap.live is None or self.batch is None:
+            raise RuntimeError(f"layer {self.layer.name}: no logits of a watched batch")
+        keep = self.batch.of(self.layer).keep.reshape(-1)
+        return probabilities_of(self._tap.live, self._tap.kind)[keep].mean(0)
 
     def resident(self) -> Tensor:
         """bool [E]: experts that may be used."""

@@ -17,10 +17,13 @@ _SOFTPLUS = {torch.nn.functional.softplus}
 class LogitTap(TorchFunctionMode):
     """Active in a router's forward: stores the raw logits, masks absent experts, and detects the kind of score."""
 
-    def __init__(self, layer: MoELayer, absent: Tensor | None) -> None:
+    def __init__(self, layer: MoELayer, absent: Tensor | None, with_gradient: bool = False) -> None:
         super().__init__()
+        self._with_gradient = with_gradient
         self._num_logits, self._num_experts, self._top_k = layer.num_logits, layer.num_experts, layer.top_k
         self._absent = None if absent is None else widened(absent, self._num_logits)
+        self.live: Tensor | None = None
+        """As `logits`, with gradient; only if it was asked for."""
         self.logits: Tensor | None = None
         """[T, E]: logits of the experts, before masking."""
         self.kind = "softmax"
@@ -29,7 +32,8 @@ class LogitTap(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if self.logits is None:
             if func in _LINEAR and out.shape[-1] == self._num_logits:
-                self.logits = out.detach().reshape(-1, self._num_logits)[:, : self._num_experts]
+                logits = out.reshape(-1, self._num_logits)[:, : self._num_experts]
+                self.logits, self.live = logits.detach(), logits if self._with_gradient else None
                 if self._absent is not None:
                     out = out.masked_fill(self._absent.to(out.device), float("-inf"))
         elif func in _SIGMOID and out.shape[-1] in (self._num_logits, self._num_experts, self._top_k):

@@ -1,0 +1,153 @@
+"""What a method is: a row of choices that client, server and messages take everything from.
+
+They know no method by name. All functions take the section [method] of the configuration as `settings`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hfedmoe.method.copies import Copies
+
+
+class Settings(Protocol):
+    """Section [method] of a configuration, as far as rows read it."""
+
+    @property
+    def score(self) -> str: ...
+    @property
+    def lam(self) -> float: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def tau(self) -> float: ...
+    @property
+    def expert_weight(self) -> str: ...
+    @property
+    def gate(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, float]: ...
+    @property
+    def residency(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number of one method's own, set by `method.options`."""
+
+    name: str
+    usual: float
+    about: str
+    low: float = 0.0
+    high: float = float("inf")
+
+    def of(self, settings: Settings) -> float:
+        """Its value in a configuration."""
+        return settings.options.get(self.name, self.usual)
+
+
+class CannotHoldError(Exception):
+    """A client has not enough room for what the method wants it to hold; the text says how much it would need."""
+
+
+@dataclass
+class Outlook:
+    """What a client knows when it is asked which experts it will hold in a round."""
+
+    num_experts: list[int]
+    """E_l of every layer."""
+    top_k: list[int]
+    """Per layer."""
+    budget: int
+    """Experts over all layers that the device has room for."""
+    contribution: Callable[[], list[Tensor]]
+    """The client's scores, [E_l] per layer; the first call may take a pass over its data."""
+    draws: torch.Generator
+    """The client's own random numbers of the round."""
+
+
+@dataclass
+class Wish:
+    """What a server that plans knows of a client: as `Outlook`, with the scores that the client sent."""
+
+    num_experts: list[int]
+    top_k: list[int]
+    budget: int
+    examples: int
+    contribution: list[Tensor]
+
+
+Residents = list[Tensor]
+"""bool [E_l] per layer."""
+
+Kind = Literal["router", "experts", "shared", "scale"]
+"""Kinds of trained tensors, as the names under which they are sent begin."""
+EVERYTHING: frozenset[Kind] = frozenset(("router", "experts", "shared", "scale"))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method. Shapes: `E` experts of a layer, `[..., E]` one layer or more, `N` numbers of an expert."""
+
+    holds: str
+    """What a client holds, in a few words for people; `trains`, `travels` and `server` likewise."""
+    trains: str
+    travels: str
+    """What it sends."""
+    server: str
+    """What the server makes of it."""
+    source: str
+    """Where it is described."""
+    status: Literal["full text", "secondary", "abstract", "bound"]
+    """What it was implemented from; "bound": no method, but a limit to compare methods with."""
+    hold: Callable[[Outlook, Settings], Residents]
+    """The experts that a client holds in a round, top-k at least in every layer. Raises CannotHoldError."""
+    expert_weight: Callable[[Copies, Settings], Tensor]
+    """What a client's copies of the experts count: float32 [..., E], 0 where they do not."""
+    gate_weight: Callable[[Copies, Settings], Tensor]
+    """What a client's gates count: float32 [...]; where all clients' are 0, gates count |D_c|."""
+    gate_rows: Callable[[Copies, Settings], Tensor | None] = lambda copies, settings: None
+    """What each row of its gates counts, where rows count by themselves: float32 [..., E]."""
+    sends: Literal["trained", "held"] = "trained"
+    """The experts whose rows a client sends back."""
+    private: frozenset[Kind] = frozenset()
+    """Kinds of trained tensors that never leave the client, which keeps its own from round to round."""
+    train: Callable[[Tensor, Tensor, Tensor, int | None, Tensor | None], Tensor] | None = None
+    """Which experts a batch trains under an activation budget, as `selection.activation`; None: all that it hits."""
+    score: Callable[[Settings], str | None] = lambda settings: None
+    """The name of the score that it ranks experts by; None: it ranks none, and clients measure none."""
+    local_term: Callable[[Sequence[Tensor], Sequence[Tensor], Settings], Tensor] | None = None
+    """Added to the local loss: (trained tensors, the same as the round began, settings) -> scalar."""
+    routing_term: Callable[[Sequence[Tensor], Sequence[Tensor], Settings], Tensor] | None = None
+    """Added to the local loss: (mean routing probabilities of the batch [E] per layer, with gradient; the federation's
+    usage [E] per layer, settings) -> scalar."""
+    combine: Callable[[Tensor, Tensor, Settings], Tensor] | None = None
+    """Makes one update of an expert from all of a round at once: (changes [C, N], weights [C], settings) -> change [N].
+    Without it copies are averaged by weight, one client at a time."""
+    begin: Callable[[Tensor, Tensor, Tensor, Settings], Tensor] | None = None
+    """Where a client begins, if it keeps something back: (received [N], what it began with the last time that it held
+    the expert [N], what it ended with [N], settings) -> [N]."""
+    assign: Callable[[list[Wish], Tensor, Settings], list[Residents]] | None = None
+    """The server's plan: what each client holds, from all their wishes and how often each expert was held so far, over
+    all clients and rounds, float32 [sum E_l]. Then `hold` is not asked."""
+    experts_per_token: Callable[[float, int], int] | None = None
+    """The experts that work on a token of a client: (share of all experts in its budget, the model's top-k) -> 1 to
+    top-k. The client then also trains a scale of each layer's experts (kind "scale")."""
+    unlimited: bool = False
+    """Whether clients' budgets are ignored."""
+    pooled: bool = False
+    """Whether one client has all rows, and takes as many steps as all clients together would."""
+    options: tuple[Option, ...] = ()
+    """Numbers of its own."""
+
+    def ignores_budgets(self, settings: Settings) -> bool:
+        """Whether clients hold experts without regard to their budgets."""
+        return self.unlimited or settings.residency == "all"
+
+    @property
+    def needs_usage(self) -> bool:
+        """Whether clients are told the federation's usage of every round."""
+        return self.routing_term is not None
