@@ -1,1 +1,1 @@
-"""One runnable program per claim. Each prints a table and, with `--json FILE`, writes it with the machine beside it."""
+"""One program per claim. Each prints a table; `--json FILE` also writes it, with a description of the machine."""

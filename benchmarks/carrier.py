@@ -1,9 +1,9 @@
-"""What the in-process carrier adds to the time that clients train and the server evaluates.
+"""The time that the in-process carrier adds to the clients' training and the server's evaluation.
 
     python -m benchmarks.carrier runs/2026-11-22-r8-hfedmoe [--json FILE]
 
-Reads the times that a run wrote down. Overhead is everything in a round that is neither planning (in the first round a
-forward pass over the clients' data), nor local training, nor evaluation: packing, checking, folding, writing.
+Reads the times that a run saved. Overhead is the time of a round without planning (in the first round a forward pass
+over the clients' data), local training and evaluation: it is packing, checking, folding and writing.
 """
 
 import statistics

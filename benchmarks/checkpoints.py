@@ -2,8 +2,8 @@
 
     python -m benchmarks.checkpoints FOLDER      # 6.9 B parameters in the shape of OLMoE-1B-7B, 14 GB
 
-Models on the hub are not needed to measure memory and time: these take as much of both. The tokenizer is that of the
-packaged SmolLM2.
+They need as much memory and time as the models on the hub, so no download is needed to measure either. The tokenizer is
+that of the packaged SmolLM2.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def olmoe_1b_7b() -> OlmoeConfig:
 def write(config: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, std: float = 0.02) -> int:
     """Write a random model that `config` describes, one file per layer; returns its bytes.
 
-    Matrices are normal with deviation `std`, norms are 1, other vectors 0. One layer is in memory at a time.
+    Matrices are normal with standard deviation `std`, norms are 1, other vectors 0. One layer is in memory at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -68,7 +68,7 @@ def write(config: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: 
 
 
 def _groups(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Parameters and stored buffers by layer; those outside of the layers come first."""
+    """Parameters and stored buffers by layer; those outside the layers are one group."""
     groups: dict[str, dict[str, Tensor]] = {}
     tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
     for name, tensor in tensors.items():

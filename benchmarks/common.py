@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine, the table, the JSON file, and workers in processes of their own."""
+"""What all benchmarks share: the machine, the table, the JSON file, and workers in separate processes."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions that the figures belong to."""
+    """The machine and the versions that were measured."""
     import torch
     import transformers
 
@@ -43,7 +43,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def report(
     rows: list[dict[str, Any]], summary: dict[str, Any], file: Path | None, more: dict[str, Any] | None = None
 ) -> None:
-    """Print the rows as a table and the summary below it; write both with the machine to `file` if one is given.
+    """Print the rows as a table, then the summary; write both and the machine to `file` if one is given.
 
     Args:
         more: further tables for the file.
@@ -72,7 +72,7 @@ def in_own_process(module: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Run `python -m MODULE ARGUMENTS` and return the JSON object on the last line of its output.
 
     Raises:
-        RuntimeError: the process failed; the message ends with what it printed.
+        RuntimeError: the process failed; the message ends with its error output.
     """
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:

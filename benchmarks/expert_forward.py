@@ -1,22 +1,22 @@
-"""Fine-tuning experts: our expert forward against stock transformers and PEFT, over a grid of shapes.
+"""Fine-tuning experts: our expert forward compared with stock transformers and PEFT, over a grid of shapes.
 
     python -m benchmarks.expert_forward [--quick] [--seconds 1.0] [--rows FILE] [--json FILE]
 
-A cell is a number of experts, a top-k, a number of tokens, a resident share and a precision. In every cell a training
-step of the same small OLMoE (see `expert_step`) is measured, each variant in a process of its own, one after the other:
+A cell is a number of experts, a top-k, a number of tokens, a resident share and a precision. Every cell measures a
+training step of the same small OLMoE (see `expert_step`). The variants run one after the other, in separate processes:
 
 * LoRA (rank 8) on the experts: ours, and PEFT's `target_parameters` on each stock experts implementation;
 * frozen experts: each stock implementation, and ours;
 * full training of the experts: ours, and each stock implementation (PEFT has none).
 
-Stock models and PEFT cannot leave experts out: theirs is the whole model in cells with a resident share below 100 %;
+Stock models and PEFT cannot leave experts out, so they use the whole model in cells with a resident share below 100 %;
 `median_speedup_same_experts` compares with PEFT on a model that has only the resident number of experts. Peak memory is
-the operating system's figure for the process, imports included. batched_mm copies the weights once per (token, expert)
-pair: it is left out above 128 pairs. A variant whose first step takes five times the best step is not repeated.
+the operating system's figure for the process, with imports. batched_mm copies the weights once per (token, expert)
+pair, so it is left out above 128 pairs. A variant is not repeated if its first step takes five times the best step.
 
-Expert layers alone are measured beside the bare matrix products of the same shapes (see `expert_layers`). Processors
-without 16-bit products compute bfloat16 cells in float32 with our forward, and as they can with PEFT, which takes
-minutes: there these cells are few and small. Float32 and bfloat16 have medians of their own beside the common ones.
+Single expert layers are also compared with the bare matrix products of the same shapes (see `expert_layers`). On
+processors without 16-bit products, our forward computes bfloat16 cells in float32. PEFT computes them in bfloat16 and
+takes minutes, so these cells are few and small there. There are medians for all cells, for float32 and for bfloat16.
 """
 
 import json
@@ -36,7 +36,7 @@ from benchmarks.forked import in_forked_process
 TIMEOUT_S = 900.0
 BATCHED_PAIRS = 128
 HOPELESS = 5.0
-"""A first step that takes so many times the best of another variant is not repeated."""
+"""A variant is not repeated if its first step takes this many times the best step of the others."""
 
 
 def cells(quick: bool) -> Iterator[Cell]:
@@ -74,7 +74,7 @@ def _shares(experts: int, top_k: int, tokens: int, dtype: str) -> Iterator[Cell]
 
 
 class Bench:
-    """Measures variants in cells, each only once."""
+    """Measures variants in cells; each result is kept."""
 
     def __init__(self, seconds: float, folder: Path) -> None:
         self.seconds, self.folder = seconds, folder
@@ -82,7 +82,7 @@ class Bench:
         self._layers: dict[Cell, dict[str, float]] = {}
 
     def checkpoint(self, cell: Cell) -> str:
-        """The folder of the model's checkpoint, which is written when it is first asked for."""
+        """The folder of the model's checkpoint; written at the first call."""
         folder = self.folder / f"{cell.experts}-{cell.dtype}"
         if not folder.exists():
             in_forked_process(expert_step.write, str(folder), cell.experts, cell.dtype, timeout_s=TIMEOUT_S)
@@ -115,7 +115,7 @@ class Bench:
         return fastest
 
     def layers(self, cell: Cell) -> dict[str, float]:
-        """Seconds of the expert layers and of their products, see `expert_layers`."""
+        """Seconds of an expert layer and of its matrix products, see `expert_layers`."""
         if cell not in self._layers:
             arguments = (cell.experts, cell.top_k, cell.tokens, cell.dtype, self.seconds)
             measured = in_forked_process(expert_layers.measure, *arguments, timeout_s=TIMEOUT_S)
@@ -178,8 +178,8 @@ def _place(cell: Cell) -> dict[str, Any]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--quick", action="store_true", help="a small part of the grid")
-    arguments.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each step, after a first one")
-    arguments.add_argument("--rows", type=Path, metavar="FILE", help="keep rows here, and do not measure them again")
+    arguments.add_argument("--seconds", type=float, default=1.0, help="repeat each step this long, after a first one")
+    arguments.add_argument("--rows", type=Path, metavar="FILE", help="keep rows here; rows found here are not measured")
     options = arguments.parse_args()
     assert all(cell.tokens % LENGTH == 0 for cell in cells(options.quick))
     rows = Rows(options.rows)
@@ -191,7 +191,7 @@ def main() -> None:
 
 
 class Rows:
-    """Rows measured so far, kept in a file of one JSON object a line, so that an interrupted run can go on."""
+    """Rows measured so far, kept in a file with one JSON object per line, so that an interrupted run can continue."""
 
     def __init__(self, file: Path | None) -> None:
         self._file, self._known = file, {}
@@ -199,7 +199,7 @@ class Rows:
         if file is not None and file.exists():
             first, *rows = map(json.loads, file.read_text().splitlines())
             if first != here:
-                sys.exit(f"{file}: rows of another machine or other versions; name a new file")
+                sys.exit(f"{file}: has rows of another machine or other versions; use a new file")
             self._known = {(row["kind"], *_place_of(row)): row for row in rows}
         elif file is not None:
             file.write_text(json.dumps(here) + "\n")
@@ -259,7 +259,7 @@ def _median(rows: list[dict[str, Any]], column: str) -> float:
 
 
 def _with_share(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Step time and memory at 25 % and 50 % residency over those of the whole model, the median over places."""
+    """Step time and memory at 25 % and 50 % residency, divided by those of the whole model; medians over cells."""
     whole = {
         (row["experts"], row["top-k"], row["tokens"], row["dtype"]): row for row in rows if row["resident"] == "100%"
     }
@@ -276,7 +276,7 @@ def _with_share(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _full_growth(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How forward and backward of full training grow from 16 to 64 experts, with the tokens unchanged (the most)."""
+    """How much longer forward and backward of full training take with 64 than with 16 experts, at the most tokens."""
     most = max(row["tokens"] for row in rows)
     at = {row["experts"]: row["ours pass s"] for row in rows if row["tokens"] == most and row["resident"] == "100%"}
     return {"full_pass_64_over_16_experts": at[64] / at[16]}

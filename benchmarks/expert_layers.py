@@ -1,10 +1,10 @@
-"""One expert layer, forward and backward, beside the bare matrix products that its mathematics needs: the limit.
+"""One expert layer, forward and backward, compared with its limit: the bare matrix products that it needs.
 
-The limit runs the same products on the same shapes, one call per expert with rows, into memory that exists already:
+The limit runs the same products on the same shapes, one call per expert with rows, into memory that already exists:
 the base matrices forward and for the gradients of their inputs, and with LoRA the thin products with A and B and those
-for their gradients. Nothing is gathered, gated, weighted or added up. Layer and limit run in turn in one process; each
-figure is the smallest of several. 16-bit weights: the layer computes as the model would on this machine, and the limit
-is whichever precision has the faster products, chosen apart for the base matrices and for LoRA's.
+for their gradients. Nothing is gathered, gated, weighted or added up. Layer and limit alternate in one process; each
+figure is the smallest of several. With 16-bit weights, the layer computes as the model would on this machine. The limit
+uses the precision with the faster products, chosen separately for the base matrices and for LoRA.
 """
 
 import time
@@ -15,7 +15,7 @@ from benchmarks.expert_step import HIDDEN, INTERMEDIATE, RANK
 
 
 def measure(experts: int, top_k: int, tokens: int, dtype: str, seconds: float) -> dict[str, float]:
-    """Seconds of our layer with LoRA and with frozen experts, and of the bare products with and without LoRA's."""
+    """Seconds of our layer with LoRA and with frozen experts, and of the bare products of the base and of LoRA."""
     import torch
 
     from hfedmoe.device.allocator import keep_freed_memory

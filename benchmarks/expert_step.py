@@ -1,11 +1,11 @@
-"""One training step of a small OLMoE under one way of computing and training its experts: the cells of expert_forward.
+"""One training step of a small OLMoE, with one way to compute and train its experts: a cell of expert_forward.
 
 Four layers, hidden 576, intermediate 768, random weights; sequences of 64 tokens. The step is forward, backward and
-AdamW, whose time is measured apart. What is trained:
+AdamW; the time of AdamW is measured separately. What is trained:
 
-* `ours`: LoRA on the experts with hfedmoe's expert forward; below a resident share of 100 % the model is carved: the
-  absent experts are never read, as on a device of a federation;
-* `ours frozen`: the same forward with frozen experts, and one attention matrix that is trained;
+* `ours`: LoRA on the experts with hfedmoe's expert forward; below a resident share of 100 % the absent experts are
+  never read, as on a device of a federation;
+* `ours frozen`: the same forward with frozen experts; one attention matrix is trained;
 * `ours full`: the experts themselves;
 * `peft X`: PEFT's LoRA with `target_parameters` on the stock model with the experts implementation X;
 * `frozen X`: one attention matrix of the stock model; `full X`: the stock model's experts themselves.
@@ -21,12 +21,12 @@ from hfedmoe.device.peak import peak_process_bytes
 
 LAYERS, HIDDEN, INTERMEDIATE, LENGTH, RANK, VOCABULARY = 4, 576, 768, 64, 8, 4096
 STOCK = ("grouped_mm", "batched_mm", "eager")
-"""Ways to compute stock experts, the one that usually wins first."""
+"""Ways to compute stock experts; the usually fastest is first."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the grid."""
+    """One cell of the grid."""
 
     experts: int
     top_k: int
@@ -40,7 +40,7 @@ class Cell:
 
 
 def shape_of(experts: int) -> Any:
-    """The configuration of the small OLMoE with so many experts per layer."""
+    """The configuration of the small OLMoE with `experts` experts per layer."""
     from transformers import OlmoeConfig
 
     return OlmoeConfig(
@@ -58,7 +58,7 @@ def shape_of(experts: int) -> Any:
 
 
 def write(folder: str, experts: int, dtype: str) -> dict[str, Any]:
-    """Write the small OLMoE with random weights, experts stacked as in memory: loading takes no more than it needs."""
+    """Write the small OLMoE with random weights; experts are stacked as in memory, so loading needs no extra memory."""
     import torch
     from transformers import OlmoeForCausalLM
 
@@ -69,7 +69,7 @@ def write(folder: str, experts: int, dtype: str) -> dict[str, Any]:
 
 
 def prepare(folder: str, cell: Cell, variant: str) -> tuple[Any, list[Any]]:
-    """The model of a checkpoint folder, and what the optimizer trains."""
+    """The model of a checkpoint folder, and the parameters that the optimizer trains."""
     import torch
     from transformers import OlmoeForCausalLM
 
@@ -141,10 +141,10 @@ def measure(
     seconds: float,
     hopeless_s: float,
 ) -> dict[str, Any]:
-    """Step for at least so many seconds (3 to 20 steps, a slow one only once) after a first one.
+    """Take steps for at least `seconds` (3 to 20 steps, or one if steps are slow) after a first step.
 
     Args:
-        hopeless_s: a first step that takes longer is the only one, and measured as it is.
+        hopeless_s: if the first step takes longer, it is the only one and is the result.
 
     Returns:
         The seconds of every forward and backward pass and of every update, peak memory and the last loss.
@@ -155,10 +155,10 @@ def measure(
     from hfedmoe.device.allocator import keep_freed_memory
 
     if not variant.startswith("ours"):
-        # hfedmoe limits what oneDNN keeps of its code; others make other code and have oneDNN's own limit.
+        # hfedmoe limits the code that oneDNN keeps; the others use oneDNN's default limit.
         os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
     transformers.utils.logging.disable_progress_bar()
-    keep_freed_memory()  # as `hfedmoe run` does; here for all variants alike
+    keep_freed_memory()  # as `hfedmoe run` does; here for all variants
     cell = Cell(experts, top_k, tokens, dtype, share)
     model, parameters = prepare(folder, cell, variant)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -188,5 +188,5 @@ def measure(
 
 
 def _enough(passes: list[float]) -> int:
-    """Steps to be done, the first one included."""
+    """The fewest steps, with the first one."""
     return 2 if passes and passes[0] > 5 else 4

@@ -1,18 +1,18 @@
-"""Frozen experts stored in 32, 16, 8 and 4 bit: bytes, time of a LoRA training step, and what the accuracy loses.
+"""Frozen experts stored in 32, 16, 8 and 4 bit: bytes, time of a LoRA training step, and loss of accuracy.
 
     python -m benchmarks.expert_storage [--rounds 3] [--threads N] [--json FILE]
 
-Memory and time: a stack of 4 layers with 16 experts each, all of the shape of OLMoE-1B-7B's (hidden 2048, intermediate
-1024), random weights that exist only in the stored form, top-8, LoRA rank 8; the pass computes in float32 throughout,
-and a step is forward, backward and AdamW. A batch has 4 x 64 tokens (128 per expert); the small batch has 64 (32 per
-expert), where dequantising weighs most. Every variant lives in a process of its own; the processes take their steps in
-turn. Peak memory is the operating system's figure for the whole process. CPU seconds of all threads are given as well:
-with `--threads 1` they hardly depend on who else uses the machine. Memory is given back as soon as it is freed, as in a
-client with a budget, so that every dequantised matrix is mapped anew: most of what storage below float32 costs here.
+Memory and time: a stack of 4 layers with 16 experts each, in the shape of OLMoE-1B-7B (hidden 2048, intermediate 1024),
+with random weights that exist only in the stored form, top-8, LoRA rank 8. All computation is in float32; a step is
+forward, backward and AdamW. A batch has 4 x 64 tokens (128 per expert); the small batch has 64 (32 per expert), where
+dequantising costs the largest share. Every variant has its own process, and the processes take their steps in turn.
+Peak memory is the operating system's figure for the whole process. CPU seconds of all threads are measured too: with
+`--threads 1` they hardly depend on other users of the machine. Freed memory is given back at once, as in a client with
+a budget, so every dequantised matrix is mapped again: most of the cost of storage below float32 comes from this.
 
-Accuracy: how far the stack's output moves, and the packaged SmolLM2-135M-Instruct with its feed-forward matrices stored
-as experts would be: the language-modelling loss on Reuters-R8 test documents, and its increase in per cent against
-float32. (The package carries that model in 4 bit already, of another kind; "float32" is what they stand for.)
+Accuracy: the change of the stack's output, and the packaged SmolLM2-135M-Instruct with its feed-forward matrices stored
+like experts: the language-modelling loss on Reuters-R8 test documents, and its increase in per cent over float32. (The
+package has that model in another 4-bit format already; "float32" means the values that this format stands for.)
 
 In the summary "16bit" is bfloat16; `memory` compares whole processes, `time`, `small_batch_time` and `cpu_time` compare
 medians; `loss_increase` is in per cent.
@@ -40,7 +40,7 @@ SIXTEEN = "bfloat16"
 
 
 class DrawnExperts:
-    """Experts with random weights that are drawn anew, the same, whenever one is read."""
+    """Experts with random weights: every read draws the same weights again."""
 
     def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         return dict(SHAPES)
@@ -53,7 +53,7 @@ class DrawnExperts:
 
 
 class Stack:
-    """Expert layers one after the other, x + experts(norm(x)), with routing drawn once and for all."""
+    """Expert layers one after the other, x + experts(norm(x)), with the same random routing in every pass."""
 
     def __init__(self, storage: str) -> None:
         import torch
@@ -75,7 +75,7 @@ class Stack:
             self.layers.append(ExpertMath(base, Gate(_silu_gate, silu=True), scale=trained.scale))
             self.trained.append(trained)
         self.bytes_per_expert = store.nbytes / (LAYERS * EXPERTS)
-        exact = source.read(0, 0)  # all are drawn alike
+        exact = source.read(0, 0)  # all experts have the same distribution
         self.weight_error = statistics.mean(
             float((store_as(weight, storage, torch.float32)(torch.float32) - weight).norm() / weight.norm())
             for weight in exact.values()
@@ -84,7 +84,7 @@ class Stack:
         self.optimizer = torch.optim.AdamW(leaves, lr=1e-4, fused=True)
 
     def __call__(self, tokens: int) -> Any:
-        """What the layers add to their input, [tokens, HIDDEN]."""
+        """The sum of what the layers add to their input, [tokens, HIDDEN]."""
         import torch
 
         from hfedmoe.moe.experts.groups import group_pairs
@@ -102,7 +102,7 @@ class Stack:
         return x - start
 
     def step(self, tokens: int) -> dict[str, float]:
-        """Seconds of one training step, by the clock and of the processor."""
+        """Seconds of one training step, as wall time and as CPU time."""
         start, processor = time.perf_counter(), time.process_time()
         self(tokens).square().mean().backward()
         self.optimizer.step()
@@ -118,7 +118,7 @@ def _silu_gate(u: Any) -> Any:
 
 
 def worker(storage: str, output: Path, threads: int) -> None:
-    """Builds the stack, writes its output to a file and says so; then takes a step for every number of tokens read."""
+    """Build the stack, write its output to a file and report; then take a step for every number of tokens on stdin."""
     import torch
     from safetensors.torch import save_file
 
@@ -136,7 +136,7 @@ def worker(storage: str, output: Path, threads: int) -> None:
 
 
 class Worker:
-    """A worker process, and what it answered."""
+    """A worker process and its answers."""
 
     def __init__(self, storage: str, output: Path, threads: int) -> None:
         command = [sys.executable, "-m", MODULE, "--worker", storage, str(output), str(threads)]
@@ -171,7 +171,7 @@ class Worker:
 
 
 def language_losses() -> dict[str, float]:
-    """Mean loss per token of SmolLM2 on Reuters documents, by how its feed-forward matrices are stored."""
+    """Mean loss per token of SmolLM2 on Reuters documents, for every storage of its feed-forward matrices."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -204,7 +204,7 @@ def language_losses() -> dict[str, float]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=3, help="timed steps of every variant, taken in turn")
-    arguments.add_argument("--threads", type=int, default=0, help="of every timed process; 0: as torch likes")
+    arguments.add_argument("--threads", type=int, default=0, help="threads of every timed process; 0: torch decides")
     options = arguments.parse_args()
     losses = in_own_process(MODULE, ["--losses"])
     workers: dict[str, Worker] = {}

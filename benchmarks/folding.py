@@ -1,4 +1,4 @@
-"""How fast the server checks and folds updates, beside copying them; part of `python -m benchmarks.round`."""
+"""How fast the server checks and folds updates, compared with a copy; part of `python -m benchmarks.round`."""
 
 import statistics
 import time
@@ -52,7 +52,7 @@ def update_with(tensors: dict[str, Tensor], trained: list[Tensor], draws: torch.
 
 
 def fold_rows(quick: bool) -> list[dict[str, Any]]:
-    """Time to check and to fold updates, beside that of copying their bytes, with one thread and with all."""
+    """Time to check, to fold and to copy updates, with one thread and with all."""
     layers, experts = (2, 16) if quick else (16, 64)
     rows = []
     all_threads = torch.get_num_threads()
@@ -70,7 +70,7 @@ def fold_rows(quick: bool) -> list[dict[str, Any]]:
 
 def fold_summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The lowest shares of a copy's bandwidth: of updates with a quarter of the experts or more, and of all."""
-    averaged = [row for row in rows if row["lora"] != "exact"]  # which decomposes products instead of averaging rows
+    averaged = [row for row in rows if row["lora"] != "exact"]  # "exact" decomposes products, it does not average rows
     large = [row for row in averaged if row["lora"] == "factors" and row["share of experts"] >= 0.25]
 
     def lowest(rows: list[dict[str, Any]], threads: int) -> float:
@@ -106,7 +106,7 @@ def _fold_row(tensors: dict[str, Tensor], num_experts: list[int], lora: str, sha
         copies = [torch.zeros_like(tensor) for tensor in update.tensors.values()]
         timed("copy", _copy, copies, update)
         size = sum(tensor.nbytes for tensor in copies)
-    # The first fold also makes the accumulators, once per round.
+    # The first fold of a round also allocates the accumulators.
     copy, check, folding = (statistics.median(times[what][1:]) for what in ("copy", "check", "fold"))
     return {
         "lora": lora,

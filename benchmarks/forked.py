@@ -1,7 +1,7 @@
-"""Workers in processes of their own that need not import torch and transformers again: hundreds of short measurements.
+"""Workers in separate processes that need not import torch and transformers again, for many short measurements.
 
-Every worker is a fresh fork of a server that has imported the libraries and computed nothing, so its peak memory is its
-own plus that of the imports, as in any other process.
+Every worker is a new fork of a server that has imported the libraries and computed nothing. Its peak memory is its own
+plus that of the imports, as in any other process.
 """
 
 import json
@@ -13,13 +13,13 @@ PRELOADED = ["torch", "transformers", "transformers.models.olmoe.modeling_olmoe"
 
 
 def in_forked_process(work: Callable[..., dict[str, Any]], *arguments: Any, timeout_s: float) -> dict[str, Any] | None:
-    """`work(*arguments)` in a process of its own; None if it was killed (too little memory) or took too long.
+    """`work(*arguments)` in a separate process; None if it was killed (too little memory) or took too long.
 
     Args:
         work: a function of a module, with arguments and a result that JSON can hold.
 
     Raises:
-        RuntimeError: `work` raised an error; the message is its own.
+        RuntimeError: `work` raised an error; the message contains that error.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

@@ -1,7 +1,7 @@
-"""One client in a process of its own, for measurements under a memory limit: plans, carves, trains and answers.
+"""One client in a separate process, for measurements under a memory limit: it plans, loads, trains and answers.
 
-It is the client that a SuperNode would start, with a folder in place of the network: for every message the server puts
-NAME.request into the folder, and the client puts NAME.reply. Contents are Flower's own serialisation.
+It is the client that a SuperNode would start, with a folder instead of the network: for every message the server puts
+NAME.request into the folder, and the client puts NAME.reply. The contents are serialised by Flower.
 """
 
 import argparse
@@ -36,11 +36,11 @@ from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, Update, facts_of, recor
 
 PATIENCE_S = 900.0
 STOP = "stop"
-"""A file that tells the client that nothing more will come."""
+"""A file that tells the client that there are no more messages."""
 
 
 def put(file: Path, content: RecordDict) -> None:
-    """Write a message's content, whole or not at all."""
+    """Write a message's content atomically."""
     partial = file.with_suffix(".partial")
     partial.write_bytes(recorddict_to_proto(content).SerializeToString())
     partial.rename(file)
@@ -86,15 +86,15 @@ def client(folder: Path, carve: bool) -> None:
 
 @dataclass
 class Round:
-    """What came of one round with one client."""
+    """The results of one round with one client."""
 
     run: LimitedRun
-    """How its process went."""
+    """How its process ended."""
     update: Update | None = None
-    """Checked as a server does; None if the process ended before it could answer."""
+    """Checked as on a server; None if the process ended before it could answer."""
     resident: list[Tensor] | None = None
     took: dict[str, Any] | None = None
-    """Seconds and peak bytes of the process by the end of every stage."""
+    """For every stage, its seconds and the peak bytes of the process at its end."""
     held: dict[str, int] | None = None
 
 
@@ -106,7 +106,7 @@ def one_round(folder: Path, limit_bytes: int, how: str = "auto", whole: bool = F
         whole: the client loads the whole model, as it would without carving.
 
     Raises:
-        InvalidReplyError: an answer is not what it must be.
+        InvalidReplyError: an answer is invalid.
         TroubleError: the client says that it ran out of memory.
     """
     for old in (*folder.glob("*.request"), *folder.glob("*.reply"), *folder.glob(STOP)):
@@ -148,7 +148,7 @@ def one_round(folder: Path, limit_bytes: int, how: str = "auto", whole: bool = F
 
 
 def _state(config: RunConfig) -> tuple[dict[str, Tensor], list[int], list[int]]:
-    """What the server keeps: everything that is trained, over all experts; no expert's base weights are read."""
+    """The server's state: the trained tensors of all experts. It reads no base weights of experts."""
     folder = checkpoint_folder(config.model)
     if folder is None:
         raise ValueError(f"{config.model.name} has no checkpoint to carve")

@@ -1,11 +1,11 @@
-"""A client of a 6.9 B parameter model in 4 GiB, enforced by the operating system; and the whole model under the same.
+"""A client of a 6.9 B parameter model in 4 GiB, enforced by the operating system; then the whole model in 4 GiB.
 
     python -m benchmarks.memory_limit [--limit 4GiB] [--checkpoint FOLDER] [--json FILE]
 
 The checkpoint has the size and shape of OLMoE-1B-7B (16 layers of 64 experts, top-8, hidden 2048; bfloat16, 14 GB) with
-random weights; it is written first (some minutes), into a temporary folder or to --checkpoint, where it stays. The
-client plans with the limit as its budget, measures all experts in a streaming pass, trains LoRA for some steps and
-sends its update, which is checked as a server would. The whole model under the same limit must be killed or refused.
+random weights. It is written first (some minutes), to a temporary folder or to --checkpoint, where it stays. The client
+plans with the limit as its budget, scores all experts in a streaming pass, trains LoRA for some steps and sends its
+update, which is checked as on a server. With the same limit, the whole model must be killed or get a memory error.
 """
 
 import tempfile
@@ -42,11 +42,11 @@ lr = 1e-4
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--limit", default="4GiB", help="of the client's process, and its budget")
+    arguments.add_argument("--limit", default="4GiB", help="memory limit of the client's process, and its budget")
     arguments.add_argument("--checkpoint", type=Path, help="use this folder; written if it is empty, and kept")
     arguments.add_argument("--steps", type=int, default=3)
     arguments.add_argument("--batch", type=int, default=4)
-    arguments.add_argument("--tokens", type=int, default=32, help="per text")
+    arguments.add_argument("--tokens", type=int, default=32, help="data.max_tokens of the client")
     arguments.add_argument("--expert-dtype", default="same", help="same (16 bit), 8bit or 4bit")
     arguments.add_argument("--how", default="auto", help="cgroup (root), rlimit, or auto")
     arguments.add_argument("--no-whole", action="store_true", help="do not try the whole model")
@@ -73,12 +73,12 @@ def main() -> None:
     if carved.update is None:
         raise SystemExit(f"the client did not finish: {carved.run}")
     if carved.run.peak_bytes > limit:
-        raise SystemExit(f"{carved.run.peak_bytes} bytes were taken of {limit}")
+        raise SystemExit(f"the client took {carved.run.peak_bytes} bytes, more than the limit of {limit}")
     report(_rows(carved, whole), _summary(carved, whole, limit, predicted), given.json)
 
 
 def _predicted(folder: Path) -> dict[str, int]:
-    """What the planner says, by kind."""
+    """The bytes that the planner predicts, by kind."""
     config = load_config(folder / "client.toml")
     planner, budget = Planner(config), config.clients.budgets[0]
     if is_count(budget):

@@ -1,9 +1,9 @@
-"""How well the planner predicts: the peak memory of a client's process against what was said from the configuration.
+"""How well the planner predicts: the measured peak memory of a client's process, compared with the prediction.
 
     python -m benchmarks.planner_accuracy [--json FILE]      # about 6 minutes, 4 GB of disk for a while
     python -m benchmarks.planner_accuracy --framework        # measures planner.FRAMEWORK_BYTES on this machine
 
-Each configuration is a client in a process of its own: it opens a checkpoint with random weights, reads its resident
+Each configuration is a client in a separate process: it opens a checkpoint with random weights, reads its resident
 experts, trains two steps on what the server sent, and packs its update, all with the code that a real client runs.
 """
 
@@ -149,7 +149,7 @@ CASES = [
 
 
 def predict(folder: Path, case: Case) -> tuple[Any, float]:
-    """The forecast for a case, and the seconds that it took."""
+    """The forecast for a case, and its seconds."""
     from hfedmoe.device.planner import Planner
 
     started = time.perf_counter()
@@ -175,7 +175,7 @@ def _config(folder: Path, case: Case) -> Any:
 
 
 def measure(folder: Path, case: Case, residents: list[int]) -> dict[str, Any]:
-    """Peak bytes and seconds of a client in a process of its own."""
+    """Peak bytes and seconds of a client in a separate process."""
     arguments = [str(folder), json.dumps(case.__dict__), json.dumps(residents)]
     return in_own_process("benchmarks.planner_accuracy", ["--client", *arguments])
 
@@ -221,7 +221,7 @@ def client(folder: Path, case: Case, residents: list[int]) -> dict[str, Any]:
 
 
 def write(family: str, config: dict[str, Any], folder: Path) -> None:
-    """A checkpoint in bfloat16, and rows that fill any prompt."""
+    """Write a checkpoint in bfloat16, and rows that are long enough for any prompt."""
     from transformers import CONFIG_MAPPING
 
     from benchmarks.checkpoints import write as write_checkpoint
@@ -246,14 +246,14 @@ def write(family: str, config: dict[str, Any], folder: Path) -> None:
         "price",
         "market",
     ]
-    # Each row has words of its own: alike rows would all be routed to the same few experts.
+    # Rows have different words: similar rows would all be routed to the same few experts.
     texts = [" ".join(draw.choices(draw.sample(words, 4), k=400)) for _ in range(64)]
     rows = [{"text": text, "label": ("grain", "trade")[i % 2]} for i, text in enumerate(texts)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
 
 
 def framework() -> int:
-    """Peak of a client with next to no model, less what the planner says of the model."""
+    """Peak bytes of a client with a tiny model, minus what the planner predicts for that model."""
     with tempfile.TemporaryDirectory() as name:
         folder, case = Path(name), Case("olmoe", 1.0, 2, 16)
         write("olmoe", TINY, folder)
@@ -263,7 +263,7 @@ def framework() -> int:
 
 
 def compare(only: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of the table and summary; checkpoints are written family by family and deleted."""
+    """The rows and the summary. Checkpoints are written family by family and deleted."""
     rows = []
     for family in dict.fromkeys(case.family for case in CASES):
         if only is not None and family != only:

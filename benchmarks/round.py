@@ -1,15 +1,15 @@
-"""Where the time of a round goes, how fast the server folds, and what it needs for many clients.
+"""Where the time of a round goes, how fast the server folds, and what many clients cost.
 
     python -m benchmarks.round [--quick] [--json FILE]
 
-* A federation of an OLMoE-shaped random model (4 layers of 16 experts) through the real server and clients: the wall
-  time of every round, by phase. Overhead is all of it but training, evaluation and the clients' first forward pass.
-* Folding: updates in the shape of OLMoE-1B-7B's LoRA (16 layers of 64 experts, rank 8). Its bandwidth is the bytes of
-  an update over the time to fold it; that of memory, the same bytes over the time of `Tensor.copy_` on tensors of the
-  same sizes, with as many threads, measured in turns: first with one thread, then with all. A fold reads the update
-  once, and reads and writes the accumulator, so it moves three bytes where a copy moves two.
-* The peak memory of a server, in a process of its own, that takes 10 and 10,000 updates in a round.
-* 10,000 registered clients of which each round draws 100, through `hfedmoe run`'s own entry point.
+* A federation of an OLMoE-shaped random model (4 layers of 16 experts) with the real server and clients: the wall time
+  of every round, by phase. Overhead is everything except training, evaluation and the clients' first forward pass.
+* Folding: updates in the shape of OLMoE-1B-7B's LoRA (16 layers of 64 experts, rank 8). The fold bandwidth is the bytes
+  of an update divided by the time to fold it. The memory bandwidth is the same bytes divided by the time of
+  `Tensor.copy_` on tensors of the same sizes with as many threads, measured in turns: first with one thread, then with
+  all. A fold reads the update once, and reads and writes the accumulator: it moves three bytes where a copy moves two.
+* The peak memory of a server, in a separate process, that receives 10 and 10,000 updates in a round.
+* 10,000 registered clients of which each round draws 100, through the entry point of `hfedmoe run`.
 """
 
 import argparse
@@ -58,7 +58,7 @@ from hfedmoe.wire.messages import (
     unpack_bits,
 )
 
-# (where it is looked up, name, phase): a phase's time is without that of the phases called within it
+# (where the name is looked up, name, phase); a phase's time does not include phases that it calls
 TIMED = [
     (device, "train", "training"),
     (device, "bootstrap", "first pass"),
@@ -84,7 +84,7 @@ WORK = ("training", "evaluation", "first pass")
 
 
 class Stopwatch:
-    """Exclusive seconds by phase of the functions it wraps."""
+    """Seconds by phase of the wrapped functions, without the phases that they call."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -113,7 +113,7 @@ class Stopwatch:
 
 
 class Rounds(Silent):
-    """The phases of every round, from its first moment to its checkpoint."""
+    """The phases of every round, from its start to its checkpoint."""
 
     def __init__(self, watch: Stopwatch) -> None:
         self.watch = watch
@@ -160,7 +160,7 @@ def rounds_of(quick: bool) -> list[dict[str, Any]]:
 
 
 def server_of(clients: int) -> dict[str, Any]:
-    """A server that takes one update of each of so many clients in a round; they exist only while they answer."""
+    """A server that receives one update of each of the clients in a round; clients exist only while they answer."""
     num_experts = [16] * 2  # an update is 0.4 MB: 10,000 of them would show
     tensors = global_tensors(2, 16, 256, 256, 8, "factors")
     draws = torch.Generator().manual_seed(0)
@@ -192,7 +192,7 @@ def server_of(clients: int) -> dict[str, Any]:
             watcher=Silent(),
             watches=False,
         ).run(InProcessGrid(answer, clients))  # type: ignore[arg-type]
-        seconds, peak = time.perf_counter() - started, peak_process_bytes()  # before the whole line is read back below
+        seconds, peak = time.perf_counter() - started, peak_process_bytes()  # before the whole line is read below
         (line,) = [line for line in run.iter_rounds() if line["round"] == 1]
         assert sum(row["status"] == "ok" for row in line["clients"]) == clients
     return {"clients": clients, "seconds": seconds, "peak_bytes": peak}
@@ -202,7 +202,7 @@ WORDS = ("profit", "share", "bank", "oil", "dollar", "trade", "ship", "grain", "
 
 
 def registered(clients: int, per_round: int) -> dict[str, Any]:
-    """A run of the tiny model with so many registered clients, of which each round draws some."""
+    """A run of the tiny model with `clients` registered clients; each round draws `per_round` of them."""
     with tempfile.TemporaryDirectory() as folder:
         draws = random.Random(0)
         with (Path(folder) / "rows.csv").open("w", newline="") as file:
@@ -247,7 +247,7 @@ def main() -> None:
     crowd = in_own_process("benchmarks.round", ["--registered", str(many), "5" if options.quick else "100"])
     summary = {
         "overhead_share": statistics.median(row["overhead_share"] for row in rounds),
-        # The clients' first pass is in the first round only, so here it is the sum over all rounds that tells.
+        # The clients' first pass is only in the first round, so this is the share over all rounds.
         "overhead_share_with_first_pass": sum(row["seconds"] * row["overhead_share_with_first_pass"] for row in rounds)
         / sum(row["seconds"] for row in rounds),
         **fold_summary(folds),

@@ -1,8 +1,8 @@
-"""How long the command line takes to answer when it has nothing to compute.
+"""How long the command line takes to answer if there is nothing to compute.
 
     python -m benchmarks.startup [--rounds 10] [--json FILE]
 
-Every command runs in a process of its own, in turn; the smallest time is the least disturbed by others on the machine.
+Every command runs in a separate process, in turn; the smallest time is least disturbed by other work on the machine.
 """
 
 import statistics

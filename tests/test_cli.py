@@ -91,7 +91,7 @@ def test_user_errors_are_one_line_and_exit_code_2(here, capfd):
         (["upcycle", "tiny", here / "d", "--dtype", "int8"], "expected float32"),
         (["upcycle", "tiny", here / "d", "--top-k", "9"], "is more than"),
         (["plan", "tiny", "--device", "4 bananas"], '--device "4 bananas": expected a share'),
-        (["plan", "tiny", "--device", "0"], "--device 0: a budget is at least one expert"),
+        (["plan", "tiny", "--device", "0"], "--device 0: a budget must be at least one expert"),
         (["plan", "--model", here / "gone"], "no such folder"),
         (["plan", "--model", "smollm2"], "no Mixture-of-Experts layers"),
         # the parser's own

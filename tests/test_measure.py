@@ -195,7 +195,7 @@ def test_evaluate_a_run_on_own_rows(tmp_path, capsys):
             "--task mmlu:anatomy with --rows: a file is measured whole; use --task mmlu and",
         ),
         (["--task", "reuters-r8:earn"], "--task reuters-r8:earn: reuters-r8 has no subsets; use --task reuters-r8"),
-        (["--limit", "3"], "--limit: goes with --task or --rows"),
+        (["--limit", "3"], "--limit: needs --task or --rows"),
         (["--task", "piqa", "--rows", "gone.jsonl"], "--rows gone.jsonl: no such file or folder"),
         (["--task", "piqa", "--rows", "owner/name"], "--rows owner/name: no such file or folder"),
         (["--rows", "piqa"], "--rows piqa: no such file or folder"),

@@ -149,7 +149,7 @@ def test_a_run_whose_clients_start_from_those_rows_does_not_go_on_without_them(t
         run(tiny_config(*QUICK, "method.bootstrap=prior"), tmp_path / "run", StopAt(2))
     (tmp_path / "run" / "experts.npy").unlink()
     for _ in range(2):  # nor does asking again get around it
-        with pytest.raises(UserError, match=r"no row of client 0 in round 1, and its method"):
+        with pytest.raises(UserError, match=r"no row of client 0 in round 1, which its method"):
             resume(tmp_path / "run", Silent())
 
 

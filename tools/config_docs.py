@@ -21,16 +21,16 @@ HEAD = """# Configuration
 
 <!-- Written by tools/config_docs.py from src/hfedmoe/config/: change it there. -->
 
-A config is a TOML file; every setting has a default, so it only holds what differs. `configs/demo.toml` is the built-in
-example and `configs/tiny.toml` a run of seconds. For one run, any setting can be changed on the command line, and
-`--show-config` prints the whole tree without running anything:
+A config is a TOML file. Every setting has a default, so a config only needs the settings that differ.
+`configs/demo.toml` is the built-in example, and `configs/tiny.toml` runs in seconds. Any setting can be changed for one
+run on the command line, and `--show-config` prints the whole tree without running anything:
 
 ```console
 $ hfedmoe run configs/tiny.toml --set train.lr=1e-3 --set 'clients.budgets=["25%", 16]' --show-config
 ```
 
-A misspelt or unknown key is an error. TOML has no way to write None; where the default is something else, the top-level
-key `unset` does: `unset = ["data.test_rows"]`. The `config.toml` of a run folder is a config like any other.
+A misspelt or unknown key is an error. TOML cannot write None; to set a setting to None, list it in the top-level key
+`unset`: `unset = ["data.test_rows"]`. The `config.toml` of a run folder is a config like any other.
 """
 BOUNDS: dict[type, tuple[str, str]] = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
 
@@ -64,7 +64,7 @@ def _table(model: type[Section]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    """The section a field holds, perhaps beside None."""
+    """The section in a field's type, which may also allow None."""
     candidates = [annotation, *get_args(annotation)]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
@@ -82,7 +82,7 @@ def _kind(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any) -> str:
-    """A type as a person says it."""
+    """A type in words."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)

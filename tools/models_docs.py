@@ -33,21 +33,21 @@ HEAD = """# Models
 Any Mixture-of-Experts model that transformers loads for causal or sequence-to-sequence language modelling can be used
 if its layers are built like those of the families below. `hfedmoe inspect MODEL` shows what is found in one.
 
-Each of these {number} families is tested on a tiny random model, against the stock model: outputs; gradients of experts
-(LoRA and full training), routers and embeddings; the same outputs, gradients and no stray training with absent experts
-masked or gone from memory; statistics of the unmasked router; recomputed activations and bfloat16; and weights merged,
-saved in the layout of the hub, loaded by stock transformers and read back one expert at a time.
+Each of these {number} families is tested with a tiny random model and compared with the stock model: outputs; gradients
+of experts (LoRA and full training), routers and embeddings; the same outputs and gradients if absent experts are masked
+or not in memory, without training them; statistics of the unmasked router; recomputed activations and bfloat16; and
+weights that are merged, saved in the layout of the hub, loaded by stock transformers and read one expert at a time.
 
-LoRA on the attention (`train.attention`) is PEFT's; a test puts it on every family. `afmoe`, `beam` and `nemotron_h`
-are refused: PEFT takes their attention's maps for parts of fused experts, or none is called an attention.
+LoRA on the attention (`train.attention`) uses PEFT; a test applies it to every family. `afmoe`, `beam` and `nemotron_h`
+are refused: PEFT mistakes their attention projections for parts of fused experts, or no module is named attention.
 
-*Router*: how logits become scores, whether the choice is limited to groups of experts, and whether a correction bias
-shifts it. *Experts*: one stack of matrices for all, `[E, out, in]` or transposed `[E, in, out]`, or a module for each.
+*Router*: how logits become scores, whether the choice is limited to groups of experts, and whether it uses a correction
+bias. *Experts*: one stack of matrices for all, `[E, out, in]` or transposed `[E, in, out]`, or one module per expert.
 """
 ALIASES = """
 ## With more than text
 
-These types have vision or audio too; transformers loads a language model for them, and text is all that is used.
+These types also have vision or audio; transformers loads a language model for them, and only text is used.
 
 | model type | trained as |
 |---|---|
@@ -55,7 +55,7 @@ These types have vision or audio too; transformers loads a language model for th
 REFUSED = """
 ## Not supported
 
-A model of these types is refused by name with this reason, from its configuration alone.
+A model of these types is refused with this reason, as soon as its configuration is read.
 
 | model type | what is missing |
 |---|---|
@@ -65,13 +65,13 @@ _MOE_CODE = re.compile(
     r"|^class \w*(Experts?|MoE|MOE|Moe|SparseMLP|SparseMoe\w*|MoeBlock|TopK\w*Router|TopKGating)\(",
     re.MULTILINE,
 )
-"""What the code of a model with experts has: transformers' interface for them, or classes with their usual names."""
+"""What marks the code of a model with experts: transformers' interface for experts, or classes with usual names."""
 
 
 def moe_types() -> list[str]:
-    """Model types of the installed transformers that have experts, whatever they are made for.
+    """Model types of the installed transformers that have experts, for any purpose.
 
-    The code of models is read and not run, so that none is missed for a library that is not installed.
+    The code of models is read and not run, so that a missing library hides no model.
     """
     root = Path(transformers.__file__).parent / "models"
     packages = {file.parent.name for file in root.glob("*/modeling_*.py") if _MOE_CODE.search(file.read_text("utf-8"))}
@@ -79,7 +79,7 @@ def moe_types() -> list[str]:
 
 
 def loaded_as() -> dict[str, str]:
-    """Types with more than text whose language model transformers loads: the tested type of its text, by type."""
+    """For types with more than text whose language model transformers loads: the tested type of that language model."""
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     text = {names[family]: family for family in FAMILIES if family in names}
     aliases = {}
@@ -132,7 +132,7 @@ def _row(family: str) -> str:
         scoring.append("correction bias")
     around = model.model.get_submodule(layer.name.rpartition(".")[0])
     names = [name for module in (layer.block, around) for name, _ in module.named_children()]
-    # Where the block is the whole decoder layer, its dense network is what all tokens share.
+    # If the block is the whole decoder layer, its dense network is the shared expert.
     shared = any("shared" in name for name in names) or hasattr(layer.block, "mlp")
     cells = [f"`{family}`", f"`{type(model.model).__name__}`", ", ".join(scoring), _experts(state)]
     return "| " + " | ".join([*cells, "yes" if shared else ""]) + " |"

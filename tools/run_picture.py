@@ -1,4 +1,4 @@
-"""Draw what a finished run printed at its end as an SVG picture, for the README.
+"""Draw the final screen of a finished run as an SVG picture, for the README.
 
 python tools/run_picture.py runs/2026-11-22-r8-hfedmoe docs/demo.svg
 """
@@ -17,7 +17,7 @@ from hfedmoe.server.keeper import Keeper
 
 
 def main(run: Path, picture: Path) -> None:
-    """Print the run's last table on a recording console and save the picture."""
+    """Print the run's final table on a recording console and save the picture."""
     with RunFolder.open(run) as folder, open("/dev/null", "w") as nowhere:
         keeper, rounds = Keeper(folder), folder.read_rounds()
         clients = sorted({row["client"] for line in rounds for row in line["clients"]})
@@ -44,7 +44,7 @@ def main(run: Path, picture: Path) -> None:
                 watcher.round_done(line["round"], line["seconds"], line["bytes_down"], line["bytes_up"])
         watcher.final_table(lines, keeper.scores[0], keeper.scores[-1])
         svg = console.export_svg(title="hfedmoe run")
-        # The reader's own monospace font will do: a picture in a README fetches nothing.
+        # Use the reader's own monospace font: a picture in a README must not download one.
         picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))
 
 

@@ -2,16 +2,16 @@
 
 import os
 
-# Flower and the hub's client report usage to their makers unless told otherwise; a tool for private data starts silent.
+# Flower and huggingface_hub report usage by default; a tool for private data must not.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# Its retries of a hub that cannot be reached are many lines; the error that follows is one.
+# If the hub cannot be reached, huggingface_hub logs many retries; the error after them is enough.
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-# Processors with 16-bit products make code for every number of rows, and an expert gets other rows in every batch: with
-# oneDNN's own limit of 1,024 pieces of code a device grew by a gigabyte in 60 steps; with this one it is as fast.
+# On processors with 16-bit products, oneDNN keeps code for every number of rows, which differs for each expert and
+# batch. With its default limit of 1,024 a device grew by a gigabyte in 60 steps; with this limit it is as fast.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-# Fast tokenizers warn about every fork after their first use, as in simulations; their threads gain nothing here.
+# Fast tokenizers warn about every fork after their first use, as in simulations; their threads do not help here.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 __version__ = "0.1.0"

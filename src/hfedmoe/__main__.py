@@ -1,10 +1,10 @@
-"""The command `hfedmoe`, which `python -m hfedmoe` is, too."""
+"""The command `hfedmoe`, also available as `python -m hfedmoe`."""
 
 import sys
 
 
 def main() -> None:
-    """Run the command line; an interruption ends it in one line also while it is being imported."""
+    """Run the command line; Ctrl-C ends it with one line, even during the import."""
     try:
         from hfedmoe import cli
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 2
 TYPERS_INTERRUPTED = 130
-"""What typer makes of a KeyboardInterrupt that a command lets out."""
-typer.core.HAS_RICH = False  # or it writes "\\[required]" into the plain help
+"""typer's exit code for a KeyboardInterrupt that a command does not catch."""
+typer.core.HAS_RICH = False  # else it writes "\\[required]" into the plain help
 
 app = typer.Typer(
     name="hfedmoe",
@@ -37,7 +37,7 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """The entry point: user errors become one line and exit code 2, and so does an interruption."""
+    """The entry point: user errors and interruptions become one line and exit code 2."""
     try:
         code = app(args=arguments, prog_name="hfedmoe", standalone_mode=False)
         if code == TYPERS_INTERRUPTED:
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _named(arguments: list[str] | None) -> str:
-    """The command that arguments begin with."""
+    """The command at the start of the arguments, or `hfedmoe` if there is none."""
     first = next(iter(sys.argv[1:] if arguments is None else arguments), "")
     return f"hfedmoe {first}" if first in getattr(typer.main.get_command(app), "commands", {}) else "hfedmoe"
 
@@ -88,9 +88,9 @@ def _options(
 @app.command()
 def run(
     config: Annotated[
-        Path | None, typer.Argument(help="A TOML file, or the name of a shipped one (demo, tiny); none: demo.")
+        Path | None, typer.Argument(help="A TOML file, or the name of a shipped one (demo, tiny); default: demo.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for this run; none: runs/<date>-<name>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for this run; default: runs/<date>-<name>.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
@@ -127,7 +127,7 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folde
 @app.command()
 def plan(
     config: Annotated[
-        Path | None, typer.Argument(help="A TOML file, or the name of a shipped one (demo, tiny); none: demo.")
+        Path | None, typer.Argument(help="A TOML file, or the name of a shipped one (demo, tiny); default: demo.")
     ] = None,
     devices: Annotated[
         list[str] | None,
@@ -135,19 +135,19 @@ def plan(
             "--device",
             metavar="BUDGET",
             help="Memory (4GiB), a device by name, auto, a share (25%) or a number of experts; may be repeated. "
-            "None: the budgets of the config's clients.",
+            "Default: the budgets of the config's clients.",
         ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Another model than the config's: a hub id or a folder, not upcycled.")
+        str | None, typer.Option(help="A model instead of the config's: a hub id or a folder, not upcycled.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     presets: Annotated[bool, typer.Option("--presets", help="List the devices known by name and stop.")] = False,
 ) -> None:
-    """Show which devices could take part, with how many experts, in what memory and time. Loads no weights."""
+    """Show which devices can take part, their number of experts, memory and time. Loads no weights."""
     if presets:
         from hfedmoe.report import device_presets as listed
 
@@ -157,7 +157,7 @@ def plan(
     if model is not None:
         changed = settings.model.model_copy(update={"name": model, "upcycle": None})
         if "model.revision" not in _keys(overrides):
-            changed = changed.model_copy(update={"revision": None})  # that of the config's own model
+            changed = changed.model_copy(update={"revision": None})  # it belongs to the config's own model
         settings = settings.model_copy(update={"model": changed})
     from hfedmoe.runs.refusals import require_model
 
@@ -173,7 +173,7 @@ def plan(
 def inspect(
     model: Annotated[str, typer.Argument(help="A packaged model (smollm2, tiny), a hub id or a folder.")],
     upcycle_experts: Annotated[
-        int | None, typer.Option(min=2, help="Show a dense model as it would be with so many experts per layer.")
+        int | None, typer.Option(min=2, help="Show a dense model as if upcycled to this number of experts per layer.")
     ] = None,
     upcycle_top_k: Annotated[int, typer.Option(min=1, help="Experts per token of the upcycled model.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -192,11 +192,11 @@ def evaluate(
         str, typer.Argument(metavar="DIR_OR_MODEL", help="A run folder, or a model (packaged, hub id, folder).")
     ],
     checkpoint: Annotated[
-        str | None, typer.Option(help="Of a run: best, last or the number of a round; none: best.")
+        str | None, typer.Option(help="Of a run: best, last or the number of a round; default: best.")
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="For a model: the config whose test rows are used, or its columns with --rows; none: demo."),
+        typer.Option(help="For a model: config with the test rows, or with the columns for --rows; default: demo."),
     ] = None,
     task: Annotated[
         str | None,
@@ -207,12 +207,12 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="With --task or --rows: only the first so many rows.")
+        int | None, typer.Option(min=1, help="With --task or --rows: use only this number of rows, from the first.")
     ] = None,
     rows: Annotated[
         Path | None,
         typer.Option(
-            help="A file, measured whole: rows of --task NAME instead of the hub's, or your own by their columns."
+            help="A file; all its rows are used: as the rows of --task NAME, or as your own data with your columns."
         ),
     ] = None,
     overrides: Annotated[
@@ -230,9 +230,9 @@ def evaluate(
     if of_run and config is not None:
         raise UserError("--config: a run folder has its own config; leave the option out")
     if not of_run and checkpoint is not None:
-        raise UserError(f"--checkpoint: {target} is not a run folder (it has no config.toml); only runs have them")
+        raise UserError(f"--checkpoint: {target} is not a run folder (it has no config.toml); leave the option out")
     if task is None and rows is None and limit is not None:
-        raise UserError("--limit: goes with --task or --rows; a config has data.test_rows")
+        raise UserError("--limit: needs --task or --rows; for a config, set data.test_rows instead")
     elsewhere = task is not None or rows is not None
     if of_run and overrides and not (elsewhere and all(key.startswith("data.") for key in _keys(overrides))):
         raise UserError("--set: a run keeps its own settings; only data.* can change, with --task or --rows")
@@ -250,7 +250,7 @@ def evaluate(
     with nullcontext(Silent()) if as_json else Live() as live:
         if elsewhere:
             if of_run or config is None:
-                # Without a config the model is taken as it is: the demo would upcycle it.
+                # Without a config the model stays as it is: the demo would upcycle it.
                 settings = load_config(Path(target) / "config.toml" if of_run else None, overrides)
             else:
                 settings = _load(config, overrides)
@@ -273,7 +273,7 @@ def evaluate(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist or be empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the result: a new or an empty one.")],
     form: Annotated[
         str,
         typer.Option(
@@ -285,7 +285,7 @@ def export(
     client: Annotated[int | None, typer.Option(help="For --as client: the client's number.")] = None,
     checkpoint: Annotated[str, typer.Option(help="best, last or the number of a round.")] = "best",
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; none: the model's, float32 for an adapter.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's, float32 for an adapter.")
     ] = None,
 ) -> None:
     """Write a result of a run as something that transformers or PEFT loads, with a model card."""
@@ -293,7 +293,7 @@ def export(
     from hfedmoe.runs.existing import require_run
 
     require_run(run)
-    if not out.resolve().is_relative_to(run.resolve()):  # what is wrong then is said below
+    if not out.resolve().is_relative_to(run.resolve()):  # export_run refuses a folder inside the run
         check_free(out)
     from hfedmoe.export.run import export_run
 
@@ -303,11 +303,11 @@ def export(
 @app.command()
 def upcycle(
     dense: Annotated[str, typer.Argument(help="A dense model: packaged, hub id or folder.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the new checkpoint; must not exist or be empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the new checkpoint: a new or an empty one.")],
     experts: Annotated[int, typer.Option(min=2, help="Experts per layer.")] = 8,
     top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, help="Of the fresh routers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the new routers.")] = 0,
 ) -> None:
     """Turn a dense model into a Mixtral checkpoint with equal experts."""
     from hfedmoe.files.whole import check_free
@@ -325,7 +325,7 @@ def doctor(
     hub: Annotated[bool, typer.Option("--hub", help="Also try to reach the model hub.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what is installed, what it can run, and how to get what is missing. Exit code 1 if that is essential."""
+    """Show what is installed, what can run, and how to get what is missing. Exit code 1 if nothing can run."""
     from hfedmoe.doctor import as_text, examine, to_json
 
     report = examine(hub)
@@ -346,7 +346,7 @@ def _load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
 
 
 def _require(settings: "RunConfig") -> None:
-    """Raise UserError at once if files that the settings name are not there."""
+    """Raise UserError at once if files that the settings name do not exist."""
     from hfedmoe.runs.refusals import require_data, require_model
 
     require_model(settings.model)
@@ -354,7 +354,7 @@ def _require(settings: "RunConfig") -> None:
 
 
 def _require_model(name: str) -> None:
-    """Raise UserError at once if a model's name is a file or folder that is not there, or no model."""
+    """Raise UserError at once if a model's name is a path that does not exist or is not a model."""
     from hfedmoe.config import ModelConfig
     from hfedmoe.runs.refusals import require_model
 
@@ -362,7 +362,7 @@ def _require_model(name: str) -> None:
 
 
 def _require_target(target: str) -> None:
-    """As `_require_model`, of what may have been meant as a run."""
+    """As `_require_model`, for a target that may have been meant as a run."""
     path = Path(target).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{target}: neither a run folder (no config.toml) nor a model (no config.json)")
@@ -380,7 +380,7 @@ def _keys(overrides: list[str] | None) -> list[str]:
 
 @contextmanager
 def _resumable(folder: Path | None, name: str) -> Iterator[None]:
-    """Tell how to go on if the run in `folder` (None: a new one below runs/) is interrupted."""
+    """Say how to continue if the run in `folder` (None: a new one below runs/) is interrupted."""
     pattern = f"*-{glob.escape(name)}*"
     before = set(Path("runs").glob(pattern))
     try:
@@ -388,6 +388,6 @@ def _resumable(folder: Path | None, name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         found = [folder] if folder is not None else sorted(set(Path("runs").glob(pattern)) - before)
         started = next((path for path in found if (path / "config.toml").is_file()), None)
-        way_on = "nothing was begun" if started is None else f"`hfedmoe resume {shlex.quote(str(started))}` continues"
+        way_on = "no run was started" if started is None else f"`hfedmoe resume {shlex.quote(str(started))}` continues"
         _say(f"interrupted; {way_on}")
         raise typer.Exit(INTERRUPTED) from None

@@ -1,15 +1,15 @@
-"""The two apps for Flower's own carriers: `flwr run` with a SuperLink and SuperNodes.
+"""The ServerApp and the ClientApp for Flower's own network: `flwr run` with a SuperLink and SuperNodes.
 
 The app folder that Flower ships (examples/flower) only imports `server` and `client` from here, so every device
-runs the hfedmoe that is installed on it. The run's configuration travels as one text, in the TOML of a config file:
+runs the hfedmoe that is installed on it. The run's configuration is sent as one text, the TOML of a config file:
 
     flwr run examples/flower CONNECTION --run-config run.toml        # run.toml: config = "..."  out = "runs/federated"
 
-A SuperNode says which client it is, and may keep data of its own and say what it has room for:
+The node config of a SuperNode says which client it is, and may name its own data and budget:
 
     flower-supernode ... --node-config "partition-id=0 data='/data/hospital.csv' budget='4GiB'"
 
-Code that is shipped with a checkpoint runs on a node only if that says `trust-remote-code=true`, too.
+Code that is shipped with a checkpoint runs on a node only if its node config also has `trust-remote-code=true`.
 """
 
 import functools
@@ -47,7 +47,7 @@ from hfedmoe.wire.requests import InvalidRequestError, check_settings
 
 PLACE, TERMS = "place", "terms"
 TRUST = "trust-remote-code"
-"""What a node says if it lets the server's configuration turn `model.trust_remote_code` on."""
+"""Key of the node config that lets the run's configuration turn on `model.trust_remote_code`."""
 
 
 def config_of(context: Context) -> RunConfig:
@@ -70,7 +70,7 @@ def _number(context: Context, config: RunConfig) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _prepared(document: str, own: str | None, terms: str) -> Prepared:
-    """The model and data of a configuration: one per process, as a device has one model; its experts stay on disk.
+    """The model and data of a configuration, kept for the process: a device has one model. Experts stay on disk.
 
     Args:
         own: the device's own file; None: its part of the run's data.
@@ -79,16 +79,16 @@ def _prepared(document: str, own: str | None, terms: str) -> Prepared:
 
 
 def _is_simulated() -> bool:
-    """Whether this is a worker of Flower's simulation engine, both sides of which one user starts.
+    """Whether this is a worker of Flower's simulation engine, where one user starts both server and clients.
 
-    Not told by the node's configuration: what the engine writes there, many write for real nodes as well.
+    The node config does not show this: real nodes often have the same entries as the engine's.
     """
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
 
 def _config(context: Context) -> RunConfig:
-    """The run's configuration, as far as this device works by it. Raises UserError or InvalidRequestError."""
+    """The run's configuration, if this device accepts it. Raises UserError or InvalidRequestError."""
     config = config_of(context)
     check_settings(config)
     if config.model.trust_remote_code and not _is_simulated() and context.node_config.get(TRUST) is not True:
@@ -105,7 +105,7 @@ def _device(message: Message, context: Context) -> Device:
     budget = _budget(context, config, number)
     place = device_of(config.model.device)
     memory = None if _method(config).ignores_budgets(config.method) else memory_of(budget, str(place))
-    # Also where there is no limit: Flower may have had this process serve a client with one before.
+    # Also without a limit: this process may have served a client with a limit before.
     hold_process_to(memory if place.type == "cpu" and budget != AUTO else None)
     own = context.node_config.get("data")
     terms = _terms(message, context)
@@ -147,7 +147,7 @@ def _device(message: Message, context: Context) -> Device:
 
 
 def _place(context: Context) -> Place | None:
-    """What an earlier message of this run has taught about the device, so that planning opens no model."""
+    """What is known about the device from an earlier message of this run, so that planning opens no model."""
     kept = context.state.config_records.get(PLACE)
     config = _config(context)
     if kept is None or kept["asked"] != _asked(context, config):
@@ -166,24 +166,24 @@ def _place(context: Context) -> Place | None:
 
 
 def _asked(context: Context, config: RunConfig) -> str:
-    """Names the configuration and the node's own settings; what was planned for others does not hold."""
+    """A digest of the configuration and the node config; a budget planned for another digest is not used."""
     return hashlib.sha256(f"{sorted(context.node_config.items())} {config.model_dump_json()}".encode()).hexdigest()
 
 
 def _notes(context: Context, number: int) -> Path:
-    """By run and number: another federation's client of that number may be at work on this machine, and a SuperNode
-    that is started again may be given another node id."""
+    """The file is named by run and client number: this machine may also work for another federation, and a SuperNode
+    may get another node id when it is started again."""
     return cache_folder() / "devices" / f"{context.run_id}-client-{number}.json"
 
 
 def _terms(message: Message, context: Context) -> Terms:
-    """The run's task as the server told it when it asked who the device is; remembered for later messages."""
+    """The run's task, from the server's describe request; kept for later messages."""
     if message.metadata.message_type == DESCRIBE:
         text = terms_of_request(message)
         context.state[TERMS] = ConfigRecord({"text": text})
     kept = context.state.config_records.get(TERMS)
     if kept is None:
-        raise UserError("the server never told what the run's task is; it must describe before it plans and trains")
+        raise UserError("the server did not send the run's task; it must send describe before plan and train")
     try:
         return Terms.from_json(kept["text"])
     except ValueError as error:
@@ -191,7 +191,7 @@ def _terms(message: Message, context: Context) -> Terms:
 
 
 def _budget(context: Context, config: RunConfig, number: int) -> Budget:
-    """What the node says that it has, or else what the configuration gives its number. Raises UserError."""
+    """The budget in the node config, else the one that the configuration has for its number. Raises UserError."""
     own = context.node_config.get("budget")
     if own is None:
         budgets = config.clients.budgets
@@ -208,7 +208,7 @@ def _method(config: RunConfig) -> Method:
 
 
 def _experts(context: Context, config: RunConfig, budget: Budget, prepared: Prepared, device: str) -> int | None:
-    """The node's budget in experts; planned once, as every message may come to a new process. None: unlimited."""
+    """The node's budget in experts, planned only once: every message may start a new process. None: unlimited."""
     if _method(config).ignores_budgets(config.method):
         return None
     kept = context.state.config_records.get(PLACE)

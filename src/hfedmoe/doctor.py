@@ -1,6 +1,6 @@
 """What is installed, what this machine has, what it can run, and the command for everything that is missing.
 
-No network is touched unless `examine(hub=True)` is asked for.
+The network is used only by `examine(hub=True)`.
 """
 
 import importlib.util
@@ -20,12 +20,12 @@ from hfedmoe.models import packaged
 
 HUB_TIMEOUT_S = 5.0
 ENOUGH_DISK = 2 * 10**9
-"""The converted model takes 0.5 GB; runs and checkpoints want some room too."""
+"""The converted model takes 0.5 GB; runs and checkpoints need some room too."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that is not there; nothing runs without what is `essential`."""
+    """Something that is missing; if it is `essential`, nothing runs without it."""
 
     what: str
     remedy: str
@@ -48,7 +48,7 @@ class Report:
 
 
 def examine(hub: bool = False) -> Report:
-    """Look at the environment; `hub` also tries to reach the model hub."""
+    """Examine the environment; `hub` also tries to reach the model hub."""
     report = Report()
     _packages(report)
     accelerator = model = False
@@ -80,7 +80,7 @@ def _has_command(name: str) -> bool:
 
 
 def _packages(report: Report) -> None:
-    """Every package that hfedmoe needs, with its version against what is needed."""
+    """Note the version of every package that hfedmoe needs, and those that are missing or have the wrong version."""
     from packaging.requirements import Requirement
 
     report.packages["python"] = platform.python_version()
@@ -117,7 +117,7 @@ def _machine(report: Report) -> None:
 
 
 def _devices(report: Report) -> bool:
-    """Note the devices that torch sees; whether one of them is an accelerator."""
+    """Note the devices that torch sees; return whether one of them is an accelerator."""
     import torch
 
     from hfedmoe.report.live.words import human_bytes
@@ -139,7 +139,7 @@ def _devices(report: Report) -> bool:
 
 
 def _packaged_model(report: Report) -> bool:
-    """Note the packaged model; whether it is installed."""
+    """Note the packaged model; return whether it is installed."""
     source = packaged.gguf_file()
     if source is None:
         report.missing.append(Missing("the packaged model of the built-in example", packaged.INSTALL))
@@ -151,7 +151,7 @@ def _packaged_model(report: Report) -> bool:
 
 
 def _cache(report: Report) -> None:
-    """Whether the cache folder can be written and has room."""
+    """Note the cache folder, and whether it can be written and has room."""
     from hfedmoe.report.live.words import human_bytes
 
     folder = packaged.cache_folder()

@@ -1,8 +1,8 @@
-"""What can go wrong and is expected to: what the user can mend, and training that leads nowhere."""
+"""Expected errors: bad input that the user can correct, and training that fails."""
 
 
 class UserError(Exception):
-    """Bad input: a config, data set, checkpoint, folder or network address that the user can mend.
+    """Bad input: a config, data set, checkpoint, folder or network address that the user can correct.
 
     The message is one line that names the thing at fault and the way out. The command line prints it without a
     traceback and exits with code 2.
@@ -14,11 +14,11 @@ class TrainingError(RuntimeError):
 
 
 class OwnDataError(UserError):
-    """Rows of a device do not fit the run. The text is for its owner only; `count` rows is all that may be told.
+    """Rows of a device do not fit the run. The text is for its owner only; others may be told only `count`.
 
     Args:
         text: names file, line and cell.
-        count: rows that do not fit, as far as they were counted.
+        count: number of rows that do not fit, as far as they were counted.
     """
 
     def __init__(self, text: str, count: int = 1) -> None:

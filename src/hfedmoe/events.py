@@ -1,8 +1,8 @@
-"""What happens in a run, for whoever watches: the events, and the one record of what a client did in a round.
+"""The events of a run, and the record of what a client did in a round.
 
 Every figure of a client's round is in `ClientRound` and nowhere else. metrics.jsonl, the screen, the totals and the
-report read it. A new figure is one field here, set where it is measured; a figure that the client measures is a field
-of `Work` with a bound in `wire.checks`.
+report read it. A new figure is one new field here, set where it is measured. A figure that the client measures is a
+field of `Work`, with a limit in `wire.checks`.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from typing import Any, Literal, Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a client says that it did in a round. It crosses the wire as it is."""
+    """What a client says that it did in a round. It is sent to the server unchanged."""
 
     examples: int = 0
     """The client's own rows."""
     steps: int = 0
-    """Optimizer steps, of `steps_wanted`."""
+    """Optimizer steps done, out of `steps_wanted`."""
     steps_wanted: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
@@ -29,21 +29,21 @@ class Work:
     activation: float | None = None
     """Experts per layer that a step could train, the mean over layers and steps; None: all resident ones."""
     deadline_s: float | None = None
-    """Seconds of training that it was given; None: no deadline."""
+    """Most seconds of training in the round; None: no deadline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientRound(Work):
     """One client in one round, as the server knows it. `status` is "ok", or a word such as "late" with a `reason`.
 
-    Only a client whose status is "ok" has more than its number, its reason and its bytes.
+    If the status is not "ok", only the client's number, its reason and its bytes are set.
     """
 
     client: int = 0
     status: str = "ok"
     reason: str = ""
     weight: int = 0
-    """|D_c| as it counted: `examples` within `federation.max_weight`."""
+    """|D_c| used in averaging: `examples`, limited by `federation.max_weight`."""
     resident: int = 0
     """Experts on the device, over all layers."""
     trained: int = 0
@@ -53,7 +53,7 @@ class ClientRound(Work):
     tokens: float = 0.0
     """(token, expert) pairs that its experts processed."""
     activation_wanted: float | None = None
-    """As `activation`, if there were no deadline."""
+    """What `activation` would be without a deadline."""
     routing_consistency: float | None = None
     """r(c) of eq. 18, the mean over the layers; known when the round ends."""
     bytes_down: int = 0
@@ -69,7 +69,7 @@ class ClientRound(Work):
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Self:
-        """The inverse of `to_json`; what an entry does not have, or what is unknown here, is left out."""
+        """The inverse of `to_json`. Missing fields get their default; unknown keys are ignored."""
         return cls(**{field.name: entry[field.name] for field in fields(cls) if field.name in entry})
 
 
@@ -77,8 +77,8 @@ class ClientRound(Work):
 class ClientTotals:
     """What one client did over the rounds that it completed.
 
-    Sums, but `resident` and `trained`, which are those of its last round, the largest peaks, and the means of
-    `activation` and `activation_wanted` over its rounds with a deadline. `steps` count rounds with a deadline only.
+    Most fields are sums. `resident` and `trained` are those of its last round, peaks are the largest, `activation` and
+    `activation_wanted` are means over its rounds with a deadline. `steps` count only rounds with a deadline.
     """
 
     name: str = ""
@@ -127,7 +127,7 @@ def _mean(mean: float | None, value: float | None, count: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Participant:
-    """A client as it is known before the first round; `budget` counts experts over all layers."""
+    """What is known about a client before the first round; `budget` counts experts over all layers."""
 
     name: str
     examples: int
@@ -137,7 +137,7 @@ class Participant:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The global model measured once; accuracy and macro-F1 are shares, None for tasks without choices."""
+    """One evaluation of the global model; accuracy and macro-F1 are shares, None for tasks without choices."""
 
     round: int
     accuracy: float | None
@@ -145,13 +145,13 @@ class Evaluation:
     loss: float | None
     rows: int
     kind: Literal["all", "watch"] = "all"
-    """Whether on all held-out rows, or on the few that are watched."""
+    """On all held-out rows, or on the watched ones."""
 
 
 class Watcher:
-    """The events of a run, in the order in which they come; by default nothing is done about them.
+    """Receives the events of a run, in order; by default it does nothing.
 
-    A client is named by its position in the list that `start` was given.
+    A client is identified by its position in the list that `start` received.
     """
 
     def __enter__(self) -> Self:
@@ -159,7 +159,7 @@ class Watcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the terminal as it was found, whatever happened."""
+        """Stop watching and restore the terminal, also after an error."""
         return
 
     def start(
@@ -170,10 +170,10 @@ class Watcher:
         clients: Sequence[Participant],
         history: Sequence[Evaluation] = (),
     ) -> None:
-        """The run begins or, with `history` and a later `first_round`, goes on."""
+        """The run begins; with `history` and a later `first_round` it continues."""
 
     def phase(self, text: str) -> None:
-        """Something outside a client's work goes on, such as loading."""
+        """Something other than a client's work begins, such as loading."""
 
     def round_started(self, round: int) -> None:
         """A round begins."""
@@ -185,10 +185,10 @@ class Watcher:
         """A client has done `step` of `steps`."""
 
     def client_done(self, round: int, client: int, done: ClientRound) -> None:
-        """A client has answered, or will not."""
+        """A client has answered, or is left out of the round."""
 
     def evaluating(self, done: int, total: int) -> None:
-        """So many of the held-out rows are measured."""
+        """`done` of `total` held-out rows are measured."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """The global model was measured."""
@@ -197,13 +197,13 @@ class Watcher:
         """A round is complete; the bytes are those of this round."""
 
     def warning(self, text: str) -> None:
-        """Something the person should know, but that does not stop the run."""
+        """Something that the user should know, but that does not stop the run."""
 
     def finish(self, text: str) -> None:
         """The run is over."""
 
     def final_table(self, clients: Sequence[ClientTotals], before: Evaluation | None, after: Evaluation | None) -> None:
-        """What every client held, did and used, and what came of it."""
+        """The totals of every client, and the evaluations before and after the run."""
 
 
 class Silent(Watcher):

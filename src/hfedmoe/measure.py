@@ -1,7 +1,7 @@
-"""Measure a run's checkpoint, or a model as it is: the figure that fine-tuning has to beat.
+"""Evaluate a run's checkpoint, or a model without fine-tuning as the baseline.
 
-Either on the held-out rows of a configuration, or on a data set known by name, where multiple choice is scored as
-lm-evaluation-harness does.
+The rows are the held-out rows of a configuration, a data set known by name, or a file. In the last two, multiple choice
+is scored as lm-evaluation-harness does.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from hfedmoe.server.evaluation import Metrics, evaluate, room_of
 
 
 def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
-    """Measure a checkpoint ("last", "best" or a round's number) of a run on all its held-out rows.
+    """Evaluate a checkpoint ("last", "best" or a round's number) of a run on all its held-out rows.
 
     Raises:
         UserError: not a run folder, or no such checkpoint.
@@ -40,7 +40,7 @@ def evaluate_run(path: Path, which: str, watcher: Watcher) -> Metrics:
 
 
 def measure_checkpoint(prepared: Prepared, checkpoint: Checkpoint, watcher: Watcher) -> Metrics:
-    """A checkpoint on all held-out rows. Raises UserError if it does not fit the model."""
+    """Evaluate a checkpoint on all held-out rows. Raises UserError if it does not fit the model."""
     with fitting(checkpoint):
         return prepared.measure(checkpoint.tensors, "all", watcher.evaluating)
 
@@ -48,8 +48,8 @@ def measure_checkpoint(prepared: Prepared, checkpoint: Checkpoint, watcher: Watc
 def evaluate_model(name: str, config: RunConfig, watcher: Watcher) -> Metrics:
     """Evaluate the model `name` on the held-out rows of a config.
 
-    The config's own model is taken with all its settings (upcycled, at its revision); another one keeps only device,
-    precision and trust.
+    The config's own model is loaded with all its settings (upcycled, at its revision). Another model gets the settings
+    for device, precision and trust, but not these two.
 
     Raises:
         UserError: the model or the data cannot be loaded.
@@ -85,7 +85,7 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     watcher.phase("reading the data")
-    # What a run has learnt to say are the labels of its own rows, whether or not these have them all.
+    # The run was trained to answer with the labels of its own rows; these rows may not have all of them.
     task = load_rows(data, lambda: load_task(config.data, config.partition, config.seed).labels)
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed)
@@ -97,7 +97,7 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
 
 
 def _comparable(config: RunConfig, task: Task) -> RunConfig:
-    """The settings with whole choices compared, as the harness does, whatever a run asks for on its own rows."""
+    """The settings, but whole choices are compared, as lm-evaluation-harness does."""
     if task.kind != "choices":
         return config
     evaluation = config.evaluation.model_copy(update={"scoring": "loglikelihood"})

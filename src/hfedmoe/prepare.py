@@ -44,25 +44,25 @@ class Prepared:
     task: Task
     watch: list[Example]
     budgets: list[int] | None = None
-    """Experts over all layers of every client; None: unlimited, or a device that plans for itself."""
+    """Every client's budget in experts over all layers; None: unlimited, or a device that plans for itself."""
     warnings: list[str] = field(default_factory=list)
-    """What is worth knowing about the rows before a run."""
+    """Warnings about the rows, for the start of a run."""
 
     @cached_property
     def initial(self) -> dict[str, Tensor]:
-        """What is trained, as it was at first (`payload.initial_tensors`): to be asked for before anything trains."""
+        """First values of the trained tensors (`payload.initial_tensors`). Read it before anything trains."""
         return initial_tensors(self.model)
 
     @property
     def settled(self) -> RunConfig:
-        """The configuration with the kind of task that the rows turned out to be: an export says how it was asked."""
+        """The configuration, with the kind of task found in the rows. An export needs it to describe the prompt."""
         data = self.config.data
         if data.format != "auto" or known_set(data) is not None:
             return self.config
         return self.config.model_copy(update={"data": data.model_copy(update={"format": self.task.kind})})
 
     def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
-        """The model with these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""
+        """Evaluate these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""
         self.model.set_resident(None)
         load_all(self.model, tensors)
         settings = self.config.evaluation
@@ -87,10 +87,10 @@ def prepare(
     """Load the model and the data of a configuration and make them ready.
 
     Args:
-        carve: for one device: experts stay on disk until they are resident, where there is a checkpoint to read them
-            from. Otherwise all experts are in memory, for the server or for all simulated clients.
-        own: a file with a device's own rows, in place of the configured data.
-        terms: the run's task, which a device was told; None: settled here, from the rows.
+        carve: for one device: experts stay on disk until they are resident, if there is a checkpoint to read them from.
+            Otherwise all experts are in memory, for the server or for all simulated clients.
+        own: a file with a device's own rows, instead of the configured data.
+        terms: the run's task, which a device received from the server; None: found from the rows.
 
     Raises:
         UserError: the model or the data cannot be used, or a budget is below what the model needs.
@@ -138,13 +138,13 @@ def prepare(
 
 
 def _first_tokens_differ(task: Task, watch: list[Example], encoder: Encoder) -> bool:
-    """Whether the first token tells the choices of all held-out rows apart, as the run's end needs it."""
+    """Whether the choices of every held-out row differ in their first token, which the final evaluation needs."""
     rows = [*task.test, *watch]
     return task.kind == "completion" or not rows or encoder.distinct_first_tokens(rows)
 
 
 def encoder_of(loaded: Loaded, task: Task, config: DataConfig) -> Encoder:
-    """The encoder of a task for a model that was loaded."""
+    """The encoder of a task for a loaded model."""
     encoder = Encoder.for_task(
         loaded.tokenizer, task, config.max_tokens, loaded.encoder_decoder, loaded.decoder_start_token_id
     )
@@ -153,12 +153,12 @@ def encoder_of(loaded: Loaded, task: Task, config: DataConfig) -> Encoder:
 
 
 def with_chat_date(config: RunConfig, tokenizer: Any, task: Task, told: str | None = None) -> RunConfig:
-    """The configuration with the date that its conversations carry, where the chat template writes one.
+    """The configuration with a fixed date for its conversations, if the chat template writes one.
 
-    Otherwise a run that is resumed on another day, or a device in another time zone, would have other tokens.
+    Otherwise a run that is resumed on another day, or a device in another time zone, would get other tokens.
 
     Args:
-        told: by the server; None: today, unless the configuration has one.
+        told: the date from the server; None: the date in the configuration, else today.
     """
     talks = any(example.messages for example in [*task.train[:1], *task.test[:1]])
     if not talks or DATED not in str(getattr(tokenizer, "chat_template", "")):
@@ -175,12 +175,12 @@ def server_for(
     round: int = 0,
     base: str = "",
 ) -> Server:
-    """The server of a federation, whoever carries its messages.
+    """The server of a federation, in process or on a network.
 
     Args:
-        tensors: what `round` ended with; None: the model as it was loaded.
-        round: the last complete one.
-        base: digest of the base model, where clients have copies of their own.
+        tensors: the global tensors after `round`; None: those of the loaded model.
+        round: the last complete round.
+        base: digest of the base model, if clients have copies of their own.
     """
     model = prepared.model
     return Server(

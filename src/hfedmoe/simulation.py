@@ -1,4 +1,4 @@
-"""Run a federation on this machine from a configuration: the embedded default behind `hfedmoe run`."""
+"""Run a federation of simulated clients in this process: what `hfedmoe run` does."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
             prepared = prepare(config, watcher)
             parts = _split(prepared, watcher)
         except UserError:
-            folder.discard()  # nothing has run: the same folder can be asked for again
+            folder.discard()  # nothing has run: the same folder can be used again
             raise
         if prepared.settled is not config:
             folder.settle(prepared.settled)
@@ -57,7 +57,7 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
 
 
 def resume(path: Path, watcher: Watcher) -> Path:
-    """Go on with a run from its last checkpoint; one killed before its first checkpoint starts again.
+    """Continue a run from its last checkpoint; without any checkpoint, start it again.
 
     Raises:
         UserError: not a run folder, in use by another process, or as `run`.
@@ -66,8 +66,8 @@ def resume(path: Path, watcher: Watcher) -> Path:
         was = read_identity(path)
         if was is not None and was.carrier == DEPLOYED:
             raise UserError(
-                f"{path}: devices took part in this run and keep what they remember, so it cannot go on here; while "
-                "its SuperLink runs it goes on by itself, else begin again with `flwr run` and its config.toml"
+                f"{path}: this run used real devices, which keep their own memory, so it cannot continue here; while "
+                "its SuperLink runs, it continues by itself, else start again with `flwr run` and its config.toml"
             )
         prepared = prepare(folder.config, watcher)
         check_identity(path, _identity(prepared))
@@ -96,7 +96,7 @@ def _run(
 ) -> None:
     for text in prepared.warnings:
         watcher.warning(text)
-    # Two at a time while one is written, besides those that are kept and the best.
+    # The checkpoints that are kept, the best one, and the one that is being written.
     size = sum(tensor.nbytes for tensor in prepared.initial.values())
     require_room(folder.path, size * (prepared.config.keep_checkpoints + 2))
     simulation = assemble(prepared, parts, folder, watcher, from_round)
@@ -117,7 +117,7 @@ class Simulation:
     grid: InProcessGrid
 
     def run(self) -> None:
-        """All rounds that are left. Raises UserError as `Server.run`."""
+        """Run all remaining rounds. Raises UserError like `Server.run`."""
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={}, series_id=0)
         server_app(lambda _: self.server)(self.grid, context)
 
@@ -134,7 +134,7 @@ def assemble(
     Args:
         parts: the rows of every client, as indices into `prepared.task.train`.
         folder: where the run is kept; None: nowhere.
-        from_round: of the checkpoint in the folder from which the run goes on; None: it begins.
+        from_round: round of the checkpoint from which the run continues; None: it begins.
 
     Raises:
         UserError: the checkpoint is damaged or does not fit the model.
@@ -169,7 +169,7 @@ def pooled(prepared: Prepared, parts: list[list[int]]) -> tuple[Prepared, list[l
 
 
 def _devices(prepared: Prepared, parts: list[list[int]], watcher: Watcher) -> list[Device]:
-    """Simulated clients: they share one model in memory, and each one's sub-model is a mask over it."""
+    """Simulated clients. They share one model in memory; a client's sub-model is a mask over it."""
     steps = prepared.config.train.steps
 
     def on_step(client: int, step: int, loss: float) -> None:

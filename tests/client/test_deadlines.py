@@ -124,7 +124,7 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "no step": ({"steps": 0}, "steps is not a whole number"),
     "activation": ({"activation": float("nan")}, "activation is not a number in (0, 8]"),
     "more experts than there are": ({"activation": 8.5}, "activation is not a number in (0, 8]"),
-    "a deadline that did nothing": ({"activation": None}, "does not say what its steps trained"),
+    "a deadline that did nothing": ({"activation": None}, "does not say how many experts its steps trained"),
     "deadline": ({"deadline_s": -1.0}, "deadline_s is not a number"),
     "another number of steps": ({"steps_wanted": 4}, "steps_wanted is not a whole number in [3, 3]"),
 }

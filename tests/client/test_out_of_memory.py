@@ -89,7 +89,7 @@ def test_a_client_that_cannot_hold_top_k_experts_stays_out_and_says_why(federati
     assert calls == [1]
     assert first["status"] == second["status"] == "out of memory"
     for row in (first, second):
-        assert "top-2 routing in 4 layers needs 8, so it cannot take part" in row["reason"]
+        assert "top-2 routing in 4 layers needs 8 experts, so it cannot take part" in row["reason"]
 
 
 def test_a_first_pass_over_all_experts_that_does_not_fit_is_not_tried_again(federation: Make, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_first_pass_over_all_experts_that_does_not_fit_is_not_tried_again(fede
     assert calls == [0]
     assert first["status"] == "out of memory"
     assert "in its first pass over all 32 experts" in first["reason"]
-    assert "could be read expert by expert" in first["reason"]
+    assert "can be read expert by expert" in first["reason"]
     assert (second["status"], second["resident"]) == ("ok", 8)
 
 
@@ -159,7 +159,7 @@ def test_every_client_may_learn_even_if_it_was_to_hold_everything(federation: Ma
     [
         ({"status": "bored", "reason": "x"}, "status"),
         ({"status": 3}, "status"),
-        ({"status": "out_of_memory"}, "neither why nor a code"),
+        ({"status": "out_of_memory"}, "neither a reason nor a code"),
         ({"status": "refused", "code": "because", "count": 1}, "code"),
         ({"status": "refused", "code": "own_data", "count": -1}, "count"),
     ],

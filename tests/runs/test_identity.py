@@ -60,7 +60,7 @@ def test_a_deployed_run_is_measured_but_not_simulated(run: Path) -> None:
     was = read_identity(run)
     assert was is not None
     write_identity(run, type(was)(**(vars(was) | {"carrier": DEPLOYED})))
-    with pytest.raises(UserError, match=r"devices took part in this run.*begin again with `flwr run`"):
+    with pytest.raises(UserError, match=r"this run used real devices.*start again with `flwr run`"):
         simulation.resume(run, Silent())
     assert measure.evaluate_run(run, "last", Silent()).examples > 0
 

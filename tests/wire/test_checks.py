@@ -85,7 +85,7 @@ def lie(name: str, *values: float) -> dict[str, list[Tensor]]:
         ({"work": {"first_loss": math.nan}}, "first_loss is not a finite number"),
         ({"work": {"last_loss": math.inf}}, "last_loss is not a finite number"),
         ({"work": {"steps": 2}}, "steps is not a whole number"),
-        ({"work": {"deadline_s": 3.0}}, "does not say what its steps trained"),
+        ({"work": {"deadline_s": 3.0}}, "does not say how many experts its steps trained"),
     ],
 )
 def test_updates_are_checked(lie: dict[str, Any], reason: str) -> None:

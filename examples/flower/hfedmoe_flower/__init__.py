@@ -1,1 +1,1 @@
-"""Thin shell over the installed hfedmoe: every device runs its own installation, not what a server ships."""
+"""Thin shell over the installed hfedmoe: every device runs its own installation, not code from a server."""

@@ -1,4 +1,4 @@
-"""The two apps, under the names that pyproject.toml gives to Flower."""
+"""The two apps that pyproject.toml names for Flower."""
 
 from hfedmoe.deployment import client, server
 

@@ -1,1 +1,1 @@
-"""One client: what it keeps, how it plans and trains, and what it answers (a flwr ClientApp)."""
+"""The client side: a Flower ClientApp with its memory, its choice of experts and its local training."""

@@ -1,4 +1,4 @@
-"""The client: a Flower ClientApp that describes its device, has it plan what it holds, and train."""
+"""The Flower ClientApp of a client: it answers describe, plan and train requests."""
 
 import logging
 from collections.abc import Callable
@@ -39,24 +39,24 @@ def client_app(
     place_of: Callable[[Context], Place | None] = lambda context: None,
     private: bool = False,
 ) -> ClientApp:
-    """The ClientApp of some clients.
+    """The ClientApp of one or more clients.
 
     Args:
-        device_of: makes (or keeps ready) a client's device, from the message and Flower's context.
-        place_of: what is known of the device without its model; None: nothing, it must be opened.
-        private: real devices: no words of theirs reach the server, only codes and counts (`wire.trouble`).
+        device_of: returns a client's device, new or kept ready, for a message and Flower's context.
+        place_of: returns what is known about the device without its model; None: the model must be opened.
+        private: for real devices: only codes and counts reach the server, no text (`wire.trouble`).
     """
     app = ClientApp()
 
     def answering(handler: Handler) -> Callable[[Message, Context], Message]:
-        """The handler's answer, or that it failed."""
+        """The handler as Flower calls it; with `private`, an error becomes a trouble reply."""
 
         def answer(message: Message, context: Context) -> Message:
             if not private:
                 return Message(handler(message, context), reply_to=message)
             try:
                 content = handler(message, context)
-            except Exception as error:  # whatever it is, its words must not travel: Flower would send them
+            except Exception as error:  # of any kind: Flower would send its text to the server
                 logger.exception("this request could not be answered")
                 content = trouble_reply(_told(error), private=True)
             return Message(content, reply_to=message)
@@ -64,7 +64,7 @@ def client_app(
         return answer
 
     def open_device(message: Message, context: Context) -> Device | Trouble:
-        """The device, or that its model does not even open."""
+        """The device, or the trouble if its model cannot be opened."""
         opened = attempt(lambda: device_of(message, context))
         if isinstance(opened, Trouble):
             return Trouble(opened.status, f"{opened.reason}, while it opened the model", opened.code)
@@ -143,7 +143,7 @@ def client_app(
     def tried(
         context: Context, device: Device, history: ClientHistory, doing: str, held: int, work: Callable[[], RecordDict]
     ) -> RecordDict:
-        """The reply to a request; after a trouble the history is as before, but for what that taught."""
+        """Do the work and return the reply; after a trouble only its lesson and the step times enter the history."""
         place = device.place
         with place.note.attempting(doing, held):
             done = attempt(work)
@@ -168,7 +168,7 @@ def _no_first_pass(history: ClientHistory) -> None:
 
 
 def _told(error: Exception) -> Trouble:
-    """What a real device tells of an exception."""
+    """What a real device tells the server about an exception."""
     if isinstance(error, OwnDataError):
         return Trouble(REFUSED, "", OWN_DATA, error.count)
     if isinstance(error, UserError):
@@ -179,7 +179,7 @@ def _told(error: Exception) -> Trouble:
 
 
 def _remember(context: Context, place: Place) -> ClientHistory:
-    """The client's history; if its last attempt was killed, with the smaller budget that this teaches."""
+    """The client's history. If its last attempt was killed, its budget becomes smaller first."""
     history = _read_history(context, place)
     killed = place.note.take_killed()
     if killed is not None:

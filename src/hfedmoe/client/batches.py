@@ -1,4 +1,4 @@
-"""The batches of a client's own rows, going on in each round where the last one ended."""
+"""Batches of a client's own rows. Each round continues where the last one stopped."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from hfedmoe.seeds import generator
 
 
 def endless_batches(learner: Learner, history: ClientHistory) -> Iterator[list[Example]]:
-    """Batches without end, each epoch in its own order; counts the rows in the history."""
+    """Batches without end, shuffled anew in each epoch; counts the rows in the history."""
     examples = learner.examples
     size, order, epoch = min(learner.train.batch_size, len(examples)), torch.empty(0), -1
     while True:
@@ -29,7 +29,7 @@ def endless_batches(learner: Learner, history: ClientHistory) -> Iterator[list[E
 
 
 def first_batches(learner: Learner) -> Iterator[list[Example]]:
-    """The rows of a client's first pass, `method.bootstrap_batches` batches at most, drawn without order."""
+    """The batches of a client's first pass: shuffled rows, at most `method.bootstrap_batches` batches."""
     size = learner.train.batch_size
     draws = generator(learner.seed, "bootstrap", learner.number)
     order = torch.randperm(len(learner.examples), generator=draws).tolist()

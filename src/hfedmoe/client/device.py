@@ -37,24 +37,24 @@ class Device:
     examples: list[Example]
     config: RunConfig
     initial: dict[str, Tensor]
-    """Trained tensors as they were at first (`payload.initial_tensors`): another client of this process may have left
-    its own in the model."""
+    """First values of the trained tensors (`payload.initial_tensors`). The model may hold those of another client of
+    this process."""
     base: str = ""
-    """Digest of its base model (`models.digest`); empty for simulated clients, which share the server's."""
+    """Digest of its base model (`models.digest`); empty for simulated clients, which share the server's model."""
     simulated: bool = False
-    """Whether other clients of the same process use the same model in memory, so that peaks can only be predicted."""
+    """Whether clients of one process share one model in memory. Memory peaks can then only be predicted."""
     on_step: Callable[[int, int, float], None] | None = None
     """Called with (client, step, loss) after every local step."""
     budget_experts: int | None = None
-    """The budget in experts over all layers, where clients.budgets gives memory or a device; None: it gives experts."""
+    """The budget in experts over all layers if clients.budgets gives memory or a device; None if it gives experts."""
     notes: Path | None = None
-    """File in which a real device notes what it attempts, so that a kill by the system is noticed."""
+    """File in which a real device notes what it attempts. It shows later that the system killed the process."""
     clock: Clock = time.perf_counter
     """Measures training against the deadline."""
 
     @property
     def place(self) -> Place:
-        """What is known of it without its model."""
+        """What is known about the device without its model."""
         return Place(
             self.number,
             self.name,
@@ -85,12 +85,12 @@ class Device:
         return [in_experts(activation, number) for number in self.model.num_experts]
 
     def lr_factor(self, round: int) -> float:
-        """What is left of train.lr in this round: 1 in the first, `lr_final_share` in the last, evenly between."""
+        """The factor on train.lr in this round: linear from 1 in the first to `lr_final_share` in the last."""
         rounds = self.config.federation.rounds
         return 1 - (1 - self.config.train.lr_final_share) * (round - 1) / max(1, rounds - 1)
 
     def first_pass(self, history: ClientHistory) -> None:
-        """A pass over some of its rows with every expert, for its first scores."""
+        """Compute the first scores: a pass over some of the client's rows with every expert."""
         restore(self.model, self.initial)
         streams = self.place.streams
         if not streams:
@@ -99,7 +99,7 @@ class Device:
             bootstrap(self.learner, history)
 
     def pace(self, history: ClientHistory, resident: list[Tensor]) -> Pace | None:
-        """How this round keeps the deadline; None: there is none."""
+        """What makes this round keep its deadline; None: no deadline."""
         if self.deadline_s is None:
             return None
         most = [int(keep.sum()) for keep in resident]

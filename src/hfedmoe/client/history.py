@@ -1,4 +1,4 @@
-"""What a client remembers between rounds: its running scores, where it is in its data, and what it can do."""
+"""What a client remembers between rounds: its running scores, its position in its data, and its limits."""
 
 from dataclasses import dataclass, field
 
@@ -19,11 +19,11 @@ class ClientHistory:
     scores: list[RunningScore]
     """Per layer, the running mean of the configured score over all batches so far."""
     prior: list[Tensor] | None = None
-    """Per layer [E], what the bootstrap suggests as long as nothing is observed."""
+    """Per layer [E], scores from the bootstrap, used until a batch is scored."""
     examples_seen: int = 0
     rounds: int = 0
     step_times: StepTimes = field(default_factory=StepTimes)
-    """How long steps took, where there is a deadline."""
+    """How long steps took; only with a deadline."""
     private: Memory | None = None
     """Trained tensors of its own, for methods that leave some on the client."""
     began: Memory | None = None
@@ -32,11 +32,11 @@ class ClientHistory:
     federation: list[Tensor] | None = None
     """Per layer [E], the federation's usage as the server last told it."""
     limit: int | None = None
-    """Experts over all layers that it holds at most since it ran out of memory; 0: not even the fewest possible."""
+    """Most experts over all layers that it holds after running out of memory; 0: even the fewest did not fit."""
 
     @classmethod
     def new(cls, num_experts: list[int]) -> "ClientHistory":
-        """Of a client that has seen nothing; `num_experts` is E_l of every layer."""
+        """The history of a new client; `num_experts` is E_l of every layer."""
         return cls([RunningScore(number) for number in num_experts])
 
     @property
@@ -45,7 +45,7 @@ class ClientHistory:
         return any(bool(score.state()["weight"].any()) for score in self.scores)
 
     def contribution(self) -> list[Tensor]:
-        """Per layer [E], the scores that residency is chosen by."""
+        """Per layer [E], the scores that decide which experts are resident."""
         if self.prior is not None and not self.observed:
             return self.prior
         return [score.value().cpu() for score in self.scores]

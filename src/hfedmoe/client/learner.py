@@ -1,4 +1,4 @@
-"""What a client trains with: its model, its rows and the settings. It does not change from round to round."""
+"""What a client trains with: its model, its rows and the settings. It is the same in every round."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from hfedmoe.moe.model import MoEModel
 
 @dataclass(frozen=True)
 class Learner:
-    """One client's means of training."""
+    """What one client needs for training."""
 
     model: MoEModel
     examples: Sequence[Example]
@@ -21,7 +21,7 @@ class Learner:
     encoder: Encoder
     config: RunConfig
     number: int
-    """Of the client; its own random numbers are derived from the run's seed, this number and the round."""
+    """The client's number. Its random numbers are derived from the run's seed, this number and the round."""
 
     @property
     def train(self) -> TrainConfig:
@@ -35,10 +35,10 @@ class Learner:
 
     @property
     def method(self) -> Method:
-        """The method's row."""
+        """The method's entry in `METHODS`."""
         return METHODS[self.config.method.name]
 
     @property
     def seed(self) -> int:
-        """Of the run."""
+        """The run's seed."""
         return self.config.seed

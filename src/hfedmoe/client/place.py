@@ -1,4 +1,4 @@
-"""A client's place in a federation: what it has room for, and what it holds. No model is needed for either."""
+"""What a client has room for, and which experts it holds. Neither needs its model."""
 
 import hashlib
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from hfedmoe.wire.trouble import OUT_OF_MEMORY, Trouble
 
 @dataclass(frozen=True)
 class Place:
-    """What is known of a device without opening its model."""
+    """What is known about a device without opening its model."""
 
     number: int
     name: str
@@ -32,20 +32,20 @@ class Place:
     top_k: list[int]
     """Per layer."""
     budget_experts: int | None = None
-    """The budget in experts over all layers, where clients.budgets gives memory or a device; None: it gives experts."""
+    """The budget in experts over all layers if clients.budgets gives memory or a device; None if it gives experts."""
     streams: bool = False
-    """Whether its first pass reads experts when they are needed: where not all of them are in memory anyway."""
+    """Whether its first pass reads experts only when it needs them, because not all are in memory."""
     notes: Path | None = None
-    """File in which a real device notes what it attempts, so that a kill by the system is noticed."""
+    """File in which a real device notes what it attempts. It shows later that the system killed the process."""
 
     @property
     def method(self) -> Method:
-        """The method's row."""
+        """The method's entry in `METHODS`."""
         return METHODS[self.config.method.name]
 
     @property
     def score(self) -> Score | None:
-        """The score that the method ranks experts by; None: it ranks none."""
+        """The score that the method ranks experts by; None: it does not rank them."""
         name = self.method.score(self.config.method)
         return None if name is None else SCORES[name]
 
@@ -56,7 +56,7 @@ class Place:
 
     @property
     def budget(self) -> int:
-        """Experts over all layers; with residency "all" budgets mean nothing."""
+        """Experts over all layers; all of them if the method ignores budgets."""
         if self.method.ignores_budgets(self.config.method):
             return self.total
         return self._room
@@ -80,7 +80,7 @@ class Place:
 
     @property
     def note(self) -> Note:
-        """What the device leaves on its disk while it works."""
+        """The note that the device keeps on its disk while it works."""
         work = (self.config.model, self.config.data, self.config.train, self.config.method)
         task = hashlib.sha256("".join(part.model_dump_json() for part in work).encode()).hexdigest()[:16]
         return Note(self.notes, task)
@@ -88,7 +88,7 @@ class Place:
     def allowed(self, history: ClientHistory) -> int:
         """Experts over all layers that it may hold now.
 
-        Decision: what a client learned by running out of memory holds also where residency is "all".
+        Decision: a limit that a client learned by running out of memory also applies with residency "all".
         """
         return self.budget if history.limit is None else min(self.budget, history.limit)
 
@@ -108,14 +108,14 @@ class Place:
         usage: list[Tensor] | None,
         first_pass: Callable[[ClientHistory], None],
     ) -> list[Tensor]:
-        """The experts to hold in this round, as the method says: bool [E] per layer, top-k at least in every layer.
+        """The experts to hold in this round, by the method's rule: bool [E] per layer, at least top-k in every layer.
 
         Args:
-            usage: of the federation so far, float32 [E] per layer, for a client that has seen nothing yet.
+            usage: the federation's usage so far, float32 [E] per layer, for a client without scores of its own.
             first_pass: gives the history its first scores; called only where `knows_its_scores` is False.
 
         Raises:
-            CannotHoldError: the method wants it to hold more than it has room for.
+            CannotHoldError: the method requires more experts than the client has room for.
         """
         outlook = Outlook(
             num_experts=self.num_experts,
@@ -133,7 +133,7 @@ class Place:
         usage: list[Tensor] | None,
         first_pass: Callable[[ClientHistory], None],
     ) -> list[Tensor]:
-        """What every expert is worth to this client, [E] per layer; arguments as of `plan`."""
+        """The score of every expert for this client, [E] per layer; arguments as for `plan`."""
         method = self.config.method
         if self.score is None or self.score.drawn:
             return self.draw(round)
@@ -152,7 +152,7 @@ class Place:
         return [torch.rand(number, generator=draws) for number in self.num_experts]
 
     def learn(self, trouble: Trouble, history: ClientHistory, doing: str, held: int) -> Trouble:
-        """Come back with less next time: changes the history, and returns the trouble with a reason that says so.
+        """Note in the history what to hold after a trouble; returns the trouble with this added to its reason.
 
         Args:
             doing: "plan" or "train".
@@ -161,12 +161,12 @@ class Place:
         if trouble.status != OUT_OF_MEMORY:
             return Trouble(trouble.status, f"{trouble.reason}; it trains fewer experts per step next round")
         if doing == "plan" and not self.streams and self.config.method.bootstrap == "forward":
-            # Decision: a pass over all experts says nothing about the budget, so it is not tried again.
+            # Decision: this pass used all experts, so it shows nothing about the budget; it is not tried again.
             history.prior = self.draw(0)
             return Trouble(
                 trouble.status,
-                f"{trouble.reason}, in its first pass over all {self.total} experts; it begins with "
-                "random ones next round (a safetensors checkpoint could be read expert by expert)",
+                f"{trouble.reason}, in its first pass over all {self.total} experts; it starts with random experts "
+                "next round (use a safetensors checkpoint, which can be read expert by expert)",
             )
         history.limit = smaller(held, self.smallest)
         then = f"it holds {history.limit} next round" if history.limit else self.cannot
@@ -174,8 +174,8 @@ class Place:
 
     @property
     def cannot(self) -> str:
-        """Why a device whose limit is 0 experts takes no part, in words."""
+        """The message for a device that has no room even for the fewest experts."""
         return (
-            f"top-{max(self.top_k)} routing in {len(self.top_k)} layers needs {self.smallest}, so it cannot take part; "
-            "use shorter texts, smaller batches or a smaller model.expert_dtype"
+            f"top-{max(self.top_k)} routing in {len(self.top_k)} layers needs {self.smallest} experts, so it cannot "
+            "take part; use shorter texts, smaller batches or a smaller model.expert_dtype"
         )

@@ -1,4 +1,4 @@
-"""What a client's batches say of its experts' worth, and the experts that a batch trains by it."""
+"""Expert scores from a client's batches, and the choice of the experts that a batch trains."""
 
 import torch
 from torch import Tensor
@@ -10,17 +10,17 @@ from hfedmoe.method.scores import SCORES, Score, score
 from hfedmoe.seeds import generator
 
 PRIOR = "ib"
-"""The score of a first pass where the method's own needs a backward pass."""
+"""The score of a first pass if the method's own score needs a backward pass."""
 
 
 def ranked_by(learner: Learner) -> Score | None:
-    """The score that the method ranks experts by; None: it ranks none."""
+    """The score that the method ranks experts by; None: it does not rank them."""
     name = learner.method.score(learner.settings)
     return None if name is None else SCORES[name]
 
 
 def remember_scores(learner: Learner, history: ClientHistory, name: str | None) -> None:
-    """Add the watched batch's scores to the history, which is on the host: all layers at once."""
+    """Add the watched batch's scores to the history. All layers are copied to the host at once."""
     if name is None or SCORES[name].drawn:
         return
     settings, scores = learner.settings, {}
@@ -35,7 +35,7 @@ def remember_scores(learner: Learner, history: ClientHistory, name: str | None) 
 
 
 class Choice:
-    """Lets every layer choose, within the forward pass, which of its experts a batch trains (eq. 15)."""
+    """Lets every layer choose, during the forward pass, which of its experts a batch trains (eq. 15)."""
 
     def __init__(self, learner: Learner, history: ClientHistory) -> None:
         self._learner, self._history = learner, history
@@ -44,7 +44,7 @@ class Choice:
         self._ties = [torch.randperm(number, generator=ties) for number in learner.model.num_experts]
 
     def within(self, budget: list[int] | None) -> None:
-        """From the next batch on: so many experts per layer; None: all resident ones."""
+        """Set how many experts per layer the next batches train; None: all resident ones."""
         limited = budget is not None and self._learner.method.train is not None
         for routing in self._learner.model.routing:
             routing.token_level = self._learner.settings.level == "token"
@@ -60,16 +60,16 @@ class Choice:
         if name is not None and SCORES[name].within_pass:
             contribution = score(name, routing.evidence, settings.lam, settings.beta, self._draws)
         else:
-            # Decision: scores that a pass only shows at its end choose by what earlier batches showed.
+            # Decision: a score that is known only at the end of the pass uses its values from earlier batches.
             contribution = self._history.contribution()[layer].to(hit.device)
         return train(contribution, hit, routing.resident(), self._budget[layer], self._ties[layer].to(hit.device))
 
 
 @torch.no_grad()
 def bootstrap(learner: Learner, history: ClientHistory) -> None:
-    """First scores of a client: a forward-only pass over some of its rows with every expert, into its history.
+    """Fill a client's history with first scores: a forward pass over some of its rows with every expert.
 
-    Scores that need a backward pass begin with the information-bottleneck contribution as a prior.
+    Scores that need a backward pass start with the information-bottleneck contribution as a prior.
     """
     model, row = learner.model, ranked_by(learner)
     if row is None:

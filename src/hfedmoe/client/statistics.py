@@ -1,4 +1,4 @@
-"""What a round's batches show of a client's experts: usage (eq. 16), importance (eq. 5), tokens, which were trained."""
+"""Statistics of a client's experts in a round: usage (eq. 16), importance (eq. 5), tokens, and which were trained."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from hfedmoe.moe.routing.layer import LayerRouting
 
 
 class RoundStatistics:
-    """Accumulates over a round's batches, layer by layer."""
+    """Sums and means over a round's batches, for each layer."""
 
     def __init__(self, model: MoEModel) -> None:
         numbers, device = model.num_experts, model.device
@@ -22,7 +22,7 @@ class RoundStatistics:
         self._trained: list[list[bool]] = [[] for _ in numbers]
 
     def add(self, routing: LayerRouting, lam: float) -> None:
-        """Add what the watched batch shows of a layer."""
+        """Add the watched batch's values of one layer."""
         evidence, layer = routing.evidence, routing.layer.index
         assert evidence is not None
         assert routing.tokens is not None
@@ -33,7 +33,7 @@ class RoundStatistics:
         self._tokens[layer] += routing.tokens
 
     def note_trained(self, model: MoEModel) -> None:
-        """After a step: remember who had a gradient. The host knows whether there is one, without waiting for a GPU."""
+        """After a backward pass: remember which experts have a gradient. This does not wait for a GPU."""
         for layer, flags in enumerate(model.trained_now()):
             before = self._trained[layer] or [False] * len(flags)
             self._trained[layer] = [a or b for a, b in zip(before, flags, strict=True)]

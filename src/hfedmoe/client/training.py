@@ -23,7 +23,7 @@ from hfedmoe.seeds import derive
 
 
 class OutOfTimeError(TrainingError):
-    """Not even one step can be done anywhere near the deadline; what that showed is in the client's history."""
+    """Even one step takes much longer than the deadline. The measured time is in the client's history."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class LocalUpdate:
     trained: list[Tensor]
     """Per layer bool [E], experts that received at least one optimizer step."""
     work: Work
-    """Without what the loop does not know: the peak and the deadline."""
+    """Without the memory peak and the deadline, which the loop does not know."""
 
 
 def train(
@@ -53,18 +53,18 @@ def train(
 ) -> LocalUpdate:
     """Train the model's trainable tensors in place; updates the client's history.
 
-    The same seed and history give the same bits, unless there is a pace: its clock decides how many steps are done and
-    how many experts they train, so a run with deadlines can be repeated or resumed only approximately.
+    Without a pace, the same seed and history give the same bits. With a pace, the clock decides how many steps are done
+    and how many experts they train, so the results of a repeated or resumed run are only similar.
 
     Args:
         activation_budget: experts per layer that one batch may train; None: all resident ones.
-        lr_factor: what the round's schedule leaves of train.lr.
+        lr_factor: the factor on train.lr in this round.
         on_step: called with (step, loss) after every step.
         pace: keeps a deadline; None: all steps are done, each within the activation budget.
 
     Raises:
         TrainingError: the loss is not finite, or nothing that should train received a gradient.
-        OutOfTimeError: the pace has given the round up.
+        OutOfTimeError: the pace has given up the round.
     """
     model, settings = learner.model, learner.train
     clock = time.perf_counter if pace is None else pace.clock
@@ -103,9 +103,9 @@ def train(
                         f"and its deadline is {pace.deadline_s:g} s"
                     )
             whole.backward()
-            statistics.note_trained(model)  # before a local term, which has a gradient for everything
+            statistics.note_trained(model)  # before the local term, which adds gradients that this batch does not have
             loss_of.add_local_term(optimizer)
-            losses.append(loss.item())  # after the backward pass has been handed to the device: this waits for it
+            losses.append(loss.item())  # this waits for the device, so the backward pass is queued first
             if not math.isfinite(losses[-1]):
                 raise TrainingError(f"the loss is {losses[-1]} in step {step}; lower train.lr (now {settings.lr:g})")
             if step == 1:
@@ -154,7 +154,7 @@ class _Loss:
         self._start = [parameter.detach().clone() for parameter in parameters if learner.method.local_term is not None]
 
     def answers(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The cross entropy of a batch's answers, which is the loss that is reported."""
+        """The cross entropy of a batch's answers: the loss that is reported."""
         return answer_loss(logits, batch, self._learner.train.loss == "choices", self._adjustment)
 
     def routing(self, federation: list[Tensor]) -> Tensor | float:
@@ -171,7 +171,7 @@ class _Loss:
         return term(means, federation, self._learner.settings)
 
     def add_local_term(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the gradient of the method's own term, for what the round has trained so far: the rest is as it began."""
+        """Add the gradient of the method's local term for tensors trained so far; all others have not changed."""
         term = self._learner.method.local_term
         if term is None:
             return
@@ -184,7 +184,7 @@ class _Loss:
 
 
 def _synchronise(model: MoEModel) -> None:
-    """Wait for what was handed to the device, so that a clock says how long it took."""
+    """Wait until the device has finished its work, so that the measured time is right."""
     if model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)
 
@@ -194,13 +194,13 @@ def _mean_activation(budget: list[int] | None) -> float | None:
 
 
 def _check_gradients(model: MoEModel) -> None:
-    """Silent non-training is the classic bug of MoE fine-tuning, so the first backward pass is looked at."""
+    """Check the first backward pass: experts that silently do not train are a classic bug of MoE fine-tuning."""
     trains_experts = any(state.trained is not None for state in model.states)
     if trains_experts and not any(any(flags) for flags in model.trained_now()):
-        raise TrainingError("no expert received a gradient; this is a fault, please report it with the model's name")
+        raise TrainingError("no expert received a gradient; this is a bug, please report it with the model's name")
     without = [name for name, router in model.routers.items() if router.grad is None]
     if without:
         raise TrainingError(f"{without[0]} received no gradient: the routers do not learn; set train.router = false")
     leaking = [name for name, p in model.model.named_parameters() if p.grad is not None and not p.requires_grad]
     if leaking:
-        raise TrainingError(f"{leaking[0]} is frozen but received a gradient")
+        raise TrainingError(f"{leaking[0]} is frozen but received a gradient; this is a bug, please report it")

@@ -1,7 +1,7 @@
-"""A client that runs out of memory or time in a round: how that is noticed, told to the server, and learned from.
+"""Notice that a client ran out of memory or time in a round, and choose how many experts it holds next.
 
-Decision: what shrinks is the number of experts, never the batch. The client takes no part in that round, and what it
-had learned of its experts in it is dropped.
+Decision: the number of experts shrinks, never the batch. The client is left out of that round, and the scores that it
+computed in it are dropped.
 """
 
 import errno
@@ -28,9 +28,9 @@ T = TypeVar("T")
 
 
 def attempt(work: Callable[[], T]) -> T | Trouble:
-    """Do the work of a round; running out of memory or time is a result, any other error is raised.
+    """Do the work. If it runs out of memory or time, return a Trouble; any other error is raised.
 
-    When this returns a Trouble, nothing of the failed work is in memory any more.
+    When this returns a Trouble, nothing of the failed work is left in memory.
     """
     try:
         return work()
@@ -40,7 +40,7 @@ def attempt(work: Callable[[], T]) -> T | Trouble:
         if not is_out_of_memory(error):
             raise
         trouble = Trouble(OUT_OF_MEMORY, _words(error), OUT_OF_MEMORY)
-    # Only here, with the exception gone, are the frames of the failed step and their tensors free to go.
+    # Only now: the exception kept the frames of the failed step, with their tensors, alive.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -48,7 +48,7 @@ def attempt(work: Callable[[], T]) -> T | Trouble:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that there was no memory left."""
+    """Whether an error or one of its causes says that memory ran out."""
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
@@ -62,7 +62,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def smaller(held: int, smallest: int) -> int:
-    """Experts to hold after `held` were too many: less a fifth of those above `smallest`, at least one; 0: none."""
+    """Experts to hold after `held` did not fit: a fifth of those above `smallest` go, at least one. 0: none fit."""
     spare = held - smallest
     return held - max(1, -(-spare // 5)) if spare > 0 else 0
 

@@ -1,7 +1,7 @@
 """The configuration of a run: one validated tree, read from TOML, overridable with `--set section.key=value`.
 
-Every field documents itself; `hfedmoe run --show-config` prints the tree. Importing this package is cheap: it
-must not import torch, transformers or flwr.
+Every field has a description; `hfedmoe run --show-config` prints the tree. Importing this package is cheap: it must not
+import torch, transformers or flwr.
 """
 
 from hfedmoe.config.clients import ClientsConfig

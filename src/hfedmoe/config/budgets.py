@@ -1,4 +1,4 @@
-"""What a budget may be: experts, a share of them, memory, a device by name, or `auto`. Cheap to import."""
+"""Budgets: a number of experts, a share of them, memory, a device by name, or `auto`. Cheap to import."""
 
 import re
 
@@ -6,7 +6,7 @@ from hfedmoe.config.presets import PRESETS
 
 Budget = int | float | str
 AUTO = "auto"
-"""The memory that the device itself finds free."""
+"""The free memory of the device, measured by the device itself."""
 _SHARE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*%\s*$")
 _MEMORY = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*$", re.IGNORECASE)
 _UNITS = {"b": 1} | {
@@ -17,7 +17,7 @@ _UNITS = {"b": 1} | {
 
 
 def is_count(budget: Budget) -> bool:
-    """Whether the budget says how many experts: a whole number from 1, or a share in (0 %, 100 %]."""
+    """Whether the budget is a number of experts, at least 1, or a share of them in (0 %, 100 %]."""
     if isinstance(budget, int) and not isinstance(budget, bool):
         return budget >= 1
     match = _SHARE.match(budget) if isinstance(budget, str) else None
@@ -34,10 +34,10 @@ def check_budget(budget: Budget) -> None:
     if is_count(budget) or budget == AUTO:
         return
     if isinstance(budget, int):
-        raise ValueError(f"{budget}: a budget is at least one expert")
+        raise ValueError(f"{budget}: a budget must be at least one expert")
     if _MEMORY.match(budget):
         if parse_bytes(budget) <= 0:
-            raise ValueError(f'"{budget}": a budget is more than nothing')
+            raise ValueError(f'"{budget}": a budget must be more than 0 bytes')
         return
     if budget not in PRESETS:
         raise ValueError(

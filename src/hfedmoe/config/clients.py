@@ -16,16 +16,17 @@ class ClientsConfig(Section):
         list[Budget],
         Field(
             min_length=1,
-            description="per client, repeated in turn: experts over all layers (`96`), a share of them (`25%`), memory "
-            "(`4GiB`), a device by name (`jetson-orin-nano-8gb`; `hfedmoe plan --presets`), or `auto`: this machine",
+            description="one per client, the list is repeated if it is too short: experts over all layers (`96`), a "
+            "share of them (`25%`), memory (`4GiB`), a device by name (`jetson-orin-nano-8gb`; `hfedmoe plan "
+            "--presets` lists them), or `auto`: the free memory of this machine",
         ),
     ] = ["25%", "50%", "100%"]  # noqa: RUF012 (pydantic copies it for every instance)
     deadlines_s: Annotated[
         list[float] | None,
         Field(
             min_length=1,
-            description="per client, repeated in turn: seconds of training per round; the client does fewer steps or "
-            "trains fewer experts per batch to keep it; None: no deadline",
+            description="one per client, the list is repeated if it is too short: seconds of training per round; the "
+            "client does fewer steps or trains fewer experts per batch to keep it; None: no deadline",
         ),
     ] = None
     activation: Annotated[
@@ -34,7 +35,7 @@ class ClientsConfig(Section):
     ] = None
     off_budget: Annotated[
         Literal["frozen", "skip"],
-        Field(description="resident experts over the activation budget: forward only, or not"),
+        Field(description="resident experts over the activation budget: used in the forward pass only, or not at all"),
     ] = "frozen"
 
     @field_validator("budgets")
@@ -49,7 +50,7 @@ class ClientsConfig(Section):
     def _deadlines_are_positive(cls, value: list[float] | None) -> list[float] | None:
         for seconds in value or []:
             if not 0 < seconds <= 1e9:
-                raise ValueError(f"{seconds:g}: a deadline is more than 0 and at most 1e9 seconds")
+                raise ValueError(f"{seconds:g}: a deadline must be more than 0 and at most 1e9 seconds")
         return value
 
     @field_validator("activation")

@@ -26,7 +26,7 @@ SetName = Literal[
 """Data sets known by name (`hfedmoe.data.known`)."""
 
 DataFormat = Literal["auto", Kind, SetName]
-"""What rows look like: by kind, or as in a data set with a name."""
+"""The format of rows: a kind of task, or the name of a data set."""
 
 
 class DataConfig(Section):
@@ -43,7 +43,7 @@ class DataConfig(Section):
         None
     )
     test_share: Annotated[
-        float, Field(gt=0, lt=1, description="of the rows, where nothing else says what to hold out")
+        float, Field(gt=0, lt=1, description="share of the rows to hold out, if there is no other test set")
     ] = 0.1
     clients: Annotated[
         list[str] | None, Field(description="one file per client; replaces `source` and the partition")
@@ -56,20 +56,23 @@ class DataConfig(Section):
     format: Annotated[
         DataFormat,
         Field(
-            description="rows of text/label, prompt/choices/answer, or prompt/completion; or rows as in a data set "
-            "with a name; auto: by the source's name or by the columns"
+            description="format of the rows: text/label, prompt/choices/answer, prompt/completion, or that of a data "
+            "set by name; auto: found from the source's name or the columns"
         ),
     ] = "auto"
     encoding: Annotated[
         str | None,
-        Field(description="of local text files, for example `cp1252`; None: UTF-8, or what a byte-order mark says"),
+        Field(
+            description="encoding of local text files, for example `cp1252`; None: the one of a byte-order mark, else "
+            "UTF-8"
+        ),
     ] = None
     delimiter: Annotated[
         str | None,
         Field(
             min_length=1,
             max_length=1,
-            description="between the cells of a CSV; None: a comma, or what the first line has instead",
+            description="separator of the cells of a CSV; None: a comma, or the separator found in the first line",
         ),
     ] = None
     text: Annotated[str, Field(description="column with the text or prompt")] = "text"
@@ -79,8 +82,8 @@ class DataConfig(Section):
     answers: Annotated[
         Literal["auto", "index", "text"],
         Field(
-            description="what that column holds: numbers from 0 or letters from A, or texts of choices; auto: what all "
-            "its rows can be"
+            description="what the `answer` column holds: numbers from 0 or letters from A (index), or the choice's "
+            "text; auto: what fits all rows"
         ),
     ] = "auto"
     completion: Annotated[str, Field(description="column with the completion")] = "completion"
@@ -88,7 +91,7 @@ class DataConfig(Section):
     template: Annotated[
         str | None,
         Field(
-            description="prompt; {text} is the text column, cut to fit; None: the named data set's own; "
+            description="prompt; {text} is the text column, cut to fit; None: the template of the named data set; "
             'else for labels `"News: {text}\\nTopic:"`, for choices `"Question: {text}\\nAnswer:"`, for completions '
             '`"{text}"`'
         ),
@@ -108,7 +111,7 @@ class DataConfig(Section):
     chat_date: Annotated[
         str | None,
         Field(
-            description="YYYY-MM-DD that a template takes for today; None: the day on which the run begins, which is "
+            description="date of today for chat templates, YYYY-MM-DD; None: the day on which the run begins, which is "
             "kept in its folder"
         ),
     ] = None
@@ -119,8 +122,8 @@ class DataConfig(Section):
             description="longest prompt and longest answer in tokens; the text is cut, the rest of the template kept",
         ),
     ] = 64
-    train_rows: Annotated[int | None, Field(ge=1, description="use at most so many training rows")] = None
-    test_rows: Annotated[int | None, Field(ge=1, description="use at most so many held-out rows")] = 400
+    train_rows: Annotated[int | None, Field(ge=1, description="most training rows to use")] = None
+    test_rows: Annotated[int | None, Field(ge=1, description="most held-out rows to use")] = 400
 
     @field_validator("encoding")
     @classmethod
@@ -128,7 +131,7 @@ class DataConfig(Section):
         try:
             return value if value is None else codecs.lookup(value).name
         except LookupError:
-            raise ValueError("no encoding that Python knows; for example utf-8, utf-16, cp1252 or latin-1") from None
+            raise ValueError("not an encoding of Python; use for example utf-8, utf-16, cp1252 or latin-1") from None
 
     @field_validator("chat_date")
     @classmethod
@@ -148,9 +151,12 @@ class PartitionConfig(Section):
 
     scheme: Annotated[
         Literal["dirichlet", "iid", "shards", "natural"],
-        Field(description="label mixes drawn per client, alike, by label in shards, or by a column"),
+        Field(
+            description="dirichlet: a random mix of labels per client; iid: the same mix for all; shards: rows sorted "
+            "by label, in pieces; natural: by a column"
+        ),
     ] = "dirichlet"
-    alpha: Annotated[float, Field(gt=0, description="Dirichlet concentration: small is skewed")] = 0.3
+    alpha: Annotated[float, Field(gt=0, description="Dirichlet concentration: a small value is more skewed")] = 0.3
     shards_per_client: Annotated[int, Field(ge=1, description="shards of sorted labels per client (shards)")] = 2
     column: Annotated[str | None, Field(description="column that names the client (natural)")] = None
-    min_rows: Annotated[int, Field(ge=1, description="every client gets at least so many rows")] = 16
+    min_rows: Annotated[int, Field(ge=1, description="fewest rows that a client gets")] = 16

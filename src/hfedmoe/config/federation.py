@@ -17,30 +17,32 @@ class FederationConfig(Section):
         float,
         Field(
             ge=1,
-            description="a client counts at most so many times the median client's rows, whatever number it tells",
+            description="limit on a client's weight in averaging, as a multiple of the median client's rows",
         ),
     ] = 100.0
-    timeout_s: Annotated[float, Field(gt=0, description="a client that needs longer for one request is late")] = 3600.0
-    connect_timeout_s: Annotated[float, Field(gt=0, description="how long to wait for clients to connect")] = 300.0
+    timeout_s: Annotated[float, Field(gt=0, description="seconds for one request; a slower client is late")] = 3600.0
+    connect_timeout_s: Annotated[float, Field(gt=0, description="seconds to wait for clients to connect")] = 300.0
 
 
 class EvaluationConfig(Section):
     """When and how the global model is measured."""
 
-    every: Annotated[int, Field(ge=0, description="rounds between evaluations on all held-out rows; 0: ends only")] = 0
+    every: Annotated[
+        int, Field(ge=0, description="rounds between evaluations on all held-out rows; 0: only at start and end")
+    ] = 0
     watch_rows: Annotated[
         int,
         Field(
             ge=0,
-            description="held-out rows measured after every round, beside those of the final figures: at most a fifth "
-            "of what is held out, where that is little; 0: none",
+            description="held-out rows measured after every round, not used for the final figures; at most a fifth of "
+            "the held-out rows if these are few; 0: none",
         ),
     ] = 64
     batch_size: Annotated[int, Field(ge=1, description="rows per forward pass")] = 32
     scoring: Annotated[
         Literal["auto", "first_token", "loglikelihood"],
         Field(
-            description="compare the choices by first token, or whole (as lm-evaluation-harness does); auto: first "
-            "token in classification where it tells the labels apart, else whole"
+            description="compare choices by first token, or whole (as lm-evaluation-harness does); auto: first token "
+            "in classification if the labels differ in it, else whole"
         ),
     ] = "auto"

@@ -9,12 +9,12 @@ from hfedmoe.config.section import Section
 
 
 class MethodConfig(Section):
-    """The method and its constants (docs/method.md). `fedavg` reads no other setting but `level`."""
+    """The method and its constants (docs/method.md). `fedavg` uses only `level`."""
 
     name: Annotated[
         str,
         NamedIn("hfedmoe.method.methods", "METHODS", "hfedmoe"),
-        Field(description="what clients hold, train and send, and what their copies count"),
+        Field(description="what clients hold, train and send, and how their copies are weighted"),
     ] = "hfedmoe"
     options: Annotated[
         dict[str, float], Field(description="numbers of the method's own (docs/methods.md), such as `{ mu = 0.1 }`")
@@ -24,7 +24,9 @@ class MethodConfig(Section):
         NamedIn("hfedmoe.method.scores", "SCORES", "ib"),
         Field(description="what an expert is worth to a client"),
     ] = "ib"
-    lam: Annotated[float, Field(ge=0, le=1, description="eq. 5: cumulative against specific importance")] = 0.5
+    lam: Annotated[
+        float, Field(ge=0, le=1, description="eq. 5: weight of cumulative importance, 1 - lam for specific importance")
+    ] = 0.5
     beta: Annotated[float, Field(description="eq. 14: weight of redundancy")] = 0.5
     tau: Annotated[float, Field(ge=0, description="eq. 17: usage threshold as a multiple of 1/E")] = 0.1
     level: Annotated[Literal["sample", "token"], Field(description="what x_i is")] = "sample"
@@ -44,8 +46,8 @@ class MethodConfig(Section):
     bootstrap: Annotated[
         Literal["forward", "stream", "prior", "none"],
         Field(
-            description="first scores: a forward pass over local data (a stream of experts from disk, within the "
-            "budget, on devices that carve); the federation's usage so far; or none (random)"
+            description="source of the first scores: a forward pass over local data (a device that loads only its "
+            "experts streams all of them from disk, within its budget); the federation's usage so far; or none (random)"
         ),
     ] = "forward"
     bootstrap_batches: Annotated[int, Field(ge=1, description="batches of that forward pass")] = 2
@@ -67,7 +69,7 @@ class MethodConfig(Section):
 class TrainConfig(Section):
     """What one client does in one round."""
 
-    experts: Annotated[Literal["lora", "full", "frozen"], Field(description="what of the experts is trained")] = "lora"
+    experts: Annotated[Literal["lora", "full", "frozen"], Field(description="how the experts are trained")] = "lora"
     rank: Annotated[int, Field(ge=1, description="LoRA rank")] = 8
     alpha: Annotated[float, Field(gt=0, description="LoRA scale is alpha / rank")] = 16.0
     lora: Annotated[Literal["factors", "freeze_a", "exact"], Field(description="how LoRA pairs are averaged")] = (
@@ -81,11 +83,11 @@ class TrainConfig(Section):
     batch_size: Annotated[int, Field(ge=1, description="rows per step")] = 8
     lr: Annotated[float, Field(gt=0, description="learning rate of AdamW")] = 2e-3
     lr_final_share: Annotated[
-        float, Field(gt=0, le=1, description="lr falls evenly over the rounds to this share of itself; 1: constant")
+        float, Field(gt=0, le=1, description="lr falls linearly over the rounds to this share of lr; 1: constant")
     ] = 1.0
-    weight_decay: Annotated[float, Field(ge=0, description="of AdamW")] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, description="weight decay of AdamW")] = 0.0
     max_grad_norm: Annotated[
-        float | None, Field(gt=0, description="gradients are scaled down to this norm; None: not")
+        float | None, Field(gt=0, description="larger gradients are scaled down to this norm; None: they are not")
     ] = 1.0
     loss: Annotated[
         Literal["vocabulary", "choices"],

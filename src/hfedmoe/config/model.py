@@ -28,13 +28,13 @@ class ModelConfig(Section):
     revision: Annotated[str | None, Field(description="branch, tag or commit of a hub model")] = None
     upcycle: UpcycleConfig | None = None
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], Field(description="of the frozen weights in memory")
+        Literal["float32", "bfloat16", "float16"], Field(description="precision of the frozen weights in memory")
     ] = "float32"
     compute: Annotated[
         Literal["auto", "float32", "same"],
         Field(
             description="precision of the arithmetic with 16-bit weights: float32, the same as `dtype`, or auto: "
-            "float32 on processors without 16-bit products, and with float16 weights"
+            "float32 with float16 weights or on processors without 16-bit products, else the same"
         ),
     ] = "auto"
     expert_dtype: Annotated[

@@ -1,4 +1,4 @@
-"""Settings whose values are the rows of a table elsewhere, so that a new row needs no second place."""
+"""Settings whose allowed values are the keys of a table in another module."""
 
 import importlib
 from collections.abc import Mapping
@@ -11,17 +11,15 @@ from pydantic_core import CoreSchema, core_schema
 class NamedIn:
     """A text that must be a key of a table: `Annotated[str, NamedIn("hfedmoe.method.scores", "SCORES")]`.
 
-    The table's module may import torch, so it is only imported where the value is not `usual`, which is known to be
-    there; reading a configuration stays fast.
-
-    Raises ValueError, from pydantic, for another text.
+    The table's module may import torch. It is only imported if the value is not `usual`, a key that is known to exist,
+    so reading a configuration stays fast. Any other text raises pydantic's ValidationError.
     """
 
     def __init__(self, module: str, table: str, usual: str) -> None:
         self.module, self.table, self.usual = module, table, usual
 
     def names(self) -> list[str]:
-        """All that may be written."""
+        """All allowed values."""
         table: Mapping[str, Any] = getattr(importlib.import_module(self.module), self.table)
         return list(table)
 

@@ -1,15 +1,15 @@
 """Named devices: memory and throughput, each with its source. Pure data, cheap to import.
 
-What a process may use is the installed memory less a reserve, by rule:
+A process may use the installed memory minus a reserve:
 
 * boards whose CPU and GPU share the memory (Jetson, Raspberry Pi): 1.5 GiB for firmware and a headless system;
-* CUDA cards: 0.75 GiB for the context, the libraries' kernels and workspaces, out of what the driver offers;
-* laptops: 4 GiB for the desktop, and on Apple's the third that Metal keeps back by default;
+* CUDA cards: 0.75 GiB of the driver's memory for the context, and the libraries' kernels and workspaces;
+* laptops: 4 GiB for the desktop; on Apple laptops the third that Metal reserves by default;
 * servers: 8 GiB for the system and its services.
 
 Peaks are the manufacturers' float32 figures without sparsity, recomputed in `source` as units x clock x FLOP per clock.
 A training step of small matrices does not reach them: `SUSTAINED_SHARE` of the peak is an assumption, not a
-measurement. Time predictions for a machine at hand should use `hfedmoe.device.probe` instead.
+measurement. To predict times for a machine that you have, use `hfedmoe.device.probe` instead.
 """
 
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ class Preset:
 
     title: str
     memory_bytes: int
-    """What a process may use: installed memory less the reserve."""
+    """What a process may use: installed memory minus the reserve."""
     flops: float
     """Assumed sustained float32 FLOP/s of a training step."""
     source: str
-    """Data sheet or product page, and how the peak follows from it."""
+    """Data sheet or product page, and how the peak is computed from it."""
     device: str
     """Device type in torch's words: "cpu", "cuda" or "mps"."""
     installed_bytes: int
@@ -157,7 +157,7 @@ PRESETS: dict[str, Preset] = {
         _CARD,
         8.14e12,
         320e9,
-        "NVIDIA T4 data sheet (8.1 TFLOPS; 70 W hold it well below that): 2560 CUDA cores x 1.59 GHz x 2 FLOP/clock; "
+        "NVIDIA T4 data sheet (8.1 TFLOPS; with 70 W it stays well below): 2560 CUDA cores x 1.59 GHz x 2 FLOP/clock; "
         "error correction leaves 15 of the 16 GiB",
         half=65e12,
     ),

@@ -1,4 +1,4 @@
-"""Read the tree from TOML with overrides, and say in one line what is wrong with it."""
+"""Read a configuration from TOML with overrides; every error is one line."""
 
 import difflib
 import tomllib
@@ -14,7 +14,7 @@ from hfedmoe.errors import UserError
 def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
     """Read a TOML file (None: the defaults), apply `section.key=value` overrides and validate.
 
-    The config.toml of a run folder can be read like any other: its `versions` are passed over.
+    The config.toml of a run folder can be read like any other: its `versions` are ignored.
 
     Raises:
         UserError: the file is missing or not TOML, a key is unknown, or a value is of the wrong type or range.
@@ -22,13 +22,13 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
     if path is None:
         return config_from_text("", "config", overrides)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows may add a byte-order mark
     except FileNotFoundError:
         raise UserError(f"config {path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"config {path}: is a folder; name a TOML file") from None
     except UnicodeDecodeError:
-        raise UserError(f"config {path}: is not text in UTF-8; save it as that") from None
+        raise UserError(f"config {path}: is not text in UTF-8; save it in UTF-8") from None
     except OSError as error:
         raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
     return config_from_text(text, f"config {path}", overrides)
@@ -56,7 +56,7 @@ def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
 
 
 def apply_unset(tree: dict[str, Any], origin: str) -> None:
-    """Set the keys listed under `unset` to None, which TOML cannot say: `unset = ["data.test_rows"]`.
+    """Set the keys listed under `unset` to None, which TOML cannot write: `unset = ["data.test_rows"]`.
 
     Raises:
         UserError: an entry goes through something that is not a section.
@@ -92,7 +92,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    # pydantic adds the tried member of a union ("int", "str") to the path: only real keys help the reader.
+    # pydantic adds the tried member of a union ("int", "str") to the path; show only real keys.
     where = ".".join(str(part) for part in first["loc"] if str(part) not in {"int", "float", "str", "constrained-str"})
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

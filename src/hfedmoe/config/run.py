@@ -1,4 +1,4 @@
-"""The whole tree."""
+"""The whole configuration of a run."""
 
 from typing import Annotated
 
@@ -18,10 +18,11 @@ class RunConfig(Section):
     name: Annotated[
         str,
         Field(
-            pattern=r"^[A-Za-z0-9._-]+$", description="of the run folder: runs/<date>-<name>; letters, digits, . _ -"
+            pattern=r"^[A-Za-z0-9._-]+$",
+            description="name of the run; its folder is runs/<date>-<name>; letters, digits, . _ -",
         ),
     ] = "r8-hfedmoe"
-    seed: Annotated[int, Field(ge=0, lt=2**31, description="of the split, every draw and every fresh weight")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="seed of the split, all random draws and new weights")] = 0
     threads: Annotated[int | None, Field(ge=1, description="CPU threads; None: torch decides")] = None
     keep_checkpoints: Annotated[int, Field(ge=1, description="latest checkpoints kept, besides the best")] = 2
     model: ModelConfig = Field(default_factory=ModelConfig)

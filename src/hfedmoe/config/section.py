@@ -1,4 +1,4 @@
-"""What all sections of the configuration are made of."""
+"""The base class of all sections of the configuration."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -1,1 +1,1 @@
-"""One server: rounds of sampling, planning, training, folding and measuring (a flwr ServerApp)."""
+"""The server side: a Flower ServerApp that runs rounds of sampling, planning, training, averaging and evaluation."""

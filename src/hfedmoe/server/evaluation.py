@@ -1,6 +1,6 @@
 """Measure a model on held-out examples: accuracy over choices, macro-F1, loss and perplexity.
 
-Whole choices are scored as EleutherAI's lm-evaluation-harness does, so that figures can be compared: `accuracy` is its
+Whole choices are scored like in EleutherAI's lm-evaluation-harness, so that results can be compared: `accuracy` is its
 `acc`, `accuracy_norm` its `acc_norm`.
 """
 
@@ -22,7 +22,7 @@ from hfedmoe.errors import UserError
 Scoring = Literal["auto", "first_token", "loglikelihood"]
 
 UNLIMITED = 10**18
-"""Tokenizers that know no limit say 10^30."""
+"""A `model_max_length` from here on means no limit: tokenizers without one report 10^30."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Metrics:
     """How well a model does.
 
     `loss` is the mean negative log-probability (over the whole vocabulary) per token of the right answers: of their
-    first tokens under first-token scoring, else of all of them. `perplexity` is its exponential. Both may be
-    infinite or NaN: a broken model is reported as such. `accuracy` is None for completions. `macro_f1` is None unless
-    all examples have the same choices, which are labels (classification); labels that are neither true nor predicted
-    anywhere are left out of its mean. `accuracy_norm` divides the log-probability of a choice by its length in
-    characters; None unless whole choices are compared.
+    first tokens with first-token scoring, else of all tokens. `perplexity` is its exponential. Both may be infinite or
+    NaN if the model is broken. `accuracy` is None for completions. `macro_f1` is None unless all examples have the same
+    choices, which are labels (classification); its mean leaves out labels that are never true and never predicted.
+    `accuracy_norm` divides the log-probability of a choice by its length in characters; None unless whole choices are
+    compared.
     """
 
     accuracy: float | None
@@ -47,9 +47,9 @@ class Metrics:
 
 @dataclass(frozen=True)
 class _Request:
-    """One prompt with the continuations to score behind it; `row` and `choices` say whose.
+    """One prompt and the answers to score after it; `row` is its example, `choices` are the indices of the answers.
 
-    All continuations have the same tokens but the last, so that one forward pass serves them all.
+    The answers differ only in their last token, so one forward pass scores all of them.
     """
 
     row: int
@@ -59,7 +59,7 @@ class _Request:
 
     @property
     def sort_key(self) -> tuple[int, list[int], list[int]]:
-        """Length first, against padding; then the tokens, so that batches do not depend on the examples' order."""
+        """Length first, for less padding; then the tokens, so that batches do not depend on the examples' order."""
         return len(self.prompt) + len(self.answers[0]), self.prompt, self.answers[0]
 
 
@@ -77,18 +77,18 @@ def evaluate(
     Args:
         model: a transformers model; its training modes are restored afterwards.
         examples: all with choices, or all with completions.
-        encoder: of the model's tokenizer and the task's template.
+        encoder: for the model's tokenizer and the task's template.
         batch_size: sequences per forward pass; loglikelihood needs one sequence per choice, or per group of choices
-            that differ in their last token only.
+            that differ only in their last token.
         scoring: `first_token` compares the logits of the choices' first tokens, one forward pass per example;
-            `loglikelihood` compares the summed log-probability of every whole choice, the lower index winning ties;
-            `auto` takes first tokens where training does (classification whose labels they tell apart), else whole
-            choices, whose prompts are cut in front to fit into the model. Completions are never compared.
-        on_batch: called after every batch with the sequences done and the sequences in all.
+            `loglikelihood` compares the summed log-probability of every whole choice, and the lower index wins ties;
+            `auto` uses first tokens if training does (classification, labels that differ in their first token), else
+            whole choices. Prompts of whole choices are cut at the start to fit. Completions are never compared.
+        on_batch: called after every batch with the number of sequences done and of all sequences.
         before_pass: called with every batch before its forward pass, for example so that experts skip its padding.
 
     Raises:
-        UserError: there are no examples, an answer is too long, or first tokens do not tell the choices apart.
+        UserError: there are no examples, an answer is too long, or choices do not differ in their first token.
     """
     if not examples:
         raise UserError("there are no held-out rows to evaluate on; raise data.test_rows or data.test_share")
@@ -116,7 +116,7 @@ def evaluate(
                 before_pass(batch)
             logits = model(**batch.model_inputs()).logits[:, -batch.targets.shape[1] :].float()  # [B, A, V]
             sums = _sums(logits, batch.targets, chunk, encoder)
-            last = logits[:, -1].cpu() if first_token else logits  # one wait for the batch, not one per example
+            last = logits[:, -1].cpu() if first_token else logits  # one copy per batch, not one per example
             for index, request in enumerate(chunk):
                 example = examples[request.row]
                 if first_token:
@@ -160,14 +160,14 @@ def evaluate(
 
 
 def room_of(model: nn.Module, tokenizer: Any) -> Room:
-    """What a model takes: how many tokens, and which."""
+    """The limits of a model's input: how many tokens, and the size of its vocabulary."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     rows = getattr(embedding, "num_embeddings", None)
     return Room(positions(model), longest_input(model, tokenizer), rows)
 
 
 def longest_input(model: nn.Module, tokenizer: Any) -> int:
-    """The tokens that fit into one input, found where lm-evaluation-harness looks: config, tokenizer, else 2048."""
+    """How many tokens fit into one input, found as in lm-evaluation-harness: config, tokenizer, else 2048."""
     known = positions(model)
     if known is not None:
         return known
@@ -176,7 +176,7 @@ def longest_input(model: nn.Module, tokenizer: Any) -> int:
 
 
 def positions(model: nn.Module) -> int | None:
-    """The tokens that fit into one input by the model's config; None: it does not say."""
+    """How many tokens fit into one input by the model's config; None: it has no limit."""
     config: Any = model.config
     config = getattr(config, "text_config", None) or config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
@@ -197,7 +197,7 @@ def _by_first_token(examples: Sequence[Example], encoder: Encoder, scoring: Scor
 
 
 def _choice_requests(examples: Sequence[Example], encoder: Encoder, longest: int) -> list[_Request]:
-    """One request for every choice, choices that differ in their last token in one."""
+    """One request per choice; choices of a row that differ only in their last token share one."""
     if encoder.whole_prompts:
         pairs = [
             [fit(*pair, longest, encoder.encoder_decoder, str(example)) for pair in row]
@@ -222,7 +222,7 @@ def _choice_requests(examples: Sequence[Example], encoder: Encoder, longest: int
 
 
 def _sums(logits: Tensor, targets: Tensor, chunk: Sequence[_Request], encoder: Encoder) -> Iterator[float]:
-    """The log-probability of every answer of the chunk, from logits `[B, A, V]`; `targets`: of the first answers."""
+    """Log-probability of every answer of the chunk, from logits `[B, A, V]` and the `targets` of the first answers."""
     if any(len(request.answers) > 1 for request in chunk):
         owners = [index for index, request in enumerate(chunk) for _ in request.answers]
         answers = [answer for request in chunk for answer in request.answers]
@@ -232,7 +232,7 @@ def _sums(logits: Tensor, targets: Tensor, chunk: Sequence[_Request], encoder: E
 
 
 def _best(scores: Sequence[float]) -> int:
-    """The index of the highest; max returns the first of equals, so ties go to the lower index."""
+    """The index of the highest score; ties go to the lower index."""
     return max(range(len(scores)), key=scores.__getitem__)
 
 
@@ -259,7 +259,7 @@ def macro_f1(truth: Sequence[int], predicted: Sequence[int]) -> float:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own mode back."""
+    """Evaluation mode without gradients; restores the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Fold the updates of a round into the global tensors, one client at a time (method.md section 4)."""
+"""Fold the updates of a round into the global tensors, one client at a time (docs/method.md)."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from hfedmoe.wire.messages import Update
 
 
 class Fold:
-    """Streaming aggregation of one round: `add` every valid update, then take the `result` (once).
+    """Streaming aggregation of one round: `add` every valid update, then call `result` once.
 
     Args:
         tensors: the global tensors, experts as [E, ...]; they are not changed.
         settings: the method and its constants.
-        exact_lora: average the products B A instead of the factors (FlexLoRA), refactored to the same rank.
+        exact_lora: average the products B A instead of the factors (FlexLoRA), then factor the mean to the same rank.
         rank: of the LoRA pairs, for `exact_lora`.
         usage: of the federation in the rounds before, float32 [E] per layer, for methods that weigh by it.
     """
@@ -70,11 +70,11 @@ class Fold:
         self.clients = 0
 
     def add(self, update: Update, held: list[Tensor], examples: int) -> None:
-        """Fold in one checked update (its values are finite); only factors that `exact_lora` needs are kept of it.
+        """Fold in one checked update with finite values. It keeps only the factors that `exact_lora` needs.
 
         Args:
             held: what the client held, bool [E] per layer.
-            examples: |D_c|, as it counts.
+            examples: |D_c|, limited by `federation.max_weight`.
         """
         self.clients += 1
         layers = [
@@ -100,7 +100,7 @@ class Fold:
             mean.add(update.tensors[name], examples, checked=True)
 
     def result(self) -> dict[str, Tensor]:
-        """The new global tensors; what nobody trained keeps its value bit for bit."""
+        """The new global tensors; what no client trained keeps its value bit for bit."""
         new = dict(self._tensors)
         new |= self._experts.result({name: self._tensors[name] for name in self._stacks})
         for (a, b), products in self._products.items():

@@ -1,4 +1,4 @@
-"""Fold the gates (routers) of a round: which of their tensors count whole and which row by row (equations 19-21)."""
+"""Average the gates (routers) of a round, as whole tensors or row by row (equations 19-21)."""
 
 from collections.abc import Iterable
 
@@ -27,7 +27,7 @@ class GateFold:
         self._whole = {name: GateAverage() for name in names}
 
     def add(self, tensors: dict[str, Tensor], layers: list[Copies]) -> None:
-        """Fold in the checked tensors of one client, of which nothing is kept; `layers`: its copies of the experts."""
+        """Fold in the checked tensors of one client, without keeping them; `layers`: its copies of the experts."""
         alphas = torch.stack(over_layers(lambda copies: self._method.gate_weight(copies, self._settings), layers))
         rows: list[Tensor] = []
         if self._method.gate_rows(layers[0], self._settings) is not None:
@@ -48,7 +48,7 @@ class GateFold:
         return rows
 
     def result(self, previous: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The new tensors; what nobody's update counts for keeps its value bit for bit."""
+        """The new tensors; where no update has weight, the value stays the same bit for bit."""
         new = {}
         for name, whole in self._whole.items():
             before, rows = previous[name], self._rows.get(name)
@@ -62,11 +62,11 @@ class GateFold:
 
 
 def _num_rows(tensor: Tensor, num_experts: int) -> int:
-    """How many rows of a router's tensor belong to an expert each, from the first on.
+    """How many of the first rows of a router's tensor belong to one expert each.
 
-    Decision: a matrix has a row for each expert, and may have more for what the router scores beside them (identities,
-    shared experts); a vector has an entry for each expert or is something else, such as a scale of the input. What
-    belongs to no expert is averaged by importance.
+    Decision: a matrix has one row per expert, and may have more rows for other things that the router scores
+    (identities, shared experts). A vector has one entry per expert, or is something else, such as a scale of the input.
+    What belongs to no expert is averaged by importance.
     """
     fits = tensor.dim() > 1 and len(tensor) >= num_experts
     return num_experts if fits or tensor.shape == (num_experts,) else 0

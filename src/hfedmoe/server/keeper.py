@@ -1,4 +1,4 @@
-"""What a federation leaves in its run folder, round by round, and what it knows of it when it is resumed."""
+"""Write a federation's progress to its run folder, and read it when the run is resumed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -20,16 +20,16 @@ SaveClients = Callable[[], dict[str, Tensor]]
 
 
 class Keeper:
-    """Writes a federation's progress into its run folder, and knows it when the run is resumed.
+    """A federation's progress: sums in memory; lines, expert rows and checkpoints in the run folder.
 
     Args:
         folder: of the run; None keeps only sums in memory (a server app without a folder).
-        save_clients: what those clients of this process remember that changed since it was last called, to be saved
-            with each checkpoint.
-        from_round: of the checkpoint from which the run goes on.
+        save_clients: returns what the clients of this process remember, if it changed since the last call; saved with
+            each checkpoint. None: the clients are in other processes.
+        from_round: round of the checkpoint from which the run continues.
 
     Raises:
-        UserError: experts.npy is damaged, or has not what method.bootstrap = "prior" needs of it.
+        UserError: experts.npy is damaged, or lacks rows that method.bootstrap = "prior" needs.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Keeper:
 
     @contextmanager
     def taking_rows(self, log: RoundRecord) -> Iterator[None]:
-        """While clients answer: the expert vectors that the record is given count when the block ends well."""
+        """Collect the clients' expert vectors through the record; they are kept if the block ends without an error."""
         if self.folder is None:
             yield
             return
@@ -87,12 +87,12 @@ class Keeper:
 
     @property
     def resume_hint(self) -> str:
-        """The end of an error message: how the run goes on; empty where it could not."""
-        # Without its clients' memory in the checkpoint a run cannot go on as it would have.
+        """The end of an error message: how to continue the run; empty if that is not possible."""
+        # A run can only be continued with its clients' memory, which is then in the checkpoint.
         return (
             ""
             if self.folder is None or not self._in_process
-            else f"; `hfedmoe resume {self.folder.path}` goes on from there"
+            else f"; `hfedmoe resume {self.folder.path}` continues from there"
         )
 
     def name_clients(self, names: dict[int, str]) -> None:
@@ -119,19 +119,19 @@ class Keeper:
         watched: Metrics | None,
         whole: Metrics | None,
     ) -> None:
-        """Everything about a complete round; the checkpoint comes last, because it vouches for the rest."""
+        """Save a complete round. The checkpoint comes last: it shows that the rest is there."""
         self._append(log.line(watched, whole), self._counted(log))
         if whole is not None:
             self.scores.append(_evaluation(log.round, vars(whole)))
-        # Decision: the best checkpoint is chosen on the watched rows, which the final figures never use.
+        # Decision: the best checkpoint is chosen on the watched rows, which the final evaluation never uses.
         self._checkpoint(log.round, tensors, watched or whole, whole)
 
     def failed(self, log: RoundRecord) -> None:
-        """A round that too few clients completed: its line says so; the checkpoint before it stays the last."""
+        """Save a failed round: it gets a line, but no checkpoint."""
         self._append({**log.line(None, None), "failed": True}, self._counted(log))
 
     def final_totals(self) -> list[ClientTotals]:
-        """Of every client that completed a round, by number."""
+        """The totals of every client that completed a round, by number."""
         known = [(client, done) for client, done in sorted(self.totals.items()) if client in self._names]
         for client, done in known:
             done.name = self._names[client]
@@ -141,7 +141,7 @@ class Keeper:
         self.totals.setdefault(done.client, ClientTotals()).add(done)
 
     def _counted(self, log: RoundRecord) -> Iterator[dict[str, Any]]:
-        """The entries of a round's clients, each counted as it is written."""
+        """The entries of a round's clients; each is added to the totals when it is written."""
         for done in log.clients():
             self._count(done)
             yield done.to_json()
@@ -150,7 +150,7 @@ class Keeper:
         if self.folder is not None:
             self.folder.append_round(line, clients)
         for _ in clients or ():
-            pass  # without a folder they are still to be counted
+            pass  # without a folder they must still be counted
 
     def _checkpoint(
         self, round: int, tensors: dict[str, Tensor], judged: Metrics | None, whole: Metrics | None
@@ -174,8 +174,8 @@ def _rows_of(folder: RunFolder, rows: Any, round: int, clients: dict[int, int]) 
     missing = clients.keys() - {int(row["client"]) for row in own}
     if missing:
         raise UserError(
-            f"{folder.path / 'experts.npy'}: has no row of client {min(missing)} in round {round}, and its method "
-            "goes on from them; restore the file or start the run again"
+            f"{folder.path / 'experts.npy'}: has no row of client {min(missing)} in round {round}, which "
+            "its method needs; restore the file or start the run again"
         )
     for row in own:
         if int(row["client"]) in clients:

@@ -1,4 +1,4 @@
-"""Where the time of a round goes, by name."""
+"""Measure where the time of a round goes."""
 
 import time
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Phases:
-    """Seconds by phase; a phase that is entered again adds to what it has."""
+    """Seconds by phase; the times of a repeated phase are added."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

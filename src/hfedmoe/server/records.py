@@ -1,4 +1,4 @@
-"""What is noted of a round while it goes on, until its line in metrics.jsonl is written."""
+"""The record of a round in progress, until its line in metrics.jsonl is written."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -18,13 +18,13 @@ from hfedmoe.wire.messages import Update
 AddRow = Callable[..., None]
 
 IN_MEMORY = 1 << 20
-"""Bytes of what is noted of a round's clients; more goes to a temporary file."""
+"""Bytes of a round's client records that stay in memory; if there are more, all go to a temporary file."""
 REASONS = 5
-"""Clients left out of a round of which the reason is remembered for the error message."""
+"""How many reasons of clients left out of a round are kept for the error message."""
 
 
 class RoundRecord:
-    """One round as it goes on. What is noted of a client leaves memory, but for the bytes it received and sent.
+    """One round in progress. Client records may move to a file; bytes received and sent always stay in memory.
 
     Args:
         num_experts: E_l of every layer.
@@ -47,7 +47,7 @@ class RoundRecord:
         self._at: dict[int, int] = {}
 
     def close(self) -> None:
-        """Forget what was noted of the clients."""
+        """Drop the client records."""
         self._notes.close()
 
     def sent(self, client: int, size: int) -> None:
@@ -57,10 +57,10 @@ class RoundRecord:
     def received(
         self, client: int, update: Update, resident: list[Tensor], size: int, weight: int, activation_wanted: float
     ) -> ClientRound:
-        """Note a valid update of `size` bytes, but none of its tensors.
+        """Note a valid update of `size` bytes, without its tensors.
 
         Args:
-            weight: |D_c|, as it counts.
+            weight: |D_c|, limited by `federation.max_weight`.
             activation_wanted: experts per layer that a step would train without a deadline.
         """
         self.bytes_up[client] = self.bytes_up.get(client, 0) + size
@@ -83,7 +83,7 @@ class RoundRecord:
         return done
 
     def left_out(self, client: int, status: str, reason: str) -> ClientRound:
-        """Note a client that gave no valid update."""
+        """Note a client without a valid update."""
         self.num_missing += 1
         if len(self.missing) < REASONS:
             self.missing[client] = reason
@@ -93,7 +93,7 @@ class RoundRecord:
         return done
 
     def clients(self) -> Iterator[ClientRound]:
-        """The record of every client, by its number, with r(c) of eq. 18, for which all of them must have answered."""
+        """The record of every client by number, with r(c) of eq. 18. All clients must have answered before."""
         for client in sorted(self._at):
             self._notes.seek(self._at[client])
             entry, counts = json.loads(self._notes.readline())

@@ -1,1 +1,1 @@
-"""What crosses between server and clients: messages, the checks of both sides, and how they are carried."""
+"""The messages between server and clients: their contents, the checks on both sides, and how they are sent."""

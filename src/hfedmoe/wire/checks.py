@@ -1,4 +1,4 @@
-"""Nothing from a client is trusted: what it sends is checked before any of it is used."""
+"""Check everything that clients send before any of it is used: nothing from a client is trusted."""
 
 import math
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ MAX_NAME = 80
 MAX_VALUE = 1e6
 """No trained weight comes near it; larger values could overflow an average."""
 ROUNDING = 1e-3
-"""Of sums of float32 shares over the experts of a layer."""
+"""Allowed error of sums of float32 shares over the experts of a layer."""
 HEADER_ROOM = 1 << 20
 """Bytes that names and shapes may add to the tensors of an update."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What every client is asked to do in a round, which bounds what it can have done."""
+    """What every client is asked to do in a round. It limits what a client can report."""
 
     steps: int
     pairs: list[int]
@@ -71,30 +71,30 @@ class TroubleError(InvalidReplyError):
 
 
 def trouble(message: Message) -> None:
-    """Raise TroubleError if the reply says that its sender could not do its part. Raises InvalidReplyError."""
+    """Raise TroubleError if the reply says that the client could not do its part, InvalidReplyError if it is wrong."""
     facts = facts_of(message)
     if "status" not in facts:
         return
     status, reason, code = facts["status"], facts.get("reason"), facts.get("code")
     if status not in STATUSES:
-        raise InvalidReplyError("its status is not one of those known")
+        raise InvalidReplyError("its status is unknown")
     if code is not None:
         if code not in CODES:
-            raise InvalidReplyError("its code is not one of those known")
+            raise InvalidReplyError("its code is unknown")
         reason = CODES[str(code)].format(count=_whole(facts, "count", 0, MAX_EXAMPLES))
     if not isinstance(reason, str):
-        raise InvalidReplyError("it says neither why nor a code")
+        raise InvalidReplyError("it gives neither a reason nor a code")
     raise TroubleError(str(status).replace("_", " "), reason)
 
 
 def description(message: Message, num_experts: list[int], base: str = "") -> Description:
-    """Who the sender says it is.
+    """Who the client says it is.
 
     Args:
         num_experts, base: of the server's model; every client must have the same.
 
     Raises:
-        InvalidReplyError: something is missing or out of range, or the model is another.
+        InvalidReplyError: something is missing or out of range, or the client has another model.
     """
     facts = facts_of(message)
     name = facts.get("name")
@@ -119,7 +119,7 @@ def description(message: Message, num_experts: list[int], base: str = "") -> Des
 
 
 def resident_set(message: Message, num_experts: list[int], top_k: list[int], budget: int) -> list[Tensor]:
-    """The experts a client wants to hold: within its budget, top-k at least per layer. Raises InvalidReplyError."""
+    """The experts a client wants to hold: within its budget, at least top-k per layer. Raises InvalidReplyError."""
     resident = unpack_bits(facts_of(message).get("resident"), num_experts)
     for layer, (keep, k) in enumerate(zip(resident, top_k, strict=True)):
         if int(keep.sum()) < k:
@@ -140,7 +140,7 @@ def contribution(message: Message, num_experts: list[int]) -> list[Tensor]:
 
 
 def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], asked: Asked) -> Update:
-    """A client's update, every tensor of the expected name, shape and precision, and finite.
+    """A client's update, if every tensor is finite and has the expected name, shape and dtype.
 
     Args:
         resident: what the client was given, bool [E] per layer.
@@ -188,10 +188,11 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], as
 
 
 def _check_products(tensors: dict[str, Tensor], like: dict[str, Tensor], sent: list[Tensor]) -> None:
-    """Products of LoRA pairs so small that no factor of their mean exceeds MAX_VALUE (`method.products`).
+    """Check that no factor of the mean of LoRA products can exceed MAX_VALUE (`method.products`).
 
-    Each new B is made of the mean product over `scale`, which is the norm of the earlier A over the root of the rank. A
-    mean is no larger than its largest part, and a product no larger than the norms of its factors.
+    Each new B is computed from the mean product divided by `scale`, which is the norm of the earlier A divided by the
+    square root of the rank. The norm of a mean is at most the largest norm of its parts, and the norm of a product is
+    at most the product of the norms of its factors.
     """
     for a_name, b_name in lora_pairs(tensors):
         a, b, before = tensors[a_name], tensors[b_name], like[a_name]
@@ -207,7 +208,7 @@ def _check_products(tensors: dict[str, Tensor], like: dict[str, Tensor], sent: l
 
 
 def _work(facts: ConfigRecord, asked: Asked, most_experts: int) -> Work:
-    """What a client says that it did, within what it can have done; `most_experts`: of a layer."""
+    """What a client says that it did, checked to be possible; `most_experts`: the largest number in a layer."""
     steps_wanted = _whole(facts, "steps_wanted", asked.steps, asked.steps)
     work = Work(
         examples=_whole(facts, "examples", 1, MAX_EXAMPLES),
@@ -222,12 +223,12 @@ def _work(facts: ConfigRecord, asked: Asked, most_experts: int) -> Work:
         deadline_s=_positive(facts, "deadline_s", 1e9),
     )
     if work.deadline_s is not None and work.activation is None:
-        raise InvalidReplyError("has a deadline, but does not say what its steps trained")
+        raise InvalidReplyError("has a deadline, but does not say how many experts its steps trained")
     return work
 
 
 def _check_vectors(vectors: dict[str, list[Tensor]], pairs: list[int]) -> None:
-    """What decides how much a client counts: shares of a whole, and no more tokens than there can have been.
+    """Check the vectors that decide a client's weight: shares of 1, and no more tokens than possible.
 
     Args:
         pairs: per layer, the most (token, expert) pairs of the round.
@@ -236,11 +237,11 @@ def _check_vectors(vectors: dict[str, list[Tensor]], pairs: list[int]) -> None:
         if any(bool(((part < 0) | (part > limit)).any()) for part in vectors[name]):
             raise InvalidReplyError(f"{name} is outside [0, {limit:g}]")
     usage = [float(part.sum()) for part in vectors["usage"]]
-    if any(total and abs(total - 1) > ROUNDING for total in usage):  # 0: nothing was seen of a layer
+    if any(total and abs(total - 1) > ROUNDING for total in usage):  # 0: the layer saw no tokens
         raise InvalidReplyError("usage of a layer does not add up to 1")
     tokens = [float(part.sum()) for part in vectors["tokens"]]
     if any(total > most for total, most in zip(tokens, pairs, strict=True)):
-        raise InvalidReplyError("says that it saw more tokens than its steps can have had")
+        raise InvalidReplyError("says that it saw more tokens than its steps can have")
 
 
 def _whole(facts: ConfigRecord, key: str, low: int, high: int) -> int:

@@ -13,11 +13,11 @@ MAX_REASON = 300
 
 POLL_S = 0.05
 GRACE_S = 5.0
-"""How much longer than a message's time to live the server waits before it gives up on the carrier's own word."""
+"""Seconds that the server waits beyond a message's time to live, so that the carrier can report the failure first."""
 
 
 def clean(text: str) -> str:
-    """A client's words, safe to print: one short line of printable characters."""
+    """A client's text, made safe to print: one short line of printable characters."""
     line = next((line for line in text.splitlines() if line.strip()), "")
     return "".join(character for character in line.strip() if character.isprintable())[:MAX_REASON] or "no reason given"
 
@@ -44,9 +44,9 @@ class Answer:
 def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: float) -> Iterator[Answer]:
     """Answers in the order in which they arrive; exactly one for every request.
 
-    In process one request is out at a time, so that a payload is made when it is needed and an update is folded in
-    before the next one exists. Elsewhere all are sent at once, and clients work at the same time. Every request has a
-    deadline of its own, from when it was sent: a slow upload to one client costs the others nothing.
+    In process, only one request is open at a time: its payload is made when it is needed, and its update is folded in
+    before the next one exists. Otherwise all requests are sent at once, and clients work in parallel. The deadline of a
+    request begins when it is sent, so a slow upload to one client costs the others no time.
     """
     waiting: dict[str, _Waiting] = {}
     for request in requests:
@@ -71,7 +71,7 @@ def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: flo
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A request without an answer so far."""
+    """A request that has no answer yet."""
 
     node: int
     deadline: float

@@ -22,7 +22,7 @@ log = getLogger(__name__)
 class InProcessGrid(Grid):
     """Calls a ClientApp directly. Node ids are 1..num_clients; node n is client n - 1.
 
-    A client that takes longer than its message's time to live is answered for with an error, as a SuperLink would.
+    If a client takes longer than its message's time to live, the reply is an error, as from a SuperLink.
     """
 
     def __init__(self, app: ClientApp, num_clients: int) -> None:
@@ -31,12 +31,12 @@ class InProcessGrid(Grid):
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Message] = {}
         self.contexts: dict[int, Context] = {}
-        """Of the nodes that keep anything: most of many clients are never drawn."""
+        """Only of nodes with state: when there are many clients, most are never sampled."""
         self.changed: set[int] = set()
         """Nodes changed since the last call of `changed_contexts`."""
 
     def context(self, node: int) -> Context:
-        """What a node keeps, or a fresh context of which it keeps nothing yet."""
+        """A node's context, or a new one, which is not stored yet."""
         return self.contexts.get(node) or Context(
             run_id=1,
             node_id=node,
@@ -47,7 +47,7 @@ class InProcessGrid(Grid):
         )
 
     def set_run(self, run: Run) -> None:
-        """There is one run only."""
+        """Does nothing: there is only one run."""
 
     @property
     def run(self) -> Run:
@@ -71,7 +71,7 @@ class InProcessGrid(Grid):
         return Message(content, metadata=metadata)  # type: ignore[call-overload]
 
     def get_node_ids(self) -> Iterable[int]:
-        """All clients: they are always there."""
+        """All clients: they are always connected."""
         return range(1, self.num_clients + 1)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -83,7 +83,7 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Deliver the first of the messages that still waits, and yield its reply; then the next."""
+        """Deliver the waiting messages one by one, and yield each reply."""
         for message_id in list(message_ids):
             message = self._waiting.pop(message_id, None)
             if message is not None:
@@ -95,14 +95,14 @@ class InProcessGrid(Grid):
 
     def _deliver(self, message: Message) -> Message:
         started = time.monotonic()
-        # The reply's time to live is what is left of the request's, and waiting in the queue does not count.
+        # A reply gets the rest of the request's time to live, and time in the queue must not count.
         message.metadata.created_at = time.time()
         node = message.metadata.dst_node_id
         context = self.context(node)
         before = _kept(context)
         try:
             reply = self._app(message, context)
-        except Exception as error:  # a client's failure of any kind must not end the others' run
+        except Exception as error:  # a failure of one client must not end the run
             log.error("client %d failed in %s", node - 1, message.metadata.message_type, exc_info=True)
             return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
         finally:
@@ -115,13 +115,13 @@ class InProcessGrid(Grid):
 
 
 def changed_contexts(grid: InProcessGrid) -> dict[str, bytes]:
-    """What the clients keep that changed since the last call, as bytes by node, record and name."""
+    """The state of clients whose state changed since the last call: bytes by node, record and name."""
     nodes, grid.changed = sorted(grid.changed), set()
     return {f"{node}/{path}": data for node in nodes for path, data in _kept(grid.contexts[node]).items()}
 
 
 def restore_contexts(grid: InProcessGrid, saved: dict[str, bytes]) -> None:
-    """Give the clients back what `changed_contexts` took of them."""
+    """Give the clients the state that `changed_contexts` returned."""
     for path, data in saved.items():
         node, key, name = path.split("/")
         state = grid.contexts.setdefault(int(node), grid.context(int(node))).state

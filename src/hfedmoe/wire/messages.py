@@ -1,4 +1,4 @@
-"""Everything that crosses the wire, in one page.
+"""All messages between server and clients.
 
 describe (query)  down: the terms of the task: its kind, labels and how answers are compared (`data/terms.py`)
                   up:   client number, name, examples, budget in experts, experts per layer of its model
@@ -6,12 +6,12 @@ plan (query)      down: round; with method.bootstrap = "prior" the federation's 
                   up:   resident bits [sum E_l]; or, for a method that plans on the server, the client's scores
                         float32 [sum E_l]
 train             down: round, resident bits; gates, shared tensors, rows of the resident experts
-                  up:   trained bits [sum E_l]; gates, shared tensors, rows of the trained experts (or of all that it
-                        held, as the method says); usage, importance and tokens float32 [sum E_l]; `events.Work`
-plan and train    up:   instead, from a client that cannot: a status (`trouble.py`) and the reason
+                  up:   trained bits [sum E_l]; gates, shared tensors, rows of the trained experts (or of all held
+                        ones, depending on the method); usage, importance, tokens float32 [sum E_l]; `events.Work`
+plan and train    up:   if the client cannot do it, a status and the reason instead (`trouble.py`)
 
-Tensors travel as one safetensors blob per message (`TENSORS`), whatever their number and precision: no pickle, and one
-object instead of hundreds for Flower to move. Everything else is scalars and bytes in one record (`FACTS`).
+All tensors of a message are sent as one safetensors blob (`TENSORS`): no pickle, and Flower moves one object instead of
+hundreds. Everything else is scalars and bytes in one record (`FACTS`).
 Nothing that a client sends is trusted: see `checks.py`.
 """
 
@@ -31,13 +31,13 @@ TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
 
 
 MOST_FACTS, MAX_FACTS = 64, 1 << 24
-"""Facts of a message, and their bytes: the labels of a task and a bit per expert fit easily."""
+"""Most facts of a message, and most bytes of them: enough for the labels of a task and one bit per expert."""
 HEADER_PER_TENSOR = 512
-"""Bytes of a header for each tensor: its name, shape and place."""
+"""Most bytes of a header for each tensor: its name, shape and position."""
 
 
 class InvalidReplyError(ValueError):
-    """A message does not hold what it must; the text says what is wrong with it."""
+    """A message has invalid content; the text says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Description:
     """Experts over all layers."""
     num_experts: list[int]
     base: str = ""
-    """Digest of its base model (`models.digest`); empty where all clients are of this process."""
+    """Digest of its base model (`models.digest`); empty if all clients are in the server's process."""
 
 
 @dataclass
@@ -59,9 +59,9 @@ class Update:
     """What a client sends back after training."""
 
     tensors: dict[str, Tensor]
-    """Gates and shared tensors whole; of `experts.*` the rows of the experts in `sent`, in ascending order."""
+    """Whole gates and shared tensors; `experts.*` have only the rows of the experts in `sent`, in ascending order."""
     sent: list[Tensor]
-    """bool [E] per layer: the trained or the held experts, as the method says; both sides know it."""
+    """bool [E] per layer: the trained or the held experts, depending on the method. Both sides know it."""
     trained: list[Tensor]
     """bool [E] per layer."""
     usage: list[Tensor]
@@ -103,20 +103,20 @@ def facts_of(message: Message) -> ConfigRecord:
     content = message.content
     records = len(content.config_records) + len(content.array_records) + len(content.metric_records)
     if records > 2 or any(len(arrays) > 1 for arrays in content.array_records.values()):
-        raise InvalidReplyError("the message has more records than one of facts and one of tensors")
+        raise InvalidReplyError("the message has more than one record of facts and one of tensors")
     facts = content.config_records.get(FACTS)
     if facts is None:
         raise InvalidReplyError("the message has no facts")
     size = _facts_bytes(facts)
     if len(facts) > MOST_FACTS or size > MAX_FACTS:
         raise InvalidReplyError(
-            f"{len(facts)} facts of {size} bytes, where at most {MOST_FACTS} and {MAX_FACTS} may be"
+            f"the message has {len(facts)} facts of {size} bytes; at most {MOST_FACTS} of {MAX_FACTS} bytes are allowed"
         )
     return facts
 
 
 def tensors_of(message: Message, max_bytes: int | None = None, most_tensors: int = 1 << 17) -> dict[str, Tensor]:
-    """The tensors of a message: views of it, to be read and not written.
+    """The tensors of a message. They are views of it: do not write to them.
 
     Raises:
         InvalidReplyError: there are none, they are larger than `max_bytes` or more than `most_tensors`, or they are not
@@ -130,7 +130,7 @@ def tensors_of(message: Message, max_bytes: int | None = None, most_tensors: int
         raise InvalidReplyError(f"{len(array.data)} bytes of tensors where at most {max_bytes} are expected")
     try:
         return loads(array.data, 4096 + HEADER_PER_TENSOR * most_tensors)
-    except Exception as error:  # whatever a crafted header makes the reader raise, the message is at fault
+    except Exception as error:  # a crafted header can make the reader raise any error
         raise InvalidReplyError(f"the tensors cannot be read ({error})") from None
 
 
@@ -155,7 +155,7 @@ def _value_bytes(value: object) -> int:
 
 
 def describe_request(terms: str) -> RecordDict:
-    """Who are you? `terms`: the run's task, as text (`data.terms.Terms.to_json`)."""
+    """Ask a client who it is. `terms`: the run's task, as text (`data.terms.Terms.to_json`)."""
     return record({"terms": terms})
 
 
@@ -163,7 +163,7 @@ def terms_of_request(message: Message) -> str:
     """The run's task in a describe request, as text. Raises InvalidReplyError if there is none."""
     terms = facts_of(message).get("terms")
     if not isinstance(terms, str):
-        raise InvalidReplyError("the request does not say what the run's task is")
+        raise InvalidReplyError("the request does not contain the run's task")
     return terms
 
 
@@ -182,7 +182,7 @@ def describe_reply(description: Description) -> RecordDict:
 
 
 def plan_request(round: int, usage: Tensor | None = None) -> RecordDict:
-    """Which experts do you want? `usage` float32 [sum E_l]: the federation's so far, for method.bootstrap = "prior"."""
+    """Ask a client for its experts. `usage`: the federation's so far, float32 [sum E_l], for a bootstrap of "prior"."""
     return record({"round": round}, None if usage is None else {USAGE: usage})
 
 
@@ -215,7 +215,7 @@ def trouble_reply(trouble: Trouble, private: bool = False) -> RecordDict:
     """A client could not do its part; the server reads it with `checks.trouble`.
 
     Args:
-        private: a real device: a code and a count travel, and no words.
+        private: for real devices: send a code and a count instead of the reason.
     """
     if private:
         return record({"status": trouble.status, "code": trouble.code or FAULT, "count": trouble.count})
@@ -223,13 +223,13 @@ def trouble_reply(trouble: Trouble, private: bool = False) -> RecordDict:
 
 
 def train_request(round: int, resident: list[Tensor], tensors: dict[str, Tensor]) -> RecordDict:
-    """Train these experts: `resident` bool [E] per layer; of `tensors` gates whole, of experts the residents' rows."""
+    """Ask a client to train the `resident` experts, bool [E] per layer; `tensors` has whole gates and their rows."""
     return record({"round": round, "resident": pack_bits(resident)}, tensors)
 
 
 def train_reply(update: Update) -> RecordDict:
     """What a client trained and measured; the server reads it with `checks.update`."""
     vectors = {name: torch.cat(getattr(update, name)).float() for name in VECTORS}
-    # A record has no null.
+    # A record cannot hold None.
     work = {name: value for name, value in asdict(update.work).items() if value is not None}
     return record({"trained": pack_bits(update.trained), **work}, update.tensors | vectors)

@@ -1,4 +1,4 @@
-"""A device does not trust the server: what it is asked is checked before any of it is done."""
+"""Check everything that the server asks before any of it is done: a device does not trust the server."""
 
 import math
 from typing import Any
@@ -18,13 +18,13 @@ MOST = {
     "data.max_tokens": 1 << 20,
     "method.bootstrap_batches": 100_000,
 }
-"""The largest settings that a device works for: no run is meant to need more, and each bounds memory or time."""
+"""The largest settings that a device accepts. No run should need more, and each limits memory or time."""
 MAX_VALUE = 1e6
 """No trained weight comes near it."""
 
 
 class InvalidRequestError(ValueError):
-    """The server asks for something that a device does not do; the text says what."""
+    """The server asks for something that a device refuses; the text says what."""
 
 
 def check_settings(config: RunConfig) -> None:
@@ -33,7 +33,7 @@ def check_settings(config: RunConfig) -> None:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if value > most:
-            raise InvalidRequestError(f"{key} = {value} is more than {most}")
+            raise InvalidRequestError(f"{key} = {value} is more than {most}, which is the most a device accepts")
 
 
 def round_of(message: Message, rounds: int) -> int:
@@ -45,7 +45,11 @@ def round_of(message: Message, rounds: int) -> int:
 
 
 def residents_of(message: Message, num_experts: list[int], top_k: list[int], allowed: int) -> list[Tensor]:
-    """The experts to train, bool [E] per layer: top-k in every layer, `allowed` in all. Raises InvalidRequestError."""
+    """The experts to train, bool [E] per layer: at least top-k per layer, at most `allowed` over all layers.
+
+    Raises:
+        InvalidRequestError: they are too few, too many or malformed.
+    """
     try:
         resident = unpack_bits(_facts(message).get("resident"), num_experts)
     except InvalidReplyError as error:
@@ -60,7 +64,7 @@ def residents_of(message: Message, num_experts: list[int], top_k: list[int], all
 
 
 def trainables_of(message: Message) -> dict[str, Tensor]:
-    """The tensors to begin with, finite and of usual size; `moe.payload.load` checks names and shapes.
+    """The tensors to start from, finite and not too large; `moe.payload.load` checks names and shapes.
 
     Raises:
         InvalidRequestError: there are none, or one is out of range.

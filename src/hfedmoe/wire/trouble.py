@@ -1,8 +1,8 @@
-"""A client's word that it could not do its part of a round.
+"""How a client reports that it could not do its part of a round.
 
-A simulated client gives its reason in words. A real device never sends words of its own: rows, cells, labels and file
-names of its owner could be in them. It sends a code of `CODES` and a count; the words stay in its own log, and the
-server puts the code into words.
+A simulated client sends its reason as text. A real device never sends text, which could contain rows, cells, labels and
+file names of its owner. It sends a code from `CODES` and a count. The text stays in its own log, and the server turns
+the code into text.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED = (
     "failed",
 )
 STATUSES = (OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED)
-"""The status in such a reply; people read it without the underscores. TOO_SMALL: no room for what the method holds."""
+"""The status in such a reply, shown without underscores. TOO_SMALL: no room for the experts that the method needs."""
 
 OWN_DATA, SETTINGS, REQUEST, FAULT = "own_data", "settings", "request", "fault"
 CODES = {
     OUT_OF_MEMORY: "ran out of memory with {count} experts",
     OUT_OF_TIME: "ran out of time with {count} experts",
-    TOO_SMALL: "has no room for what the method holds",
+    TOO_SMALL: "has no room for the experts that the method needs",
     OWN_DATA: "{count} of its own rows do not fit the run; its log says which",
     SETTINGS: "cannot take part with its settings, model or data; its log says why",
     REQUEST: "refuses what the server asked; its log says why",
@@ -37,5 +37,5 @@ class Trouble:
     status: str
     reason: str
     code: str = ""
-    """One of `CODES`, which a real device sends in place of the reason."""
+    """One of `CODES`, which a real device sends instead of the reason."""
     count: int = 0
