@@ -14,7 +14,7 @@ class StacksCombined:
 
     Args:
         stretches: (first expert, number of experts) of every stack by name; experts are numbered over all layers.
-        rule: one expert's tensors are flattened and joined to N numbers, in the order of the names.
+        rule: one expert's tensors are flattened and joined to N numbers, in the order of their sorted names.
     """
 
     def __init__(self, stretches: Mapping[str, tuple[int, int]], rule: Rule) -> None:
@@ -35,7 +35,7 @@ class StacksCombined:
         """The new stacks; an expert without a copy of positive weight keeps its value bit for bit."""
         new = {name: tensor.clone() for name, tensor in previous.items()}
         layers: dict[tuple[int, int], list[str]] = {}
-        for name, stretch in self._stretches.items():
+        for name, stretch in sorted(self._stretches.items()):  # a resumed run may have them in another order
             layers.setdefault(stretch, []).append(name)
         for (first, number), names in layers.items():
             places = [self._places(index, first, number) for _, index, _ in self._kept]
