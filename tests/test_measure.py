@@ -163,7 +163,7 @@ def test_settings_given_with_a_task_reach_it(capsys):
 )
 def test_rows_of_a_named_set_without_its_name_are_told_which(file, name, capsys):
     assert hfedmoe("evaluate", "tiny", "--rows", FIXTURES / f"{file}.jsonl") == 2
-    assert f'looks like rows of {name}; say so with data.format = "{name}"' in capsys.readouterr().err
+    assert f'looks like rows of {name}; if so, set data.format = "{name}"' in capsys.readouterr().err
 
 
 def test_conversations_for_a_tokenizer_without_a_template(capsys):
@@ -189,7 +189,7 @@ def test_evaluate_a_run_on_own_rows(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "pica"], "--task pica: not a data set known by name; known: ag-news, 20newsgroups"),
+        (["--task", "pica"], "--task pica: not a known data set; known: ag-news, 20newsgroups"),
         (
             ["--task", "mmlu:anatomy", "--rows", "rows.jsonl"],
             "--task mmlu:anatomy with --rows: a file is measured whole; use --task mmlu and",

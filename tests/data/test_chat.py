@@ -124,7 +124,7 @@ def test_a_tokenizer_without_a_template_gives_one_clear_line(tokenizer):
         encoder.training_batch(loaded().test)
     assert "\n" not in str(caught.value)
     bare.chat_template = "{{ messages | length }}"
-    with pytest.raises(UserError, match="writes a prompt differently once it is answered"):
+    with pytest.raises(UserError, match="changes the prompt when the answer is added"):
         render(bare, Example("x", completion="y", messages=(("user", "x"), ("assistant", "y"))), ChatForm())
 
 

@@ -210,7 +210,7 @@ def test_choice_tokens_only_where_they_tell_all_choices_apart(tokenizer):
     assert torch.equal(first.choice_tokens.gather(1, first.answers[:, None]), first.targets)
     alike = [Example("one", ("money one", "money two"), 0)]
     assert encoder.training_batch(alike).choice_tokens is None
-    with pytest.raises(UserError, match="do not tell the choices apart"):
+    with pytest.raises(UserError, match="two choices have the same first token"):
         encoder.training_batch(alike, first_token_only=True)
     unequal = [*rows(), Example("one", ("acq", "earn"), 0)]
     assert encoder.distinct_first_tokens(unequal)

@@ -75,7 +75,7 @@ def test_a_parquet_file_is_one_whatever_its_name_and_gz_is_unpacked(tmp_path: Pa
         (b"\x1f\x8b\x08broken", "looks like gzip, but cannot be unpacked"),
         (START + b"\noid sha256:0\nsize 9\n", "is a Git LFS pointer.*git lfs pull"),
         ("text,label\na,b,c\n", 'line 2: 3 cells, but the first line names 2 columns; put cells that hold ","'),
-        ("text,,label\na,stray,x\n", "line 2: a cell stands in a column without a name"),
+        ("text,,label\na,stray,x\n", "line 2: a cell is in a column without a name"),
         ("text,text\na,b\n", "line 1: a column name occurs twice"),
         ("text\nhello, world\n", "set data.delimiter"),
     ],

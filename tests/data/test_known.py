@@ -235,14 +235,18 @@ BAD = [
     ("hellaswag", SWAG | {"endings": "a"}, 'column "endings" must be a list of texts, got "a"'),
     ("hellaswag", SWAG | {"label": ""}, 'column "label" must be a number'),
     ("mmlu", MMLU | {"choices": ["1", "2"]}, 'column "choices" must have four texts, got 2'),
-    ("arc-easy", ARC | {"answerKey": "C"}, r'column "answerKey" is "C", which labels none of the 2 choices'),
+    ("arc-easy", ARC | {"answerKey": "C"}, r'column "answerKey" is "C", which is not a label of the 2 choices'),
     ("arc-easy", ARC | {"choices": ["x", "y"]}, r'column "choices" must be an object such as'),
     ("ag-news", {"text": "t", "label": 4}, "must be a number from 0 to 3, got 4"),
     ("20newsgroups", {"text": "t", "label": 20}, "must be a number from 0 to 19, got 20"),
     ("20newsgroups", {"text": " ", "label": 2}, "all 1 rows are left out, because they have no text or no"),
     ("instructions", {"messages": []}, 'column "messages" must be a list of messages'),
     ("instructions", {"messages": [{"role": "user", "content": "x"}]}, 'column "messages" has no answer'),
-    ("instructions", {"messages": SAID[1:]}, 'column "messages" has no answer of the assistant to a message before it'),
+    (
+        "instructions",
+        {"messages": SAID[1:]},
+        'column "messages" has no answer of the assistant after the first',
+    ),
     (
         "instructions",
         {"messages": [*SAID, {"role": "Moderator", "content": "x"}]},
@@ -308,7 +312,7 @@ def test_unknown_names(monkeypatch):
             load_task(DataConfig(source=source), ANY, seed=0)
         assert ("known by name: ag-news, 20newsgroups" in str(caught.value)) == (source == "pica")
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="pica: not a data set known by name; known: ag-news, "):
+    with pytest.raises(UserError, match="pica: not a known data set; known: ag-news, "):
         load_test(DataConfig(source="pica"))
     with pytest.raises(UserError, match=r'data\.template: .*data\.chat = "plain"'):
         loaded("instructions", template="{text}")

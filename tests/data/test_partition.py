@@ -61,7 +61,7 @@ def test_small_alpha_is_skewed_and_a_shard_has_few_labels():
 def test_parts_of_files_are_kept():
     task = task_of([0, 1, 2, 0], parts=[[0, 2], [1, 3]], part_names=["x.csv", "y.csv"])
     assert partition(task, PartitionConfig(min_rows=2), 2, 0) == [[0, 2], [1, 3]]
-    with pytest.raises(UserError, match=r"name 2 clients, but clients\.count is 3; set clients\.count=2"):
+    with pytest.raises(UserError, match=r"has 2 clients, but clients\.count is 3; set clients\.count=2"):
         partition(task, PartitionConfig(min_rows=2), 3, 0)
     with pytest.raises(UserError, match=r"client x\.csv has 2 training rows, fewer than partition\.min_rows=3"):
         partition(task, PartitionConfig(min_rows=3), 2, 0)

@@ -101,7 +101,7 @@ def test_answers_that_could_be_two_things_need_a_setting(tmp_path):
         UserError, match=r'is 3, but .* numbered 0 to 2; if it is the text of a choice, set data\.answers = "text"$'
     ):
         answers_of(tmp_path, asked(1, 3))
-    with pytest.raises(UserError, match=r'is "x", which is no number from 0 to 1 and no such letter'):
+    with pytest.raises(UserError, match=r'is "x", not a number from 0 to 1 or the letter of a choice'):
         answers_of(tmp_path, asked("x", choices=("x", "y")), answers="index")
     with pytest.raises(UserError, match=r'is "B", which is not among the choices'):
         answers_of(tmp_path, asked("B", choices=("x", "y")), answers="text")

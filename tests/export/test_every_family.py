@@ -20,7 +20,7 @@ from tests.families.table import FAMILIES, config_of
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 TOLERANCE = 1e-5
-NO_SUB_MODEL = {"deepseek_v4": "looks its experts up by token"}
+NO_SUB_MODEL = {"deepseek_v4": "chooses experts by token"}
 """Families that have no sub-model, and what the error says."""
 
 

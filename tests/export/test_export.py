@@ -235,7 +235,7 @@ def test_an_adapter_of_a_folder_refers_to_it(own, capsys):
     card = ModelCard((out / "README.md").read_text())
     assert (card.data.license, card.data.base_model) == ("mit", None)
     assert f"from_pretrained('{own / 'model'}', dtype=\"float32\")" in card.text
-    assert "The path of the base in `adapter_config.json` and the code below is that on the machine" in card.text
+    assert "The path of the base in `adapter_config.json` and the code below is from the machine" in card.text
     assert "held the frozen experts as 4bit" in card.text
     assert "## Results" not in card.text  # nothing was measured
     assert "## Clients" not in card.text
@@ -284,7 +284,7 @@ def test_conversations_are_prompted_with_the_chat_template(own, tmp_path, monkey
         run.save_checkpoint(0, tensors, {})
     assert hfedmoe("export", tmp_path / "run", tmp_path / "out", "--checkpoint", "last") == 0
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "* Prompt: the tokenizer's chat template, of which the last 99 tokens.\n" in text
+    assert "* Prompt: the tokenizer's chat template, cut to the last 99 tokens.\n" in text
     assert "{text}" not in text
     capsys.readouterr()
     monkeypatch.chdir(tmp_path / "out")
@@ -353,9 +353,9 @@ def test_a_card_says_only_what_is_so(tmp_path):
     export = Export("adapter", "float32", "base", model_type="llama4_text", whole_type="llama4", num_experts=[4])
     own = card_of(tmp_path / "own", RunConfig(), export)
     assert "fine-tuned it with HFedMoE" in own
-    assert "What was trained (LoRA of rank 8, alpha 16, on every expert, routers) as a PEFT adapter" in own
+    assert "The trained parts of the model (LoRA of rank 8, alpha 16, on every expert, routers) as a PEFT" in own
     assert "| LoRA pairs | A and B averaged one by one |" in own
-    assert "The base is a llama4 model, of which this is the text model alone" in own
+    assert "The base is a llama4 model; this is only its text model" in own
     assert "| 0 | 25% | 4 of 4 | 9 |" in own
     assert "`train." not in own  # the defaults
     other = RunConfig(
@@ -368,7 +368,7 @@ def test_a_card_says_only_what_is_so(tmp_path):
     text = card_of(tmp_path / "other", other, export)
     assert "HFedMoE" not in text
     assert "fine-tuned it (expert score `random`, residency `all`)" in text
-    assert "What was trained (LoRA of rank 2, alpha 16, on the attention projections) as a PEFT adapter" in text
+    assert "The trained parts of the model (LoRA of rank 2, alpha 16, on the attention projections) as" in text
     assert "| LoRA pairs | products B A averaged |" in text
     assert "| 0 | 4 of 4 | 9 |" in text
     assert "udget" not in text
@@ -402,7 +402,7 @@ def test_user_errors_are_one_line_and_exit_code_2(finished, own, tmp_path, capsy
         ((finished, out, "--as", "client", "--client", "4"), "the run has clients 0 to 3"),
         ((finished, out, "--as", "client", "--client", "-1"), "the run has clients 0 to 3"),
         ((finished, out, "--as", "client"), "add --client"),
-        ((finished, out, "--client", "1"), "only with --as client"),
+        ((finished, out, "--client", "1"), "allowed only with --as client"),
         ((finished, out, "--as", "zip"), "expected merged, adapter, client"),
         ((finished, out, "--dtype", "int8"), "expected float32"),
         ((finished, out, "--checkpoint", "9"), "no checkpoint of round 9"),

@@ -179,7 +179,7 @@ def test_an_adapter_names_the_revision_of_its_base(tmp_path):
 def test_what_is_no_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"whole experts.*--as merged"):
         save_adapter(MoEModel(build("mixtral"), experts="full"), tmp_path, "base")
-    with pytest.raises(UserError, match="routers alone"):
+    with pytest.raises(UserError, match="trained only routers"):
         save_adapter(MoEModel(build("mixtral"), experts="frozen"), tmp_path, "base")
     assert not list(tmp_path.iterdir())
 
@@ -231,7 +231,7 @@ def test_scores_are_of_the_last_round_of_the_client():
     assert last_scores(rows, 0).round == 2
     assert last_scores(rows, 0).importance.tolist() == [[3.0, 4.0]]
     more = rows_of(*((1, client, here, [[1, 2]], [[0, 0]]) for client in (5, 3, 0, 1, 4)))
-    with pytest.raises(UserError, match=r"--client 7: took part in no round yet.*; clients that did: 0-1, 3-5$"):
+    with pytest.raises(UserError, match=r"--client 7: took part in no round yet.*; choose one that did: 0-1, 3-5$"):
         last_scores(more, 7)
     for nothing in (rows[:0], None):
         with pytest.raises(UserError, match=r"--client 7: the run has no experts.npy"):

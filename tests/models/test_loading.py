@@ -95,7 +95,7 @@ def test_names_that_are_nothing(tmp_path):
     [
         ({"model_type": "arctic"}, "model type arctic is unknown to the installed transformers"),
         ({"model_type": "vit"}, "transformers has no language model of type vit (AutoModelForCausalLM does not know"),
-        ({"model_type": "new", "auto_map": {"AutoConfig": "code.C"}}, "model.trust_remote_code = true runs it"),
+        ({"model_type": "new", "auto_map": {"AutoConfig": "code.C"}}, "set model.trust_remote_code = true"),
         ({"hidden_size": 8}, "config.json has no model_type"),
         ({"model_type": "mistral4"}, "mistral4: AutoModelForCausalLM"),
     ],

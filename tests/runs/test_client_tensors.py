@@ -54,8 +54,6 @@ def test_damage_is_not_written_anew_with_a_sum_of_its_own(run, place):
     data = bytearray(path.read_bytes())
     data[place] ^= 1
     path.write_bytes(data)
-    with pytest.raises(
-        UserError, match=r"round-0002: damaged while the run went on \(clients-0001.*`hfedmoe resume .*run`"
-    ):
+    with pytest.raises(UserError, match=r"round-0002: damaged during the run \(clients-0001.*`hfedmoe resume .*run`"):
         run.save_checkpoint(3, tensors(3), {}, client_tensors(3, "a", "b"), since=2)  # more than half is out of date
     assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["round-0001", "round-0002"]

@@ -40,7 +40,7 @@ def test_damaged_experts_are_a_user_error_unless_no_row_is_needed(run, cut):
     path.write_bytes(path.read_bytes()[:cut])
     for use in (run.read_expert_rows, lambda: run.rewind(1), lambda: append_experts(run, 2, [2], [])):
         with pytest.raises(
-            UserError, match=r'experts.npy: damaged .* resume the run, .*"prior".*--as client'
+            UserError, match=r'experts.npy: damaged .* resume the run: .*"prior".*--as client'
         ) as caught:
             use()
         assert "\n" not in str(caught.value)

@@ -29,7 +29,7 @@ def test_create_takes_an_empty_folder_and_what_a_failed_start_left(tmp_path):
 
 
 def test_create_refuses_a_run_other_files_and_a_file(run, tmp_path):
-    with pytest.raises(UserError, match=r"holds a run already; choose another --out, or `hfedmoe resume .*run`"):
+    with pytest.raises(UserError, match=r"already has a run; choose another --out, or `hfedmoe resume .*run`"):
         RunFolder.create(run.path, CONFIG)
     (tmp_path / "note").touch()
     with pytest.raises(UserError, match=r"not empty \(note\); choose another --out"):

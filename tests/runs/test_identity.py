@@ -43,7 +43,7 @@ def test_changed_rows_stop_a_run_and_its_evaluation(run: Path, change, told: str
     rows = run.parent / "rows.csv"
     rows.write_text(change(rows.read_text()))
     for again in (lambda: simulation.resume(run, Silent()), lambda: measure.evaluate_run(run, "last", Silent())):
-        with pytest.raises(UserError, match=r"its data are not those that the run began with") as caught:
+        with pytest.raises(UserError, match=r"its data changed since the run began") as caught:
             again()
         assert "or start a new run" in str(caught.value)
 
@@ -52,7 +52,7 @@ def test_a_changed_base_model_stops_it_too(run: Path) -> None:
     model = tiny_model(len(tiny_tokenizer()), 0)
     model.lm_head.weight.data += torch.ones(1)
     model.save_pretrained(run.parent / "model")
-    with pytest.raises(UserError, match="its base model is not the one that the run began with"):
+    with pytest.raises(UserError, match="its base model changed since the run began"):
         simulation.resume(run, Silent())
 
 

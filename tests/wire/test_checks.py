@@ -112,7 +112,7 @@ def test_headers_are_bounded_before_they_are_parsed() -> None:
     blob = len(header).to_bytes(8, "little") + header
     with pytest.raises(ValueError, match="is not described as a tensor"):
         loads(blob)
-    with pytest.raises(ValueError, match=r"its header has \d+ bytes, where at most 1000 are expected"):
+    with pytest.raises(ValueError, match=r"its header has \d+ bytes; at most 1000 are allowed"):
         loads(blob, 1000)
 
 

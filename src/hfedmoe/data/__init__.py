@@ -1,1 +1,1 @@
-"""Tasks: rows from anywhere, their split over clients, and the tensors that a model is fed."""
+"""Read rows from any source, make examples of them, split these over clients, and encode them as tensors."""

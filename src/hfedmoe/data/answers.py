@@ -1,7 +1,7 @@
-"""Which choice is right: a column of indices, of letters or of texts, understood as a whole.
+"""Find the right choice of every row: the answer column holds indices, letters or texts.
 
-A table of a CSV has text in every cell, and choices may be numbers or letters themselves: the answer 1 of the choices
-1, 2 and 3 is either. What every row of the column can be decides, never one cell by itself.
+In a CSV file every cell is text, and choices may be numbers or letters themselves: with the choices 1, 2 and 3, the
+answer 1 may be a text or an index. So the whole column decides, not a single cell.
 """
 
 import re
@@ -14,17 +14,17 @@ from hfedmoe.data.rows import Rows, short, text_of
 from hfedmoe.errors import UserError
 
 WHOLE = re.compile(r"\d+(\.0*)?")
-"""A number in text; pandas writes 1.0 for 1 where another row has none."""
+"""A whole number as text; pandas writes 1 as 1.0 if another row of the column is empty."""
 
 
 def answer_indices(rows: Rows, choices: Sequence[tuple[str, ...]], config: DataConfig) -> list[int]:
     """The index of the right choice in every row.
 
-    `data.answers` says what the column holds. With auto, numbers of JSON and Parquet are indices; text is whatever all
-    rows can be, of a choice's text, a number from 0 and a letter from A, or each by itself if they are mixed.
+    `data.answers` says what the column holds. With auto, numbers in JSON and Parquet are indices. Text is read as the
+    text of a choice, a number from 0 or a letter from A: the reading that fits all rows, else each row by itself.
 
     Raises:
-        UserError: a cell is none of them, or may be two that disagree.
+        UserError: a cell has no such reading, or two that give different choices.
     """
     column = config.answer
     cells = rows.column(column, "data.answer")
@@ -91,7 +91,7 @@ def _unclear(where: str, text: str, choices: tuple[str, ...], config: DataConfig
     listed = short(list(choices))
     if config.answers == "index":
         return UserError(
-            f"{where} is {short(text)}, which is no number from 0 to {len(choices) - 1} and no such letter"
+            f"{where} is {short(text)}, not a number from 0 to {len(choices) - 1} or the letter of a choice"
         )
     if not _by_text(text, choices):
         return UserError(f"{where} is {short(text)}, which is not among the choices {listed}")

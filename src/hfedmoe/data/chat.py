@@ -1,4 +1,4 @@
-"""Conversations as text: what comes before an answer, and the answer with the end of its turn."""
+"""Write a conversation as text: the prompt, and the answer with the end of its turn."""
 
 import json
 import re
@@ -26,27 +26,27 @@ class ChatForm:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the template (`data.chat_arguments`)."""
     date: str | None = None
-    """What the template takes for today, YYYY-MM-DD (`data.chat_date`); None: today."""
+    """The date that the template writes as today's, YYYY-MM-DD (`data.chat_date`); None: today."""
 
     @classmethod
     def of(cls, config: DataConfig) -> "ChatForm":
-        """As section [data] says."""
+        """From section [data]."""
         return cls(config.chat_arguments or {}, config.chat_date)
 
     def call(self, example: Example) -> dict[str, Any]:
-        """The arguments of `apply_chat_template` beside the messages."""
+        """The arguments of `apply_chat_template` other than the messages."""
         arguments = dict(self.arguments)
         if example.tools:
             arguments["tools"] = json.loads(example.tools)
         return arguments
 
     def dated(self, template: str) -> str:
-        """A template that takes `date` (not None) for today: `strftime_now(...)` becomes what it gives on that day.
+        """The template with every `strftime_now(...)` replaced by its result on the day `date` (not None).
 
-        transformers hands functions to no template, so they cannot be replaced from outside.
+        `apply_chat_template` offers no way to replace the function itself.
 
         Raises:
-            UserError: it calls the function with something else than a plain text.
+            UserError: the template calls the function with anything but a plain string.
         """
         fixed = date.fromisoformat(str(self.date))
         written = CALLED.sub(lambda call: repr(fixed.strftime(call["form"])), template)
@@ -57,26 +57,26 @@ class ChatForm:
 
 CALLED = re.compile(r"""strftime_now\s*\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
 DATED = "strftime_now"
-"""In a template that writes today's date."""
+"""A template that writes today's date contains this."""
 EMPTY_THOUGHT = re.compile(r"\s*<(think|thinking|reasoning|thought)>\s*</\1>\s*")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names of an answer's thoughts; transformers gives a template all of them where a message has one."""
+"""Names for the reasoning of an answer; if a message has one, transformers passes it to the template under all."""
 FIELDS = {**dict.fromkeys(REASONING, REASONING), "tool_calls": ("tool_calls",), "tools": ("tools",)}
-"""What a conversation may have beside roles and texts, and the names of which the template must know one."""
+"""Other fields that a conversation may have -> names, of which the template must contain at least one."""
 
 
 def render(tokenizer: Any, example: Example, form: ChatForm) -> tuple[str, str]:
-    """A conversation that ends with an answer, in the tokenizer's chat template.
+    """Write a conversation that ends with an answer, with the tokenizer's chat template.
 
     Returns:
-        The prompt, up to where the answer begins, and the answer with everything the template puts behind it. Together
-        they are the template's own text of the whole conversation. Where a template cannot write the header of an
-        answer by itself, the prompt takes the header that comes with the answer: no model should have to learn it. An
-        empty block of thoughts, which some templates put before an answer, goes to the prompt, too.
+        The prompt, and the answer with everything that the template puts after it. Joined, they are the template's
+        text of the whole conversation. The header of the answer belongs to the prompt, also if the template writes it
+        only together with an answer: the model should not learn it. So does an empty block of reasoning, which some
+        templates put before an answer.
 
     Raises:
-        UserError: the tokenizer has no template, the template refuses the conversation or does not know something that
-            the conversation has, or it writes what comes before an answer differently once the answer is there.
+        UserError: the tokenizer has no template; the template refuses the conversation or does not know one of its
+            fields; or the template changes the prompt when the answer is there.
     """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
@@ -100,10 +100,10 @@ def render(tokenizer: Any, example: Example, form: ChatForm) -> tuple[str, str]:
         if not whole[len(prompt) :].lstrip().startswith(str(turns[-1]["content"] or "").strip()):
             begun = _with_header(write, turns, prompt)
             prompt = begun if whole.startswith(begun) else prompt
-    except Exception as error:  # templates raise what they like, for example when roles do not alternate
+    except Exception as error:  # a template may raise anything, for example when roles do not alternate
         raise UserError(f"the tokenizer's chat template refuses a conversation ({_line(error)}); {WAY_OUT}") from None
     if not whole.startswith(prompt) or whole == prompt:
-        raise UserError(f"the tokenizer's chat template writes a prompt differently once it is answered; {WAY_OUT}")
+        raise UserError(f"the tokenizer's chat template changes the prompt when the answer is added; {WAY_OUT}")
     thought = EMPTY_THOUGHT.match(whole, len(prompt))
     if thought is not None and not EMPTY_THOUGHT.match(example.completion):
         prompt = whole[: thought.end()]
@@ -111,7 +111,7 @@ def render(tokenizer: Any, example: Example, form: ChatForm) -> tuple[str, str]:
 
 
 def _turns(example: Example) -> list[dict[str, Any]]:
-    """The messages as templates take them."""
+    """The messages in the form that templates expect."""
     turns: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in example.messages]
     for turn, extra in zip(turns, example.extras, strict=False):
         turn |= json.loads(extra) if extra else {}
@@ -119,7 +119,7 @@ def _turns(example: Example) -> list[dict[str, Any]]:
 
 
 def _check_known(template: str, turns: list[dict[str, Any]], example: Example) -> None:
-    """Raise UserError if the conversation has something that the template would drop without a word."""
+    """Raise UserError if the conversation has a field that the template would silently drop."""
     has = {key for turn in turns for key in turn} | ({"tools"} if example.tools else set())
     known = {name for name, names in FIELDS.items() if any(own in template for own in names)}
     dropped = next((name for name in FIELDS if name in has and name not in known), None)
@@ -131,7 +131,7 @@ def _check_known(template: str, turns: list[dict[str, Any]], example: Example) -
 
 
 def _with_header(write: Callable[..., str], turns: list[dict[str, Any]], prompt: str) -> str:
-    """The prompt with the header of the answer, if the template does not write that when asked to begin one."""
+    """The prompt with the header of the answer, if the template ignores `add_generation_prompt`; else as it was."""
     if prompt != write(turns[:-1]):
         return prompt
     marked = write([*turns[:-1], turns[-1] | {"content": MARK}])
@@ -140,7 +140,7 @@ def _with_header(write: Callable[..., str], turns: list[dict[str, Any]], prompt:
 
 
 def plain_prompt(messages: Sequence[Message]) -> str:
-    """What was said before an answer, one paragraph a turn, for models without a chat template."""
+    """The messages before an answer, one paragraph per turn, for models without a chat template."""
     return "\n\n".join(f"{NAMES[role]}: {content.strip()}" for role, content in messages)
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a file as text: what is safe to decode is decoded, all else is one line that says what it is."""
+"""Decode the bytes of a file as text; anything that is not text is refused in one line that says what it is."""
 
 import codecs
 import gzip
@@ -16,7 +16,7 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""Byte-order marks: where one stands, there is nothing to guess."""
+"""Byte-order marks and the encoding that each one means."""
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 KINDS = (
     (b"PK\x03\x04", "a spreadsheet (xlsx, ods) or a zip archive; save the sheet as CSV, or unpack the archive"),
@@ -29,19 +29,19 @@ KINDS = (
     (b"<!DOCTYPE", "a web page; perhaps a download that asked for a login"),
     (b"<html", "a web page; perhaps a download that asked for a login"),
 )
-"""How files begin that no reader here is for, whatever their names say."""
+"""First bytes of files that cannot be read here, with any name, and what to say about each."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How texts and tables of local files are written; None: as the file itself shows."""
+    """Encoding and CSV delimiter of local files; None: detected from the file."""
 
     encoding: str | None = None
     delimiter: str | None = None
 
     @classmethod
     def of(cls, config: DataConfig) -> "Form":
-        """As `data.encoding` and `data.delimiter` say."""
+        """From `data.encoding` and `data.delimiter`."""
         return cls(config.encoding, config.delimiter)
 
 
@@ -52,7 +52,7 @@ def unpacked(origin: str, raw: bytes) -> bytes:
     """The content of a file, unpacked if it is compressed with gzip.
 
     Raises:
-        UserError: it is of a kind that cannot be read as rows.
+        UserError: the file is of a kind that cannot be read as rows.
     """
     if raw.startswith(GZIP):
         try:
@@ -68,10 +68,10 @@ def unpacked(origin: str, raw: bytes) -> bytes:
 
 
 def decode(origin: str, raw: bytes, encoding: str | None = None) -> str:
-    """Text in `encoding`; None: UTF-8, or what a byte-order mark says.
+    """Decode text. A byte-order mark decides first, then `encoding`; None: UTF-8.
 
     Raises:
-        UserError: it is not text in that encoding. None is guessed: Latin-1 would read anything, often wrongly.
+        UserError: it is not text in that encoding. No other one is tried: Latin-1 would read anything, often wrongly.
     """
     marked = next((name for mark, name in MARKS if raw.startswith(mark)), None)
     try:

@@ -1,11 +1,11 @@
-"""Examples to tensors: prompts cut to fit, answers lined up with the logits that predict them.
+"""Encode examples as tensors: prompts are cut to fit, answers are aligned with the logits that predict them.
 
-Pieces are tokenised one by one, always: the template's head, the text, the template's tail, and the answer. So the
-text can be cut at an exact number of tokens, and an answer has the same tokens in training and in evaluation. White
-space between two pieces goes to the piece that follows it, as in the vocabularies of language models.
+Each piece is tokenised on its own: the template's head, the text, the template's tail, and the answer. So the text
+can be cut at an exact number of tokens, and an answer has the same tokens in training and in evaluation. White space
+between two pieces belongs to the second one, as in the vocabularies of language models.
 
-Two exceptions: conversations are written by the tokenizer's chat template, and multiple choice is measured on uncut
-prompts with `Encoder.pairs`, tokenised as lm-evaluation-harness does.
+Two exceptions: conversations are written by the tokenizer's chat template, and multiple choice is evaluated on whole
+prompts with `Encoder.pairs`, tokenised as in lm-evaluation-harness.
 
 Shapes: `B` examples, `S` longest input, `A` longest answer, `N` choices.
 """
@@ -25,12 +25,12 @@ from hfedmoe.data.pairs import encode_pairs, special_tokens
 from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
 
-IGNORED = -100  # the target value that torch's cross entropy leaves out
+IGNORED = -100  # the target value that torch's cross entropy ignores
 
 
 @dataclass
 class Batch:
-    """What one forward pass needs and what it should predict.
+    """The inputs and targets of one forward pass.
 
     Causal models: `input_ids` is prompt + answer without its last token, padded on the left, and the logits of the
     last `A` positions predict `targets`. Encoder-decoder models: `input_ids` is the prompt, padded on the right, and
@@ -42,7 +42,7 @@ class Batch:
     targets: Tensor  # [B, A] int64
     answers: Tensor  # [B] int64, index of the right choice; -1 for completions
     decoder_input_ids: Tensor | None = None  # [B, A] int64, encoder-decoder models only
-    choice_tokens: Tensor | None = None  # [B, N] int64, first tokens of the choices if they tell them all apart
+    choice_tokens: Tensor | None = None  # [B, N] int64, first tokens of the choices, if they are all different
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -50,7 +50,7 @@ class Batch:
         return replace(self, **tensors)
 
     def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments for the model's forward; the logits come out as `[B, A, V]`, aligned with `targets`."""
+        """Keyword arguments for the model's forward; its logits are `[B, A, V]`, aligned with `targets`."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
         if self.decoder_input_ids is not None:
             return inputs | {"decoder_input_ids": self.decoder_input_ids}
@@ -62,30 +62,30 @@ class Batch:
 class Encoder:
     """Tokenises examples for one model and one template.
 
-    A prompt begins with the special tokens that the tokenizer puts in front by itself (usually BOS, or none); the
-    prompt of an encoder-decoder model also ends with those it appends (T5: `</s>`). A completion ends with the
+    A prompt begins with the special tokens that the tokenizer adds at the front (usually BOS, or none). For
+    encoder-decoder models it also ends with those that the tokenizer appends (T5: `</s>`). A completion ends with the
     tokenizer's end-of-sequence token, if it has one; a choice does not.
 
-    Where the template ends without white space, an answer of a causal model gets a space in front, unless it brings
-    white space of its own; trailing spaces of the template move to the answer, a trailing line break stays. The
-    decoder of an encoder-decoder model begins with the answer as it is.
+    Causal models: spaces at the end of the template move to the answer, a line break at the end stays. If the template
+    ends without white space, the answer gets a space in front, unless it begins with white space. Encoder-decoder
+    models: the decoder begins with the unchanged answer.
 
-    What is longer than `max_tokens` is cut. A prompt loses the end of its text, or the beginning if `keep_end`; a
-    conversation always its beginning. A completion and the answer of a conversation lose their end; a choice that is
-    too long is an error, because comparing parts of choices would mean nothing.
+    Anything longer than `max_tokens` is cut. A prompt loses the end of its text, or the beginning with `keep_end`; a
+    conversation always loses its beginning. Completions and answers of conversations lose their end. A choice that is
+    too long is an error, because parts of choices cannot be compared.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: from transformers.
         template: the prompt, with `{text}` once.
-        max_tokens: the longest prompt and the longest answer.
+        max_tokens: maximum length of a prompt, and of an answer.
         encoder_decoder: `config.is_encoder_decoder` of the model.
         decoder_start_token_id: from the model's config, for encoder-decoder models.
-        first_token_only: what `training_batch` does unless told otherwise.
-        whole_prompts: multiple choice: answers are compared with `pairs`.
-        keep_end: prompts are followed by a completion, which goes on where they end.
+        first_token_only: the default of `training_batch`.
+        whole_prompts: for multiple choice: answers are compared with `pairs`.
+        keep_end: cut prompts at the beginning, because the completion continues their end.
 
     Raises:
-        UserError: the template leaves no room for text, or the decoder has no start token.
+        UserError: the template leaves no room for the text, or the decoder has no start token.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Encoder:
             (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
         )
         self.chat = ChatForm()
-        """How conversations are written; whoever makes the encoder sets it."""
+        """How conversations are written; set after construction."""
         self._choice_tokens: dict[str, list[int]] = {}
 
         self.template = template
@@ -141,7 +141,7 @@ class Encoder:
         encoder_decoder: bool = False,
         decoder_start_token_id: int | None = None,
     ) -> "Encoder":
-        """The encoder of a task: classification trains on first tokens only, where these tell the labels apart."""
+        """The encoder of a task; classification trains on first tokens only, if they differ for all labels."""
         encoder = cls(tokenizer, task.template, max_tokens, encoder_decoder, decoder_start_token_id)
         labelled = (task.train or task.test)[:1]
         encoder.first_token_only = task.kind == "classification" and encoder.distinct_first_tokens(labelled)
@@ -150,7 +150,7 @@ class Encoder:
         return encoder
 
     def encoded(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-        """The tokens of every prompt and of its right answer: the right choice, or completion and end-of-sequence.
+        """The tokens of every prompt and of its right answer: a choice, or a completion and end-of-sequence.
 
         Raises:
             UserError: an answer has no tokens, a choice is longer than `max_tokens`, or the chat template refuses a
@@ -162,22 +162,22 @@ class Encoder:
         return [next(talks) if example.messages else next(rest) for example in examples]
 
     def prompts(self, examples: Sequence[Example]) -> list[list[int]]:
-        """The tokens of every prompt, at most `max_tokens`; of a template, only the text is cut."""
+        """The tokens of every prompt, at most `max_tokens`; the template itself is never cut."""
         talks = iter(self._chats([example for example in examples if example.messages]))
         rest = iter(self._prompts([example for example in examples if not example.messages]))
         return [next(talks)[0] if example.messages else next(rest) for example in examples]
 
     def without_limit(self) -> "Encoder":
-        """The same encoder, cutting nothing."""
+        """The same encoder without a maximum length."""
         whole = copy(self)
         whole.max_tokens = whole._room = sys.maxsize
-        whole._choice_tokens = {}  # those of this one are checked
+        whole._choice_tokens = {}  # a cache of its own: the tokens in this one passed the length check
         return whole
 
     def pairs(self, examples: Sequence[Example]) -> list[list[tuple[list[int], list[int]]]]:
-        """Uncut prompt and choice of every choice of every example, tokenised as lm-evaluation-harness does.
+        """For every choice of every example, the tokens of the whole prompt and choice, as in lm-evaluation-harness.
 
-        The harness's `target_delimiter` is a space here, or nothing where the template ends with white space.
+        The harness's `target_delimiter` is a space, or empty if the template ends with white space.
         """
         delimiter = "" if self.template[-1:].isspace() else " "
         head, tail = self.template.split("{text}")
@@ -197,7 +197,7 @@ class Encoder:
         return [tokens[0] for tokens in self.choices(example)]
 
     def distinct_first_tokens(self, examples: Sequence[Example]) -> bool:
-        """Whether the first token tells all choices apart, in every example (False for completions)."""
+        """Whether all choices of every example have different first tokens (False for completions)."""
         seen: dict[tuple[str, ...], bool] = {}  # classification repeats the same choices in every row
         for example in examples:
             if example.choices not in seen:
@@ -212,17 +212,17 @@ class Encoder:
 
         Args:
             examples: at least one.
-            first_token_only: predict only the first token of each answer, so that `A` is 1; None: the encoder's own
+            first_token_only: predict only the first token of each answer, so that `A` is 1; None: the encoder's
                 setting.
 
         Raises:
-            UserError: an answer is too long, or `first_token_only` where first tokens do not tell the choices apart.
+            UserError: an answer is too long, or `first_token_only` but two choices have the same first token.
         """
         distinct = self.distinct_first_tokens(examples)
         prompts, answers = map(list, zip(*self.encoded(examples), strict=True))
         if self.first_token_only if first_token_only is None else first_token_only:
             if not distinct:
-                raise UserError("the first tokens of the answers do not tell the choices apart; train on whole answers")
+                raise UserError("two choices have the same first token; train on whole answers")
             answers = [answer[:1] for answer in answers]
         batch = self.collate(prompts, answers)
         batch.answers = torch.tensor([example.answer if example.choices else -1 for example in examples])
@@ -300,7 +300,7 @@ class Encoder:
 
     def _checked(self, tokens: list[int], example: Example) -> list[int]:
         if not tokens:
-            raise UserError(f"{example}: the tokenizer knows nothing of an answer; change it or remove the row")
+            raise UserError(f"{example}: an answer becomes no tokens; change it or remove the row")
         if len(tokens) > self.max_tokens:
             raise UserError(
                 f"{example}: an answer has {len(tokens)} tokens, but may have {self.max_tokens}; shorten it or raise "
@@ -309,11 +309,11 @@ class Encoder:
         return tokens
 
     def _tokens(self, pieces: list[str], after: str = "") -> list[list[int]]:
-        """Tokenise pieces as they come out behind the text `after`.
+        """The tokens of pieces that follow the text `after`.
 
-        Some tokenizers (SentencePiece) put the mark of a new word in front of whatever begins a string; a piece from
-        the middle of a prompt must not get one. Where the joint is not clean (the piece would melt into `after`),
-        the piece is tokenised by itself.
+        Some tokenizers (SentencePiece) mark the beginning of every string as a new word; a piece from the middle of a
+        prompt must not get this mark. If a token would join the end of `after` with the piece, the piece is tokenised
+        alone.
         """
         if after:
             lead = self._tokens([after])[0]
@@ -322,7 +322,7 @@ class Encoder:
         return tokens
 
     def _behind(self, joints: Sequence[tuple[str, list[int], str]]) -> list[list[int]]:
-        """The tokens of every piece behind the text in front of it, from text, its tokens and piece."""
+        """The tokens of every piece after its text; `joints` holds text, tokens of the text, and piece."""
         joined = self._tokens([text + piece for text, _, piece in joints])
         return [
             long[len(lead) :] if long[: len(lead)] == lead else self._tokens([piece])[0]

@@ -1,4 +1,4 @@
-"""What a row becomes: a text to prompt with, and what should follow it."""
+"""The example that a row becomes: a prompt text and its answer."""
 
 from dataclasses import dataclass, field
 
@@ -7,11 +7,11 @@ from hfedmoe.data.rows import short
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: a text to prompt with and what should follow it.
+    """A prompt text and its answer.
 
-    Either one of `choices` (`answer` is its index) or, when there are no choices, `completion`. A conversation has
-    `messages` as well, roles and texts up to the answer, which is the completion: the tokenizer's chat template makes
-    prompt and answer of them. `origin` names file and line in errors.
+    The answer is one of `choices` (`answer` is its index) or, without choices, `completion`. A conversation also has
+    `messages`: roles and texts, up to the answer, which is the completion. The tokenizer's chat template writes them.
+    `origin` names file and line in errors.
     """
 
     text: str
@@ -20,7 +20,7 @@ class Example:
     completion: str = ""
     messages: tuple[tuple[str, str], ...] = ()
     extras: tuple[str, ...] = ()
-    """Of each message what it has beside role and text (reasoning, tool calls), as JSON; empty: none has anything."""
+    """Other fields of each message (reasoning, tool calls), as JSON; empty: no message has any."""
     tools: str = ""
     """The tools that a conversation may call, as JSON; empty: none."""
     origin: str = field(default="", compare=False, repr=False)

@@ -12,7 +12,7 @@ from hfedmoe.errors import UserError
 
 
 def read_file(path: Path, wanted: Collection[str], form: Form = PLAIN) -> Rows:
-    """Read the wanted columns of one file; the suffix names the format (`.gz` behind it is unpacked).
+    """Read the wanted columns of one file; the suffix names the format (a final `.gz` is unpacked).
 
     Raises:
         UserError: the file is missing, empty, of an unknown format, in another encoding or not well-formed.
@@ -29,7 +29,7 @@ def read_file(path: Path, wanted: Collection[str], form: Form = PLAIN) -> Rows:
         raise UserError(f"{path}: the file is empty")
     raw = unpacked(str(path), raw)
     if raw.startswith(PARQUET):
-        reader = _read_parquet  # whatever its name: nothing else begins like that
+        reader = _read_parquet  # with any suffix: no other format begins like that
     if reader is None:
         raise UserError(f'{path}: unknown format "{name.suffix}"; use one of {", ".join(READERS)}')
     rows = reader(str(path), raw, wanted, form)
@@ -75,10 +75,11 @@ def _read_json(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> 
 
 
 def _parse_json(text: str, where: str) -> Any:
-    """JSON without the two things that Python lets pass or fails on: a key that occurs twice, and bottomless nesting.
+    """Parse JSON.
 
     Raises:
-        UserError: one of them. JSONDecodeError: not JSON.
+        UserError: a key occurs twice in one object (Python would keep the last), or the nesting is too deep.
+        JSONDecodeError: not JSON.
     """
 
     def record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,14 +97,14 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _check_unicode(text: str, record: dict[str, Any], where: str, wanted: Collection[str]) -> None:
-    """Raise UserError for a cell with half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    """Raise UserError for a cell with half of a surrogate pair: JSON can hold it, but no tokenizer can read it."""
     if "\\ud" not in text and "\\uD" not in text:
         return
     for name in record.keys() & wanted:
         if half_character(record[name]):
             raise UserError(
-                f'{where}: column "{name}" holds half a character (such as \\ud83d without the half behind it), '
-                "probably of a text that was cut; repair or remove the row"
+                f'{where}: column "{name}" holds half a character (such as \\ud83d without its second half), '
+                "probably because a text was cut; repair or remove the row"
             )
 
 

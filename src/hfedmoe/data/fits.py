@@ -1,4 +1,4 @@
-"""Look at every example once, before anything trains: a bad row must stop the run, not the client that holds it."""
+"""Check every example before training: a bad row must stop the run at its start, not a client in the middle of it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Room:
-    """What a model takes.
+    """The limits of a model.
 
     Args:
-        positions: tokens of one input at most, by its config; None: it does not say, or has no such limit.
-        longest: the same where something must be assumed, for prompts of multiple choice that are cut to fit.
-        vocabulary: rows of its embedding; None: unknown.
+        positions: maximum tokens of one input, from the model's config; None: unknown or no limit.
+        longest: the same, or an assumed value if it is None; prompts of multiple choice are cut to it.
+        vocabulary: rows of the embedding; None: unknown.
     """
 
     positions: int | None
@@ -39,7 +39,7 @@ def check_task(task: Task, watch: Sequence[Example], encoder: Encoder, room: Roo
     """Encode all examples as training and evaluation will.
 
     Returns:
-        What is worth a warning: answers that are cut, or most of the training examples.
+        Warnings: answers are cut, or more than half of the training examples are.
 
     Raises:
         UserError: an example cannot be encoded or does not fit into the model; its file and line are named.
@@ -47,7 +47,7 @@ def check_task(task: Task, watch: Sequence[Example], encoder: Encoder, room: Roo
     held_out = [*task.test, *watch]
     check_vocabulary([*task.train, *held_out], encoder, room.vocabulary)
     if task.kind == "classification":
-        # Texts are cut to fit, and their beginning says enough: only the labels can be wrong.
+        # Texts are cut to fit, and their beginning is enough: only the labels can be wrong.
         _check_labels([*task.train, *held_out], encoder, room)
         return []
     train, test = _Counts(), _Counts()
@@ -76,7 +76,7 @@ def check_task(task: Task, watch: Sequence[Example], encoder: Encoder, room: Roo
 
 
 def _check_labels(examples: Sequence[Example], encoder: Encoder, room: Room) -> None:
-    seen: dict[tuple[str, ...], int] = {}  # tokens of the longest
+    seen: dict[tuple[str, ...], int] = {}  # choices -> tokens of the longest one
     for example in examples:
         if example.choices not in seen:
             _check_words(example, encoder)
@@ -88,9 +88,9 @@ def _check_labels(examples: Sequence[Example], encoder: Encoder, room: Room) -> 
 
 
 def check_vocabulary(examples: Sequence[Example], encoder: Encoder, vocabulary: int | None) -> None:
-    """Raise UserError for a token without a row in the embedding; padding, which never counts, gets one that exists.
+    """Raise UserError for a token without a row in the embedding; a padding token without one is replaced by 0.
 
-    A tokenizer may have more tokens than its model: tokens that were added, or that of another model.
+    A tokenizer may have more tokens than the model: tokens were added, or it belongs to another model.
     """
     if vocabulary is None:
         return
@@ -107,12 +107,12 @@ def check_vocabulary(examples: Sequence[Example], encoder: Encoder, vocabulary: 
                 text = encoder.tokenizer.convert_ids_to_tokens(beyond)
                 raise UserError(
                     f'{example}: has the token "{text}" with the number {beyond}, but the model\'s embedding has '
-                    f"{vocabulary} rows; use the tokenizer that belongs to the model, or remove what makes the token"
+                    f"{vocabulary} rows; use the tokenizer that belongs to the model, or change this text"
                 )
 
 
 def _check_words(example: Example, encoder: Encoder) -> None:
-    """Raise UserError if the words of two labels become the same tokens, or one becomes nothing but unknown ones."""
+    """Raise UserError if two label words become the same tokens, or one becomes only unknown tokens."""
     unknown, seen = encoder.tokenizer.unk_token_id, dict[tuple[int, ...], str]()
     for word, tokens in zip(example.choices, map(tuple, encoder.choices(example)), strict=True):
         if unknown is not None and set(tokens) == {unknown}:
@@ -139,7 +139,7 @@ def _check(chunk: Sequence[Example], encoder: Encoder, room: Room, counts: _Coun
 
 
 def _check_choices(example: Example, pairs: Sequence[tuple[list[int], list[int]]]) -> None:
-    """Raise UserError if the right choice and a wrong one, which differ as texts, become the same tokens."""
+    """Raise UserError if the right choice and a wrong choice have different texts but the same tokens."""
     right = pairs[example.answer]
     for choice, pair in zip(example.choices, pairs, strict=True):
         if pair == right and choice != example.choices[example.answer]:
@@ -151,7 +151,7 @@ def _check_choices(example: Example, pairs: Sequence[tuple[list[int], list[int]]
 
 def _check_length(example: Example, prompt: list[int], answer: int, encoder: Encoder, room: Room) -> None:
     used = min(len(prompt), encoder.max_tokens) + min(answer, encoder.max_tokens) - 1
-    # Encoder-decoder models have relative positions: what their config says is no limit.
+    # Encoder-decoder models have relative positions: the number in their config is no limit.
     if room.positions is not None and used > room.positions and not encoder.encoder_decoder:
         raise UserError(
             f"{example}: prompt and answer take {used} tokens with data.max_tokens={encoder.max_tokens}, but the model "

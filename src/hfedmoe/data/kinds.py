@@ -1,4 +1,4 @@
-"""What kind of task a table's columns are."""
+"""Find the kind of a task from the columns of its table."""
 
 from typing import cast
 
@@ -13,11 +13,11 @@ KIND_COLUMNS: dict[Kind, tuple[str, ...]] = {
     "completion": ("completion",),
     "classification": ("label",),
 }
-"""Settings that name the columns of a kind, beside the text; the first kind whose columns a table has is its own."""
+"""Settings that name the columns of each kind, other than the text; a table gets the first kind that it fits."""
 
 
 def kind_of(rows: Rows, config: DataConfig) -> Kind:
-    """The kind of task: `data.format`, or by the columns that the table has. Raises UserError if none fits."""
+    """The kind of task: `data.format`, or else from the table's columns. Raises UserError if none fits."""
     if config.format != "auto":
         return cast(Kind, config.format)
     named = _named_set(rows)
@@ -26,7 +26,7 @@ def kind_of(rows: Rows, config: DataConfig) -> Kind:
     if kind is not None and (has_text or named is None):
         return kind
     if named is not None:
-        raise UserError(f'{rows.origin}: looks like rows of {named}; say so with data.format = "{named}"')
+        raise UserError(f'{rows.origin}: looks like rows of {named}; if so, set data.format = "{named}"')
     raise UserError(
         f'{rows.origin}: no column "{config.label}" (classification), "{config.choices}" with "{config.answer}" '
         f'(choices) or "{config.completion}" (completion); columns present: {", ".join(rows.names) or "none"}; '
@@ -35,13 +35,13 @@ def kind_of(rows: Rows, config: DataConfig) -> Kind:
 
 
 def _named_set(rows: Rows) -> str | None:
-    """A data set with a name that has rows with all these columns, where they are not those of a plain kind."""
+    """The name of a known data set whose columns the table has (not of one for classification)."""
     found = [known for known in KNOWN.values() if known.kind != "classification" and known.reads(rows)]
     return found[0].name if found else None
 
 
 def has_columns_of(kind: Kind, rows: Rows, config: DataConfig) -> bool:
-    """Whether a table has the columns that rows of a kind have beside the text."""
+    """Whether a table has the columns of a kind, other than the text."""
     return {getattr(config, column) for column in KIND_COLUMNS[kind]} <= set(rows.names)
 
 

@@ -1,4 +1,4 @@
-"""Labels of classification: as they stand in rows, and the words that the model says for them."""
+"""Labels of classification: as written in rows, and the words that the model predicts for them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from hfedmoe.errors import UserError
 
 
 def labels_of(rows: Rows, config: DataConfig) -> list[str]:
-    """The label of every row in its normal form (`normal`). Raises UserError for what is none."""
+    """The label of every row in its normal form (`normal`). Raises UserError for a cell that is not a label."""
     return [_label(cell, rows, i, config.label) for i, cell in enumerate(rows.column(config.label, "data.label"))]
 
 
 def label_words(labels: Sequence[str], config: DataConfig) -> tuple[str, ...]:
-    """What the model says for each label, in the order of `labels`: `data.label_words`, or the label itself.
+    """The word that the model predicts for each label, in the order of `labels`: `data.label_words`, or the label.
 
     Raises:
         UserError: `data.label_words` names a label that does not occur, has an empty word, or two labels share one.
@@ -38,5 +38,5 @@ def _label(cell: Any, rows: Rows, index: int, column: str) -> str:
     named = isinstance(cell, bool | int) or (isinstance(cell, float) and cell.is_integer())
     label = key_of(cell if named else text_of(cell, rows, index, column))
     if not label:
-        raise UserError(f'{rows.at(index)}: column "{column}" holds nothing visible; fill it in or remove the row')
+        raise UserError(f'{rows.at(index)}: column "{column}" has no visible characters; fill it in or remove the row')
     return label

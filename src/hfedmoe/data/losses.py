@@ -1,4 +1,4 @@
-"""What a client minimises: the cross entropy of the answers."""
+"""The training loss: the cross entropy of the answers."""
 
 from collections.abc import Sequence
 
@@ -15,11 +15,11 @@ def answer_loss(logits: Tensor, batch: Batch, among_choices: bool = False, adjus
 
     Args:
         among_choices: compare only the first tokens of the choices with each other, as accuracy does.
-        adjustment: [N] added to the choices' logits; it corrects for the client's own label frequencies (logit
-            adjustment, Menon et al., 2021).
+        adjustment: [N] added to the choices' logits, to correct for the client's label frequencies (logit adjustment,
+            Menon et al., 2021).
 
     Raises:
-        TrainingError: the last two are asked for, but first tokens do not tell the choices apart.
+        TrainingError: one of the last two arguments is used, but choices share a first token.
     """
     logits = logits.float()
     if not among_choices and adjustment is None:
@@ -39,7 +39,7 @@ def answer_loss(logits: Tensor, batch: Batch, among_choices: bool = False, adjus
 
 
 def label_adjustment(examples: Sequence[Example], strength: float) -> Tensor | None:
-    """[N] strength x log frequency of each choice among the client's answers, centred; None where it does not apply."""
+    """[N] strength x log frequency of each choice among the client's answers, centred; None if it does not apply."""
     if strength == 0 or not examples or not examples[0].choices:
         return None
     choices = examples[0].choices

@@ -1,4 +1,4 @@
-"""The rows of `hfedmoe evaluate` where they are not a run's own: of a data set known by name, or of a file."""
+"""Data settings for `hfedmoe evaluate` on other rows than the run's: a known data set or a file."""
 
 import json
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from hfedmoe.data.sources import read
 from hfedmoe.errors import UserError
 
 OF_NAMED_SETS = {"chat", "label_words", "max_tokens", "revision", "split", "subset", "template", "test", "test_rows"}
-"""Settings of `data` that mean something where the data set has a name, and so columns of its own."""
+"""Settings of `data` that apply to a known data set, which has fixed columns."""
 
 
 def task_data(
@@ -23,14 +23,14 @@ def task_data(
     """The data settings of `hfedmoe evaluate --task NAME[:SUBSET] --limit N --rows FILE --set data.KEY=VALUE`.
 
     Args:
-        given: the keys of `--set`: of the config's data settings only these, its max_tokens and chat are taken.
+        given: the keys of `--set`; from the config's data settings only these, max_tokens and chat are used.
 
     Raises:
-        UserError: no data set has that name, there are no subsets to choose from, or a key is not for it.
+        UserError: no data set has that name, it has no subsets, or a key does not apply to it.
     """
     name, _, subset = task.partition(":")
     if name not in KNOWN:
-        raise UserError(f"--task {task}: not a data set known by name; known: {', '.join(KNOWN)}")
+        raise UserError(f"--task {task}: not a known data set; known: {', '.join(KNOWN)}")
     if subset and rows is not None:
         raise UserError(
             f"--task {task} with --rows: a file is measured whole; use --task {name} and a file that holds {subset}"
@@ -40,8 +40,8 @@ def task_data(
     strangers = sorted(set(given) - OF_NAMED_SETS)
     if strangers:
         raise UserError(
-            f"--set data.{strangers[0]}: {name} has columns and a source of its own; leave it out, or measure a file "
-            "by its columns with --rows alone"
+            f"--set data.{strangers[0]}: {name} has its own source and columns; leave the setting out, or evaluate a "
+            "file by its columns with --rows alone"
         )
     own = config.data
     split = _given_split(own, given)
@@ -59,17 +59,17 @@ def task_data(
 def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Collection[str] = ()) -> DataConfig:
     """The data settings of `hfedmoe evaluate --rows FILE --limit N --set data.KEY=VALUE`.
 
-    Columns and template are those of the config. So is the format, where the file has its columns; else the columns
-    tell.
+    Columns and template are those of the config. So is the format, if the file has its columns; else the file's
+    columns decide.
 
     Args:
         given: the keys of `--set`.
 
     Raises:
-        UserError: there is no such file or folder, or it cannot be read.
+        UserError: the file or folder does not exist or cannot be read.
     """
     own = config.data
-    # A config that names no source means no data set by it, though the setting has a default.
+    # The default of data.source does not count: only a source that the config sets names a data set.
     known = known_set(own) if own.format != "auto" or "source" in own.model_fields_set else None
     split = _given_split(own, given) or _test_split(rows, "test" if known is None else known.test)
     format: str = own.format if known is None else known.name
@@ -79,7 +79,7 @@ def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Co
         fits = has_columns_of(cast(Kind, format), table, own) if known is None else known.reads(table)
         if not fits:
             format = "auto"
-            # The words of other rows' labels would be errors here.
+            # Words for labels that these rows do not have would be errors.
             changed["label_words"] = own.label_words if "label_words" in given else None
             changed["template"] = own.template if "template" in given else None
     changed |= {"format": format, "test_rows": own.test_rows if limit is None and "test_rows" in given else limit}
@@ -87,26 +87,26 @@ def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Co
 
 
 def _given_split(own: DataConfig, given: Collection[str]) -> str | None:
-    """The split to measure, where `--set` names one."""
+    """The split that `--set` names; None: none."""
     return own.split if "split" in given else own.test if "test" in given else None
 
 
 def _test_split(rows: Path, usual: str) -> str:
-    """The split for measuring in a folder written by `save_to_disk`; in others, and of files, the usual one."""
+    """The split to evaluate on: `usual`, or `test` if a folder of `save_to_disk` has that one instead."""
     listed = rows.expanduser() / "dataset_dict.json"
     if not listed.is_file():
         return usual
     try:
         splits = json.loads(listed.read_text(encoding="utf-8")).get("splits", [])
-    except (OSError, ValueError, AttributeError):  # reading the rows says what is wrong with the folder
+    except (OSError, ValueError, AttributeError):  # reading the rows reports what is wrong with the folder
         return usual
     return next((name for name in (usual, "test") if name in splits), usual)
 
 
 def _local(rows: Path) -> str:
-    """A file, or a folder of which the test split is taken. Raises UserError if there is none: never a hub id."""
+    """The path of a local file or folder, never a hub id. Raises UserError if it does not exist."""
     path = rows.expanduser()
     if not path.exists():
         raise UserError(f"--rows {rows}: no such file or folder")
-    # The name of a data set may be that of a folder as well.
+    # A folder may have the same name as a known data set; an absolute path cannot be confused with it.
     return str(path.absolute() if path.is_dir() else path)

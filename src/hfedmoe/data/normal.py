@@ -1,4 +1,4 @@
-"""Texts that look the same are the same: labels, client ids and answers are compared in a normal form."""
+"""A normal form in which labels, client ids and answers are compared, so that texts that look alike are equal."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
-"""Soft hyphens, zero-width spaces and joiners, marks of direction and byte order."""
+"""Soft hyphens, zero-width spaces and joiners, direction marks and byte-order marks."""
 WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
@@ -17,7 +17,7 @@ def normal(text: str) -> str:
 
 
 def key_of(cell: Any) -> str:
-    """A cell that names something, as text: 1.0 is 1, as pandas writes it where another row has none."""
+    """A cell that names something, as text. 1.0 becomes 1: pandas writes 1.0 if another row is empty."""
     if isinstance(cell, bool):
         return str(cell).lower()
     if isinstance(cell, int) or (isinstance(cell, float) and cell.is_integer()):
@@ -26,18 +26,18 @@ def key_of(cell: Any) -> str:
 
 
 def among(label: str, labels: Collection[str]) -> str | None:
-    """The one of `labels` that a label means: itself, or the same number written otherwise (1 and 1.0); None: none."""
+    """The entry of `labels` that equals a label, also as a number in another form (1 and 1.0); None: there is none."""
     if label in labels:
         return label
     return next((known for known in labels if _number(known) == _number(label)), None)
 
 
 def _number(label: str) -> str:
-    """A label without the zeros behind the point of a whole number."""
+    """A label; of a whole number, without the zeros after the point."""
     match = WHOLE.fullmatch(label)
     return label if match is None else match[1]
 
 
 def distinct(labels: Collection[str]) -> tuple[str, ...]:
-    """Labels without those that are another one written otherwise (1.0 beside 1), sorted."""
+    """Sorted labels without duplicates; 1.0 is left out if there is also 1."""
     return tuple(sorted(label for label in set(labels) if _number(label) == label or _number(label) not in labels))

@@ -1,4 +1,4 @@
-"""Prompts and answers as the tokens that EleutherAI's lm-evaluation-harness scores (version 0.4, HF models)."""
+"""Tokenise prompts and answers as EleutherAI's lm-evaluation-harness does (version 0.4, HF models)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +12,8 @@ def encode_pairs(
     """The tokens of every (context, continuation).
 
     White space at the end of a context moves to its continuation. For causal models both are tokenised as one text,
-    and what exceeds the context's own tokens is the continuation; encoder-decoder models get them separately. Special
-    tokens are those that the tokenizer adds by itself, none if the text already begins with the first of them.
+    and the tokens beyond the length of the context alone are the continuation. For encoder-decoder models they are
+    tokenised separately. The tokenizer adds its special tokens, unless the text begins with the first of them.
     """
     moved = []
     for context, continuation in pairs:
@@ -32,24 +32,24 @@ def encode_pairs(
 def fit(
     prompt: list[int], answer: list[int], longest: int, encoder_decoder: bool, name: str
 ) -> tuple[list[int], list[int]]:
-    """Prompt and answer with the prompt cut in front, so that the model's input has at most `longest` tokens.
+    """Cut the beginning of the prompt, so that the model's input has at most `longest` tokens.
 
     Raises:
-        UserError: the answer has no tokens, or more than that; `name` says of which example.
+        UserError: the answer has no tokens, or more than `longest`; `name` names the example.
     """
     if not answer:
-        raise UserError(f"{name}: a choice has no tokens behind its prompt; change it or remove the row")
+        raise UserError(f"{name}: a choice adds no tokens to its prompt; change it or remove the row")
     if len(answer) > longest:
         raise UserError(
             f"{name}: a choice has {len(answer)} tokens, but the model takes {longest}; shorten it or remove the row"
         )
-    # The last token of the answer is predicted, not put in.
+    # The last token of the answer is only predicted; it is not an input.
     room = longest if encoder_decoder else longest + 1 - len(answer)
     return prompt[-room:], answer
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts by itself before and behind a text."""
+    """The special tokens that the tokenizer adds before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(dressed) - len(bare) + 1):
@@ -59,10 +59,10 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _without_end(tokenizer: Any, texts: list[list[int]]) -> list[list[int]]:
-    """Tokens without the special ones that the tokenizer puts behind a text.
+    """Tokens without the special tokens that the tokenizer adds after a text.
 
-    Decision: here we differ from the harness, with which the end of sequence would be every choice's last token, and
-    the only one of a short choice.
+    Decision: this differs from the harness, where end-of-sequence is the last token of every choice, and the only
+    token of a short one.
     """
     _, end = special_tokens(tokenizer)
     return [tokens[: -len(end)] if end and tokens[-len(end) :] == end else tokens for tokens in texts]

@@ -11,18 +11,18 @@ from hfedmoe.config import PartitionConfig
 from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
 
-DIRICHLET_SEEDS = 10  # the partitioner itself draws eleven times per seed before it gives up
+DIRICHLET_SEEDS = 10  # for each seed, the partitioner draws eleven times before it gives up
 
 
 def partition(task: Task, config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
     """Give every training row to exactly one client.
 
     Returns:
-        Per client the sorted indices into `task.train`, at least `min_rows` each; the same for the same seed.
+        For each client the sorted indices into `task.train`, at least `min_rows`. The same seed gives the same split.
 
     Raises:
-        UserError: there are too few rows, the scheme needs labels that the task does not have, or files or natural
-            ids make another number of clients.
+        UserError: there are too few rows, the scheme needs labels but the task has none, or the number of client files
+            or natural ids is not `num_clients`.
     """
     if task.parts is not None:
         return _check_given(task, config, num_clients)
@@ -70,9 +70,9 @@ def natural_groups(ids: list[str]) -> dict[str, list[int]]:
 
 
 def _iid(task: Task, config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
-    """Equal shares of the shuffled rows, cut as flwr-datasets' IidPartitioner cuts: the first have one row more.
+    """Equal shares of the shuffled rows, like flwr-datasets' IidPartitioner: the first clients get one row more.
 
-    The partitioner itself makes a data set per client, milliseconds each: too slow for ten thousand.
+    The partitioner itself builds a data set per client, which takes milliseconds each: too slow for ten thousand.
     """
     rows = _shuffled_rows(task, seed)
     share, more = divmod(len(rows), num_clients)
@@ -81,15 +81,15 @@ def _iid(task: Task, config: PartitionConfig, num_clients: int, seed: int) -> li
     if wholes is None:
         return [rows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
     parts: list[list[int]] = [[] for _ in range(num_clients)]
-    for whole in wholes:  # to whoever has the fewest rows so far
+    for whole in wholes:  # to the client with the fewest rows so far
         min(parts, key=len).extend(whole)
     return parts
 
 
 def _conversations(task: Task, rows: list[int]) -> list[list[int]] | None:
-    """The rows of each conversation, in the order in which they first come; None: no row of data made two examples.
+    """The examples of each conversation, in order of first appearance; None: no conversation has several.
 
-    The answers of one conversation must stay with one client: each holds the others as its context.
+    The examples of one conversation must stay with one client, because they contain each other's answers as context.
     """
     wholes: dict[str, list[int]] = {}
     for row in rows:
@@ -114,8 +114,8 @@ def _shards(task: Task, config: PartitionConfig, num_clients: int, seed: int) ->
         num_clients, partition_by="label", num_shards_per_partition=config.shards_per_client, seed=seed
     )
     parts = _parts(partitioner, {"label": [task.train[row].answer for row in rows]}, rows)
-    # The partitioner drops the rows that fill no shard (fewer than there are shards): they join the client that
-    # already has most of their label.
+    # The partitioner drops the rows left over after the last full shard: each goes to the client that already has
+    # most rows of its label.
     counts = label_counts(task, parts)
     most = [max(range(num_clients), key=lambda client: counts[client][label]) for label in range(len(task.labels))]
     for row in sorted(set(rows) - {row for part in parts for row in part}):
@@ -124,7 +124,7 @@ def _shards(task: Task, config: PartitionConfig, num_clients: int, seed: int) ->
 
 
 def _dirichlet(task: Task, config: PartitionConfig, num_clients: int, seed: int) -> list[list[int]]:
-    """Shares of every label drawn from a Dirichlet distribution, drawn again until every client has `min_rows`."""
+    """Shares of every label from a Dirichlet distribution, redrawn until every client has `min_rows`."""
     from flwr_datasets.partitioner import DirichletPartitioner
 
     rows = _shuffled_rows(task, seed)
@@ -154,17 +154,17 @@ SCHEMES: dict[str, Callable[[Task, PartitionConfig, int, int], list[list[int]]]]
 
 
 def _parts(partitioner: Any, columns: dict[str, list[Any]], rows: list[int]) -> list[list[int]]:
-    """Run a partitioner over a table of row numbers and the columns it decides by; the row numbers per partition."""
+    """The row numbers of each partition that a partitioner makes by the values in `columns`."""
     import datasets
 
     partitioner.dataset = datasets.Dataset.from_dict({"row": rows, **columns})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one per draw that was not good enough; pyarrow's deprecations
-        count = partitioner.num_partitions  # asking for it makes the partition
+        warnings.simplefilter("ignore")  # one for every rejected draw; pyarrow's deprecations
+        count = partitioner.num_partitions  # this access makes the partitions
         indices = getattr(partitioner, "_partition_id_to_indices", None)
         if indices is None or any(number not in indices for number in range(count)):
             return [list(partitioner.load_partition(number)["row"]) for number in range(count)]
-        # load_partition selects these from the data set, which takes milliseconds per client.
+        # load_partition would select these rows from the data set, which takes milliseconds per client.
         order = list(partitioner.dataset["row"])
         return [[order[index] for index in indices[number]] for number in range(count)]
 
@@ -176,11 +176,11 @@ def _shuffled_rows(task: Task, seed: int) -> list[int]:
 
 
 def _check_given(task: Task, config: PartitionConfig, num_clients: int) -> list[list[int]]:
-    """The parts that files or natural ids made, if they fit. Raises UserError."""
+    """The parts given by files or natural ids. Raises UserError if they do not fit the configuration."""
     assert task.parts is not None
     if len(task.parts) != num_clients:
         raise UserError(
-            f"the data name {len(task.parts)} clients, but clients.count is {num_clients}; "
+            f"the data has {len(task.parts)} clients, but clients.count is {num_clients}; "
             f"set clients.count={len(task.parts)}"
         )
     for number, part in enumerate(task.parts):

@@ -1,4 +1,4 @@
-"""Rows of the three plain kinds turned into examples, every cell checked, errors with file and line."""
+"""Make examples of rows of the three plain kinds; every cell is checked, and errors name file and line."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from hfedmoe.errors import UserError
 def classification_examples(
     rows: Rows, config: DataConfig, labels: Sequence[str], words: tuple[str, ...]
 ) -> list[Example]:
-    """Rows of text and label. Raises UserError for a label that is not in `labels` (it is in no training row)."""
+    """Rows of text and label. Raises UserError for a label that is not in `labels` (so in no training row)."""
     index = {label: i for i, label in enumerate(labels)}
     texts = _texts(rows, config)
     examples = []
@@ -43,7 +43,7 @@ def choice_examples(rows: Rows, config: DataConfig) -> list[Example]:
 
 
 def completion_examples(rows: Rows, config: DataConfig) -> list[Example]:
-    """Rows of prompt and completion; the completion is kept as it is, with its spaces."""
+    """Rows of prompt and completion; the completion keeps its spaces."""
     texts = _texts(rows, config)
     cells = rows.column(config.completion, "data.completion")
     return [
@@ -74,7 +74,7 @@ def _choices(cell: Any, rows: Rows, index: int, column: str) -> tuple[str, ...]:
         except json.JSONDecodeError:
             raise UserError(f'{where} must be a JSON list such as ["yes", "no"], got {short(cell)}') from None
         if half_character(cell):
-            raise UserError(f"{where} holds half a character (such as \\ud83d by itself); repair or remove the row")
+            raise UserError(f"{where} holds half a character (such as \\ud83d alone); repair or remove the row")
     if not isinstance(cell, list) or not all(isinstance(choice, str) and choice.strip() for choice in cell):
         raise UserError(f"{where} must be a list of non-empty texts, got {short(cell)}")
     if len(cell) < 2:

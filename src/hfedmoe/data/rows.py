@@ -1,4 +1,4 @@
-"""Rows of a table, whatever file they came from, and one cell of them in an error message."""
+"""Rows of a table from any source, and how an error message shows one cell."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from hfedmoe.errors import UserError
 class Rows:
     """Some columns of a table, and where each row came from.
 
-    `names` lists every column of the table, `columns` holds the wanted ones (all of the same length); a cell that is
-    missing is None. `lines` holds the 1-based line of each row where the file has lines.
+    `names` lists every column of the table; `columns` holds the wanted ones, all of the same length. A missing cell is
+    None. `lines` holds the 1-based line of each row, if the file has lines.
     """
 
     origin: str
@@ -27,14 +27,14 @@ class Rows:
         return self.length
 
     def first(self, count: int | None) -> "Rows":
-        """At most the first so many rows; None: all."""
+        """At most the first `count` rows; None: all."""
         if count is None or count >= self.length:
             return self
         columns = {name: cells[:count] for name, cells in self.columns.items()}
         return Rows(self.origin, self.names, columns, count, self.lines[:count])
 
     def at(self, index: int) -> str:
-        """Name one row for an error message."""
+        """The name of one row for an error message."""
         return f"{self.origin} line {self.lines[index]}" if self.lines else f"{self.origin} row {index + 1}"
 
     def column(self, name: str, key: str) -> list[Any]:
@@ -46,7 +46,7 @@ class Rows:
 
 
 def text_of(cell: Any, rows: Rows, index: int, column: str) -> str:
-    """A cell that must be text, with its spaces. Raises UserError if it is missing, empty or something else."""
+    """A cell that must be text, with its spaces. Raises UserError if it is missing, empty or not text."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         raise UserError(f'{rows.at(index)}: column "{column}" is missing; fill it in or remove the row')
     if not isinstance(cell, str):
@@ -63,7 +63,7 @@ def short(value: Any) -> str:
 
 
 def half_character(cell: Any) -> bool:
-    """Whether a text, or any in a list or object, holds half of a surrogate pair, which is no Unicode."""
+    """Whether a text, or any text in a list or object, holds half of a surrogate pair, which is not valid Unicode."""
     try:
         json.dumps(cell, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -74,6 +74,6 @@ def half_character(cell: Any) -> bool:
 def from_records(
     origin: str, records: list[dict[str, Any]], wanted: Collection[str], names: list[str], lines: list[int]
 ) -> Rows:
-    """Records by column, of the wanted columns; `lines` says where each record stood."""
+    """The wanted columns of records; `lines` holds the line of each record."""
     columns = {name: [record.get(name) for record in records] for name in names if name in wanted}
     return Rows(origin, names, columns, len(records), lines)

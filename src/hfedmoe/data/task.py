@@ -1,4 +1,4 @@
-"""What is learnt, and on which rows."""
+"""A task: its kind, prompt, labels and examples."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from hfedmoe.data.example import Example
 
 @dataclass
 class Task:
-    """What is learnt and on which rows.
+    """Kind, prompt, labels and examples.
 
-    `labels` is sorted and only filled for classification, where every example has the words of all labels, in this
-    order, as its choices and the label's index as its answer. `parts` are indices into `train`, one list per client,
-    where files or natural ids decide who holds what; `part_names` names those clients. Both are None otherwise.
+    `labels` is sorted, and empty except for classification. There, the choices of every example are the words of all
+    labels in this order, and its answer is the index of its label. If files or natural ids decide which client holds
+    what, `parts` has indices into `train` for each client and `part_names` their names; otherwise both are None.
     """
 
     name: str

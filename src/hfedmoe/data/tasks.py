@@ -1,4 +1,4 @@
-"""A task: training and held-out examples, from whatever source the configuration names."""
+"""Load a task, its training and held-out examples, from the source that the configuration names."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,8 +26,8 @@ Item = TypeVar("Item")
 def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task:
     """Read, check, hold out, shuffle and cut the rows; the same seed gives the same task on every machine.
 
-    Held-out rows come from `data.test` (a file, or a split of the source), from the test split of a known data set, or
-    are drawn: `data.test_share` of the rows, of every client where files or natural ids decide who holds what.
+    Held-out rows come from `data.test` (a file, or a split of the source) or from the test split of a known data set.
+    Otherwise `data.test_share` of the rows is drawn: from every client, if files or natural ids define the clients.
 
     Raises:
         UserError: a source is missing or malformed, a cell is bad, a label occurs only in the test rows, or there are
@@ -49,14 +49,14 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
     wording = None if known is None else known.wording(config)
 
     def rows_of(table: Rows) -> list[list[Example]]:
-        """The examples of every row: one, but a conversation may have several, and a row of a known set none."""
+        """The examples of every row: usually one; several for a conversation; a row of a known set may have none."""
         if known is not None and wording is not None:
             return _known_rows(known, table, wording)
         if kind == "classification":
             return [[example] for example in classification_examples(table, config, labels, words)]
         return [[example] for example in READERS[kind](table, config)]
 
-    # One group of rows per client where files or natural ids decide, else one group of all rows.
+    # One group of rows per client if files or natural ids define the clients, else one group of all rows.
     if natural:
         rows = rows_of(tables[0])
         ids = natural_groups(_client_ids(tables[0], str(partition.column)))
@@ -64,7 +64,7 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
         salts = names
     else:
         names, groups = [table.origin for table in tables], [rows_of(table) for table in tables]
-        salts = [str(number) for number in range(len(tables))]  # not the path: another machine has another one
+        salts = [str(number) for number in range(len(tables))]  # not the path, which differs between machines
 
     if test_table is not None:
         test = _shuffled(_flat(rows_of(test_table)), f"{seed}/test")[: config.test_rows]
@@ -92,12 +92,12 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
 def load_watched_task(
     config: DataConfig, partition: PartitionConfig, seed: int, watch_rows: int
 ) -> tuple[Task, list[Example]]:
-    """As `load_task`, and the rows that are watched during a run: a fifth of the held-out rows if these are few.
+    """Like `load_task`, and also the rows to watch during a run: `watch_rows`, or a fifth of few held-out rows.
 
-    They are drawn beside `task.test`, never from it: what they decide must not have seen the test.
+    They are never part of `task.test`: nothing decided by them may depend on the test rows.
 
     Raises:
-        UserError: as `load_task`, or no row is left to test on.
+        UserError: as `load_task`, or no row is left for testing.
     """
     wanted = None if config.test_rows is None else config.test_rows + watch_rows
     task = load_task(config.model_copy(update={"test_rows": wanted}), partition, seed)
@@ -105,22 +105,22 @@ def load_watched_task(
     watched = watch_rows if enough else min(watch_rows, len(task.test) // 5)
     watch, task.test = task.test[:watched], task.test[watched:]
     if not task.test:
-        raise UserError(f"{task.name}: no rows are held out to test on; set data.test, or raise data.test_share")
+        raise UserError(f"{task.name}: no rows are held out for testing; set data.test, or raise data.test_share")
     return task, watch
 
 
 def load_test(config: DataConfig) -> Task:
-    """A known data set's rows for measuring, in their own order and without its training rows.
+    """The rows of a known data set for evaluation, in their own order and without its training rows.
 
-    They are those of its test split; or all rows of a file, if `data.source` is one and `data.format` names the set.
+    These are its test split, or all rows of a file if `data.source` is a file and `data.format` names the data set.
 
     Raises:
-        UserError: no known data set, or the rows are missing or malformed.
+        UserError: not a known data set, or the rows are missing or malformed.
     """
     known = known_set(config)
     if known is None:
         name = config.source if config.format == "auto" else config.format
-        raise UserError(f"{name}: not a data set known by name; known: {', '.join(KNOWN)}")
+        raise UserError(f"{name}: not a known data set; known: {', '.join(KNOWN)}")
     wanted = _wanted(config, known, None)
     table = _read_test(config, known, wanted) or _read_train(config.source, config, known, wanted)
     test = _flat(_known_rows(known, table, known.wording(config), config.test_rows))[: config.test_rows]
@@ -128,11 +128,11 @@ def load_test(config: DataConfig) -> Task:
 
 
 def load_rows(config: DataConfig, trained_labels: Callable[[], tuple[str, ...]] | None = None) -> Task:
-    """All rows of one source (or the first `data.test_rows`) for measuring, in their own order.
+    """All rows of one source (or the first `data.test_rows`) for evaluation, in their own order.
 
     Args:
-        config: its source is a file, or a folder whose test split is taken.
-        trained_labels: of the rows that a model was trained on; None: those that occur.
+        config: its source is a file, or a folder whose test split is read.
+        trained_labels: returns the labels that the model was trained on; None: use the labels of these rows.
 
     Raises:
         UserError: the rows are missing or malformed.
@@ -160,8 +160,8 @@ def _labels(tables: list[Rows], config: DataConfig) -> tuple[str, ...]:
     if len(labels) < 2:
         if labels == ("-1",):
             raise UserError(
-                f"{tables[0].origin}: every label is -1, so these rows have none, as in a test split whose answers are "
-                "kept secret; name a split or file that has them (data.split, data.test)"
+                f"{tables[0].origin}: every label is -1, so these rows have no labels, like a test split with secret "
+                "answers; name a split or file with labels (data.split, data.test)"
             )
         raise UserError(
             f'{tables[0].origin}: every row has the label "{labels[0]}"; classification needs at least two labels'
@@ -170,10 +170,10 @@ def _labels(tables: list[Rows], config: DataConfig) -> tuple[str, ...]:
 
 
 def _known_rows(known: KnownSet, table: Rows, wording: Wording, enough: int | None = None) -> list[list[Example]]:
-    """The examples of every row, or of the first rows that make `enough` of them: rows behind those are not read.
+    """The examples of every row; reading stops after `enough` examples, if it is not None.
 
     Raises:
-        UserError: a row is not as it should be, or no row has an example.
+        UserError: a row is malformed, or no row has an example.
     """
 
     def needed(rows: Iterator[list[Example]]) -> Iterator[list[Example]]:
@@ -207,7 +207,7 @@ def _read_known(known: KnownSet, split: str, config: DataConfig, wanted: set[str
 
 
 def _read_test(config: DataConfig, known: KnownSet | None, wanted: set[str]) -> Rows | None:
-    """The held-out rows that a file or split provides; None: they are to be drawn from the training rows."""
+    """The held-out rows from a file or split; None: draw them from the training rows."""
     named = known is not None and config.clients is None and config.source == known.name
     if config.test is None:
         if known is not None and named:
@@ -235,9 +235,9 @@ def _client_ids(table: Rows, column: str) -> list[str]:
 def _hold_out(
     groups: list[list[Item]], salts: list[str], share: float, seed: int
 ) -> tuple[list[list[Item]], list[list[Item]]]:
-    """Split a share (at least one row, if there are two) off every group: by group what is held out, and what is left.
+    """Hold out a share of every group (at least one row, if it has two); returns held-out and remaining rows by group.
 
-    Every group draws with its own salt, so that another client's rows do not change this client's.
+    Each group draws with its own salt, so a client's draw does not depend on the rows of others.
     """
     held: list[list[Item]] = []
     left: list[list[Item]] = []
@@ -254,7 +254,7 @@ def _hold_out(
 def _drawn(
     held: list[list[list[Example]]], left: list[list[list[Example]]], number: int | None, seed: int
 ) -> tuple[list[Example], list[list[list[Example]]]]:
-    """At most `number` of the examples held out, and the groups, to which rows return that no example is taken of."""
+    """At most `number` held-out examples, and the groups; held-out rows that are not used go back to their groups."""
     owned = [(group, row, example) for group, rows in enumerate(held) for row in rows for example in row]
     taken = _shuffled(owned, f"{seed}/test")[:number]
     used = {id(row) for _, row, _ in taken}

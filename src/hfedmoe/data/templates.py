@@ -1,4 +1,4 @@
-"""The prompt around a text."""
+"""Prompt templates."""
 
 from hfedmoe.config import DataConfig
 from hfedmoe.data.known import KnownSet
@@ -9,11 +9,11 @@ TEMPLATES: dict[str, str] = {
     "choices": "Question: {text}\nAnswer:",
     "completion": "{text}",
 }
-"""By kind, where neither the configuration nor a known data set has one."""
+"""Kind -> template, if neither the configuration nor a known data set has one."""
 
 
 def template_of(config: DataConfig, known: KnownSet | None, kind: str | None = None) -> str:
-    """The prompt around a text; `kind`: of the task, where `data.format` leaves it to the columns."""
+    """The prompt template of a task; `kind` is needed if `data.format` is "auto"."""
     if config.template is None:
         return TEMPLATES.get(kind or config.format, TEMPLATES["classification"]) if known is None else known.template
     if known is not None and known.name == "instructions" and config.chat == "template":

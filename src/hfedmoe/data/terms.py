@@ -1,7 +1,7 @@
-"""What every device must know of a run's task to read rows of its own as rows of that task.
+"""The terms of a run's task, which every device needs to read its own rows as rows of that task.
 
-The server settles it from the rows that it reads. Without it a device would number its own labels by itself, and a
-file with other labels, of another kind or of a named data set would train another task under the same name.
+The server takes them from the rows that it reads. Without them a device would number the labels in its own file, and a
+file with other labels or of another kind would train another task under the same name.
 """
 
 import json
@@ -29,25 +29,25 @@ MOST_LABELS, LONGEST_LABEL = 100_000, 1_000
 
 @dataclass(frozen=True)
 class Terms:
-    """The task of a run."""
+    """The terms of a run's task."""
 
     format: str
-    """A kind of task, or the name of a data set whose rows all files hold."""
+    """A kind of task, or the name of a known data set, whose columns every file must have."""
     kind: Kind
     labels: tuple[str, ...] = ()
-    """Sorted; of classification."""
+    """Sorted; empty except for classification."""
     first_token_only: bool = False
     """Whether answers are trained and compared by their first token."""
     chat_date: str | None = None
-    """What a chat template takes for today, YYYY-MM-DD; None: it writes no date."""
+    """The date that a chat template writes as today's, YYYY-MM-DD; None: it writes no date."""
 
     def to_json(self) -> str:
-        """As text, for the wire."""
+        """As JSON text, to be sent."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: object) -> "Terms":
-        """The inverse of `to_json`. Raises ValueError for anything else: the text comes from a server."""
+        """The inverse of `to_json`. The text comes from a server; raises ValueError if it is not valid."""
         tree: Any = json.loads(text) if isinstance(text, str) and len(text) < 1 << 24 else None
         if not isinstance(tree, dict) or set(tree) != set(cls.__dataclass_fields__):
             raise ValueError("not the terms of a task")
@@ -60,25 +60,25 @@ class Terms:
             raise ValueError("a label is not a short text")
         day = tree["chat_date"]
         if day is not None and (not isinstance(day, str) or date.fromisoformat(day).isoformat() != day):
-            raise ValueError("the date is none")
+            raise ValueError("the date is not valid")
         return cls(tree["format"], kind, tuple(labels), tree["first_token_only"] is True, day)
 
 
 def terms_of(task: Task, config: DataConfig, first_token_only: bool) -> Terms:
-    """The terms of a task that was read as the configuration says."""
+    """The terms of a task that was loaded with this configuration."""
     known = known_set(config)
     return Terms(task.kind if known is None else known.name, task.kind, task.labels, first_token_only, config.chat_date)
 
 
 def own_task(source: str, config: DataConfig, terms: Terms) -> Task:
-    """The rows of a device's own file, all of them to train on, as rows of the run's task.
+    """Read a device's own file as rows of the run's task; all of them are training rows.
 
     Args:
         source: the file.
-        config: of the run: its columns, words, template and conversation settings hold here, too.
+        config: of the run; its columns, words, template and conversation settings are used.
 
     Raises:
-        OwnDataError: the file cannot be read, or holds rows that are none of the task's.
+        OwnDataError: the file cannot be read, or has rows that do not belong to the task.
     """
     known = KNOWN.get(terms.format)
     own = config.model_copy(update={"format": terms.format, "source": source, "clients": None, "test": None})
@@ -87,7 +87,7 @@ def own_task(source: str, config: DataConfig, terms: Terms) -> Task:
         table = read(source, wanted, own.split or "train", own.subset, own.revision, Form.of(config))
         if known is not None:
             if not known.reads(table):
-                raise UserError(f"{source}: has not the columns of {known.name}, which the run's rows are")
+                raise UserError(f"{source}: lacks the columns of {known.name}, the data set of the run; add them")
             train = [example for row in known.read_rows(table, known.wording(own)) for example in row]
         else:
             train = _plain_examples(table, own, terms)
@@ -96,7 +96,7 @@ def own_task(source: str, config: DataConfig, terms: Terms) -> Task:
     except UserError as error:
         raise OwnDataError(str(error)) from None
     if not train:
-        raise OwnDataError(f"{source}: no row has anything to learn from", 0)
+        raise OwnDataError(f"{source}: no row has an answer to learn; check the file", 0)
     return Task(source, terms.kind, template_of(own, known, terms.kind), terms.labels, train, [])
 
 
@@ -111,7 +111,7 @@ def _plain_examples(table: Rows, config: DataConfig, terms: Terms) -> list[Examp
     strangers = [index for index, label in enumerate(labels_of(table, config)) if among(label, terms.labels) is None]
     if strangers:
         raise OwnDataError(
-            f'{table.at(strangers[0])}: the label "{labels_of(table, config)[strangers[0]]}" is none of the run\'s '
+            f'{table.at(strangers[0])}: the label "{labels_of(table, config)[strangers[0]]}" is not among the run\'s '
             f"({', '.join(terms.labels[:20])}); {len(strangers)} rows have such a label: correct or remove them",
             len(strangers),
         )

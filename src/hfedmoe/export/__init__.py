@@ -1,4 +1,4 @@
-"""Results that leave the house: a merged checkpoint, a PEFT adapter, a client's own smaller model, each with a card.
+"""Export a run: a merged checkpoint, a PEFT adapter or a client's smaller model, each with a model card.
 
-`merged`, `adapter` and `personal` work on a model in memory; `run` reads a run folder and writes one of them.
+`merged`, `adapter` and `personal` work on a model in memory; `run` reads a run folder and writes one of these forms.
 """

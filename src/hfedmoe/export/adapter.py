@@ -1,4 +1,4 @@
-"""What was trained as a PEFT adapter, experts included, which stock `PeftModel.from_pretrained` loads.
+"""Write the trained tensors, including experts, as a PEFT adapter that stock `PeftModel.from_pretrained` loads.
 
 | trained here | in PEFT |
 |---|---|
@@ -6,7 +6,7 @@
 | LoRA of experts that are modules, and of attention | `target_modules` |
 | routers | `modules_to_save` |
 
-PEFT itself lays the adapter out, on a copy of the model without contents, and writes it; only the values are ours.
+PEFT builds the adapter on an empty copy of the model (meta device) and writes it; only the values come from here.
 """
 
 import warnings
@@ -31,12 +31,12 @@ def save_adapter(
     """Write adapter_config.json and adapter_model.safetensors.
 
     Args:
-        model: with its trained tensors in it.
-        base: what `base_model_name_or_path` says; `revision`: of a hub model.
+        model: has its trained tensors loaded.
+        base: the value of `base_model_name_or_path`; `revision`: of a hub model.
         dtype: of the adapter's tensors.
 
     Raises:
-        UserError: what was trained is no adapter: whole experts, or routers alone.
+        UserError: the trained tensors do not make an adapter: whole experts, or only routers.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -58,7 +58,7 @@ def save_adapter(
         inference_mode=True,
     )
     with warnings.catch_warnings():
-        # PEFT advises on experts and cannot look for the base's name: neither concerns an adapter that is only written.
+        # PEFT warns about experts and about the unknown base model: neither matters, the adapter is only written.
         warnings.simplefilter("ignore")
         peft: Any = get_peft_model(stock, settings)
         settings = peft.peft_config[ADAPTER]
@@ -74,18 +74,18 @@ def save_adapter(
 
 
 def check_adaptable(model: MoEModel) -> None:
-    """Raise UserError unless low-rank terms were trained, of experts or attention."""
+    """Raise UserError unless low-rank terms of experts or attention were trained."""
     low_rank = [state for state in model.states if state.trained is not None and "up_a" in state.trained.stacks]
     if not low_rank and any(state.trained is not None for state in model.states):
-        raise UserError('this run trained whole experts (train.experts = "full"), which no adapter holds; --as merged')
+        raise UserError('this run trained whole experts (train.experts = "full"), not an adapter; use --as merged')
     if not low_rank and not model.attention:
-        raise UserError("this run trained the routers alone, which PEFT does not take for an adapter; use --as merged")
+        raise UserError("this run trained only routers, which PEFT does not accept as an adapter; use --as merged")
 
 
 def shortest(wanted: set[str], names: Iterable[str]) -> list[str]:
-    """The shortest endings, of two parts and more, that exactly `wanted` among `names` have.
+    """The shortest name endings (at least two dotted parts) that match exactly `wanted` among `names`.
 
-    PEFT compares endings in one place and endings of whole parts in another: these satisfy both.
+    PEFT matches any ending in one place and only whole parts in another; these endings work for both.
     """
     everything = set(names)
     for parts in range(2, max((name.count(".") + 1 for name in wanted), default=0) + 1):
@@ -111,7 +111,7 @@ def _values(
                 yield f"{name}.modules_to_save.{ADAPTER}.{leaf}", tensor.detach()
             continue
         if isinstance(module, ParamWrapper):
-            # Two parameters of one module: the wrapper of the second holds that of the first as its base layer.
+            # Two parameters of one module: the wrapper of the first is the base layer of the second wrapper.
             state, side, _ = experts[f"{own.replace('.base_layer', '')}.{module.parameter_name}"]
             a, b = _flat_factors(state, side, module)
         elif isinstance(module, LoraLayer) and f"{own}.weight" in experts:
@@ -126,19 +126,19 @@ def _values(
 
 
 def _flat_factors(state: Any, side: str, module: Any) -> tuple[Tensor, Tensor]:
-    """A stack's factors as PEFT's `module` lays them out: A [E R, in] by expert, B [out, R E] by rank."""
+    """A stack's factors in the layout of PEFT's `module`: A [E R, in] by expert, B [out, R E] by rank."""
     a, b = state.trained.stacks[f"{side}_a"], state.trained.stacks[f"{side}_b"]
     if state.math().transposed and not getattr(module.get_base_layer(), "is_transposed", False):
-        # PEFT takes the stored [in, out] of Llama-4 for [out, in], so its term is the transpose of ours: A^T B^T.
+        # PEFT reads the stored [in, out] of Llama-4 as [out, in], so its term is the transpose of ours: A^T B^T.
         a, b = b.transpose(1, 2), a.transpose(1, 2)
-    missing = module.num_experts - len(a)  # rows for experts that compute nothing (LongCat) have no term
+    missing = module.num_experts - len(a)  # zero experts (LongCat), which compute nothing, have no term
     if missing:
         a, b = (torch.cat([factor, factor.new_zeros(missing, *factor.shape[1:])]) for factor in (a, b))
     return a.reshape(-1, a.shape[2]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
 
 
 def _expert_names(model: MoEModel) -> Iterator[tuple[str, tuple[Any, str, int | None]]]:
-    """Parameter with a low-rank term -> state, "up" or "down", and which expert (None: a stack of all)."""
+    """Parameter with a low-rank term -> state, "up" or "down", and the expert (None: a stack of all experts)."""
     for state in model.states:
         if state.trained is None or "up_a" not in state.trained.stacks:
             continue
@@ -148,7 +148,7 @@ def _expert_names(model: MoEModel) -> Iterator[tuple[str, tuple[Any, str, int | 
 
 
 def _routers(model: MoEModel) -> dict[str, Any]:
-    """The trained routers by their names in the model."""
+    """Name in the model -> trained router."""
     trained = {id(layer.router) for layer in model.layers} if model.routers else set()
     return {name: module for name, module in model.model.named_modules() if id(module) in trained}
 

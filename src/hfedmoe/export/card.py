@@ -1,6 +1,6 @@
 """The model card of an export: README.md with the Hub's front matter.
 
-Everything in it comes from the run folder; what is not known is left out.
+Everything in it comes from the run folder; unknown facts are left out.
 """
 
 import tomllib
@@ -16,32 +16,32 @@ from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.settings import versions_here
 
 BASE = "base"
-"""Folder of an adapter's base model, where that was made for the run."""
+"""Folder of an adapter's base model, if that was made for the run."""
 FIGURES = {"accuracy": "accuracy", "accuracy_norm": "acc_norm", "macro_f1": "macro-F1", "loss": "loss"}
-"""Of an evaluation, and what a card calls them."""
+"""Figure of an evaluation -> its name in a card."""
 PAPER = "https://arxiv.org/abs/2601.00583"
 
 
 @dataclass
 class Export:
-    """What the card is about."""
+    """The export that the card describes."""
 
     form: str
     """"merged", "adapter" or "client"."""
     dtype: str
     base: str | None = None
-    """Of an adapter: what to load it on, as seen from its folder."""
+    """Of an adapter: its base model, as a hub id or a path, relative to the adapter's folder."""
     model_type: str = ""
     whole_type: str | None = None
-    """Of a base that does more than text: what it is as a whole."""
+    """Of a multimodal base: the type of the whole model."""
     num_experts: list[int] = field(default_factory=list)
     encoder_decoder: bool = False
     client: int | None = None
     kept: list[list[int]] = field(default_factory=list)
-    """Of a client's sub-model: the experts of each layer, by their numbers in the whole model."""
+    """Of a client's sub-model: for each layer, its experts by their numbers in the whole model."""
     scores_round: int | None = None
     prediction_layers: int = 0
-    """Of multi-token prediction, which the base promises and a whole checkpoint of a run does not have."""
+    """Layers for multi-token prediction that the base's config declares; the export does not have them."""
 
 
 def card(run: RunFolder, checkpoint: Checkpoint, export: Export) -> str:
@@ -80,10 +80,10 @@ def _front_matter(config: RunConfig, export: Export) -> str:
 
 def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
     what = {
-        "merged": "The fine-tuned model as a plain transformers checkpoint, with what was trained in its weights.",
-        "adapter": f"What was trained ({', '.join(_trained(config.train))}) as a PEFT adapter.",
-        "client": f"The personal sub-model of client {export.client}: the experts that are worth most to it, and no "
-        "others, as a plain transformers checkpoint.",
+        "merged": "The fine-tuned model as a plain transformers checkpoint; the trained changes are in its weights.",
+        "adapter": f"The trained parts of the model ({', '.join(_trained(config.train))}) as a PEFT adapter.",
+        "client": f"The personal sub-model of client {export.client}, with only its most valuable experts, as a plain "
+        "transformers checkpoint.",
     }[export.form]
     model = config.model
     name = Path(model.name).name if is_local(model) else model.name
@@ -106,22 +106,22 @@ def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
         f"* Precision of these files: {export.dtype}.",
     ]
     if export.whole_type is not None:
-        text.append(f"* The base is a {export.whole_type} model, of which this is the text model alone.")
+        text.append(f"* The base is a {export.whole_type} model; this is only its text model.")
     if export.prediction_layers:
         text.append(
-            f"* The base promises {export.prediction_layers} layer(s) of multi-token prediction. They were not trained "
-            "and are not in these files; the config says so."
+            f"* The base's config lists {export.prediction_layers} layer(s) for multi-token prediction. They were not "
+            "trained and are not in these files; the config here does not list them."
         )
     if model.expert_dtype != "same":
         text.append(
-            f"* The clients held the frozen experts as {model.expert_dtype}; what they trained belongs here to the "
-            f"experts as the base model has them, in {model.dtype}."
+            f"* In training, the clients held the frozen experts as {model.expert_dtype}. Here, the trained changes "
+            f"belong to the experts of the base model in {model.dtype}."
         )
     if export.base == BASE:
-        text.append(f"* The base model was made for this run and is on no hub: it is in the folder `{BASE}`.")
+        text.append(f"* The base model was made for this run and is not on the hub: it is in the folder `{BASE}`.")
     if export.form == "adapter" and (export.base == BASE or is_local(model)):
         where = "`adapter_config.json`" + ("" if export.base == BASE else " and the code below")
-        text.append(f"* The path of the base in {where} is that on the machine which made these files.")
+        text.append(f"* The path of the base in {where} is from the machine that made these files.")
     return "\n".join(text) + "\n"
 
 
@@ -138,16 +138,16 @@ def _experts(export: Export) -> str:
         for layer, kept in enumerate(export.kept)
     ]
     return (
-        "## Experts\n\nPer MoE layer those that the client held in its last round (round "
-        f"{export.scores_round}), then those with the highest importance to it, by their numbers in the whole model; "
-        "`experts.json` says the same to programs.\n\n| layer | kept | which |\n|---|---|---|\n"
+        "## Experts\n\nFor each MoE layer: the experts that the client held in its last round (round "
+        f"{export.scores_round}), then those most important to it, by their numbers in the whole model. "
+        "`experts.json` has the same for programs.\n\n| layer | kept | which |\n|---|---|---|\n"
         + "\n".join(rows)
         + "\n"
     )
 
 
 def _last_rows(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """What was written down of each client in the last round that it completed."""
+    """Client -> its record in the last round that it completed."""
     return {row["client"]: row for line in lines for row in line["clients"] if row.get("status") == "ok"}
 
 
@@ -177,7 +177,7 @@ def _data(config: RunConfig, lines: list[dict[str, Any]]) -> str:
 
 
 def _trained(train: TrainConfig) -> list[str]:
-    """What a run trained, in words."""
+    """The trained parts of the model, in words."""
     size = f"LoRA of rank {train.rank}, alpha {train.alpha:g}"
     experts = {"lora": [f"{size}, on every expert"], "full": ["whole experts"], "frozen": []}[train.experts]
     attention = [f"{size}, on the attention projections"] if train.attention else []
@@ -214,11 +214,11 @@ SAID = {
     "clients": {"count", "budgets"},
     "federation": {"rounds"},
 }
-"""Settings that a card names in other words."""
+"""Settings that a card shows elsewhere."""
 
 
 def _unusual(config: RunConfig) -> dict[str, str]:
-    """The other settings that decide a result, where they are not the defaults."""
+    """The other settings that affect results and are not the defaults."""
     found = {}
     for name, said in SAID.items():
         section, usual = getattr(config, name).model_dump(), getattr(RunConfig(), name).model_dump()
@@ -263,7 +263,7 @@ def _results(lines: list[dict[str, Any]], checkpoint: Checkpoint, export: Export
                 measured.setdefault((number, kind), (f"{label} | {which} ({scores['examples']})", scores))
     if not measured:
         return ""
-    # Normed accuracy is there only where whole choices were compared, and in no run of an earlier version.
+    # Normed accuracy exists only if whole choices were compared, and not in runs of earlier versions.
     figures = [f for f in FIGURES if any(scores.get(f) is not None for _, scores in measured.values())]
     rows = [" | ".join([first, *(_figure(f, scores.get(f)) for f in figures)]) for first, scores in measured.values()]
     names = [FIGURES[f] for f in figures]

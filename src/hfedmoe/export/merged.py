@@ -1,8 +1,8 @@
-"""Fold what was trained into the weights, so that what remains is a plain transformers model.
+"""Merge trained LoRA terms into the weights, which gives a plain transformers model.
 
     W = W + c B A        per expert and projection, c = alpha / rank; the same for attention LoRA
 
-The sum is made in float32 and rounded once, to the precision of the result.
+The sum is computed in float32 and rounded once, to the dtype of the result.
 """
 
 import copy
@@ -16,18 +16,18 @@ from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.model import MoEModel
 
 SHARD_SIZE = "5GB"
-"""Of a file at most."""
+"""Maximum size of one file."""
 
 
 @torch.no_grad()
 def merge(model: MoEModel, dtype: torch.dtype) -> None:
-    """Merge in place: `model.model` has stock modules and parameters of `dtype` afterwards, and nothing is trained.
+    """Merge in place: afterwards `model.model` has stock modules, parameters of `dtype`, and nothing to train.
 
-    Beside the model, one expert is in memory at a time; a layer's experts where they change precision or are copies
-    of one matrix. Tensors that transformers keeps in float32 whatever the model's precision stay so.
+    This needs memory for one more expert, or for the experts of one layer if their dtype changes or they are copies of
+    one matrix. Tensors that transformers always keeps in float32 stay in float32.
 
     Raises:
-        ValueError: a store holds the experts, so the model does not have them.
+        ValueError: a store holds the experts instead of the model.
     """
     if model.store is not None:
         raise ValueError("the experts of this model are in a store; load it whole to merge")
@@ -46,16 +46,16 @@ def merge(model: MoEModel, dtype: torch.dtype) -> None:
 def save(model: Any, folder: Path) -> None:
     """Write a stock model in the hub's layout, with its config and generation config.
 
-    transformers' conversion to that layout copies the weights: twice the model is in memory meanwhile.
+    transformers copies the weights for this layout, so the model is in memory twice during the call.
     """
     if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config  # GGUF and its like: what is in memory is dequantised
+        del model.config.quantization_config  # for example GGUF: the model in memory is dequantised
         model.is_quantized, model.hf_quantizer = False, None
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
 def skeleton(model: Any, **changes: Any) -> Any:
-    """A stock model of the same class without contents (meta device), with some values of its text config changed."""
+    """An empty stock model of the same class (meta device); `changes` are new values of its text config."""
     config = copy.deepcopy(model.config)
     for key, value in changes.items():
         setattr(config.get_text_config(), key, value)
@@ -77,7 +77,7 @@ def _merge_experts(model: Any, state: ExpertState, dtype: torch.dtype) -> None:
             continue
         parameter = model.get_parameter(entries[0][kind])
         stack = parameter.data
-        # Copies of one matrix (a freshly upcycled model) become matrices of their own.
+        # Experts that share one matrix (a new upcycled model) get a matrix each.
         reusable = stack.dtype == dtype and stack.stride(0) != 0
         own = stack if reusable else torch.empty(stack.shape, dtype=dtype, device=stack.device)
         for expert, row in enumerate(stack):
@@ -86,9 +86,9 @@ def _merge_experts(model: Any, state: ExpertState, dtype: torch.dtype) -> None:
 
 
 def _merged(base: Tensor, trained: Any, kind: str, expert: int, transposed: bool) -> Tensor:
-    """One expert's tensor with its low-rank term, in float32 where there is one.
+    """One expert's tensor plus its low-rank term, in float32; unchanged if there is no term.
 
-    Some families have rows behind those of the experts, for experts that compute nothing: these have none.
+    In some families, more rows follow those of the experts, for zero experts: these have no term.
     """
     if trained is None or f"{kind}_a" not in trained.stacks or expert >= trained.num_experts:
         return base
@@ -98,7 +98,7 @@ def _merged(base: Tensor, trained: Any, kind: str, expert: int, transposed: bool
 
 
 def _merge_attention(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put the linear maps that PEFT wrapped back in their places, with the low-rank term in their weights."""
+    """Replace PEFT's wrappers by their linear layers, with the low-rank term merged into the weights."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):

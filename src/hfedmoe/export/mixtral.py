@@ -1,7 +1,7 @@
-"""Write what `moe.upcycle` makes as a Mixtral checkpoint in the hub's layout, which any transformers version reads.
+"""Write a model from `moe.upcycle` as a Mixtral checkpoint in the hub's layout, which any transformers version reads.
 
-The equal experts share memory, so the whole model would not fit where the dense one does if it were copied before
-writing: layers are written one by one, and only the one in hand is copied.
+Its equal experts share memory. A copy of the whole model may not fit into memory even if the dense model does, so
+layers are copied and written one by one.
 """
 
 import json
@@ -41,7 +41,7 @@ def upcycle_to_folder(dense: str, out: Path, experts: int, top_k: int, dtype: st
 
 
 def write_mixtral(model: Any, folder: Path) -> None:
-    """Write a Mixtral model with one safetensors file per layer; experts that share memory are written in full."""
+    """Write a Mixtral model, one safetensors file per layer; experts that share memory are written separately."""
     from safetensors.torch import save_file
 
     model.config.architectures = [type(model).__name__]
@@ -62,9 +62,9 @@ def write_mixtral(model: Any, folder: Path) -> None:
 
 
 def _files(model: Any) -> Iterator[list[str]]:
-    """The names of the parameters, grouped into files: what is outside the layers, then layer by layer.
+    """The names of the parameters in each file: one file for those outside the layers, and one per layer.
 
-    A tied head is the embedding under another name, and not listed.
+    A tied head is the same tensor as the embedding, so it is not listed.
     """
     groups: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
@@ -74,7 +74,7 @@ def _files(model: Any) -> Iterator[list[str]]:
 
 
 def _hub_tensors(model: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """A parameter under its name on the hub: experts one by one, w1 gate, w2 down, w3 up."""
+    """The hub's names and tensors of a parameter: experts one by one, w1 gate, w2 down, w3 up."""
     tensor = model.get_parameter(name).detach()
     block, _, leaf = name.replace(".mlp.", ".block_sparse_moe.").partition(".experts.")
     for expert, row in enumerate(tensor) if leaf else ():

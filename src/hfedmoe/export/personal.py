@@ -1,8 +1,8 @@
-"""A client's personal sub-model: the experts that are worth most to it, as a standard checkpoint with fewer experts.
+"""A client's personal sub-model: a standard checkpoint with only the client's most valuable experts.
 
 A standard checkpoint has the same number of experts in every layer, so a client's budget over all layers becomes its
-mean per layer. What is dropped is dropped from the routers as well; the outputs are those of the whole model with a
-mask over the same experts.
+mean per layer. Other experts are also removed from the routers; the outputs equal those of the whole model with these
+experts masked.
 """
 
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ COUNT_KEYS = (
     "moe_num_experts",
     "num_routed_experts",
 )
-"""Where configs of different families say how many experts a layer has."""
+"""Keys for the number of experts per layer in the configs of different families."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a client made of the experts in the last round it took part in; arrays [L, E]."""
+    """A client's scores of the experts in the last round in which it took part; arrays [L, E]."""
 
     round: int
     resident: np.ndarray
@@ -39,7 +39,7 @@ class Scores:
 
     @property
     def held(self) -> int:
-        """Experts over all layers that it held, which is what its budget allowed."""
+        """Number of experts that it held over all layers, as its budget allowed."""
         return int(self.resident.sum())
 
 
@@ -47,19 +47,18 @@ def last_scores(rows: Any, client: int) -> Scores:
     """A client's last recorded scores in the rows of experts.npy (None: the run has no such file).
 
     Raises:
-        UserError: it took part in no round, or nothing is recorded of any client.
+        UserError: the client took part in no round, or no client has recorded scores.
     """
     if rows is None or len(rows) == 0:
         raise UserError(
-            f"--client {client}: the run has no experts.npy with what experts are worth to its clients; finish a "
-            "round, or use --as merged"
+            f"--client {client}: the run has no experts.npy with the clients' scores of experts; finish a round, or "
+            "use --as merged"
         )
     own: Any = np.flatnonzero(rows["client"] == client)
     if len(own) == 0:
         known = ", ".join(_ranges(sorted({int(number) for number in rows["client"]})))
         raise UserError(
-            f"--client {client}: took part in no round yet, so nothing is known about its experts; clients that did: "
-            f"{known}"
+            f"--client {client}: took part in no round yet, so its experts have no scores; choose one that did: {known}"
         )
     last = rows[own[-1]]
     return Scores(int(last["round"]), *(np.array(last[name]) for name in ("resident", "importance", "usage")))
@@ -75,13 +74,13 @@ def _ranges(numbers: list[int]) -> Iterator[str]:
 
 
 def experts_per_layer(held: int, num_experts: list[int], top_k: int, config: Any) -> int:
-    """How many experts each layer of a client's sub-model has: its mean, rounded down, and at least top-k.
+    """Number of experts in each layer of a client's sub-model: the mean of those held, rounded down, at least top-k.
 
-    Routers that choose among groups of experts first keep as many of every group, and need some of each: two where a
-    group is judged by its two best experts.
+    A router that first chooses groups of experts keeps the same number in every group. It needs a minimum of each: two
+    if it scores a group by its two best experts.
 
     Raises:
-        UserError: too few for such a router.
+        UserError: too few experts for such a router.
     """
     number = min(max(held // len(num_experts), top_k), *num_experts)
     groups, chosen, least = router_groups(config)
@@ -91,18 +90,18 @@ def experts_per_layer(held: int, num_experts: list[int], top_k: int, config: Any
     if number // groups < needed:
         raise UserError(
             f"{config.model_type} routes by {groups} groups of experts and needs {needed} experts of each group, "
-            f"{groups * needed} per layer, but this client holds {number} per layer; export the merged model instead"
+            f"{groups * needed} per layer, but this client holds {number} per layer; use --as merged"
         )
     return number // groups * groups
 
 
 def router_groups(config: Any) -> tuple[int, int, int]:
-    """Groups of experts per layer, how many of them a token may use, and the fewest experts that a group needs."""
+    """Groups of experts per layer, how many of them a token may use, and the minimum number of experts in a group."""
     text = text_config(config)
     groups = getattr(text, "n_group", None) or 1
     method = getattr(text, "topk_method", None)
     if method == "greedy":
-        return 1, 1, 1  # of DeepSeek-V2, whose config has groups whether its router uses them or not
+        return 1, 1, 1  # DeepSeek-V2: the config has groups, but this router does not use them
     by_maximum = method == "group_limited_greedy"
     return groups, getattr(text, "topk_group", None) or groups, 1 if by_maximum else 2
 
@@ -111,7 +110,7 @@ def most_valuable(scores: Scores, number: int, num_experts: list[int], groups: i
     """The experts to keep, bool [E] per layer: residents first, then by importance, usage and index.
 
     Args:
-        number: per layer, of which every one of `groups` equal groups gets its share.
+        number: experts per layer, shared equally by `groups` groups of equal size.
     """
     kept = []
     for layer, total in enumerate(num_experts):
@@ -127,22 +126,22 @@ def most_valuable(scores: Scores, number: int, num_experts: list[int], groups: i
 
 
 def shrink(model: MoEModel, keep: list[Tensor]) -> Any:
-    """A stock model of the same class with only some experts; shares the memory of what it keeps whole.
+    """A stock model of the same class with only some experts; unchanged tensors share memory with `model`.
 
     Args:
         model: merged (see `merged.merge`).
         keep: bool [E] per layer, the same number in every layer.
 
     Raises:
-        UserError: the family's config cannot say so, or a layer looks experts up by token.
+        UserError: the family's config has no number of experts to change, or a layer chooses experts by token id.
     """
     (number,) = {int(mask.sum()) for mask in keep}
     config = model.config
     fixed = next((layer for layer in model.layers if layer.fixed_routing), None)
     if fixed is not None:
         raise UserError(
-            f"{config.model_type}: {fixed.name} looks its experts up by token in a table of all of them, so none can "
-            "be left out; use --as merged"
+            f"{config.model_type}: {fixed.name} chooses experts by token from a fixed table, so none can be left out; "
+            "use --as merged"
         )
     small = skeleton(model.model, **_with_count(config, model.num_experts, number))
     sources = _sources(model, keep)
@@ -153,7 +152,7 @@ def shrink(model: MoEModel, keep: list[Tensor]) -> Any:
         if tensor is not None and experts is not None:
             for dim in [d for d, (a, b) in enumerate(zip(tensor.shape, wanted.shape, strict=True)) if a != b][:1]:
                 if tensor.shape[dim] >= model.num_experts[0]:
-                    # Behind the experts there may be entries for shared experts, or for those that compute nothing.
+                    # After the experts there may be entries for shared experts or zero experts.
                     behind = torch.arange(model.num_experts[0], tensor.shape[dim])
                     tensor = tensor.index_select(dim, torch.cat([experts, behind]).to(tensor.device))
         if tensor is None or tensor.shape != wanted.shape:
@@ -166,7 +165,7 @@ def shrink(model: MoEModel, keep: list[Tensor]) -> Any:
 
 
 def _with_count(config: Any, num_experts: list[int], number: int) -> dict[str, Any]:
-    """The values of the (text) config that count experts, changed."""
+    """Key -> new value, for the keys of the text config that count experts."""
     text, total = text_config(config), num_experts[0]
     changes: dict[str, Any] = {}
     for key in COUNT_KEYS:
@@ -183,7 +182,7 @@ def _with_count(config: Any, num_experts: list[int], number: int) -> dict[str, A
 
 
 def _sources(model: MoEModel, keep: list[Tensor]) -> Any:
-    """name -> (name of the tensor it is made of, int64 experts to take where a dimension differs)."""
+    """A function: name -> (name of the source tensor, int64 experts to keep if a dimension differs)."""
     kept = [mask.nonzero()[:, 0] for mask in keep]
     renamed: dict[str, str] = {}
     for state, experts in zip(model.states, kept, strict=True):

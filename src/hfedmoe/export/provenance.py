@@ -1,4 +1,4 @@
-"""Where a run's model and data come from, as far as that is known on this machine."""
+"""The origin of a run's model and data, as far as it is known on this machine."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,11 @@ from hfedmoe.data.sources import HUB_ID, IN_WHEEL, PACKAGED_ROWS, is_file
 from hfedmoe.models.names import PACKAGED_MODELS
 
 PACKAGED_ORIGIN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
-"""Hub id and licence of packaged models that have them."""
+"""Packaged model -> hub id and licence."""
 
 
 def origin(model: ModelConfig) -> tuple[str | None, dict[str, Any]]:
-    """Hub id of a run's base model, and what its card says of the licence under the card's own keys.
-
-    A local model has no id of its own, whatever it was made from.
-    """
+    """Hub id of a run's base model, and the licence entries of its card. A local model has no id."""
     if model.name in PACKAGED_MODELS:
         name, packaged = PACKAGED_ORIGIN.get(model.name, (None, None))
         return name, {} if packaged is None else {"license": packaged}
@@ -34,12 +31,12 @@ def origin(model: ModelConfig) -> tuple[str | None, dict[str, Any]]:
 
 
 def is_local(model: ModelConfig) -> bool:
-    """Whether a run's base model is a folder or file of the user's."""
+    """Whether a run's base model is the user's own folder or file."""
     return model.name not in PACKAGED_MODELS and Path(model.name).expanduser().exists()
 
 
 def hub_data_set(data: DataConfig) -> str | None:
-    """The hub id of a run's data; None: packaged, or files of the user's."""
+    """The hub id of a run's data; None: packaged, or the user's own files."""
     source = data.source
     if data.clients is not None or source in PACKAGED_ROWS or source in IN_WHEEL:
         return None
@@ -51,7 +48,7 @@ def hub_data_set(data: DataConfig) -> str | None:
 
 
 def data_name(data: DataConfig) -> str:
-    """What to call a run's data: a known name, a hub id, or a file's or folder's name without its path."""
+    """The name of a run's data: a known name, a hub id, or a file or folder name without its path."""
     if data.clients is not None:
         return "a file per client: " + ", ".join(f"`{Path(file).name}`" for file in data.clients)
     hub, known = hub_data_set(data), known_set(data)
@@ -63,9 +60,9 @@ def data_name(data: DataConfig) -> str:
 
 
 def _licence(card: Path) -> dict[str, Any]:
-    """The licence in a card's front matter, and its name and link where it is none of the Hub's; {} if none is legible.
+    """The licence in a card's front matter, with name and link if it is "other"; {} if it cannot be read.
 
-    Cards are written by hand, and hold anything.
+    Cards are written by hand, so any content is possible.
     """
     import yaml  # type: ignore[import-untyped]
     from huggingface_hub.repocard import REGEX_YAML_BLOCK

@@ -1,4 +1,4 @@
-"""`hfedmoe export`: from a run folder to a folder that stock libraries load."""
+"""`hfedmoe export`: write a run's checkpoint to a folder that stock libraries load."""
 
 import json
 import logging
@@ -44,18 +44,18 @@ def export_run(
     checkpoint: str = "best",
     dtype: str | None = None,
 ) -> str:
-    """Write a checkpoint of a run to `out`, whole or not at all; returns what was written, in one line.
+    """Write a checkpoint of a run to `out`, whole or not at all; returns one line that says what was written.
 
     Args:
         form: "merged", "adapter" or "client".
-        client: whose sub-model, if it is one.
+        client: number of the client, for the form "client".
         checkpoint: "best", "last" or the number of a round.
-        dtype: of the files; None: the model's own, and float32 for the tensors of an adapter.
+        dtype: of the files; None: that of the model, or float32 for an adapter.
 
     Raises:
-        UserError: bad options, no such run or checkpoint, or a run that has no such form.
+        UserError: bad options, no such run or checkpoint, or the run cannot be exported in this form.
     """
-    # PEFT imports bitsandbytes, which then misses a package that nothing here uses.
+    # PEFT imports bitsandbytes, which reports a missing package that is not needed here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _check_options(form, client, dtype)
     _check_outside(out, path)
@@ -65,11 +65,9 @@ def export_run(
         if client is not None and not 0 <= client < config.clients.count:
             raise UserError(f"--client {client}: the run has clients 0 to {config.clients.count - 1}")
         if form == "adapter" and config.train.experts == "full":
-            raise UserError(
-                f'{path}: trained whole experts (train.experts = "full"), which no adapter holds; use --as merged'
-            )
+            raise UserError(f'{path}: trained whole experts (train.experts = "full"), not an adapter; use --as merged')
         chosen = checkpoint_of(run, checkpoint)
-        # The unquantised model, as it is: a float32 arithmetic would change its modules.
+        # Load the unquantised model with stock modules: float32 arithmetic would replace some of them.
         stored = {"dtype": "float32"} if _needs_float32(config.model, form, dtype) else {}
         plain = {"device": "cpu", "compute": "same", "expert_dtype": "same"}
         model = config.model.model_copy(update=plain | stored)
@@ -97,7 +95,7 @@ def export_run(
 
 @dataclass(frozen=True)
 class _Job:
-    """What an export is made from; `config` is the run's, but for how the model is loaded."""
+    """The inputs of an export; `config` is that of the run, with other settings for loading the model."""
 
     run: RunFolder
     config: RunConfig
@@ -112,29 +110,29 @@ def _check_options(form: str, client: int | None, dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     if form == "client" and client is None:
-        raise UserError("--as client: whose sub-model? add --client with the client's number")
+        raise UserError("--as client: no client is given; add --client with its number")
     if form != "client" and client is not None:
-        raise UserError(f"--client {client}: only with --as client")
+        raise UserError(f"--client {client}: allowed only with --as client")
 
 
 def _check_outside(out: Path, run: Path) -> None:
-    """Raise UserError if `out` is the run's folder or in it: what is in there belongs to the run, which deletes it."""
+    """Raise UserError if `out` is the run's folder or inside it, where the run may delete it."""
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(run)):
         raise UserError(f"{out}: is in the run's own folder, where a resumed run may delete it; choose another folder")
 
 
 def _check_not_quantised(model: ModelConfig, form: str) -> None:
-    """Raise UserError if the base checkpoint is quantised already: its weights cannot take what was trained."""
+    """Raise UserError if the base checkpoint is quantised: LoRA terms cannot be merged into such weights."""
     method = quantisation_of(model)
     if method is not None and form != "adapter":
         raise UserError(
-            f"model.name = {model.name}: is quantised already ({method}), so what was trained cannot be merged into "
-            "its weights; use --as adapter, or run on the checkpoint that it was made from"
+            f"model.name = {model.name}: is quantised ({method}), so trained changes cannot be merged into its "
+            "weights; use --as adapter, or run on the original checkpoint"
         )
 
 
 def _whole_type(model: ModelConfig) -> str | None:
-    """The type of a base that does more than text, of which only the text model is loaded; None of any other."""
+    """The model type of a multimodal base, of which only the text model is loaded; None: not multimodal."""
     from transformers import AutoConfig
 
     if model.name in PACKAGED_MODELS:
@@ -148,20 +146,20 @@ def _whole_type(model: ModelConfig) -> str | None:
 
 
 def _needs_float32(model: ModelConfig, form: str, dtype: str | None) -> bool:
-    """Whether a base is read again as it is stored, so that a float32 result has no weights rounded for training.
+    """Whether to load the base in float32, not in the run's dtype, so that a float32 export is not rounded.
 
-    Not a base that was made for the run: with that, an adapter is written as the run had it.
+    Not for a base that was made for the run: it stays as the run used it.
     """
     return form != "adapter" and dtype == "float32" and not _made_here(model)
 
 
 def _made_here(model: ModelConfig) -> bool:
-    """Whether a base is on no hub and in no folder that transformers loads."""
+    """Whether the base exists neither on the hub nor as a transformers folder."""
     return model.upcycle is not None or model.name in PACKAGED_MODELS or "gguf_file" in source_of(model)[1]
 
 
 def _trained(job: _Job) -> MoEModel:
-    """The model with the trained tensors of the checkpoint in it."""
+    """The model with the trained tensors of the checkpoint."""
     model = wrap(job.loaded.model, job.config, job.loaded.store)
     with fitting(job.checkpoint):
         load_all(model, job.checkpoint.tensors)
@@ -199,7 +197,7 @@ def _adapter(job: _Job, scratch: Path, about: Export) -> Export:
 def _write_base(model: Any, folder: Path, config: RunConfig) -> None:
     folder.mkdir()
     if config.model.upcycle is not None:
-        write_mixtral(model, folder)  # its experts share memory: a layer at a time is copied
+        write_mixtral(model, folder)  # its experts share memory: one layer is copied at a time
     else:
         save(model, folder)
 

@@ -1,4 +1,4 @@
-"""How to load an export and prompt it, as Python code that stands in its card."""
+"""Python code for the model card that loads and prompts an export."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,23 @@ from hfedmoe.data.known import known_set
 from hfedmoe.data.templates import template_of
 
 ANSWER_TOKENS, TURN_TOKENS = 4, 64
-"""How much the code generates: a label or choice, or the beginning of a turn of a conversation."""
+"""Tokens that the code generates: for a label or choice, and for the beginning of a conversation turn."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """What the code has to say about the files."""
+    """Facts about the files that the code depends on."""
 
     dtype: str
     encoder_decoder: bool = False
     base: str | None = None
-    """Of an adapter: what to load it on; a relative path is seen from its folder."""
+    """Of an adapter: its base model, as a hub id or a path, relative to the adapter's folder."""
     base_inside: bool = False
-    """The base is a folder of the export."""
+    """Whether the base is a folder in the export."""
 
 
 def loading_code(config: RunConfig, files: Loading) -> str:
-    """Code that loads the export, in whose folder it runs, and prints what the model says."""
+    """Code that loads the export from the current folder and prints the model's output."""
     auto = "AutoModelForSeq2SeqLM" if files.encoder_decoder else "AutoModelForCausalLM"
     trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     peft = ["from peft import PeftModel"] if files.base is not None else []
@@ -34,7 +34,7 @@ def loading_code(config: RunConfig, files: Loading) -> str:
         where = f'f"{{folder}}/{files.base}"' if files.base_inside else repr(files.base)
         revision = f", revision={config.model.revision!r}" if config.model.revision and not files.base_inside else ""
         if config.model.dtype != "float32":
-            code += ["# In 16 bit, PEFT would round the adapter to the precision of the base."]
+            code += ["# With a 16-bit base, PEFT would round the adapter to 16 bit."]
         code += [f'base = {auto}.from_pretrained({where}{revision}, dtype="float32"{trust})']
         code += ["model = PeftModel.from_pretrained(base, folder)"]
     code += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})", *_prompting(config.data)]
@@ -42,9 +42,9 @@ def loading_code(config: RunConfig, files: Loading) -> str:
 
 
 def prompt_words(data: DataConfig) -> str:
-    """What prompts a run used, and how long they were, in words."""
+    """The prompts of a run and their maximum length, in words."""
     if by_chat_template(data):
-        return f"the tokenizer's chat template, of which the last {data.max_tokens} tokens"
+        return f"the tokenizer's chat template, cut to the last {data.max_tokens} tokens"
     return f"`{template_of(data, known_set(data))!r}`, at most {data.max_tokens} tokens"
 
 

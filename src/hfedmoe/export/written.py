@@ -1,4 +1,4 @@
-"""Read an export back: it must hold what it says, or it fails."""
+"""Read an export back and check that it equals the model."""
 
 import json
 from pathlib import Path
@@ -12,35 +12,33 @@ from hfedmoe.moe.weights.checkpoint import Checkpoint
 from hfedmoe.moe.weights.shards import CheckpointError, Shards
 
 UNSTABLE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "_attn_implementation"}
-"""Keys of a config that writing changes on purpose."""
+"""Config keys that saving changes on purpose."""
 
 
 def check_written(model: Any, folder: Path) -> None:
-    """Compare a checkpoint folder, tensor by tensor as transformers would load it, with the model that was written.
+    """Compare a checkpoint folder, tensor by tensor as transformers would load it, with the model.
 
     Raises:
-        UserError: a tensor is missing or has another value, or the config says something else.
+        UserError: a tensor is missing or has another value, or the configs differ.
     """
     written, meant = _plain(AutoConfig.from_pretrained(folder)), _plain(model.config)
     wrong = sorted(key for key in written.keys() | meant.keys() if written.get(key) != meant.get(key))
     if wrong:
-        raise UserError(f"the export does not hold the model's config: {', '.join(wrong[:3])} differ; nothing was kept")
+        raise UserError(f"the export does not have the model's config: {', '.join(wrong[:3])} differ; nothing was kept")
     try:
         checkpoint = Checkpoint(Shards(folder), model)
         for name, tensor in model.state_dict().items():
             if name in checkpoint.sources:
                 _compare(name, checkpoint.read(name)[name], tensor)
             elif name not in _tied(model):
-                raise UserError(f"the export does not hold {name}; nothing was kept: check the disk and try again")
+                raise UserError(f"the export does not have {name}; nothing was kept: check the disk and try again")
     except CheckpointError as error:
         raise UserError(f"the export cannot be read back ({error}); nothing was kept") from None
 
 
 def _compare(name: str, written: torch.Tensor, meant: torch.Tensor) -> None:
     if written.shape != meant.shape or not torch.equal(written, meant.detach().cpu().to(written.dtype)):
-        raise UserError(
-            f"the export holds another {name} than it should; nothing was kept: check the disk and try again"
-        )
+        raise UserError(f"the export has wrong values in {name}; nothing was kept: check the disk and try again")
 
 
 def _tied(model: Any) -> set[str]:

@@ -1,1 +1,1 @@
-"""Bytes on disk: safetensors as views, whole-or-nothing writes, free space."""
+"""Files on disk: safetensors without copies, atomic writes, locks, the cache folder and the hub."""

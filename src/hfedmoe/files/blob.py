@@ -1,7 +1,7 @@
-"""Named tensors as safetensors, written from and read as views of memory: no copy but the one that has to be.
+"""Write and read named tensors as safetensors, with as few copies as possible: tensors are views of the bytes.
 
-The bytes are those of safetensors' own `save`. It copies every tensor once to write it and once more to read it; an
-update or a checkpoint is as large as everything that is trained.
+The bytes equal those of safetensors' own `save`, which copies every tensor once more for writing and for reading. An
+update or checkpoint is as large as all trained tensors together.
 """
 
 import json
@@ -33,16 +33,16 @@ DTYPES = {
 }
 """safetensors' name -> torch's."""
 MAX_HEADER = 1 << 26
-"""Bytes, unless the caller knows better: some hundred thousand tensors."""
+"""Default maximum size of a header in bytes; enough for some hundred thousand tensors."""
 MAX_DIMENSIONS = 8
-"""Nothing that is trained has more; the product of a header's numbers stays small."""
+"""No trained tensor has more; this limit keeps the product of a header's numbers small."""
 
 
 def chunks(tensors: Mapping[str, "Tensor"]) -> list[Any]:
-    """The blob in pieces (buffers of bytes): the header, then each tensor's own memory, wherever that is possible.
+    """The blob in pieces (byte buffers): the header, then each tensor, without a copy if possible.
 
     Raises:
-        ValueError: safetensors has no name for a tensor's dtype.
+        ValueError: safetensors cannot store a tensor's dtype.
     """
     import torch
 
@@ -63,35 +63,35 @@ def chunks(tensors: Mapping[str, "Tensor"]) -> list[Any]:
 
 
 def dumps(tensors: Mapping[str, "Tensor"]) -> bytes:
-    """The whole blob; every tensor's bytes are copied once. Raises ValueError as `chunks`."""
+    """The whole blob; every tensor is copied once. Raises ValueError like `chunks`."""
     return b"".join(chunks(tensors))
 
 
 def loads(data: bytes, max_header: int = MAX_HEADER) -> dict[str, "Tensor"]:
     """The tensors of a blob as views of it: they keep `data` alive, and must not be written to.
 
-    Nothing is trusted: lengths, offsets and shapes have to agree, and every tensor has to begin where its numbers may.
+    The header is checked: lengths, offsets, shapes and alignment must be consistent.
 
     Args:
-        max_header: bytes of the header at most; parsed, JSON may take more than twenty times as much memory.
+        max_header: maximum size of the header in bytes; parsed JSON may take more than twenty times as much memory.
 
     Raises:
-        ValueError: it is not a safetensors blob.
+        ValueError: not a valid safetensors blob.
     """
     import torch
 
     size = int.from_bytes(data[:8], "little")
     start = 8 + size
     if len(data) < 8 or start > len(data):
-        raise ValueError("its header is longer than it is")
+        raise ValueError("its header is longer than the data")
     if size > max_header:
-        raise ValueError(f"its header has {size} bytes, where at most {max_header} are expected")
+        raise ValueError(f"its header has {size} bytes; at most {max_header} are allowed")
     try:
         header = json.loads(data[8:start])
     except (ValueError, RecursionError):
         raise ValueError("its header is not JSON") from None
     if not isinstance(header, dict):
-        raise ValueError("its header is not a table")
+        raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)
     places = {name: _place(name, entry) for name, entry in header.items()}
     at = 0
@@ -100,12 +100,12 @@ def loads(data: bytes, max_header: int = MAX_HEADER) -> dict[str, "Tensor"]:
             raise ValueError(f"{name} does not begin where the tensor before it ends")
         at = end
     if start + at != len(data):
-        raise ValueError("its tensors and its length differ")
+        raise ValueError("its length is not that of its header and tensors")
     if start % 8:
         raise ValueError("its header does not end at a multiple of 8 bytes")
     tensors = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's reminder that such memory must not be written to
+        warnings.simplefilter("ignore")  # torch warns that this memory is read-only
         for name, (kind, shape, begin, end) in places.items():
             dtype = getattr(torch, kind)
             if begin == end:
@@ -131,5 +131,5 @@ def _place(name: str, entry: Any) -> tuple[str, list[int], int, int]:
     if not few:
         raise ValueError(f"{name[:80]} has more than {MAX_DIMENSIONS} dimensions")
     if not whole or math.prod(shape) * getattr(torch, kind).itemsize != end - begin:
-        raise ValueError(f"{name[:80]} has another size than its shape says")
+        raise ValueError(f"{name[:80]} does not have the size of its shape")
     return kind, list(shape), begin, end

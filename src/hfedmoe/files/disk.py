@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, one process at a time, with errors a person can act on."""
+"""Atomic writes of files, by one process at a time, with errors that name the way out."""
 
 import errno
 import logging
@@ -16,20 +16,20 @@ from hfedmoe.files.locks import HeldError, claim
 
 logger = logging.getLogger(__name__)
 
-# EFBIG is a file size limit (`ulimit -f`): for the person in front of it, a full disk.
+# EFBIG: over a file size limit (`ulimit -f`), which is reported like a full disk.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-UNFINISHED = ".tmp-"  # everything with this prefix was being written or deleted: nobody reads it
+UNFINISHED = ".tmp-"  # prefix of files that are being written or deleted; they are never read
 
 
 @contextmanager
 def disk_errors(path: Path, then: str) -> Iterator[None]:
-    """Turn a failed write below `path` into a UserError that names the path, the reason and what to do `then`."""
+    """Turn a failed write at or below `path` into a UserError with the path, the reason and what to do `then`."""
     try:
         yield
     except OSError as error:
         raise _explain(path, error.errno, error.strerror or str(error), then) from None
     except Exception as error:
-        # safetensors writes in Rust, and reports a failed write as text: "... (os error 28)".
+        # safetensors is written in Rust and reports a failed write only as text: "... (os error 28)".
         code = re.search(r"\(os error (\d+)\)", str(error))
         if type(error).__name__ != "SafetensorError" or not code:
             raise
@@ -43,13 +43,13 @@ def _explain(path: Path, code: int | None, reason: str, then: str) -> UserError:
 
 
 def resume_hint(run: Path) -> str:
-    """The way on after a failed write in the folder of a run."""
+    """The command to use after a failed write in a run folder."""
     return f"`hfedmoe resume {shlex.quote(str(run))}`"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file whose content takes the place of `path` when the block ends well, and never shows otherwise."""
+    """Open a temporary file that replaces `path` if the block succeeds, and is deleted otherwise."""
     unfinished = path.with_name(UNFINISHED + path.name)
     try:
         with unfinished.open("wb") as file:
@@ -62,20 +62,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync(file: IO[bytes]) -> None:
-    """Hand what was written to the disk, not only to the system's cache."""
+    """Flush written data to the disk, not only to the system's cache."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_file(path: Path) -> None:
-    """`sync` for a file written and closed by somebody else."""
+    """`sync` for a file that is already closed."""
     with path.open("rb+") as file:
         sync(file)
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder (new files, renames) survive a power cut."""
-    if os.name == "nt":  # no folder can be opened there, nor need it be
+    """Make new files and renames in a folder survive a power failure."""
+    if os.name == "nt":  # folders cannot be opened there; it is not needed
         return
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -88,7 +88,7 @@ def sync_folder(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder so that no moment shows half of it under its own name."""
+    """Delete a folder atomically: it is renamed first, so nobody sees half of it under its own name."""
     doomed = folder.with_name(f"{UNFINISHED}old-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -96,10 +96,10 @@ def discard(folder: Path) -> None:
 
 
 def lock(run: Path, then: str) -> IO[bytes]:
-    """Claim a run for this process; the claim ends when the returned file is closed or the process dies.
+    """Lock a run for this process; the lock ends when the returned file is closed or the process dies.
 
     Raises:
-        UserError: another process works on this run, or the folder cannot be written.
+        UserError: another process is working on this run, or the folder cannot be written.
     """
     with disk_errors(run, then):
         file = (run / ".lock").open("ab")
@@ -109,15 +109,15 @@ def lock(run: Path, then: str) -> IO[bytes]:
         file.close()
         raise UserError(f"{run}: another process is working on this run; wait for it or stop it first") from None
     except OSError as error:
-        logger.warning("%s: there are no file locks here (%s); start only one process on this run", run, error)
+        logger.warning("%s: file locks do not work here (%s); start only one process on this run", run, error)
     return file
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Raise UserError if the disk of a folder has less than `size` bytes left."""
+    """Raise UserError if the disk of a folder has less than `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
-            f"{folder}: {size / 2**20:.0f} MiB are needed for checkpoints, but {free / 2**20:.0f} MiB are free; free "
+            f"{folder}: checkpoints need {size / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free; free "
             "some space, or choose another --out"
         )

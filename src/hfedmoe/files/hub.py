@@ -1,4 +1,4 @@
-"""Whether the model hub can be reached, asked once and briefly: its own client tries again for minutes."""
+"""Check once and quickly if the hub can be reached: its own client retries for minutes."""
 
 import functools
 import logging
@@ -11,9 +11,9 @@ TIMEOUT_S = 6.0
 
 @functools.cache
 def reach_hub() -> bool:
-    """Whether the hub answers; if not, the rest of this process uses only what is cached, as with HF_HUB_OFFLINE=1.
+    """Whether the hub answers; if not, this process then uses only the cache, as with HF_HUB_OFFLINE=1.
 
-    Call it before something may be downloaded. Says in one warning why the hub cannot be reached.
+    Call it before a possible download. One warning says why the hub cannot be reached.
     """
     import httpx
     from huggingface_hub import constants
@@ -24,7 +24,7 @@ def reach_hub() -> bool:
         httpx.head(constants.ENDPOINT, timeout=TIMEOUT_S)
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         logger.warning(
-            "the hub (%s) cannot be reached (%s); only what is cached here is used; check the network and HTTPS_PROXY",
+            "the hub (%s) cannot be reached (%s); only cached files are used; check the network and HTTPS_PROXY",
             constants.ENDPOINT,
             str(error) or type(error).__name__,
         )

@@ -1,19 +1,19 @@
-"""Git LFS pointers: small texts that stand in a clone for files which nobody has fetched yet."""
+"""Git LFS pointers: small text files in a clone, in place of large files that are not downloaded yet."""
 
 from pathlib import Path
 
 START = b"version https://git-lfs.github.com/spec/v1"
 LONGEST = 1024
-"""Bytes of a pointer at most, by the specification."""
+"""Maximum size of a pointer in bytes, from the specification."""
 
 
 def is_pointer(data: bytes) -> bool:
-    """Whether the beginning of a file is that of a pointer."""
+    """Whether the content of a file begins like a pointer."""
     return data.startswith(START)
 
 
 def pointer_in(path: Path) -> str | None:
-    """One line about a file, or about the first of a folder's files, that is a pointer; None if there is none."""
+    """One line about the file at `path`, or the first file in that folder, that is a pointer; None: there is none."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         if file.is_file() and file.stat().st_size <= LONGEST:

@@ -1,4 +1,4 @@
-"""Claims on open files, by whatever the system has for it. They end when the file is closed or the process dies."""
+"""Locks on open files, on Unix and Windows. They end when the file is closed or the process dies."""
 
 import errno
 from typing import Any
@@ -18,14 +18,14 @@ HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 
 
 class HeldError(Exception):
-    """Another process has the claim."""
+    """Another process holds the lock."""
 
 
 def claim(file: int) -> None:
-    """Claim an open file (its descriptor) for this process.
+    """Lock an open file, given by its descriptor, for this process.
 
     Raises:
-        HeldError: another process has it.
+        HeldError: another process holds the lock.
         OSError: the system or the file system has no locks.
     """
     try:

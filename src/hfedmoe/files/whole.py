@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all."""
+"""Write a whole folder atomically."""
 
 import os
 import re
@@ -20,7 +20,7 @@ ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasat
 
 
 def check_free(out: Path) -> None:
-    """Raise UserError unless `out` does not exist or is an empty folder; what killed writers left does not count."""
+    """Raise UserError unless `out` does not exist or is an empty folder; leftovers of killed writers are ignored."""
     with disk_errors(out, OTHER):
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: is a file; {OTHER}")
@@ -30,18 +30,18 @@ def check_free(out: Path) -> None:
 
 
 def writing(out: Path) -> AbstractContextManager[None]:
-    """Turn a failed write below `out` into a UserError that names it and the way out."""
+    """Turn a failed write below `out` into a UserError that names `out` and the way out."""
     return disk_errors(out, f"try again, or {OTHER}")
 
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `out` when the block ends well, and is deleted otherwise.
+    """Yield a scratch folder that becomes `out` if the block succeeds, and is deleted otherwise.
 
-    It is next to `out`, or inside where `out` is there already: that may be a mount point, or where somebody stands, so
-    it stays and gets the entries. A killed process leaves its scratch folder to the next that writes to `out`.
+    It is next to `out`. If `out` exists, it is inside, and its entries are moved to `out`, which may be a mount point
+    or a current directory. The next writer to `out` deletes the scratch folder of a killed process.
 
-    What the block writes into it belongs under `writing(out)`; what it reads does not.
+    Use `writing(out)` for the block's writes into the folder, but not for its reads.
 
     Raises:
         UserError: `out` is a file or not empty, or cannot be written.
@@ -58,7 +58,7 @@ def written_whole(out: Path) -> Iterator[Path]:
         held = _opened(scratch)
         try:
             if held is not None:
-                with suppress(OSError):  # a file system without locks: nobody will delete it
+                with suppress(OSError):  # a file system without locks: no other process will delete it
                     claim(held)
             yield scratch
             with writing(out):
@@ -86,11 +86,11 @@ def _is_scratch(path: Path, place: Path) -> bool:
 
 
 def _remove_abandoned(parent: Path, place: Path) -> None:
-    """Delete scratch folders for `place` whose process is gone, and with it the lock."""
+    """Delete the scratch folders for `place` that no process has locked."""
     for path in list(parent.iterdir()):
         if not _is_scratch(path, place):
             continue
-        with suppress(OSError, HeldError):  # somebody is quicker
+        with suppress(OSError, HeldError):  # another process was faster, or holds the lock
             held = _opened(path)
             if held is None:
                 continue
@@ -102,12 +102,12 @@ def _remove_abandoned(parent: Path, place: Path) -> None:
 
 
 def _opened(folder: Path) -> int | None:
-    """A descriptor of a folder, to be claimed; None on Windows, where folders cannot be opened."""
+    """The descriptor of a folder, for `claim`; None on Windows, where folders cannot be opened."""
     return None if os.name == "nt" else os.open(folder, os.O_RDONLY)
 
 
 def _open_to_others(scratch: Path) -> None:
-    """The permissions that the user's umask gives: temporary folders are private, and so is what safetensors writes."""
+    """Set the permissions of the user's umask: temporary folders and safetensors files are private at first."""
     umask = os.umask(0o077)
     os.umask(umask)
     for path in [scratch, *scratch.rglob("*")]:
@@ -116,12 +116,12 @@ def _open_to_others(scratch: Path) -> None:
 
 @contextmanager
 def _asked_to_end() -> Iterator[None]:
-    """Let a request to end the process be an interruption, so that what is unfinished is cleared away."""
+    """Turn signals that end the process into KeyboardInterrupt, so that unfinished files are deleted."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()  # others get no signals
+    main = threading.current_thread() is threading.main_thread()  # other threads get no signals
     unanswered = [number for number in ENDINGS if main and signal.getsignal(number) is signal.SIG_DFL]
     for number in unanswered:
         signal.signal(number, interrupt)

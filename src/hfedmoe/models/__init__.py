@@ -1,1 +1,1 @@
-"""From a name to a model: whole, carved (experts left on disk), or its structure only."""
+"""Load a model by name: whole, carved (experts left on disk), or only its structure."""

@@ -1,4 +1,4 @@
-"""Open a model with its experts left on disk, so that a device holds no more of them than it has room for."""
+"""Open a model with its experts left on disk, so that a device loads only as many as fit into its memory."""
 
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def checkpoint_folder(config: ModelConfig) -> Path | None:
-    """The folder with the model's safetensors checkpoint, downloaded if it is on the hub; None if it has none.
+    """The folder with the model's safetensors checkpoint, downloaded if it is on the hub; None: it has none.
 
-    Upcycled models have none (`hfedmoe upcycle` writes one), nor have GGUF files, the packaged models, and checkpoints
-    that are quantised already.
+    None for upcycled models (`hfedmoe upcycle` writes a checkpoint), GGUF files, packaged models and quantised
+    checkpoints.
 
     Raises:
         UserError: the model cannot be found or reached.
@@ -39,7 +39,7 @@ def checkpoint_folder(config: ModelConfig) -> Path | None:
     try:
         described = AutoConfig.from_pretrained(source, **options)
         if getattr(described, "quantization_config", None) is not None:
-            return None  # as `quantisation_of`, of what was read already
+            return None  # the same check as in `quantisation_of`, without reading the config again
         folder = Path(source)
         if not folder.is_dir():
             wanted = [*_FILES, "*.py"] if config.trust_remote_code else _FILES
@@ -55,7 +55,7 @@ def checkpoint_folder(config: ModelConfig) -> Path | None:
 
 
 def quantisation_of(config: ModelConfig) -> str | None:
-    """How a model's checkpoint is quantised already, by its config; None: it is not, or is packaged or GGUF.
+    """The method by which a model's checkpoint is quantised, from its config; None: not quantised, packaged or GGUF.
 
     Raises:
         UserError: the model cannot be found or reached.
@@ -75,16 +75,16 @@ def quantisation_of(config: ModelConfig) -> str | None:
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return str(getattr(method, "value", method) or "by a method without a name")
+    return str(getattr(method, "value", method) or "by an unnamed method")
 
 
 def open_model(config: ModelConfig, folder: Path) -> Loaded:
-    """A model without its experts, from a checkpoint folder; `Loaded.store` reads these when they are wanted.
+    """Load a model without its experts from a checkpoint folder; `Loaded.store` reads experts on demand.
 
-    At any time the finished part and one tensor more are in memory.
+    Memory holds the loaded part and at most one more tensor.
 
     Raises:
-        UserError: the checkpoint is damaged or not of a kind that can be carved.
+        UserError: the checkpoint is damaged or cannot be carved.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -104,10 +104,10 @@ def open_model(config: ModelConfig, folder: Path) -> Loaded:
 
 
 def store_experts(model: Any, config: ModelConfig) -> ExpertStore:
-    """Move the experts of a model in memory into a store, held as `model.expert_dtype` says.
+    """Move the experts of a loaded model into a store, with the precision `model.expert_dtype`.
 
     Raises:
-        UserError: the model has no MoE layers that can be read.
+        UserError: the model has no supported MoE layers.
     """
     try:
         states = [ExpertState(layer) for layer in find_moe_layers(model)]
@@ -132,7 +132,7 @@ def store_experts(model: Any, config: ModelConfig) -> ExpertStore:
 
 
 class _ModelExperts:
-    """The experts of a model in memory, until they are released: an `ExpertSource`."""
+    """The experts of a loaded model until `release`: an `ExpertSource`."""
 
     def __init__(self, states: list[ExpertState]) -> None:
         self._tensors = [state.tensors() for state in states]
@@ -145,5 +145,5 @@ class _ModelExperts:
         return {name: stack[expert] for name, stack in self._tensors[layer].items()}
 
     def release(self) -> None:
-        """Forget the tensors; there is nothing to read any more."""
+        """Drop the tensors; after this, nothing can be read."""
         self._tensors = []

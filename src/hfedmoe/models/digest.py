@@ -1,8 +1,8 @@
-"""A digest of a base model: clients and server must train on the same frozen weights, which never travel.
+"""A digest of a base model: clients and server must use the same frozen weights, which are never sent.
 
-Cheap: of every stored tensor its name, form and some bytes from its beginning, middle and end are read, not all of it.
-Weights that were trained or converted differ everywhere, so that shows. It is no defence against somebody who forges
-weights on purpose.
+It is cheap: it reads name, dtype, shape and some bytes of every stored tensor (at the beginning, middle and end).
+Weights that were trained or converted differ everywhere, so this is enough. It does not protect against weights that
+are forged on purpose.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from hfedmoe.models.packaged import gguf_file
 from hfedmoe.moe.weights.shards import CheckpointError, Shards
 
 SAMPLE = 64
-"""Bytes read at each of three places of a tensor."""
+"""Bytes read at each of the three places of a tensor."""
 
 
 def base_digest(config: RunConfig) -> str:
-    """Names the frozen weights of a run, and the random numbers that fresh ones are drawn from: 32 hexadecimal digits.
+    """A digest of a run's frozen weights and of the random numbers for new ones: 32 hexadecimal digits.
 
-    It is the same for a server that holds the whole model and a device that reads some experts of a checkpoint, in
-    whatever precision they hold it.
+    It is the same for a server that holds the whole model and for a device that reads some experts of a checkpoint,
+    in any precision.
 
     Raises:
         UserError: the model cannot be found or read.
@@ -46,14 +46,14 @@ def base_digest(config: RunConfig) -> str:
 
 
 def _draws(seed: int) -> str:
-    """Some random numbers of a seed: another version of torch may draw others, and with them another fixed A."""
+    """Some random numbers of a seed: another torch version may draw others, and so another frozen LoRA A."""
     import torch
 
     return str(torch.randint(1 << 30, (8,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
 def weights_digest(config: RunConfig) -> str:
-    """Names the stored weights of a run's base model alone. Raises UserError as `base_digest`."""
+    """A digest of the stored weights of a run's base model. Raises UserError like `base_digest`."""
     name = config.model.name
     if name == "tiny":
         return name
@@ -70,7 +70,7 @@ def weights_digest(config: RunConfig) -> str:
 
 
 def _other_files(config: RunConfig) -> list[Path]:
-    """The weights of a model without safetensors: GGUF, or what is in its folder."""
+    """The weight files of a model without safetensors: GGUF or `*.bin`."""
     if config.model.name in PACKAGED_MODELS:
         packaged = gguf_file()
         return [] if packaged is None else [packaged]
@@ -110,7 +110,7 @@ def _samples(file: Path, start: int, end: int) -> Iterator[bytes]:
 
 
 def _remembered(files: list[Path], compute: Callable[[], str]) -> str:
-    """A digest that was computed before for files of the same names, sizes and times."""
+    """The cached digest for files with these paths, sizes and times; computed and cached if there is none."""
     known = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     place = cache_folder() / "digests" / key
@@ -122,6 +122,6 @@ def _remembered(files: list[Path], compute: Callable[[], str]) -> str:
         place.parent.mkdir(parents=True, exist_ok=True)
         with replacing(place) as stream:
             stream.write(digest.encode())
-    except OSError:  # it is computed again next time
+    except OSError:  # not cached: computed again next time
         return digest
     return digest

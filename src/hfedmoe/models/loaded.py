@@ -1,4 +1,4 @@
-"""A model in memory with its tokenizer, and the device it is on."""
+"""A loaded model with its tokenizer, and the choice of its device."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from hfedmoe.models.names import first_line
 
 @dataclass
 class Loaded:
-    """A transformers model and its tokenizer; `store` holds its experts if the model does not (see `moe.store`)."""
+    """A transformers model and its tokenizer; `store` (`moe.experts.store`) holds its experts if the model does not."""
 
     model: Any
     tokenizer: Any
@@ -22,13 +22,13 @@ class Loaded:
 
     @property
     def decoder_start_token_id(self) -> int | None:
-        """What an encoder-decoder's answers begin with."""
+        """The first token of an encoder-decoder model's decoder input."""
         start: int | None = getattr(self.model.config, "decoder_start_token_id", None)
         return start
 
 
 def device_of(name: str) -> Any:
-    """The torch device that `model.device` names; `auto` takes CUDA, then MPS, then the CPU. Raises UserError."""
+    """The torch device for `model.device`; "auto": CUDA, else MPS, else CPU. Raises UserError if not available."""
     import torch
 
     if name == "auto":
@@ -46,7 +46,7 @@ def device_of(name: str) -> Any:
 
 
 def with_padding(tokenizer: Any) -> Any:
-    """The tokenizer, which pads with its end of text if it has nothing else to pad with."""
+    """The tokenizer; if it has no padding token, its end-of-sequence token becomes that."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

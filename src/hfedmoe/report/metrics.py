@@ -1,4 +1,4 @@
-"""The figures of one evaluation in one line."""
+"""The figures of one evaluation, as one line or as JSON."""
 
 import json
 import math
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def as_text(metrics: "Metrics") -> str:
     """For example "accuracy 81.2 %, macro-F1 0.774, loss 0.61, perplexity 1.84 on 400 rows".
 
-    Where whole choices were compared there are two accuracies, with the names that lm-evaluation-harness gives them:
+    If whole choices were compared, there are two accuracies, named as in lm-evaluation-harness:
     "acc 61.9 %, acc_norm 61.3 %, ...".
     """
     parts = []
@@ -27,7 +27,7 @@ def as_text(metrics: "Metrics") -> str:
 
 
 def to_json(metrics: "Metrics") -> str:
-    """All figures as a JSON object; what is not finite is null, which JSON can say."""
+    """All figures as a JSON object; NaN and infinity become null."""
     figures = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in vars(metrics).items()

@@ -1,4 +1,4 @@
-"""What would take part in a federation, and with what: the planner's answers for a list of devices."""
+"""Plan a federation: which devices could take part, with how many experts, and what each needs."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -20,55 +20,55 @@ from hfedmoe.models.names import PACKAGED_MODELS
 
 @dataclass(frozen=True)
 class Entry:
-    """A budget to be planned for."""
+    """A budget to plan for."""
 
     budget: Budget
     clients: int | None = None
-    """Clients of the configuration that have it; None for a device that was asked about."""
+    """Number of clients with this budget in the configuration; None: a device given by the user."""
     deadlines_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """A round of local training against a deadline."""
+    """A deadline for a round of local training."""
 
     deadline_s: float
     steps: int | None
-    """Steps that fit at full size, at least the one that is always done; None where the speed is unknown."""
+    """Steps at full size that fit, at least 1, because one step is always done; None: the speed is unknown."""
 
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What a device would do."""
+    """The plan for one device."""
 
     budget: Budget
     clients: int | None
     memory_bytes: int | None
-    """None for a number or share of experts."""
+    """None: the budget is a number or share of experts."""
     limit: str | None
-    """What sets the memory, where it was measured."""
+    """What limits the memory, if it was measured."""
     device_type: str
     fits: bool | None
-    """None: the budget is a number of experts, which says nothing about memory."""
+    """Whether the device can take part; None: its budget is a number of experts, so its memory is unknown."""
     asked: int | None
-    """Experts over all layers, where the budget says so."""
+    """Experts over all layers, if the budget is a number or share of experts."""
     forecast: Forecast
-    """With the experts it would hold; with the fewest that can train where it cannot take part."""
+    """For the experts that it would hold, or for the fewest that can train if it cannot take part."""
     otherwise: Forecast
-    """The same with gradient checkpointing, or without it if the configuration has it."""
+    """The same with the other choice of gradient checkpointing."""
     rehearsed_on: str
-    """Device type on which the step was rehearsed; not the device's own where torch lacks that here."""
+    """Device type on which the step was rehearsed: the device's own type, or another if torch lacks that here."""
     flops_per_second: float | None
     seconds_per_step: float | None
     seconds_per_round: float | None
-    """Of the configured steps; without messages and the first pass over the data."""
+    """Time for the configured steps, without messages and the first pass over the data."""
     deadlines: list[Deadline]
     change: Change | None
-    """The least change of settings with which it could take part."""
+    """The smallest change of settings with which it could take part."""
 
     @property
     def needed_bytes(self) -> int:
-        """What the forecast needs at any time, safety margin included."""
+        """The highest memory use in the forecast, with the safety margin."""
         return round(self.forecast.highest * MARGIN)
 
     @property
@@ -81,7 +81,7 @@ class DevicePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer for a model and some devices."""
+    """The plan for a model and some devices."""
 
     config: RunConfig
     workload: Workload
@@ -91,21 +91,21 @@ class Plan:
     """The fewest experts over all layers that can train."""
     devices: list[DevicePlan]
     quantised: str | None = None
-    """How the checkpoint is quantised already; None: it is not."""
+    """The method by which the checkpoint is quantised; None: it is not."""
 
     @property
     def carved(self) -> bool:
-        """Whether devices can read single experts: from a safetensors checkpoint, as far as the name tells."""
+        """Whether devices can read single experts from a safetensors checkpoint, judged by the model's name."""
         model = self.config.model
         plain = model.upcycle is None and model.name not in PACKAGED_MODELS and not model.name.endswith(".gguf")
         return plain and self.quantised is None
 
 
 def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:
-    """Plan for some devices, each written as a budget; none: for the budgets of the configuration's clients.
+    """Plan for some devices, each given as a budget; None: for the budgets of the configuration's clients.
 
     Raises:
-        UserError: the model cannot be planned for, or a device is no budget.
+        UserError: the model cannot be planned for, or a device is not a valid budget.
     """
     entries = _asked(config, devices) if devices else _configured(config)
     planner = Planner(config)
@@ -121,7 +121,7 @@ def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:
 
 
 def to_json(plan: Plan) -> str:
-    """Everything, for programs."""
+    """The plan as JSON."""
     tree = {
         "model": plan.config.model.name,
         "num_experts": plan.num_experts,
@@ -153,7 +153,7 @@ def _asked(config: RunConfig, devices: list[str]) -> list[Entry]:
 
 
 def _budget(text: str) -> Budget:
-    """A budget from the command line, where a number has no type."""
+    """Parse a budget from the command line; digits become an int."""
     digits = text.strip()
     budget: Budget = int(digits) if digits.removeprefix("-").isdecimal() else text
     try:
@@ -164,7 +164,7 @@ def _budget(text: str) -> Budget:
 
 
 def _configured(config: RunConfig) -> list[Entry]:
-    """The distinct budgets of the clients, in order, with the deadlines of those who have them."""
+    """The distinct budgets of the clients, in order, with the deadlines of their clients."""
     clients = config.clients
     found: dict[Budget, list[int]] = {}
     for number in range(clients.count):
@@ -179,7 +179,7 @@ def _configured(config: RunConfig) -> list[Entry]:
 
 @dataclass(frozen=True)
 class _Offer:
-    """What a budget means."""
+    """What a budget offers: workload, memory and speed."""
 
     workload: Workload
     memory_bytes: int | None = None

@@ -1,4 +1,4 @@
-"""A plan as a page for people."""
+"""Print a plan as a page of text."""
 
 import math
 import textwrap
@@ -25,11 +25,11 @@ NAMES = {
     "logits": "logits",
     "buffers": "messages",
 }
-"""Of the kinds of `forecast.KINDS`."""
+"""Kind of memory (`forecast.KINDS`) -> its name in the report."""
 
 
 def as_text(plan: Plan) -> str:
-    """Who takes part and with what, bytes by kind, and what stands in the way."""
+    """An overview of the devices, bytes by kind, and notes on problems."""
     lines = [
         f"{plan.config.model.name}: {len(plan.num_experts)} MoE layers, {sum(plan.num_experts)} experts, "
         f"top-{max(plan.top_k)}",
@@ -112,7 +112,7 @@ def _deadlines(plan: Plan) -> list[str]:
 
 
 def _kinds(plan: Plan) -> list[list[str]]:
-    """Bytes by kind: a kind per row, a device per column, in tables that fit a page."""
+    """Bytes by kind: a row per kind and a column per device, in tables that fit the page width."""
 
     def row(title: str, sizes: list[int]) -> list[str]:
         return [title, *(human_bytes(size) for size in sizes)]
@@ -135,7 +135,7 @@ def _kinds(plan: Plan) -> list[list[str]]:
 
 def _notes(plan: Plan) -> Iterator[str]:
     yield from _wrapped(
-        "Peak is the highest at any time: loading, first pass or training. A device fits if it has that and "
+        "Peak is the highest memory use at any time: loading, first pass or training. A device fits if it has that and "
         f"{_percent(MARGIN)} more. Step and round are training at the device's sustained speed. Down and up are a "
         "client's messages of a round."
     )
@@ -147,13 +147,11 @@ def _notes(plan: Plan) -> Iterator[str]:
                 "large matrix product here, so a step takes at least as long as shown."
             )
     if unknown := [device.name for device in plan.devices if device.deadlines and device.flops_per_second is None]:
-        yield from _wrapped(
-            f"Deadlines: the speed of {', '.join(unknown)} is not known; named devices and auto have one."
-        )
+        yield from _wrapped(f"Deadlines: the speed of {', '.join(unknown)} is not known; use a named device or auto.")
     elsewhere = {device.device_type for device in plan.devices if device.rehearsed_on != device.device_type}
     if elsewhere:
         yield from _wrapped(
-            f"Activations of {' and '.join(sorted(elsewhere))} devices are those of a CPU: torch cannot tell here."
+            f"Activations of {' and '.join(sorted(elsewhere))} devices are those of a CPU: torch here lacks this type."
         )
     for device in plan.devices:
         if device.fits is False:
@@ -161,8 +159,8 @@ def _notes(plan: Plan) -> Iterator[str]:
     if not plan.carved:
         way_out = " (`hfedmoe upcycle` writes one)" if plan.config.model.upcycle is not None else ""
         yield from _wrapped(
-            "A device can leave experts on disk only where the model is a safetensors checkpoint, and this one is not"
-            f"{way_out}: until then a device of its own holds all experts. Simulated clients share one model anyway."
+            "A device can leave experts on disk only if the model is a safetensors checkpoint, and this one is not"
+            f"{way_out}. So a deployed device holds all experts; simulated clients share one model."
         )
     if plan.config.method.residency == "all":
         yield from _wrapped('method.residency = "all": a run with these settings ignores budgets.')
@@ -177,14 +175,14 @@ def _refusal(plan: Plan, device: DevicePlan) -> Iterator[str]:
         return
     text = f"{device.name}: {least} experts, as shown, and {_gib(device.needed_bytes)} with the margin."
     if device.change is None:
-        yield from _wrapped(f"{text} Nothing short of a smaller model fits.")
+        yield from _wrapped(f"{text} No change of settings fits; use a smaller model.")
         return
     yield from _wrapped(f"{text} The smallest change that fits needs {_gib(device.change.needed_bytes)}:")
     yield "  " + " ".join(f"--set {key}={_value(value)}" for key, value in device.change.settings.items())
 
 
 def _value(value: object) -> str:
-    """As `--set` reads it."""
+    """A value in the form that `--set` reads."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

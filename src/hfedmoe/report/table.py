@@ -1,12 +1,12 @@
-"""Columns of plain text."""
+"""Tables of plain text."""
 
 WIDTH = 120
-"""Characters of a line, at most, in reports for people."""
+"""Maximum characters per line in reports."""
 GAP = "  "
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Columns as wide as they must be; the first is flush left, numbers are flush right."""
+    """Lines of a table with minimal column widths; the first column is left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     return [
         GAP.join(
@@ -18,7 +18,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def tables(head: list[str], rows: list[list[str]], width: int = WIDTH) -> list[list[str]]:
-    """As `table`, in as many tables as lines of `width` need; each has the first column and at least one more."""
+    """Like `table`, split into tables that fit `width`; each has the first column and at least one more."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     groups: list[list[int]] = []
     room = 0

@@ -1,18 +1,18 @@
-"""The run folder: everything a run leaves behind, and everything that is needed to go on after it was killed.
+"""The run folder: all results of a run, and everything that is needed to resume it.
 
 ```
 RUN/config.toml              the resolved config, with versions and seed: enough to run it again
 RUN/metrics.jsonl            one line per round
 RUN/experts.npy              usage, importance, resident, trained per round, client, layer, expert
 RUN/checkpoints/round-0003/  model.safetensors, clients.safetensors, state.json; written whole or not at all
-RUN/best.json                which checkpoint is the best, and by what
+RUN/best.json                the best checkpoint, with metric and score
 ```
 
     with RunFolder.create(None, config) as run:
-        with run.expert_rows(3, num_experts) as add:  # a row per client, as it comes
+        with run.expert_rows(3, num_experts) as add:  # one row per client
             add(0, usage, importance, resident, trained)
         run.append_round({"round": 3, "loss": 1.2})
-        run.save_checkpoint(3, tensors, {"rng": ...}, score=0.83)  # last: the checkpoint vouches for its round
+        run.save_checkpoint(3, tensors, {"rng": ...}, score=0.83)  # last: it completes the round
 
 `RunFolder` is in `runs.folder`. torch and safetensors are imported where they are used. Nothing is pickled.
 """

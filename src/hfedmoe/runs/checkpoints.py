@@ -1,17 +1,17 @@
-"""Checkpoints that are whole or absent.
+"""Atomic checkpoints.
 
 ```
 checkpoints/round-0003/model.safetensors
                        clients.safetensors   only if the clients keep tensors: those that changed in this round
-                       clients-0002.safetensors   what has not changed since round 2, a hard link into its checkpoint
+                       clients-0002.safetensors   what has not changed since round 2: a hard link to that file
                        state.json            {"round", "score", "metric", "files": {name: {"bytes", "sha256"}}, "state"}
 ```
-A round writes what its clients changed, whatever the number of clients; every checkpoint still has all of them, and
-any other can be deleted. Once half of what is linked is out of date, everything is written anew. A file and its links
-are one file on the disk, though: if it is damaged, so is every checkpoint that has it.
+A round writes only the clients' tensors that changed. Every checkpoint still has the tensors of all clients, and other
+checkpoints can be deleted. When more than half of the entries are out of date, all are written again. A file and its
+hard links are one file on the disk: if it is damaged, so is every checkpoint that has it.
 
-A checkpoint is written under another name and renamed when it is on the disk, so a process killed at any moment
-leaves the earlier ones as they were. The sizes and sums tell a whole checkpoint from one damaged later.
+A checkpoint is written under another name and renamed when it is on the disk, so a killed process does not damage
+earlier ones. Sizes and checksums show later damage.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ MODEL, CLIENTS, STATE = "model.safetensors", "clients.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one round left: tensors on the CPU (private to the caller), and the caller's own `state`."""
+    """A loaded checkpoint: tensors on the CPU (not shared), and the `state` that the caller saved."""
 
     round: int
     tensors: dict[str, "Tensor"]
@@ -53,7 +53,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """state.json of a checkpoint that is there in full size; its sums are not checked yet."""
+    """state.json of a checkpoint whose files have the right sizes; the checksums are not checked yet."""
 
     round: int
     score: float | None
@@ -64,7 +64,7 @@ class Manifest:
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was written; the message says what is wrong."""
+    """A damaged checkpoint; the message says what is wrong."""
 
 
 def saved_rounds(root: Path) -> list[int]:
@@ -75,7 +75,7 @@ def saved_rounds(root: Path) -> list[int]:
 
 
 def folder_of(root: Path, round: int) -> Path:
-    """Where the checkpoint of a round lives."""
+    """The folder of a round's checkpoint."""
     return root / f"round-{round:04d}"
 
 
@@ -91,9 +91,9 @@ def write(
 ) -> Path:
     """Write one checkpoint, whole or not at all. A checkpoint of the same round is replaced.
 
-    With `since`, the clients that `clients` does not name are as in the checkpoint of that round.
-    `state` must be JSON (tuples come back as lists; NaN and infinity come back as they were).
-    Raises OSError on a failed write, UserError if the clients of `since` are damaged, and leaves nothing behind then.
+    With `since`, tensors that are not in `clients` are taken from the checkpoint of that round.
+    `state` must be JSON (tuples are read back as lists; NaN and infinity are kept).
+    Raises OSError on a failed write, UserError if the client files of `since` are damaged; then nothing is written.
     """
     root.mkdir(exist_ok=True)
     earlier = [] if since is None or clients is None else _earlier(root, since, set(clients))
@@ -106,7 +106,7 @@ def write(
         files = {MODEL: _write_tensors(unfinished / MODEL, tensors)}
         if clients is not None and 2 * len(_names(earlier) | set(clients)) < _entries(earlier) + len(clients):
             with _going_on(earlier[0].path.parent):
-                for part in earlier:  # the new file gets a sum of its own, which must not vouch for damage
+                for part in earlier:  # before damaged data gets a new, valid checksum
                     _check_sum(part.path, part.entry)
                 clients, earlier = _merged(earlier) | clients, []
         if clients is not None:
@@ -130,7 +130,7 @@ def write(
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one; one without its full size does not count."""
+    """Delete all but the newest `keep` checkpoints and the best one; those with wrong sizes are deleted too."""
     found = in_full_size(root)
     best = best_of(found)
     kept = {manifest.round for manifest in [*found[-keep:], *([best] if best else [])]}
@@ -140,35 +140,35 @@ def prune(root: Path, keep: int) -> None:
 
 
 def drop_after(root: Path, last: int) -> None:
-    """Delete the checkpoints later than a round."""
+    """Delete the checkpoints after a round."""
     for round in saved_rounds(root):
         if round > last:
             discard(folder_of(root, round))
 
 
 def in_full_size(root: Path, warn: bool = False) -> list[Manifest]:
-    """The checkpoints that look undamaged without reading their tensors, in order; `warn`: of those that do not."""
+    """The checkpoints whose files have the right sizes, in order; `warn`: log a warning about each other one."""
     found = []
     for round in saved_rounds(root):
         try:
             found.append(read_manifest(folder_of(root, round)))
         except Damaged as damage:
             if warn:
-                logger.warning("%s is damaged (%s) and passed over", folder_of(root, round), damage)
+                logger.warning("%s is damaged (%s); skipped", folder_of(root, round), damage)
     return found
 
 
 def best_of(found: list[Manifest]) -> Manifest | None:
-    """The checkpoint with the highest score; of equals the newest."""
+    """The checkpoint with the highest score, the newest of equal ones; None: no checkpoint has a score."""
     scored = [(manifest.score, manifest.round, manifest) for manifest in found if manifest.score is not None]
     return max(scored, key=lambda entry: entry[:2])[2] if scored else None
 
 
 def read(root: Path, which: Which) -> Checkpoint:
-    """Load a checkpoint; "last" and "best" pass over damaged ones with a warning.
+    """Load a checkpoint; "last" and "best" skip damaged ones with a warning.
 
     Raises:
-        UserError: there is no such checkpoint, or none that is undamaged.
+        UserError: there is no such checkpoint, or all are damaged.
     """
     rounds = saved_rounds(root)
     if not rounds:
@@ -200,7 +200,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{STATE}: {error}") from None
     if MODEL not in sizes or folder_of(folder.parent, manifest.round) != folder:
-        raise Damaged(f"{STATE} is not that of this round")
+        raise Damaged(f"{STATE} is of another round")
     for name, size in sizes.items():
         actual = (folder / name).stat().st_size if (folder / name).is_file() else None
         if actual is None:
@@ -232,7 +232,7 @@ def _load(manifest: Manifest) -> Checkpoint:
 
 @dataclass(frozen=True)
 class _ClientPart:
-    """A file with clients' tensors: where it is, its name in a later checkpoint, its entry in the manifest."""
+    """A file with clients' tensors: its path, its name in later checkpoints, its entry in the manifest."""
 
     path: Path
     name: str
@@ -241,7 +241,7 @@ class _ClientPart:
 
 
 def _client_parts(manifest: Manifest) -> list[_ClientPart]:
-    """The files with clients' tensors, the newest first: what an older one says of the same client is out of date."""
+    """The files with clients' tensors, newest first; a tensor in a newer file replaces the same in an older one."""
     older = sorted(
         (name for name in manifest.files if re.fullmatch(r"clients-\d{4,}\.safetensors", name)), key=_written
     )
@@ -257,7 +257,7 @@ def _written(name: str) -> int:
 
 
 def _earlier(root: Path, since: int, newer: set[str]) -> list[_ClientPart]:
-    """The files of an earlier checkpoint that hold clients which are not among the `newer`, the newest file first."""
+    """The files of checkpoint `since` that are still needed for tensors not in `newer`, newest file first."""
     from safetensors import SafetensorError, safe_open
 
     seen, needed = set(newer), []
@@ -277,13 +277,13 @@ def _earlier(root: Path, since: int, newer: set[str]) -> list[_ClientPart]:
 
 @contextmanager
 def _going_on(path: Path) -> Iterator[None]:
-    """Say what to do about damage to the checkpoint that a running federation wrote last."""
+    """Turn damage to the last checkpoint of a running federation into a UserError with the way out."""
     try:
         yield
     except Damaged as damage:
         raise UserError(
-            f"{path}: damaged while the run went on ({damage}); {resume_hint(path.parent.parent)} goes on from an "
-            "earlier checkpoint if one is whole; otherwise start the run again"
+            f"{path}: damaged during the run ({damage}); {resume_hint(path.parent.parent)} continues from an "
+            "undamaged earlier checkpoint; if there is none, start the run again"
         ) from None
 
 
@@ -296,7 +296,7 @@ def _entries(parts: list[_ClientPart]) -> int:
 
 
 def _merged(parts: list[_ClientPart]) -> dict[str, "Tensor"]:
-    """The tensors of several files, the newest first, which takes precedence. Raises Damaged."""
+    """The tensors of several files, newest first; a newer file takes precedence. Raises Damaged."""
     return {name: tensor for part in reversed(parts) for name, tensor in _read_tensors(part.path).items()}
 
 
@@ -322,7 +322,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> dict[str, Any]:
-    """Write a safetensors file, summing up while writing: what is as large as the model is read once."""
+    """Write a safetensors file and compute its checksum in the same pass; returns the entry for the manifest."""
     from hfedmoe.files.blob import chunks
 
     total, checksum = 0, hashlib.sha256()
@@ -336,7 +336,7 @@ def _write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> dict[str, Any]:
 
 
 def _check_sum(path: Path, entry: dict[str, Any]) -> None:
-    """Raise Damaged if a file is not what its entry in the manifest says."""
+    """Raise Damaged if a file does not have the checksum of its manifest entry."""
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Take one checkpoint of a run by name, and say in one line if it does not fit the model."""
+"""Load a checkpoint of a run by name, and report in one line if it does not fit the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +10,18 @@ from hfedmoe.runs.folder import RunFolder
 
 @contextmanager
 def fitting(checkpoint: Checkpoint) -> Iterator[None]:
-    """Raises UserError where the block finds that the checkpoint does not fit the model."""
+    """Turn a ValueError in the block into a UserError: the checkpoint does not fit the model."""
     try:
         yield
     except ValueError as error:
         raise UserError(
-            f"{checkpoint.path}: does not fit the model ({error}); a run's config.toml must stay as it was begun with"
+            f"{checkpoint.path}: does not fit the model ({error}); undo any changes to the run's config.toml"
         ) from None
 
 
 def checkpoint_of(folder: RunFolder, which: str) -> Checkpoint:
     """The checkpoint that "last", "best" or the number of a round names. Raises UserError if there is none."""
-    numbered = which.isascii() and which.isdecimal()  # int() does not take every digit there is
+    numbered = which.isascii() and which.isdecimal()  # int() does not accept every Unicode digit
     if which not in ("last", "best") and not numbered:
         raise UserError(f'checkpoint "{which}": expected last, best or the number of a round')
     return folder.load_checkpoint(int(which) if numbered else which)  # type: ignore[arg-type]

@@ -1,14 +1,14 @@
-"""experts.npy: what the experts did, one row per round and client that took part, for plots and reports.
+"""experts.npy: usage, importance and state of the experts, one row per round and participating client.
 
 | field | type | content |
 |---|---|---|
 | round, client | int64 | rounds in order |
 | usage, importance | float32 [L, E] | E = max over layers; NaN where a layer has fewer experts |
-| resident, trained | bool [L, E] | False there |
+| resident, trained | bool [L, E] | False where a layer has fewer experts |
 
-It is an ordinary structured numpy array (`numpy.load(path, mmap_mode="r")["usage"]` is [rows, L, E]), to which rows are
-added as they come. So a round costs what its clients are, whatever the number of rounds and of registered clients, and
-no client's vectors wait in memory for the end of the round. Rows count from the moment in which the header says so.
+It is a structured numpy array (`numpy.load(path, mmap_mode="r")["usage"]` is [rows, L, E]) to which rows are appended.
+So the cost of a round depends only on its participating clients, and no client's vectors stay in memory until the end
+of the round. Rows are valid only when the header counts them.
 """
 
 import io
@@ -26,14 +26,14 @@ FIELDS = {"usage": np.float32, "importance": np.float32, "resident": np.bool_, "
 
 
 class RoundRows:
-    """The rows of one round: `add` every client, then `commit`; what was not committed is not read by anybody.
+    """Writes the rows of one round: `add` every client, then `commit`; rows before the commit are never read.
 
     Args:
         path: of experts.npy.
         num_experts: E_l of every layer.
 
     Raises:
-        UserError: the file is damaged, as `rows`.
+        UserError: the file is damaged.
     """
 
     def __init__(self, path: Path, round: int, num_experts: Sequence[int]) -> None:
@@ -68,9 +68,9 @@ class RoundRows:
         self._rows += 1
 
     def commit(self) -> None:
-        """Make the rows count."""
+        """Make the rows valid."""
         try:
-            sync(self._file)  # the rows are on the disk before the header speaks of them
+            sync(self._file)  # the rows must be on the disk before the header counts them
             self._file.seek(0)
             self._file.write(_header(self._dtype, self._rows))
             sync(self._file)
@@ -80,11 +80,11 @@ class RoundRows:
         self._file.close()
 
     def drop(self) -> None:
-        """Forget the rows, also where `commit` failed after the header spoke of them."""
+        """Remove the rows, also if `commit` failed after it wrote the header."""
         if self._file.closed:
             return
         self._rows = self._kept
-        # A buffer that a full disk does not take is thrown away with its file object.
+        # If the disk is full, a new file object is needed: this one still has a buffer that cannot be written.
         path = Path(self._file.name)
         try:
             self._file.close()
@@ -94,10 +94,10 @@ class RoundRows:
 
 
 def drop_after(path: Path, round: int) -> None:
-    """Keep only the rows up to a round; no round before the first has any, so then a damaged file goes too.
+    """Keep only the rows up to a round; before round 1 there are none, so the file is deleted, even if damaged.
 
     Raises:
-        UserError: the file is damaged, as `rows`.
+        UserError: the file is damaged.
     """
     if round < 1:
         path.unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def drop_after(path: Path, round: int) -> None:
 
 
 def rows(path: Path) -> np.ndarray | None:
-    """All rows, mapped from the file; None if there is none yet. Raises UserError if it is damaged."""
+    """All rows, memory-mapped; None: there is no file yet. Raises UserError if it is damaged."""
     try:
         return _map(path)
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def rows(path: Path) -> np.ndarray | None:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from None
     except ValueError as error:
         raise UserError(
-            f"{path}: damaged ({error}); restore it, or delete it and resume the run, which needs its rows only for "
+            f"{path}: damaged ({error}); restore it, or delete it and resume the run: its rows are needed only for "
             'method.bootstrap = "prior" and for `hfedmoe export --as client`'
         ) from None
 
@@ -133,12 +133,12 @@ def of_round(table: np.ndarray, round: int) -> np.ndarray:
 
 
 def _earlier(table: np.ndarray, round: int) -> int:
-    """How many rows are of earlier rounds: rounds are in order, so all but a few rows can stay on the disk."""
+    """Number of rows of earlier rounds, by binary search: rounds are in order, so few rows are read."""
     return bisect_left(table, round, key=lambda row: row["round"])
 
 
 def _cut(file: BinaryIO, dtype: np.dtype, count: int) -> None:
-    """Leave a file its first rows, the header first: it never speaks of rows that are not there."""
+    """Keep only the first `count` rows. The header is written first, so it never counts rows that do not exist."""
     header = _header(dtype, count)
     file.seek(0)
     file.write(header)
@@ -146,7 +146,7 @@ def _cut(file: BinaryIO, dtype: np.dtype, count: int) -> None:
 
 
 def _map(path: Path) -> np.ndarray:
-    """As `rows`. Raises OSError, or ValueError if the file is damaged."""
+    """Like `rows`, but raises OSError, or ValueError if the file is damaged."""
     with path.open("rb") as file:
         dtype, count, begin = _read_header(file)
     if begin + count * dtype.itemsize > path.stat().st_size:
@@ -162,7 +162,7 @@ def _read_header(file: BinaryIO) -> tuple[np.dtype, int, int]:
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except OSError:
         raise
-    except Exception as error:  # numpy reads a header with Python's parser, which has many ways to fail
+    except Exception as error:  # numpy reads a header with Python's parser, which can raise many errors
         raise ValueError(str(error)) from None
     if len(shape) != 1 or shape[0] < 0 or dtype.names != ("round", "client", *FIELDS):
         raise ValueError("its header is that of another table")
@@ -170,7 +170,7 @@ def _read_header(file: BinaryIO) -> tuple[np.dtype, int, int]:
 
 
 def _header(dtype: np.dtype, count: int) -> bytes:
-    """Of a .npy file; as long for any count, because numpy leaves room for it to grow."""
+    """The header of a .npy file; its length is the same for any count, because numpy pads it."""
     file = io.BytesIO()
     fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(file, fields)

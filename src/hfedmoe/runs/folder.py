@@ -1,4 +1,4 @@
-"""One run on disk. See `hfedmoe.runs` for what is in the folder."""
+"""Read and write the folder of a run. See `hfedmoe.runs` for its files."""
 
 import datetime
 import itertools
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class RunFolder:
-    """The folder of a run; made by `create` or `open`, and closed by `close` or the end of a `with` block.
+    """The folder of a run; use `create` or `open` to get one, and `close` or a `with` block to close it.
 
-    Every method that writes raises UserError if the disk is full or the folder not writable. What was written
-    before stays as it was.
+    Every method that writes raises UserError if the disk is full or the folder is not writable. Data that was written
+    before stays unchanged.
     """
 
     def __init__(self, path: Path, config: RunConfig, claim: IO[bytes] | None) -> None:
@@ -33,12 +33,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | None, config: RunConfig, root: Path = Path("runs")) -> "RunFolder":
-        """Make the folder of a new run and claim it for this process.
+        """Make the folder of a new run and lock it for this process.
 
-        Without a path it is `root`/<date>-<name>, with -2, -3 and so on if that is taken.
+        Without a path it is `root`/<date>-<name>, with -2, -3 and so on if that exists.
 
         Raises:
-            UserError: the path is a file or a folder that is not empty, cannot be written, or is claimed.
+            UserError: the path is a file or a folder that is not empty, cannot be written, or is locked.
         """
         then = "run again, or choose another --out"
         if path is None:
@@ -52,7 +52,7 @@ class RunFolder:
         claim = lock(path, then)
         try:
             with disk_errors(path / "config.toml", then):
-                _refuse_unless_empty(path)  # somebody may have been quicker to the lock
+                _refuse_unless_empty(path)  # another process may have been faster
                 with replacing(path / "config.toml") as file:
                     file.write(run_config_toml(config))
         except BaseException:
@@ -61,7 +61,7 @@ class RunFolder:
         return cls(path, config, claim)
 
     def settle(self, config: RunConfig) -> None:
-        """Write the settings again, now that the data has said what they leave open."""
+        """Replace the config; used when settings that depend on the data are known."""
         path = self.path / "config.toml"
         with disk_errors(path, "run again, or choose another --out"), replacing(path) as file:
             file.write(run_config_toml(config))
@@ -69,10 +69,10 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, to_write: bool = False) -> "RunFolder":
-        """Open the folder of an earlier run: to read it, even while it goes on, or `to_write` to claim and resume it.
+        """Open the folder of a run, to read it (also during the run), or with `to_write` to lock and resume it.
 
         Raises:
-            UserError: not a run folder, its config is broken, or (to write) another process is working on it.
+            UserError: not a run folder, its config is broken, or (with `to_write`) another process is working on it.
         """
         if not path.is_dir():
             raise UserError(f"{path}: no such run folder; `ls runs` shows what is there")
@@ -80,17 +80,17 @@ class RunFolder:
         return cls(path, config, lock(path, resume_hint(path)) if to_write else None)
 
     def close(self) -> None:
-        """Give up the claim; reading still works."""
+        """Release the lock; reading still works."""
         if self._claim is not None:
             self._claim.close()
             self._claim = None
 
     def discard(self) -> None:
-        """Take a fresh folder back, because nothing ran in it; anything else that is in it stays."""
+        """Delete a new folder in which nothing ran; files of others in it stay."""
         for name in ("config.toml", ".lock"):
             (self.path / name).unlink(missing_ok=True)
         self.close()
-        with suppress(OSError):  # not empty, or somebody's mount point
+        with suppress(OSError):  # not empty, or a mount point
             self.path.rmdir()
 
     def __enter__(self) -> "RunFolder":
@@ -102,27 +102,27 @@ class RunFolder:
     # rounds
 
     def append_round(self, record: dict[str, Any], clients: Iterable[dict[str, Any]] | None = None) -> None:
-        """Add the line of a round to metrics.jsonl; `record["round"]` is its number, NaN and infinity become null.
+        """Add the line of a round to metrics.jsonl; `record["round"]` is its number. NaN and infinity become null.
 
-        `clients` may come one by one instead of as `record["clients"]`, so that no list of them is in memory.
+        `clients` is an iterable that replaces `record["clients"]`, so that they are not all in memory.
         """
         with self._writing("metrics.jsonl") as path:
             rounds.append(path, record, clients)
 
     def read_rounds(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one torn by a kill is left out."""
+        """The lines of metrics.jsonl; an incomplete last line is left out."""
         return rounds.read(self.path / "metrics.jsonl")
 
     def iter_rounds(self) -> Iterator[dict[str, Any]]:
-        """As `read_rounds`, one line at a time."""
+        """Like `read_rounds`, one line at a time."""
         return rounds.iterate(self.path / "metrics.jsonl")
 
     @contextmanager
     def expert_rows(self, round: int, num_experts: Sequence[int]) -> Iterator[Callable[..., None]]:
-        """Add (or replace) a round in experts.npy, client by client, as the arguments of `RoundRows.add`.
+        """Add or replace a round in experts.npy; yields a function with the arguments of `RoundRows.add`.
 
-        The vectors are [sum E_l], layer after layer, E_l from `num_experts` [L]; anything numpy reads as such an array
-        will do, a CPU tensor too. The rows count when the block ends well; after an exception there are none.
+        The vectors are [sum E_l], layer after layer, with E_l from `num_experts` [L]; any type that numpy can convert
+        works, also CPU tensors. The rows are kept only if the block succeeds.
         """
         with self._writing("experts.npy") as path:
             rows = experts.RoundRows(path, round, num_experts)
@@ -132,7 +132,7 @@ class RunFolder:
                 rows.add(*row)
 
         try:
-            yield add  # not below `_writing`: what fails in the caller's block has nothing to do with this file
+            yield add  # not inside `_writing`: errors of the caller's block are not about this file
             with self._writing("experts.npy"):
                 rows.commit()
         finally:
@@ -140,7 +140,7 @@ class RunFolder:
                 rows.drop()
 
     def read_expert_rows(self) -> Any:
-        """experts.npy as it is, a row per round and client, mapped and not read; None before the first round."""
+        """The rows of experts.npy, one per round and client, memory-mapped; None before the first round."""
         return experts.rows(self.path / "experts.npy")
 
     # checkpoints
@@ -159,13 +159,12 @@ class RunFolder:
         metric: str = "accuracy",
         since: int | None = None,
     ) -> Path:
-        """Write the checkpoint of a round, whole or not at all, then delete those no longer kept.
+        """Write the checkpoint of a round atomically, then delete old ones.
 
-        Kept are the newest `config.keep_checkpoints` and the best (the highest `score`, of which `metric` is the
-        name). With `since`, `clients` are those that changed since the checkpoint of that round, and the others are as
-        they were there.
+        The newest `config.keep_checkpoints` are kept, and the best one (highest `score`, whose name is `metric`). With
+        `since`, `clients` has only the tensors that changed since the checkpoint of that round.
 
-        Call it after the other records of the round: it vouches for them, and resuming drops later ones.
+        Call it after the other records of the round: resuming keeps the records up to the last checkpoint.
         """
         with self._writing("checkpoints") as root:
             folder = checkpoints.write(root, round, tensors, state, clients, score, metric, since)
@@ -174,15 +173,15 @@ class RunFolder:
         return folder
 
     def load_checkpoint(self, which: checkpoints.Which = "last") -> checkpoints.Checkpoint:
-        """Load the checkpoint of a round, the last or the best; the two words pass over damaged ones with a warning.
+        """Load the checkpoint of a round, the last or the best one; "last" and "best" skip damaged ones with a warning.
 
         Raises:
-            UserError: there is no such checkpoint, or none that is undamaged.
+            UserError: there is no such checkpoint, or all are damaged.
         """
         return checkpoints.read(self._checkpoints, which)
 
     def rewind(self, round: int) -> None:
-        """Forget everything later than a round, so that the run can go on from its checkpoint."""
+        """Delete all records after a round, so that the run can continue from its checkpoint."""
         with self._writing("checkpoints") as root:
             checkpoints.drop_after(root, round)
         self._note_best()
@@ -192,7 +191,7 @@ class RunFolder:
             experts.drop_after(path, round)
 
     def _note_best(self) -> None:
-        """Write best.json for people and scripts; `load_checkpoint` itself asks the checkpoints."""
+        """Write best.json for people and scripts; `load_checkpoint` does not read it."""
         best = checkpoints.best_of(checkpoints.in_full_size(self._checkpoints))
         with self._writing("best.json") as path:
             if best is None:
@@ -225,9 +224,9 @@ def _fresh(root: Path, name: str, then: str) -> Path:
 
 
 def _refuse_unless_empty(path: Path) -> None:
-    """Raise UserError if a folder has anything but what a start that failed leaves behind."""
+    """Raise UserError if a folder has anything except the leftovers of a failed start."""
     found = [entry.name for entry in path.iterdir() if entry.name != ".lock" and not entry.name.startswith(UNFINISHED)]
     if "config.toml" in found:
-        raise UserError(f"{path}: holds a run already; choose another --out, or {resume_hint(path)}")
+        raise UserError(f"{path}: already has a run; choose another --out, or {resume_hint(path)}")
     if found:
         raise UserError(f"{path}: is not empty ({found[0]}); choose another --out")

@@ -1,6 +1,6 @@
-"""What a run is, in `run.json` of its folder: who carries it, and on which rows and which model it began.
+"""The identity of a run, in `run.json` of its folder: simulated or deployed, its rows and its base model.
 
-A run that goes on, or is measured, on other rows would mix what it was trained on with what it is tested on.
+If a run were resumed or evaluated on other rows, training rows could become test rows.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ SIMULATED, DEPLOYED = "simulated", "deployed"
 
 @dataclass(frozen=True)
 class Identity:
-    """What must stay as it was."""
+    """Facts about a run that must not change."""
 
     carrier: str
     """SIMULATED: the clients are in this process. DEPLOYED: Flower carries messages to devices."""
     rows: str
-    """Digest of the rows to train on, to test on and to watch, in their order."""
+    """Digest of the training, test and watched rows, in their order."""
     train_rows: int
     test_rows: int
     base: str
@@ -35,7 +35,7 @@ class Identity:
 
 
 def identity_of(config: RunConfig, task: Task, watch: list[Example], carrier: str) -> Identity:
-    """The identity of a run as its configuration, model and rows are now. Raises UserError if the model is not here."""
+    """The current identity of a run, from its configuration, model and rows. Raises UserError without the model."""
     found = hashlib.sha256()
     for part in (task.train, task.test, watch):
         _add(found, part)
@@ -52,13 +52,13 @@ def _add(found: "hashlib._Hash", examples: Iterable[Example]) -> None:
 
 
 def write_identity(folder: Path, identity: Identity) -> None:
-    """Keep it in a run's folder."""
+    """Write `run.json` in a run's folder."""
     with replacing(folder / NAME) as file:
         file.write(json.dumps(asdict(identity), indent=2).encode() + b"\n")
 
 
 def read_identity(folder: Path) -> Identity | None:
-    """What a run's folder says; None: nothing, because the run was stopped before it began.
+    """The identity in a run's folder; None: there is none, because the run was stopped before it began.
 
     Raises:
         UserError: the file is damaged.
@@ -74,21 +74,21 @@ def read_identity(folder: Path) -> Identity | None:
 
 
 def check_identity(folder: Path, now: Identity) -> None:
-    """Raise UserError if a run's rows or model are others than those it began with."""
+    """Raise UserError if a run's rows or model changed since it began."""
     was = read_identity(folder)
     if was is None:
         return
     if was.rows != now.rows:
         raise UserError(
-            f"{folder}: its data are not those that the run began with: {was.train_rows} rows to train on and "
-            f"{was.test_rows} to test on then, {now.train_rows} and {now.test_rows} now"
-            f"{', with other contents' if _counts(was) == _counts(now) else ''}; put the files of [data] in its "
-            "config.toml back, or start a new run"
+            f"{folder}: its data changed since the run began: {was.train_rows} training and {was.test_rows} "
+            f"test rows then, {now.train_rows} and {now.test_rows} now"
+            f"{', with other contents' if _counts(was) == _counts(now) else ''}; restore the files of [data] in its "
+            "config.toml, or start a new run"
         )
     if was.base != now.base:
         raise UserError(
-            f"{folder}: its base model is not the one that the run began with; put back what model.name in its "
-            "config.toml names, or start a new run"
+            f"{folder}: its base model changed since the run began; restore the model of model.name in its "
+            "config.toml, or start a new run"
         )
 
 

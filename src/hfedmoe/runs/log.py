@@ -1,4 +1,4 @@
-"""A run's own log: what went wrong in detail, such as the traceback of a simulated client that failed."""
+"""The log file of a run, with details of errors, such as the traceback of a failed simulated client."""
 
 import logging
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ NAME = "log.txt"
 
 @contextmanager
 def logging_to(folder: Path) -> Iterator[None]:
-    """Write warnings and errors of hfedmoe to the run's log while the block runs; no file is made before the first."""
+    """Write warnings and errors of hfedmoe to the run's log during the block; the first one creates the file."""
     handler = logging.FileHandler(folder / NAME, encoding="utf-8", delay=True)
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""Names of folders and files in a configuration, as they are found from any directory."""
+"""Make file and folder names in a configuration independent of the current directory."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from hfedmoe.models.names import PACKAGED_MODELS
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The configuration with the absolute paths of the model and data files that are here.
+    """The configuration with absolute paths for the model and data files that exist here.
 
-    A run is resumed and exported from elsewhere, where a relative name would mean nothing, or a stranger's model on the
-    hub. Names that hfedmoe itself gives stay, whatever folders are called like them.
+    A run may be resumed or exported from another directory, where a relative path would not exist, or would be read as
+    the hub id of another model. Names of packaged models and known data sets stay, even if such a folder exists.
     """
     data = config.data
     own = {*PACKAGED_ROWS, *IN_WHEEL, *KNOWN}
@@ -31,5 +31,5 @@ def _absolute(name: str, own: set[str]) -> str:
     path = Path(name).expanduser()
     if name in own or not path.exists():
         return name
-    # Links stay, for they have the name that somebody chose; but what is above one is above its target.
+    # Links are kept, because the user chose their names; but ".." means the parent of a link's target.
     return str(path.resolve() if ".." in path.parts else path.absolute())

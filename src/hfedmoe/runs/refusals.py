@@ -1,4 +1,4 @@
-"""What can be refused at once, before torch, transformers or flwr are imported: names of what is not there."""
+"""Quick checks that files and folders exist, before torch, transformers or flwr are imported."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from hfedmoe.models.names import PACKAGED_MODELS, locate
 
 
 def require_model(config: ModelConfig) -> None:
-    """Raise UserError if the model is a file or folder that is not there, or no model."""
+    """Raise UserError if the model is a file or folder that does not exist or is not a model."""
     if config.name not in PACKAGED_MODELS:
         locate(config)
 
 
 def require_data(config: DataConfig) -> None:
-    """Raise UserError if a file of the data is not there."""
+    """Raise UserError if a data file does not exist."""
     for source in (*(config.clients or [config.source]), config.test):
         if source is not None and is_file(source) and not Path(source).expanduser().is_file():
             raise UserError(f"{source}: no such file")

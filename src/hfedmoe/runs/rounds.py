@@ -1,7 +1,7 @@
 """metrics.jsonl: one line of valid JSON per round.
 
-A line counts from the moment in which its end is written. A process killed before that, or while a round's clients are
-being added, leaves a last line without its end. Such a line is never read, and the next write cuts it off.
+A line is valid when its line break is written. A process that is killed before that leaves an incomplete last line,
+which is never read, and which the next write removes.
 """
 
 import json
@@ -20,10 +20,10 @@ BLOCK = 1 << 16
 
 
 def append(path: Path, record: dict[str, Any], clients: Iterable[dict[str, Any]] | None = None) -> None:
-    """Add a line; NaN and infinity, which JSON does not know, become null.
+    """Add a line; NaN and infinity, which JSON does not have, become null.
 
     Args:
-        clients: becomes the last entry, "clients", and is written one by one: a list that need not fit into memory.
+        clients: the last entry, "clients", written one by one, so that they need not fit into memory.
     """
     whole = _end_of_last_line(path)
     try:
@@ -44,12 +44,12 @@ def append(path: Path, record: dict[str, Any], clients: Iterable[dict[str, Any]]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines, in order; a line that is not JSON is left out with a warning."""
+    """All complete lines, in order; a line that is not JSON is left out with a warning."""
     return list(iterate(path))
 
 
 def iterate(path: Path) -> Iterator[dict[str, Any]]:
-    """As `read`, one line at a time."""
+    """Like `read`, one line at a time."""
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
             record = json.loads(line)
@@ -97,7 +97,7 @@ def _end_of_last_line(path: Path) -> int:
         return 0
     with path.open("rb") as file:
         at = file.seek(0, os.SEEK_END)
-        while at > 0:  # from the end: the file grows with the run, and this is asked in every round
+        while at > 0:  # from the end: the file grows with the run, and every round searches it
             begin = max(0, at - BLOCK)
             file.seek(begin)
             found = file.read(at - begin).rfind(b"\n")

@@ -1,13 +1,13 @@
-"""config.toml of a run: the resolved config, and with what it ran.
+"""config.toml of a run: the resolved config and the package versions.
 
 ```
-unset = ["data.test_rows"]      only if needed: settings that are None although their default is not
+unset = ["data.test_rows"]      only if needed: settings that are None, but have another default
 seed = 0
 ...
 [versions]
 python = "3.11.7"
 ```
-TOML has no null: a setting that is None is left out, and read back as None by its default or by `unset`.
+TOML has no null: a setting that is None is left out. It is read back as None from its default or from `unset`.
 """
 
 import logging
@@ -23,12 +23,12 @@ from hfedmoe.errors import UserError
 logger = logging.getLogger(__name__)
 
 END = "# end of file"
-"""The last line of config.toml: without it something was cut off."""
+"""The last line of config.toml; without it the file is incomplete."""
 PACKAGES = ("hfedmoe", "torch", "transformers", "peft", "flwr")
 
 
 def versions_here() -> dict[str, str]:
-    """What would have to be the same for the same numbers."""
+    """The installed versions on which the numbers of a run depend."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -39,12 +39,12 @@ def versions_here() -> dict[str, str]:
 
 
 def config_toml(config: RunConfig) -> str:
-    """All settings, as `read_run_config` and `load_config` read them."""
+    """All settings as TOML, which `load_config` reads."""
     return _dumps(_tree(config))
 
 
 def run_config_toml(config: RunConfig) -> bytes:
-    """The content of config.toml: all settings, and the versions here."""
+    """The content of config.toml: all settings, and the installed versions."""
     return (_dumps(_tree(config) | {"versions": versions_here()}) + END + "\n").encode()
 
 
@@ -60,7 +60,7 @@ def _dumps(tree: dict[str, Any]) -> str:
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """Read config.toml of a run; other versions than those that wrote it are a warning, not an error.
+    """Read config.toml of a run; if it was written with other versions, there is a warning, not an error.
 
     Raises:
         UserError: the file is missing, not TOML, or not a valid config.

@@ -1,6 +1,6 @@
-"""Data sets known by name: where they are, what their rows look like, and what is asked.
+"""Known data sets: for each name, where it is, what its rows look like, and the prompt.
 
-One entry per data set; `DataFormat` in `config/data.py` lists the same names. `tests/data/fixtures/` has rows of each.
+`DataFormat` in `config/data.py` lists the same names. `tests/data/fixtures/` has rows of each.
 """
 
 from hfedmoe.config import DataConfig
@@ -29,7 +29,7 @@ KNOWN: dict[str, KnownSet] = {
 
 
 def known_set(config: DataConfig) -> KnownSet | None:
-    """The data set whose rows the configuration reads: `data.format`, else `data.source`; None: not one by name."""
+    """The known data set that the configuration reads, by `data.format`, else by `data.source`; None: none."""
     if config.format != "auto":
         return KNOWN.get(config.format)
     return None if config.clients is not None else KNOWN.get(config.source)

@@ -1,4 +1,4 @@
-"""What is known about a data set, and one of its rows."""
+"""The description of a known data set, and one of its rows."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from hfedmoe.errors import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """One row in its own schema, with errors that name file, line and column."""
+    """One row; its errors name file, line and column."""
 
     rows: Rows
     index: int
@@ -24,11 +24,11 @@ class Row:
         return column in self.rows.columns
 
     def holds(self, column: str) -> bool:
-        """Whether the row has something in the column."""
+        """Whether the row has a value in the column."""
         return self.has(column) and self.rows.columns[column][self.index] is not None
 
     def cell(self, column: str) -> Any:
-        """The cell as it is. Raises UserError if there is no such column, or nothing in it."""
+        """The unchanged cell. Raises UserError if there is no such column, or the cell is missing."""
         if column not in self.rows.columns:
             present = ", ".join(self.rows.names) or "none"
             raise UserError(f'{self.rows.origin}: no column "{column}"; columns present: {present}; check data.format')
@@ -38,7 +38,7 @@ class Row:
         return value
 
     def text(self, column: str, empty: bool = False) -> str:
-        """The cell as text, with its spaces. Raises UserError if it is none, or `empty` is not allowed and it is."""
+        """The cell as text, with its spaces. Raises UserError if it is not text, or empty without `empty`."""
         value = self.cell(column)
         if not isinstance(value, str):
             raise self.error(column, f"must be text, got {short(value)}")
@@ -47,26 +47,26 @@ class Row:
         return value
 
     def texts(self, column: str) -> tuple[str, ...]:
-        """The cell as a list of texts. Raises UserError if it is none."""
+        """The cell as a list of texts. Raises UserError if it is not one."""
         return self.checked_texts(column, self.cell(column))
 
     def checked_texts(self, column: str, value: Any) -> tuple[str, ...]:
-        """`value` as a list of texts, which may be empty; `column` names it. Raises UserError if it is none.
+        """`value`, from the cell in `column`, as a list of texts. Raises UserError if it is not one, or is empty.
 
-        lm-evaluation-harness scores a row with an empty option or a single one, so it is measured here as well.
+        A text may be empty, and there may be only one: lm-evaluation-harness scores such rows too.
         """
         if not isinstance(value, list) or not value or not all(isinstance(t, str) for t in value):
             raise self.error(column, f"must be a list of texts, got {short(value)}")
         return tuple(value)
 
     def index_of(self, column: str, count: int) -> int:
-        """The cell as an index below `count`: a number, its digits, or a letter from A. Raises UserError if it is none.
+        """The cell as an index below `count`: a number, digits, or a letter from A. Raises UserError otherwise.
 
-        The hub's loader turns numbers into names where a column is declared as labels.
+        The letters: the hub's loader replaces numbers by names if a column is declared as labels.
         """
         value = self.cell(column)
         if isinstance(value, float) and value.is_integer():
-            value = int(value)  # pandas makes 1.0 of 1 where another row has none
+            value = int(value)  # pandas writes 1 as 1.0 if another row is empty
         if isinstance(value, str) and value.strip().isdecimal():
             value = int(value)
         elif isinstance(value, str) and len(value) == 1:
@@ -82,7 +82,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Wording:
-    """How the configuration wants examples put: the word for each label, and how conversations are written."""
+    """The word for each label, and how conversations are written, from the configuration."""
 
     words: tuple[str, ...]
     plain: bool
@@ -91,20 +91,20 @@ class Wording:
 
 @dataclass(frozen=True)
 class KnownSet:
-    """One data set.
+    """A known data set.
 
     Args:
         name: for `data.source`, `data.format` and `hfedmoe evaluate --task`.
         kind: of task.
-        hub: its id on the hub; None: `sources.read` knows the name.
-        columns: those that a row needs; `optional` ones are read if they are there.
-        examples: what one row becomes; no examples for a row that has nothing to learn from.
-        template: the prompt around the text, unless `data.template` says otherwise.
-        subset: its configuration on the hub, unless `data.subset` says otherwise.
-        train: its training split; `subset_train`: that of a subset which was asked for.
-        test: its split for measuring.
-        has_columns: whether a table has what a row needs, where there are several ways; None: all of `columns`.
-        labels: sorted (classification); `words` holds what the model says, where that is not the label itself.
+        hub: id on the hub; None: `sources.read` knows the name.
+        columns: required columns; `optional` ones are read if they exist.
+        examples: makes the examples of one row; none for a row with nothing to learn.
+        template: the prompt, unless `data.template` is set.
+        subset: its configuration on the hub, unless `data.subset` is set.
+        train: training split; `subset_train`: the same if `data.subset` is set.
+        test: split for evaluation.
+        has_columns: whether a table has the needed columns, if there are several schemas; None: all of `columns`.
+        labels: sorted (classification); `words`: label -> word for the model, if that is not the label itself.
     """
 
     name: str
@@ -123,7 +123,7 @@ class KnownSet:
     has_columns: Callable[[Collection[str]], bool] | None = None
 
     def reads(self, rows: Rows) -> bool:
-        """Whether a table has the columns that its rows need."""
+        """Whether a table has the needed columns."""
         if self.has_columns is not None:
             return self.has_columns(rows.names)
         return set(self.columns) <= set(rows.names)
@@ -134,13 +134,13 @@ class KnownSet:
         return config.split or own
 
     def wording(self, config: DataConfig) -> Wording:
-        """The words of the configuration, else the data set's own. Raises UserError if they are unusable."""
+        """The words of the configuration, else those of the data set. Raises UserError if they are unusable."""
         words = {**self.words, **(config.label_words or {})}
         used = label_words(self.labels, config.model_copy(update={"label_words": words}))
         return Wording(used, config.chat == "plain", config.chat_system == "merge")
 
     def read_rows(self, rows: Rows, wording: Wording) -> Iterator[list[Example]]:
-        """The examples of every row, read when asked for. Raises UserError for a row that is not as it should be."""
+        """The examples of every row, read lazily. Raises UserError for a malformed row."""
         for index in range(len(rows)):
             found = self.examples(Row(rows, index), wording)
             yield [replace(example, origin=rows.at(index)) for example in found]

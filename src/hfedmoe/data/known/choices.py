@@ -1,6 +1,6 @@
-"""Multiple choice: prompts and choices are those of lm-evaluation-harness 0.4 for the task of the same name.
+"""Multiple-choice data sets; prompts and choices are those of the task of the same name in lm-evaluation-harness 0.4.
 
-Texts keep every space they have, as they do there: `acc_norm` divides by the length of a choice.
+Texts keep all their spaces, as in the harness: `acc_norm` divides by the length of a choice.
 """
 
 import re
@@ -25,7 +25,7 @@ def _hellaswag(row: Row, wording: Wording) -> list[Example]:
 
 
 def without_brackets(text: str) -> str:
-    """HellaSwag's texts from WikiHow without their marks: `[title]` ends a sentence, other brackets are dropped."""
+    """A HellaSwag text without WikiHow's marks: `[title]` becomes the end of a sentence, other brackets go."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -39,7 +39,7 @@ def _mmlu(row: Row, wording: Wording) -> list[Example]:
         *(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=True)),
     ]
     subject = row.text("subject", empty=True).replace("_", " ")
-    # The rows for training have no subject.
+    # Training rows have no subject.
     about = f"The following are multiple choice questions (with answers) about {subject}.\n\n" if subject else ""
     return [Example(about + "\n".join(lines), LETTERS, row.index_of("answer", 4))]
 
@@ -53,7 +53,7 @@ def _arc(row: Row, wording: Wording) -> list[Example]:
     if isinstance(key, int) and not isinstance(key, bool):
         key = str(key)
     if len(labels) != len(texts) or key not in labels:
-        raise row.error("answerKey", f'is "{key}", which labels none of the {len(texts)} choices')
+        raise row.error("answerKey", f'is "{key}", which is not a label of the {len(texts)} choices')
     return [Example(row.text("question", empty=True), texts, labels.index(key))]
 
 

@@ -1,4 +1,4 @@
-"""Instruction data: every answer of the assistant is an example, with what came before it as the prompt."""
+"""Instruction data: every answer of the assistant is an example; the messages before it are its prompt."""
 
 import json
 from collections.abc import Collection
@@ -17,14 +17,14 @@ SPEAKERS = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
-"""Names in lower case, and their roles. What a tool says is context, like what a user says."""
+"""Lower-case name -> role. Messages of tools are context, like those of users."""
 
 EXTRAS = (*REASONING, "tool_calls", "tool_call_id", "name")
-"""What a message may have beside role and text, for templates that know it."""
+"""Other fields that a message may have besides role and text, for templates that know them."""
 
 TURNS = ("messages", "conversations", "conversation")
 REQUESTS = (
-    # What is asked, what it is about, what is answered.
+    # Columns of the request, of more context for it, and of the answer.
     ("instruction", ("input", "context"), ("output", "response")),
     ("prompt", (), ("completion", "response")),
 )
@@ -43,11 +43,11 @@ class Turn:
     extra: str = ""
     """Reasoning and tool calls, as JSON for the template."""
     learn: bool = True
-    """Whether an answer is learned; `"weight": 0` says that it is only context."""
+    """Whether an answer is learned; with `"weight": 0` it is only context."""
 
     @property
     def answers(self) -> bool:
-        """Whether there is something to learn."""
+        """Whether it is an answer to learn."""
         return self.role == "assistant" and self.learn and bool(self.content.strip() or self.extra)
 
 
@@ -56,7 +56,7 @@ def _examples(row: Row, wording: Wording) -> list[Example]:
     if wording.merge_system:
         turns = _merged(turns)
     if all(turn.role != "assistant" for turn in turns[1:]):
-        raise row.error(column, "has no answer of the assistant to a message before it; remove the row")
+        raise row.error(column, "has no answer of the assistant after the first message; remove the row")
     tools = _tools(row)
     extras = [turn.extra for turn in turns]
     if wording.plain and (tools or any(extras)):
@@ -106,7 +106,7 @@ def _has_conversation(names: Collection[str]) -> bool:
 
 
 def _conversation(row: Row) -> tuple[str, list[Turn]]:
-    """The conversation, from any of the schemas, and the column that it is in."""
+    """The column of the conversation, and its messages, from any of the schemas."""
     for column in TURNS:
         if row.holds(column):
             return column, _turns(row, column)

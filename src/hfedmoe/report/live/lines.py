@@ -1,4 +1,4 @@
-"""A run as plain lines, for files, pipes and simple terminals."""
+"""Show a run as plain lines, for files, pipes and simple terminals."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,12 +8,12 @@ from hfedmoe.events import ClientRound, Evaluation, Participant
 from hfedmoe.report.live.tracker import Tracker
 from hfedmoe.report.live.words import budget, deadline_cost, decimal, describe, human_bytes, human_seconds
 
-HEARTBEAT_S = 60.0  # long work shows a sign of life this often
-MANY = 50  # clients; of more, only those that something happened to have lines of their own
+HEARTBEAT_S = 60.0  # long work writes a line this often
+MANY = 50  # clients; with more, only failed ones have lines of their own
 
 
 class Lines(Tracker):
-    """One line for every event worth one; never a carriage return, and no colour."""
+    """Writes one line for each important event, without carriage returns and colours."""
 
     def __init__(self, console: Console, clock: Callable[[], float]) -> None:
         super().__init__(console, clock)

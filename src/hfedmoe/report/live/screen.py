@@ -1,4 +1,4 @@
-"""A run on a terminal: bars, accuracy and clients, redrawn in place."""
+"""Show a run on a terminal: bars, accuracy and clients, redrawn in place."""
 
 import logging
 import sys
@@ -33,17 +33,17 @@ COLUMNS: list[tuple[str, int, Cell]] = [
     ("peak", 100, _of_round(lambda done: human_bytes(done.peak_bytes))),
     ("loss", 0, lambda row: "" if row.loss is None else decimal(row.loss)),
 ]
-# the same, shown only if a client has a deadline
+# the same for columns that are shown only if a client has a deadline
 DEADLINE_COLUMNS: list[tuple[str, int, Cell]] = [
     ("steps", 60, _of_round(steps)),
     ("per layer", 100, _of_round(activation)),
 ]
 STYLES = {"waiting": "dim", "training": "cyan", "ok": "green"}
-OTHER_LINES = 10  # what the screen needs besides the rows of the table
+OTHER_LINES = 10  # lines of the screen besides the rows of the table
 
 
 class OnScreen(Tracker):
-    """A screen that is drawn several times a second, by another thread that only reads."""
+    """A screen that another thread draws several times a second; that thread only reads."""
 
     def __init__(self, console: Console, clock: Callable[[], float]) -> None:
         super().__init__(console, clock)
@@ -54,7 +54,7 @@ class OnScreen(Tracker):
         streams = (sys.stdout, sys.stderr)
         self._redrawn = Redrawn(get_renderable=self.draw, console=self.console, refresh_per_second=5)
         self._redrawn.start()
-        # rich prints above the screen what is written to sys.stderr, but a log handler still has the old one.
+        # rich replaces sys.stderr to print above the screen, but a log handler still has the old stream.
         for handler in _stream_handlers():
             if handler.stream in streams:
                 self._rerouted.append((handler, handler.stream))
@@ -84,7 +84,7 @@ class OnScreen(Tracker):
         self.write(text, "bold")
 
     def draw(self) -> RenderableType:
-        """The screen as it is now: bars first, so that a low terminal cuts off clients and not the progress."""
+        """The current screen: bars first, so that a small terminal cuts off clients, not the progress."""
         return Group(self._bars(), *self._scores(), *self._clients())
 
     def _bars(self) -> RenderableType:
@@ -109,7 +109,7 @@ class OnScreen(Tracker):
         return grid
 
     def _scores(self) -> list[RenderableType]:
-        """One line for each kind of evaluation: where it began, and where it is."""
+        """One line for each kind of evaluation, with its first and its latest scores."""
         lines = []
         for kind, name in (("all", "held-out rows"), ("watch", "watched rows")):
             scores = list(self.history[kind])

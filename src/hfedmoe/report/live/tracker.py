@@ -1,4 +1,4 @@
-"""Where a run is: what all views of it have in common."""
+"""The state of a run, shared by all live views."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ MOST_SHOWN = 50
 
 @dataclass(slots=True)
 class Row:
-    """One client: what it is, what it last answered, and what it does now."""
+    """One client: its data, its last answer and its current step."""
 
     line: Participant
     done: ClientRound | None = None
@@ -27,7 +27,7 @@ class Row:
 
 
 class Tracker(Watcher):
-    """Notes every event, and shows nothing but the final table."""
+    """Records every event, and shows only the final table."""
 
     def __init__(self, console: Console, clock: Callable[[], float]) -> None:
         self.console = console
@@ -37,7 +37,7 @@ class Tracker(Watcher):
         self.rows: list[Row] = []
         self.current: int | None = None  # the client that moved last
         self.doing = ""
-        self.part: tuple[int, int] | None = None  # done and total of what is being done
+        self.part: tuple[int, int] | None = None  # done and total of the current work
         self.history: dict[str, list[Evaluation]] = {"all": [], "watch": []}
         self.moved_bytes = 0
         self._finished = 0
@@ -99,7 +99,7 @@ class Tracker(Watcher):
         self._done_at = self.clock()
 
     def time_left(self) -> float | None:
-        """Seconds, by the rounds finished in this process with all that lay between them; None: none was yet."""
+        """Seconds left, from the mean time per finished round in this process; None: no round is finished."""
         if not self._finished or self._began is None:
             return None
         per_round = (self._done_at - self._began) / self._finished
@@ -135,7 +135,7 @@ class Tracker(Watcher):
                 self.write(f"{when:<6} (round {score.round}): {describe(score)} ({score.rows} rows)")
 
     def write(self, line: str, style: str | None = None) -> None:
-        """Print one line as it is: no markup, no wrapping, and no character that the console does not have."""
+        """Print one line without markup and wrapping; characters that the console lacks are replaced."""
         encoding = self.console.encoding
         line = line.encode(encoding, "replace").decode(encoding)
         self.console.print(line, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Numbers as people read them. What is not known is a dash."""
+"""Format numbers for people. An unknown number is a dash."""
 
 from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant
 
@@ -8,7 +8,7 @@ def human_bytes(count: int | None) -> str:
     if count is None:
         return "-"
     value, power = float(count), 0
-    while value >= 1023.95 and power < 4:  # what would be shown as 1024.0 is 1.0 of the next unit
+    while value >= 1023.95 and power < 4:  # show 1.0 of the next unit instead of 1024.0
         value, power = value / 1024, power + 1
     return f"{value:.1f} {'KMGT'[power - 1]}iB" if power else f"{count} B"
 
@@ -27,7 +27,7 @@ def human_seconds(seconds: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in percent, with one digit."""
+    """A share in percent, with one decimal."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
@@ -42,12 +42,12 @@ def budget(line: Participant) -> str:
 
 
 def steps(done: ClientRound | ClientTotals) -> str:
-    """Steps done of those wanted, under a deadline."""
+    """Steps done / wanted steps; a dash without a deadline."""
     return "-" if done.deadline_s is None else f"{done.steps}/{done.steps_wanted}"
 
 
 def activation(done: ClientRound | ClientTotals) -> str:
-    """Experts per layer that a step trained, of those it would have without its deadline."""
+    """Experts per layer that a step trained / would train without a deadline; a dash without a deadline."""
     if done.deadline_s is None or done.activation is None or done.activation_wanted is None:
         return "-"
     return f"{round(done.activation, 1):g}/{round(done.activation_wanted, 1):g}"
@@ -62,7 +62,7 @@ def deadline_cost(done: ClientRound) -> str:
 
 
 def describe(score: Evaluation) -> str:
-    """An evaluation in a few words, without what the task does not have."""
+    """An evaluation in a few words; figures that the task does not have are left out."""
     parts = []
     if score.accuracy is not None:
         parts.append(f"accuracy {percent(score.accuracy)}")
