@@ -69,7 +69,10 @@ def test_user_errors_are_one_line_and_exit_code_2(here, capfd):
         (["run", "--set", "method.beta=nan"], "method.beta: "),
         (["run", "--out"], "`hfedmoe run --help` explains"),
         (["rnu"], "Did you mean 'run'?; `hfedmoe --help`"),
-        (["evaluate", "tiny", "--task", "piqa", "--set", "data.text=question"], "--set data.text: piqa has columns"),
+        (
+            ["evaluate", "tiny", "--task", "piqa", "--set", "data.text=question"],
+            "--set data.text: piqa has its own source and columns",
+        ),
         (["run", "tiny", "--set", "model.name=nowhere/nothing", "--out", here / "a"], "model.name = nowhere/nothing"),
         (["run", "tiny", "--set", "data.source=nothing.csv", "--out", here / "b"], "nothing.csv"),
         (["run", "tiny", "--set", few, "--out", here / "c"], "needs at least 8"),

@@ -104,6 +104,10 @@ def run(
         typer.echo(config_toml(settings), nl=False)
         return
     _require(settings)
+    if out is not None:
+        from hfedmoe.runs.folder import RunFolder
+
+        RunFolder.require_free(out)
     from hfedmoe import simulation
     from hfedmoe.report.live import Live
 
@@ -114,9 +118,7 @@ def run(
 @app.command()
 def resume(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the run.")]) -> None:
     """Continue a run that was interrupted."""
-    from hfedmoe.runs.existing import require_run
-
-    require_run(folder)
+    _require_run(folder)
     from hfedmoe import simulation
     from hfedmoe.report.live import Live
 
@@ -238,7 +240,9 @@ def evaluate(
         raise UserError("--set: a run keeps its own settings; only data.* can change, with --task or --rows")
     if rows is not None and ":" not in (task or "") and not rows.expanduser().exists():
         raise UserError(f"--rows {rows}: no such file or folder")
-    if not of_run:
+    if of_run:
+        _require_run(Path(target), checkpoint or "best")
+    else:
         _require_target(target)
     from hfedmoe import measure
     from hfedmoe.config import load_config
@@ -289,12 +293,13 @@ def export(
     ] = None,
 ) -> None:
     """Write a result of a run as something that transformers or PEFT loads, with a model card."""
+    _require_run(run, checkpoint)
+    from hfedmoe.export.options import check_options, check_outside
     from hfedmoe.files.whole import check_free
-    from hfedmoe.runs.existing import require_run
 
-    require_run(run)
-    if not out.resolve().is_relative_to(run.resolve()):  # export_run refuses a folder inside the run
-        check_free(out)
+    check_options(form, client, dtype)
+    check_outside(out, run)
+    check_free(out)
     from hfedmoe.export.run import export_run
 
     typer.echo(export_run(run, out, form, client, checkpoint, dtype))
@@ -351,6 +356,19 @@ def _require(settings: "RunConfig") -> None:
 
     require_model(settings.model)
     require_data(settings.data)
+
+
+def _require_run(folder: Path, checkpoint: str | None = None) -> None:
+    """Raise UserError at once if there is no such run, its config is damaged, or it has no such checkpoint."""
+    from hfedmoe.runs.existing import require_run
+
+    require_run(folder)
+    from hfedmoe.runs.choice import which_of
+    from hfedmoe.runs.folder import RunFolder
+
+    with RunFolder.open(folder) as run:
+        if checkpoint is not None:
+            run.require_checkpoint(which_of(checkpoint))
 
 
 def _require_model(name: str) -> None:

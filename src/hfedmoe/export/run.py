@@ -2,11 +2,10 @@
 
 import json
 import logging
-import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from hfedmoe.export.adapter import check_adaptable, save_adapter
 from hfedmoe.export.card import BASE, Export, card
 from hfedmoe.export.merged import merge, save
 from hfedmoe.export.mixtral import write_mixtral
+from hfedmoe.export.options import check_options, check_outside
 from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuable, router_groups, shrink
 from hfedmoe.export.written import check_written
 from hfedmoe.files.whole import check_free, writing, written_whole
@@ -31,9 +31,6 @@ from hfedmoe.moe.prediction import withdraw
 from hfedmoe.runs.checkpoints import Checkpoint
 from hfedmoe.runs.choice import checkpoint_of, fitting
 from hfedmoe.runs.folder import RunFolder
-
-FORMS = ("merged", "adapter", "client")
-DTYPES = get_args(ModelConfig.model_fields["dtype"].annotation)
 
 
 def export_run(
@@ -57,8 +54,8 @@ def export_run(
     """
     # PEFT imports bitsandbytes, which reports a missing package that is not needed here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    _check_options(form, client, dtype)
-    _check_outside(out, path)
+    check_options(form, client, dtype)
+    check_outside(out, path)
     check_free(out)
     with RunFolder.open(path) as run:
         config = run.config
@@ -102,23 +99,6 @@ class _Job:
     loaded: Loaded
     checkpoint: Checkpoint
     out: Path
-
-
-def _check_options(form: str, client: int | None, dtype: str | None) -> None:
-    if form not in FORMS:
-        raise UserError(f"--as {form}: expected {', '.join(FORMS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
-    if form == "client" and client is None:
-        raise UserError("--as client: no client is given; add --client with its number")
-    if form != "client" and client is not None:
-        raise UserError(f"--client {client}: allowed only with --as client")
-
-
-def _check_outside(out: Path, run: Path) -> None:
-    """Raise UserError if `out` is the run's folder or inside it, where the run may delete it."""
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(run)):
-        raise UserError(f"{out}: is in the run's own folder, where a resumed run may delete it; choose another folder")
 
 
 def _check_not_quantised(model: ModelConfig, form: str) -> None:

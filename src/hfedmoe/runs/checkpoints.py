@@ -170,13 +170,8 @@ def read(root: Path, which: Which) -> Checkpoint:
     Raises:
         UserError: there is no such checkpoint, or all are damaged.
     """
-    rounds = saved_rounds(root)
-    if not rounds:
-        raise UserError(f"{root}: no checkpoint yet; the run was stopped too early, start it again with `hfedmoe run`")
+    require(root, which)
     if isinstance(which, int):
-        if which not in rounds:
-            known = ", ".join(str(round) for round in rounds)
-            raise UserError(f"{folder_of(root, which)}: no checkpoint of round {which}; there are rounds {known}")
         try:
             return _load(read_manifest(folder_of(root, which)))
         except Damaged as damage:
@@ -189,6 +184,16 @@ def read(root: Path, which: Which) -> Checkpoint:
     if which == "best" and any(manifest.score is None for manifest in in_full_size(root)):
         raise UserError(f"{root}: no undamaged checkpoint has a score; use --checkpoint last, or the number of a round")
     raise UserError(f"{root}: every checkpoint is damaged; start the run again with `hfedmoe run`")
+
+
+def require(root: Path, which: Which) -> None:
+    """Raise UserError if there is no checkpoint, or none of the round that is asked for; none is read."""
+    rounds = saved_rounds(root)
+    if not rounds:
+        raise UserError(f"{root}: no checkpoint yet; the run was stopped too early, start it again with `hfedmoe run`")
+    if isinstance(which, int) and which not in rounds:
+        known = ", ".join(str(round) for round in rounds)
+        raise UserError(f"{folder_of(root, which)}: no checkpoint of round {which}; there are rounds {known}")
 
 
 def read_manifest(folder: Path) -> Manifest:

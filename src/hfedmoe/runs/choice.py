@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hfedmoe.errors import UserError
-from hfedmoe.runs.checkpoints import Checkpoint
+from hfedmoe.runs.checkpoints import Checkpoint, Which
 from hfedmoe.runs.folder import RunFolder
 
 
@@ -21,7 +21,12 @@ def fitting(checkpoint: Checkpoint) -> Iterator[None]:
 
 def checkpoint_of(folder: RunFolder, which: str) -> Checkpoint:
     """The checkpoint that "last", "best" or the number of a round names. Raises UserError if there is none."""
+    return folder.load_checkpoint(which_of(which))
+
+
+def which_of(which: str) -> Which:
+    """What "last", "best" or the number of a round asks for. Raises UserError for another text."""
     numbered = which.isascii() and which.isdecimal()  # int() does not accept every Unicode digit
     if which not in ("last", "best") and not numbered:
         raise UserError(f'checkpoint "{which}": expected last, best or the number of a round')
-    return folder.load_checkpoint(int(which) if numbered else which)  # type: ignore[arg-type]
+    return int(which) if numbered else which  # type: ignore[return-value]

@@ -44,9 +44,8 @@ class RunFolder:
         if path is None:
             path = _fresh(root, f"{datetime.date.today():%Y-%m-%d}-{config.name}", then)
         else:
+            cls.require_free(path)
             with disk_errors(path, then):
-                if path.exists() and not path.is_dir():
-                    raise UserError(f"{path}: is a file; choose another --out")
                 path.mkdir(parents=True, exist_ok=True)
                 _refuse_unless_empty(path)
         claim = lock(path, then)
@@ -59,6 +58,15 @@ class RunFolder:
             claim.close()
             raise
         return cls(path, config, claim)
+
+    @staticmethod
+    def require_free(path: Path) -> None:
+        """Raise UserError if the path of a new run is a file or a folder that is not empty; nothing is changed."""
+        with disk_errors(path, "run again, or choose another --out"):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path}: is a file; choose another --out")
+            if path.is_dir():
+                _refuse_unless_empty(path)
 
     def settle(self, config: RunConfig) -> None:
         """Replace the config; used when settings that depend on the data are known."""
@@ -179,6 +187,10 @@ class RunFolder:
             UserError: there is no such checkpoint, or all are damaged.
         """
         return checkpoints.read(self._checkpoints, which)
+
+    def require_checkpoint(self, which: checkpoints.Which) -> None:
+        """Raise UserError if there is no such checkpoint; none is read."""
+        checkpoints.require(self._checkpoints, which)
 
     def rewind(self, round: int) -> None:
         """Delete all records after a round, so that the run can continue from its checkpoint."""

@@ -1,0 +1,29 @@
+"""What can be refused of an export at once, before torch and transformers are imported."""
+
+import os
+from pathlib import Path
+from typing import get_args
+
+from hfedmoe.config import ModelConfig
+from hfedmoe.errors import UserError
+
+FORMS = ("merged", "adapter", "client")
+DTYPES = get_args(ModelConfig.model_fields["dtype"].annotation)
+
+
+def check_options(form: str, client: int | None, dtype: str | None) -> None:
+    """Raise UserError for a form, client or precision that there is not, or that do not go together."""
+    if form not in FORMS:
+        raise UserError(f"--as {form}: expected {', '.join(FORMS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
+    if form == "client" and client is None:
+        raise UserError("--as client: no client is given; add --client with its number")
+    if form != "client" and client is not None:
+        raise UserError(f"--client {client}: allowed only with --as client")
+
+
+def check_outside(out: Path, run: Path) -> None:
+    """Raise UserError if `out` is the run's folder or inside it, where the run may delete it."""
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(run)):
+        raise UserError(f"{out}: is in the run's own folder, where a resumed run may delete it; choose another folder")
