@@ -1,13 +1,18 @@
 """Methods other than ours, through the same client, wire and server."""
 
+import json
+import re
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from hfedmoe.cli import main
 from hfedmoe.events import Silent
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Residents, Settings, Wish
@@ -195,3 +200,36 @@ def test_a_client_goes_on_with_what_it_kept(federation: Make) -> None:
     run.run()
     assert len(seen) == 2
     assert any(not torch.equal(seen[1][1][key], tensor) for key, tensor in seen[0][1].items() if "router" in key)
+
+
+def test_the_example_of_docs_is_a_method(federation: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert source.count("\n") <= 40
+    module: dict[str, Any] = {}
+    exec(compile(source, "docs/methods.md", "exec"), module)
+    monkeypatch.setitem(METHODS, "cover", module["COVER"])
+    federation(*QUICK, "method.name=cover", "method.options.cover=3", 'clients.budgets=["25%"]').run()
+    held = RunFolder.open(tmp_path / "run").read_expert_rows()["resident"].reshape(4, -1)
+    assert held.sum(1).tolist() == [8] * 4
+    assert held.any(0).sum() == 32  # a heavy weight: four clients of eight experts cover all 32
+
+
+def test_the_page_of_methods_is_up_to_date() -> None:
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "methods_docs.py"))
+    assert tool["TARGET"].read_text(encoding="utf-8") == tool["page"](), "run tools/methods_docs.py"
+
+
+def test_the_list_of_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    outputs: list[str] = []
+    for arguments in (["methods"], ["methods", "--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert not ended.value.code
+        outputs.append(capsys.readouterr().out)
+    listed, facts = outputs[0], json.loads(outputs[1])
+    assert list(facts) == list(METHODS)
+    for name, row in METHODS.items():
+        assert f"\n{name}  ({row.source}" in f"\n{listed}"
+        assert facts[name]["options"].keys() == {option.name for option in row.options}
+    assert max(map(len, listed.splitlines())) <= 120

@@ -275,6 +275,14 @@ def evaluate(
 
 
 @app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the methods that method.name can name: what a client holds, trains and sends in each."""
+    from hfedmoe.report import methods as listed
+
+    typer.echo(listed.to_json() if as_json else listed.as_text())
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run.")],
     out: Annotated[Path, typer.Argument(help="Folder for the result: a new or an empty one.")],

@@ -29,7 +29,7 @@ STATE, PROGRESS = "state.safetensors", "progress.json"
 class Recipe:
     """Everything that the model follows from."""
 
-    vocabulary: int = 8192
+    vocabulary: int = 4096
     hidden: int = 256
     intermediate: int = 256
     layers: int = 4
@@ -37,14 +37,14 @@ class Recipe:
     experts: int = 16
     top_k: int = 2
     pool: int = 4
-    words: int = 96
-    tokens: int = 128
+    words: int = 64
+    tokens: int = 96
     batch: int = 32
     steps: int = 3000
     lr: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.1
-    balance: float = 0.02
+    balance: float = 0.05
     outside: float = 0.1
     seed: int = 0
 
@@ -134,6 +134,7 @@ class _Training:
         from safetensors.torch import save
 
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        tensors["pools"] = self.pools.bias
         for number, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value.reshape(-1) for name, value in values.items()}
         with replacing(self.state / STATE) as file:
@@ -152,6 +153,7 @@ class _Training:
                 f"{self.state}: was begun with another recipe; finish it with that one, or delete the folder"
             )
         tensors = load_file(self.state / STATE)
+        self.pools.bias.copy_(tensors.pop("pools"))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])

@@ -40,7 +40,7 @@ class MethodConfig(Section):
     ] = "samples"
     gate: Annotated[
         str,
-        NamedIn("hfedmoe.method.methods", "GATES", "importance"),
+        NamedIn("hfedmoe.method.hfedmoe", "GATES", "importance"),
         Field(description="rule for the gates, eq. 21"),
     ] = "importance"
     bootstrap: Annotated[

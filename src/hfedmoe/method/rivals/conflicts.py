@@ -96,8 +96,8 @@ FC_MOE = Method(
     holds="everything; a client without room for it takes no part",
     trains="what its tokens are routed to",
     travels="what it trained, and how often it was used",
-    server="mean by frequency times size of the update, without parts that oppose the common direction; a client adds "
-    "half of what was removed to its next start",
+    server="mean weighted by frequency times size of the update, without parts that oppose the common direction; a "
+    "client adds half of what was removed to its next start",
     source="arXiv 2606.15625",
     status="secondary",
     hold=hold_all,

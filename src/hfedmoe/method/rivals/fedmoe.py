@@ -1,4 +1,8 @@
-"""FedMoE (arXiv 2408.11304): a sub-model per client, found by the activation probability of its experts."""
+"""FedMoE (arXiv 2408.11304): a sub-model per client, found by the activation probability of its experts.
+
+Its second stage is not here: when training stalls, the paper's server adds or drops experts as similar clients have
+them.
+"""
 
 import torch
 from torch import Tensor
@@ -51,7 +55,7 @@ FEDMOE = Method(
     holds="the fewest experts of each layer that reach a share of its routed tokens, the largest that fits its budget",
     trains="what it holds",
     travels="what it holds",
-    server="experts and rows of the gate: kept if nobody held them, else mean by rows of the client over holders",
+    server="experts and rows of the gate: kept if nobody held them, else mean over holders, weighted by their rows",
     source="arXiv 2408.11304",
     status="full text",
     hold=hold_to_threshold,

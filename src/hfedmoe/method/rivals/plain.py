@@ -22,7 +22,7 @@ FEDAVG = Method(
     holds="everything; a client without room for it takes no part",
     trains="everything",
     travels="everything",
-    server="mean by rows of the client over all copies, trained or not",
+    server="mean over all copies, trained or not, weighted by the clients' rows",
     source="arXiv 1602.05629",
     status="full text",
     hold=hold_all,
@@ -42,7 +42,7 @@ RANDOM = replace(
     holds="experts drawn at random in every round, within its budget",
     trains="what it holds",
     travels="what it holds",
-    server="mean by rows of the client over those that held the expert",
+    server="mean over those that held the expert, weighted by the clients' rows",
     source="baseline in arXiv 2408.11304",
     hold=hold_random,
 )
