@@ -283,6 +283,35 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
+def compare(
+    config: Annotated[
+        Path | None, typer.Argument(help="A TOML file, or the name of a shipped one (demo, tiny); default: demo.")
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="Names from `hfedmoe methods`, with commas; others are tested against the first."),
+    ] = "hfedmoe,fedavg,random,local,unlimited",
+    seeds: Annotated[str, typer.Option(help="For example 0-4, or 0,2,5.")] = "0-4",
+    out: Annotated[Path, typer.Option(help="Folder for the result; cells that are there are kept.")] = Path(
+        "comparison"
+    ),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at once; default: as there is room.")] = None,
+    target: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Target accuracy; default: 95 % of the first method's.")
+    ] = None,
+) -> None:
+    """Run methods on the same splits, seeds and budgets, and write a table and figures."""
+    settings = _load(config, overrides)
+    _require(settings)
+    from hfedmoe.compare.command import compare as run_comparison
+
+    typer.echo(run_comparison(settings, methods, seeds, out, jobs, target))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run.")],
     out: Annotated[Path, typer.Argument(help="Folder for the result: a new or an empty one.")],

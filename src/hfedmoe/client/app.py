@@ -189,6 +189,11 @@ def _remember(context: Context, place: Place) -> ClientHistory:
     return history
 
 
+def history_of(context: Context, place: Place) -> ClientHistory:
+    """What a client remembers, from its state."""
+    return _read_history(context, place)
+
+
 def _read_history(context: Context, place: Place) -> ClientHistory:
     kept = context.state.config_records.get(HISTORY)
     if kept is None:

@@ -1,0 +1,126 @@
+"""Compute the cells that are not there yet, several at once where the machine has room."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from hfedmoe.compare.cells import Cell, Result
+from hfedmoe.config import RunConfig
+from hfedmoe.errors import UserError
+
+ROOM = 0.8
+"""The share of the free memory that cells may take together."""
+POLL_S = 0.2
+
+Progress = Callable[[int, int, str, float | None], None]
+"""(cells done, cells in all, what is going on, seconds left or None)."""
+
+
+def cells_of(config: RunConfig, methods: Iterable[str], seeds: Iterable[int]) -> list[Cell]:
+    """Every method with every seed, all seeds of the first method first.
+
+    All cells have the same number of threads, so that they have the same bits whatever runs beside them.
+    """
+    evaluation = config.evaluation.model_copy(update={"every": 1})
+    fixed = config.model_copy(update={"evaluation": evaluation, "threads": config.threads or 1})
+    return [
+        Cell(name, seed, _with_method(fixed, name).model_copy(update={"seed": seed}))
+        for name in methods
+        for seed in seeds
+    ]
+
+
+def _with_method(config: RunConfig, name: str) -> RunConfig:
+    """The configuration with another method; options go with the method that the configuration names."""
+    options = config.method.options if name == config.method.name else {}
+    return config.model_copy(update={"method": config.method.model_copy(update={"name": name, "options": options})})
+
+
+def compute_missing(cells: list[Cell], folder: Path, jobs: int | None, progress: Progress) -> list[Result]:
+    """The results of all cells, in their order; those without a file are computed first.
+
+    Args:
+        folder: of the files.
+        jobs: cells at once; None: as many as there are processors and memory for, after the first cell has shown how
+            much one takes.
+
+    Raises:
+        UserError: a cell cannot be computed. Those that are done keep their files.
+    """
+    missing = [cell for cell in cells if not (folder / cell.file).is_file()]
+    _Runs(folder, jobs, len(cells) - len(missing), len(cells), progress).all_of(missing)
+    return [Result.read(folder / cell.file) for cell in cells]
+
+
+@dataclass
+class _Run:
+    cell: Cell
+    process: subprocess.Popen[str]
+    errors: Path
+    started: float
+
+
+class _Runs:
+    def __init__(self, folder: Path, jobs: int | None, done: int, total: int, progress: Progress) -> None:
+        self.folder, self.jobs, self.done, self.total, self.progress = folder, jobs, done, total, progress
+        self.seconds: list[float] = []
+        self.peak = 0
+
+    def all_of(self, cells: list[Cell]) -> None:
+        waiting, running = list(cells), list[_Run]()
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < self._room():
+                        running.append(self._start(waiting.pop(0), Path(scratch)))
+                    for run in [run for run in running if run.process.poll() is not None]:
+                        running.remove(run)
+                        self._finish(run)
+                    self._report(running, len(waiting))
+                    time.sleep(POLL_S)
+            finally:
+                for run in running:
+                    run.process.kill()
+                    run.process.wait()
+
+    def _room(self) -> int:
+        if self.jobs is not None:
+            return self.jobs
+        if not self.peak:
+            return 1
+        by_memory = int(psutil.virtual_memory().total * ROOM / self.peak)
+        return max(1, min(os.cpu_count() or 1, by_memory))
+
+    def _start(self, cell: Cell, scratch: Path) -> _Run:
+        config, errors = scratch / f"{cell.file}.config", scratch / f"{cell.file}.errors"
+        config.write_text(cell.config.model_dump_json(), encoding="utf-8")
+        command = [sys.executable, "-m", "hfedmoe.compare.worker", str(config), str(self.folder / cell.file)]
+        with errors.open("w") as stream:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, text=True)
+        return _Run(cell, process, errors, time.monotonic())
+
+    def _finish(self, run: _Run) -> None:
+        name = f"{run.cell.method} with seed {run.cell.seed}"
+        if run.process.returncode != 0:
+            lines = run.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
+            reason = lines[-1].removeprefix("error: ")
+            raise UserError(f"{name}: {reason}; the cells that are done are kept in {self.folder}")
+        self.seconds.append(time.monotonic() - run.started)
+        self.peak = max(self.peak, Result.read(self.folder / run.cell.file).peak_bytes)
+        self.done += 1
+
+    def _report(self, running: list[_Run], waiting: int) -> None:
+        left = None
+        if self.seconds:
+            mean, now = sum(self.seconds) / len(self.seconds), time.monotonic()
+            left = sum(max(0.0, mean - (now - run.started)) for run in running) + mean * waiting
+            left /= max(1, len(running))
+        names = ", ".join(f"{run.cell.method} {run.cell.seed}" for run in running)
+        self.progress(self.done, self.total, names, left)

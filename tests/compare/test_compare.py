@@ -1,0 +1,106 @@
+"""Cells in processes of their own, kept and not computed twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hfedmoe.compare.cells import Result
+from hfedmoe.compare.command import compare
+from hfedmoe.compare.running import cells_of
+from hfedmoe.config import RunConfig
+from hfedmoe.errors import UserError
+from hfedmoe.events import Silent
+from hfedmoe.runs.folder import RunFolder
+from hfedmoe.simulation import run
+from tests.federation import tiny_config
+
+QUICK = ("federation.rounds=2", "train.steps=1")
+
+
+@pytest.fixture(scope="module")
+def settings() -> RunConfig:
+    return tiny_config(*QUICK)
+
+
+@pytest.fixture(scope="module")
+def folder(settings: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    compare(settings, "hfedmoe,local", "0-1", out, 2, None)
+    return out
+
+
+def test_a_cell_is_the_run_with_that_method_and_seed(folder: Path, settings: RunConfig, tmp_path: Path) -> None:
+    (cell,) = cells_of(settings, ["hfedmoe"], [1])
+    found = Result.read(folder / "cells" / cell.file)
+    assert (found.method, found.seed, found.digest, found.personal) == ("hfedmoe", 1, cell.digest, False)
+    run(cell.config, tmp_path / "run", Silent())
+    lines = RunFolder.open(tmp_path / "run").read_rounds()
+    assert [line.accuracy for line in found.rounds] == [line["evaluation"]["all"]["accuracy"] for line in lines]
+    assert [line.bytes_up for line in found.rounds[1:]] == [line["bytes_up"] for line in lines[1:]]
+    assert [line.clients for line in found.rounds] == [0, 4, 4]
+    assert sum(found.client_rows) == 160
+    assert len(found.client_accuracy) == 4
+    assert found.machine["threads"] == 1
+    assert found.peak_bytes > 1 << 27
+    # Four layers, top-2: each token counts 8 pairs of an expert with 64 x 96 x 3 weights.
+    tokens = sum(row["tokens"] for row in lines[1]["clients"])
+    experts = 4 * 3 * 64 * 96 * tokens
+    assert experts < found.rounds[1].flops < 6 * experts
+
+
+def test_clients_with_models_of_their_own_are_measured_one_by_one(folder: Path) -> None:
+    found = [Result.read(path) for path in sorted((folder / "cells").glob("local-*"))]
+    assert len(found) == 2
+    for result in found:
+        assert result.personal
+        assert [line.accuracy is None for line in result.rounds] == [False, True, False]
+        assert [line.bytes_up < 10_000 for line in result.rounds[1:]] == [True, True]
+
+
+def test_what_is_computed_is_kept_and_what_is_missing_is_computed(folder: Path, settings: RunConfig) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
+    gone = next(path for path in before if path.name.startswith("local-seed0"))
+    content = Result.read(gone)
+    gone.unlink()
+    text = compare(settings, "hfedmoe,local", "0-1", folder, 1, 0.5)
+    after = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
+    assert {path for path in after if after[path] != before[path]} == {gone}
+    again = Result.read(gone)
+    assert [line.accuracy for line in again.rounds] == [line.accuracy for line in content.rounds]
+    assert "| `local` |" in text
+    assert "Target accuracy: 50.0%" in text
+    assert (folder / "table.md").read_text(encoding="utf-8") in text
+    assert {path.name for path in folder.glob("*.svg")} == {
+        f"accuracy-over-{x}.svg" for x in ("rounds", "bytes", "flops")
+    }
+
+
+def test_another_setting_is_another_cell(settings: RunConfig) -> None:
+    (one,), (other,) = (
+        cells_of(config, ["hfedmoe"], [0]) for config in (settings, tiny_config(*QUICK, "train.lr=1e-4"))
+    )
+    assert one.file != other.file
+    (named,) = cells_of(settings.model_copy(update={"name": "another"}), ["hfedmoe"], [0])
+    assert named.file == one.file
+    with_option = tiny_config(*QUICK, "method.name=fedprox", "method.options.mu=0.5")
+    prox, plain = cells_of(with_option, ["fedprox", "fedavg"], [0])
+    assert prox.config.method.options == {"mu": 0.5}
+    assert plain.config.method.options == {}
+
+
+def test_bad_requests_are_one_line(folder: Path, settings: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="fedsgd is no method; `hfedmoe methods`"):
+        compare(settings, "hfedmoe,fedsgd", "0", tmp_path, 1, None)
+    for seeds in ("", "a", "3-1", "1-"):
+        with pytest.raises(UserError, match=r"--seeds .*: expected numbers"):
+            compare(settings, "hfedmoe", seeds, tmp_path, 1, None)
+    broken = tiny_config(*QUICK, "train.lr=1e30")
+    with pytest.raises(UserError, match=r"hfedmoe with seed 0: .*; the cells that are done are kept in"):
+        compare(broken, "hfedmoe", "0", tmp_path, 1, None)
+    path = next((folder / "cells").iterdir())
+    tree = json.loads(path.read_text())
+    for damaged in ("{", json.dumps(tree | {"format": 99}), "[]"):
+        (tmp_path / "x.json").write_text(damaged)
+        with pytest.raises(UserError, match="is not the result of a cell"):
+            Result.read(tmp_path / "x.json")
