@@ -362,6 +362,43 @@ def upcycle(
     typer.echo(f"{out}: {experts} experts per layer, top-{top_k}; `hfedmoe inspect {shlex.quote(str(out))}` shows it")
 
 
+base = typer.Typer(no_args_is_help=True, help="Build and check base models whose experts belong to domains.")
+app.add_typer(base, name="base")
+
+
+@base.command("pretrain")
+def base_pretrain(
+    out: Annotated[Path, typer.Argument(help="Folder for the model: a new or an empty one.")],
+    steps: Annotated[
+        int, typer.Option(min=1, help="Training steps; the same command goes on if it was stopped.")
+    ] = 3000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the order of the texts.")] = 0,
+) -> None:
+    """Pre-train a small OLMoE model from packaged texts, with experts that belong to domains."""
+    from hfedmoe.files.whole import check_free
+
+    check_free(out)
+    from hfedmoe.bases.command import pretrain_base
+
+    typer.echo(pretrain_base(out, steps, seed))
+
+
+@base.command("check")
+def base_check(
+    model: Annotated[str, typer.Argument(help="A MoE model: packaged, hub id or folder.")],
+    texts: Annotated[int, typer.Option(min=1, help="Held-out texts of each domain.")] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure whether it matters which experts of a model a text is given; exit code 1 if it does not."""
+    _require_model(model)
+    from hfedmoe.bases.command import check_base
+
+    text, passed = check_base(model, texts, as_json)
+    typer.echo(text)
+    if not passed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def doctor(
     hub: Annotated[bool, typer.Option("--hub", help="Also try to reach the model hub.")] = False,

@@ -1,0 +1,51 @@
+"""`hfedmoe base`: build a base model, and check it."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from hfedmoe.bases.checks import check
+from hfedmoe.bases.pretrain import Recipe, pretrain
+from hfedmoe.bases.texts import Piece, pieces
+from hfedmoe.config import ModelConfig
+from hfedmoe.models.loading import load
+
+
+def pretrain_base(out: Path, steps: int, seed: int) -> str:
+    """Pre-train a base; returns one line that says what was written. Raises UserError as `pretrain`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading texts", total=steps, left="")
+
+        def report(step: int, total: int, loss: float, left: float) -> None:
+            bar.update(task, completed=step, description=f"loss {loss:.3f}", left=f"{left / 60:.0f} min left")
+
+        pretrain(out, Recipe(steps=steps, seed=seed), report)
+    return f"{out}: a checkpoint for transformers; `hfedmoe base check {out}` measures its experts"
+
+
+def check_base(name: str, number: int, as_json: bool) -> tuple[str, bool]:
+    """What was found, and whether the model passed. Raises UserError if the model or the texts are not there."""
+    words = Recipe().words
+    known = [piece for piece in pieces("train", words) if piece.domain != "dialogue"]
+    held_out = pieces("test", words)
+    loaded = load(ModelConfig(name=name, device="cpu"), seed=0)
+    found = check(loaded.model, loaded.tokenizer, _some(known, number), _some(held_out, number))
+    return (json.dumps(found.to_json(), indent=2) if as_json else found.as_text()), found.passed
+
+
+def _some(all_pieces: Sequence[Piece], number: int) -> list[Piece]:
+    """The same few texts of each domain, whenever it is asked."""
+    draws = random.Random(0)
+    by_domain: dict[str, list[Piece]] = {}
+    for piece in all_pieces:
+        by_domain.setdefault(piece.domain, []).append(piece)
+    return [
+        piece
+        for domain in sorted(by_domain)
+        for piece in draws.sample(by_domain[domain], min(number, len(by_domain[domain])))
+    ]
