@@ -157,7 +157,10 @@ def check_precisions(folder: Path) -> None:
 def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
     for name, place in places_in(file):
         if place.dtype is None:
-            raise CheckpointError(f"{file}: {name} is stored as {place.stored_as}, which cannot be read yet")
+            raise CheckpointError(
+                f"{file}: {name} is stored as {place.stored_as}, which cannot be read without a quantization_config in "
+                "config.json; download the checkpoint again, or use one in 16 or 32 bit"
+            )
         if place.end - place.start != prod(place.shape) * place.dtype.itemsize:
             raise CheckpointError(f"{file}: {name} does not lie within the file; it is damaged or cut off")
         yield name, Entry(file, place.dtype, place.shape, place.start, place.end)
