@@ -5,10 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from hfedmoe import measure
 from hfedmoe.cli import main
-from hfedmoe.config import ModelConfig, RunConfig
+from hfedmoe.config import ModelConfig, RunConfig, load_config
+from hfedmoe.events import Watcher
+from hfedmoe.measure import evaluate_model_on
 from hfedmoe.models.loading import load
+from hfedmoe.models.tiny import tiny_tokenizer
+from hfedmoe.moe.experts import state
+from hfedmoe.moe.experts.groups import group_pairs
+from tests.families.table import build
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 
@@ -85,6 +93,60 @@ def test_evaluate_a_run_on_a_task(tmp_path, capsys):
     assert start["accuracy_norm"] == model["accuracy_norm"] is not None
     assert start["loss"] == pytest.approx(model["loss"], rel=1e-5)  # nothing was trained yet
     assert end["loss"] != pytest.approx(start["loss"], rel=1e-5)
+
+
+def saved(folder, name):
+    """A folder with a tiny random model and the tiny tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    size = {"vocab_size": len(tokenizer), "initializer_range": 0.2}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if name == "dense":
+        model = LlamaForCausalLM(LlamaConfig(**size, **sizes))
+    else:
+        model = build(name, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tiny", []),
+        ("mixtral", []),
+        ("mixtral", ["model.expert_dtype=float32"]),
+        ("deepseek_v3", []),
+        ("switch_transformers", []),
+        ("dense", []),
+    ],
+)
+def test_padding_runs_no_experts_and_changes_no_figure(tmp_path, monkeypatch, name, settings):
+    model = "tiny" if name == "tiny" else str(saved(tmp_path / "model", name))
+    rows = tmp_path / "rows.jsonl"
+    texts = ["oil", "the bank said that prices rose and that trade fell", "grain prices", "a ship of the oil company"]
+    rows.write_text("".join(json.dumps({"text": t, "label": "ab"[i % 2]}) + "\n" for i, t in enumerate(texts)))
+    settings = [f"model.name={model}", f"data.source={rows}", "model.device=cpu", *settings]
+    config = load_config(None, settings)
+    pairs = []
+
+    def counting(experts, number, *rest):
+        pairs.append((len(experts), int((experts < number).sum())))
+        return group_pairs(experts, number, *rest)
+
+    monkeypatch.setattr(state, "group_pairs", counting)
+    figures = evaluate_model_on(model, config.data, config, Watcher())
+    assert any(running < of for of, running in pairs) == (name != "dense")
+    # One row at a time there is no padding.
+    pairs.clear()
+    alone = load_config(None, [*settings, "evaluation.batch_size=1"])
+    assert evaluate_model_on(model, alone.data, alone, Watcher()).loss == pytest.approx(figures.loss, rel=1e-5)
+    assert all(running == of for of, running in pairs)
+    if "model.expert_dtype=float32" not in settings:  # stock experts cannot compute with a store
+        monkeypatch.setattr(measure, "_skip_padding", lambda loaded: None)
+        stock = evaluate_model_on(model, config.data, config, Watcher())
+        assert (stock.accuracy, stock.macro_f1, stock.examples) == (figures.accuracy, figures.macro_f1, 4)
+        assert stock.loss == pytest.approx(figures.loss, rel=1e-5)
 
 
 def own_rows(path):

@@ -4,23 +4,30 @@ The rows are the held-out rows of a configuration, a data set known by name, or 
 is scored as lm-evaluation-harness does.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from hfedmoe.client.batches import tokens_of
 from hfedmoe.config import DataConfig, ModelConfig, RunConfig
+from hfedmoe.data.encoding import Batch
 from hfedmoe.data.fits import check_task
 from hfedmoe.data.task import Task
 from hfedmoe.data.tasks import load_rows, load_task, load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
+from hfedmoe.models.loaded import Loaded
 from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
+from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
+from hfedmoe.moe.experts.state import ExpertState
+from hfedmoe.moe.model import MoEModel
 from hfedmoe.prepare import Prepared, encoder_of, prepare
 from hfedmoe.runs.checkpoints import Checkpoint
 from hfedmoe.runs.choice import checkpoint_of, fitting
 from hfedmoe.runs.folder import RunFolder
-from hfedmoe.runs.identity import check_identity, identity_of, read_identity
+from hfedmoe.runs.identity import check_base, check_identity, identity_of, read_identity
 from hfedmoe.server.evaluation import Metrics, evaluate, room_of
 
 
@@ -82,6 +89,7 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
     with RunFolder.open(path) as folder:
         checkpoint = checkpoint_of(folder, which)
         config = folder.config
+        check_base(path, config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     watcher.phase("reading the data")
@@ -123,4 +131,23 @@ def _evaluate(settings: ModelConfig, task: Task, config: RunConfig, watcher: Wat
         config.evaluation.batch_size,
         config.evaluation.scoring,
         on_batch=watcher.evaluating,
+        before_pass=_skip_padding(loaded),
     )
+
+
+def _skip_padding(loaded: Loaded) -> Callable[[Batch], None] | None:
+    """Let padding run no experts, for `evaluate`; it changes the model in place.
+
+    The figures stay the same, because padding reaches no answer. None: the model is dense or quantised, or its experts
+    run only in transformers.
+    """
+    if getattr(loaded.model.config, "quantization_config", None) is not None:
+        return None  # its experts may compute with scales of their own
+    try:
+        for layer in find_moe_layers(loaded.model):
+            ExpertState(layer, loaded.store).math()  # raises before anything is changed
+        model = MoEModel(loaded.model, experts="frozen", router=False, store=loaded.store)
+    except UnsupportedModelError:
+        return None
+    model.set_resident(None)
+    return lambda batch: model.count(tokens_of(batch))

@@ -31,7 +31,7 @@ def tiny() -> MoEModel:
 
 def learner(model: MoEModel, number: int = 0, batch_size: int = 2, **sections: Any) -> Learner:
     config = RunConfig.model_validate({"train": {"steps": 2, "batch_size": batch_size}} | sections)
-    return Learner(model, ROWS, Encoder(tiny_tokenizer(), "{text}", 16), config, number)
+    return Learner(model, ROWS, Encoder(tiny_tokenizer(), "{text}", max_tokens=16), config, number)
 
 
 def train(model: MoEModel, method: dict[str, Any] | None = None, **settings: Any) -> training.LocalUpdate:

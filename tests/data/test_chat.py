@@ -108,7 +108,7 @@ def test_evaluation_reads_conversations(tokenizer):
 
 def test_long_conversations_are_cut_in_front_and_long_answers_behind(tokenizer):
     example = loaded().test[1]
-    whole, short = Encoder(tokenizer, "{text}", 200), Encoder(tokenizer, "{text}", 6)
+    whole, short = Encoder(tokenizer, "{text}", max_tokens=200), Encoder(tokenizer, "{text}", max_tokens=6)
     assert short.prompts([example])[0] == whole.prompts([example])[0][-6:]
     assert short.encoded([example])[0][1] == whole.encoded([example])[0][1][:6]
 
@@ -116,7 +116,7 @@ def test_long_conversations_are_cut_in_front_and_long_answers_behind(tokenizer):
 def test_a_tokenizer_without_a_template_gives_one_clear_line(tokenizer):
     bare = AutoTokenizer.from_pretrained(smollm2_folder())
     bare.chat_template = None
-    encoder = Encoder(bare, "{text}", 200)
+    encoder = Encoder(bare, "{text}", max_tokens=200)
     with pytest.raises(UserError, match=r'the tokenizer has no chat template; .* set data\.chat = "plain"'):
         encoder.training_batch(loaded().test)
     bare.chat_template = "{{ raise_exception('roles must\nalternate') }}"

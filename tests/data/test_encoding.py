@@ -83,7 +83,7 @@ def tiny_t5(vocabulary):
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
 def test_an_uncut_prompt_reads_as_the_template(make):
     tokenizer = make()
-    encoder = Encoder(tokenizer, TEMPLATE, 200)
+    encoder = Encoder(tokenizer, TEMPLATE, max_tokens=200)
     prompt = encoder.prompts([Example("one two", CHOICES, 1)])[0]
     assert tokenizer.decode(prompt, skip_special_tokens=True) == "News: one two\nTopic:"
     assert (prompt[0] == tokenizer.bos_token_id) == (make is sentencepiece)
@@ -93,23 +93,23 @@ def test_an_uncut_prompt_reads_as_the_template(make):
 
 def test_sentencepiece_answers_do_not_begin_with_a_lone_mark():
     tokenizer = sentencepiece()
-    encoder = Encoder(tokenizer, TEMPLATE, 200)
+    encoder = Encoder(tokenizer, TEMPLATE, max_tokens=200)
     firsts = tokenizer.convert_ids_to_tokens(encoder.first_tokens(rows()[0]))
     assert all(token.startswith("▁") and token != "▁" for token in firsts)
     assert encoder.distinct_first_tokens(rows())
 
 
 def test_the_text_is_cut_and_the_template_is_kept(tokenizer):
-    whole = Encoder(tokenizer, TEMPLATE, 1000).prompts(rows())
+    whole = Encoder(tokenizer, TEMPLATE, max_tokens=1000).prompts(rows())
     head = tokenizer("News:")["input_ids"]
     tail = tokenizer("\nTopic:")["input_ids"]
     room = 3
-    cut = Encoder(tokenizer, TEMPLATE, len(head) + len(tail) + room).prompts(rows())
+    cut = Encoder(tokenizer, TEMPLATE, max_tokens=len(head) + len(tail) + room).prompts(rows())
     for long, short in zip(whole, cut, strict=True):
         text = long[len(head) : -len(tail)]
         assert short == head + text[:room] + tail
     with pytest.raises(UserError, match=r"data\.template takes \d+ tokens, which leaves none of data\.max_tokens=\d"):
-        Encoder(tokenizer, TEMPLATE, len(head) + len(tail))
+        Encoder(tokenizer, TEMPLATE, max_tokens=len(head) + len(tail))
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def test_the_text_is_cut_and_the_template_is_kept(tokenizer):
     ],
 )
 def test_where_the_answer_joins_the_prompt(tokenizer, template, choice, read):
-    encoder = Encoder(tokenizer, template, 200)
+    encoder = Encoder(tokenizer, template, max_tokens=200)
     example = Example("one", (choice, "acq"), 0)
     tokens = encoder.prompts([example])[0] + encoder.choices(example)[0]
     assert tokenizer.decode(tokens) == read
 
 
 def test_a_completion_ends_with_end_of_sequence_and_a_choice_does_not(tokenizer):
-    encoder = Encoder(tokenizer, TEMPLATE, 200)
+    encoder = Encoder(tokenizer, TEMPLATE, max_tokens=200)
     assert encoder.encoded([Example("one", completion="two")])[0][1][-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in encoder.encoded([rows()[0]])[0][1]
     batch = encoder.training_batch([Example("one", completion="two")])
@@ -141,7 +141,7 @@ def test_a_completion_ends_with_end_of_sequence_and_a_choice_does_not(tokenizer)
 
 
 def test_a_long_choice_is_an_error_that_names_the_example(tokenizer):
-    encoder = Encoder(tokenizer, TEMPLATE, 20)
+    encoder = Encoder(tokenizer, TEMPLATE, max_tokens=20)
     with pytest.raises(UserError, match=r'^example "a question": an answer has \d+ tokens, .*; shorten it or raise'):
         encoder.training_batch([Example("a question", ("zq" * 20, "a"), 1)])
 
@@ -162,7 +162,7 @@ def test_a_long_completion_loses_its_end_and_the_prompt_in_front_of_it_its_begin
 def test_causal_batches_line_up_with_single_rows(make, first_token_only):
     tokenizer = make()
     model = tiny_llama(len(tokenizer))
-    encoder = Encoder(tokenizer, TEMPLATE, 24)
+    encoder = Encoder(tokenizer, TEMPLATE, max_tokens=24)
     batch = encoder.training_batch(rows(), first_token_only=first_token_only)
     assert batch.input_ids.shape == batch.attention_mask.shape
     assert bool(batch.attention_mask[:, -1].all())  # padded on the left
@@ -183,7 +183,7 @@ def test_causal_batches_line_up_with_single_rows(make, first_token_only):
 def test_encoder_decoder_batches_line_up_with_single_rows():
     tokenizer = sentencepiece(suffix=True)
     model = tiny_t5(len(tokenizer))
-    encoder = Encoder(tokenizer, TEMPLATE, 24, encoder_decoder=True, decoder_start_token_id=0)
+    encoder = Encoder(tokenizer, TEMPLATE, max_tokens=24, encoder_decoder=True, decoder_start_token_id=0)
     prompts = encoder.prompts(rows())
     assert {prompt[-1] for prompt in prompts} == {tokenizer.eos_token_id}
     assert max(map(len, prompts)) <= 24
@@ -198,11 +198,11 @@ def test_encoder_decoder_batches_line_up_with_single_rows():
             losses[index].sum(), single.loss * len(encoder.encoded([example])[0][1]), rtol=1e-4, atol=1e-5
         )
     with pytest.raises(UserError, match="no decoder_start_token_id"):
-        Encoder(tokenizer, TEMPLATE, 24, encoder_decoder=True)
+        Encoder(tokenizer, TEMPLATE, max_tokens=24, encoder_decoder=True)
 
 
 def test_choice_tokens_only_where_they_tell_all_choices_apart(tokenizer):
-    encoder = Encoder(tokenizer, TEMPLATE, 64)
+    encoder = Encoder(tokenizer, TEMPLATE, max_tokens=64)
     batch = encoder.training_batch(rows())
     assert batch.answers.tolist() == [2, 0, 1]
     assert batch.choice_tokens.tolist() == [encoder.first_tokens(rows()[0])] * 3
@@ -228,10 +228,10 @@ def test_classification_trains_on_first_tokens_by_default(tokenizer):
 
 
 def test_a_batch_moves_as_a_whole(tokenizer):
-    batch = Encoder(tokenizer, TEMPLATE, 64).training_batch(rows()).to("meta")
+    batch = Encoder(tokenizer, TEMPLATE, max_tokens=64).training_batch(rows()).to("meta")
     assert {value.device.type for value in vars(batch).values() if value is not None} == {"meta"}
 
 
 def test_positions_do_not_count_padding():
-    batch = Encoder(tiny_tokenizer(), "{text}", 64).collate([[5, 6, 7], [5]], [[1], [2]])
+    batch = Encoder(tiny_tokenizer(), "{text}", max_tokens=64).collate([[5, 6, 7], [5]], [[1], [2]])
     assert batch.model_inputs()["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -27,7 +27,9 @@ from hfedmoe.config import (
 from hfedmoe.export.card import Export, card
 from hfedmoe.export.provenance import data_name, hub_data_set, origin
 from hfedmoe.export.snippet import Loading, loading_code
+from hfedmoe.method.methods import METHODS
 from hfedmoe.models.loading import load
+from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
@@ -367,17 +369,113 @@ def test_a_card_says_only_what_is_so(tmp_path):
     )
     text = card_of(tmp_path / "other", other, export)
     assert "HFedMoE" not in text
+    assert "| a client holds | everything |" in text
     assert "fine-tuned it (expert score `random`, residency `all`)" in text
     assert "The trained parts of the model (LoRA of rank 2, alpha 16, on the attention projections) as" in text
     assert "| LoRA pairs | products B A averaged |" in text
     assert "| 0 | 4 of 4 | 9 |" in text
-    assert "udget" not in text
+    assert "| budget |" not in text
+    assert "Budgets" not in text
     unusual = [
         "| `train.max_grad_norm` | none |",
         "| `train.loss` | choices |",
         "| `federation.clients_per_round` | 3 |",
     ]
     assert unusual == re.findall(r"^\| `.*", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_card_describes_the_method_of_its_run_and_no_other(tmp_path, name):
+    row = METHODS[name]
+    options = {option.name: option.usual for option in row.options}
+    text = card_of(
+        tmp_path / "run",
+        RunConfig(method=MethodConfig(name=name, options=options)),
+        Export("merged", "float32", model_type="mixtral", num_experts=[4]),
+    )
+    assert ("HFedMoE" in text) == ("2601.00583" in text) == (name == "hfedmoe")
+    assert (f"with the method `{name}`" in text) == (name != "hfedmoe")
+    if row.source.startswith("arXiv"):
+        assert f"([paper](https://arxiv.org/abs/{row.source.split()[1]}))" in text
+    words = {"a client holds": row.holds, "a client trains": row.trains, "a client sends": row.travels}
+    for key, value in {"method": f"`{name}`", **words, "the server": row.server}.items():
+        assert f"| {key} | {value} |\n" in text
+    read = {"expert score", "lam", "beta", "tau", "residency", "expert weight", "gate rule"} & {
+        line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()
+    }
+    every = {"expert score", "lam", "beta", "tau", "residency", "expert weight", "gate rule"}
+    ranked = {"expert score", "residency"}
+    assert read == {
+        "hfedmoe": every,
+        "local": {*ranked, "lam", "beta"},
+        "frequency": ranked,
+        "fedmoe": ranked,
+        "flex_moe": ranked,
+        "flame": set(),
+        "unlimited": set(),
+        "pooled": set(),
+    }.get(name, {"residency"})
+    for option in row.options:
+        assert f"| {option.about} | {option.usual:g} |" in text
+    assert ("budget | experts held" in text) == (name not in ("unlimited", "pooled"))
+    assert "`method." not in text  # the defaults
+
+
+@pytest.mark.parametrize("form", [["merged"], ["client", "--client", "0"], ["adapter"]])
+def test_a_run_whose_base_model_was_replaced_is_not_exported(tmp_path, capsys, form):
+    run, rows = replaced(tmp_path)
+    out = tmp_path / "out"
+    assert hfedmoe("export", run, out, "--as", *form) == 0
+    shutil.rmtree(out)
+    replace_base(tmp_path / "model")
+    capsys.readouterr()
+    assert hfedmoe("export", run, out, "--as", *form) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{run}: its base model changed since the run began; restore the model of model.name" in line
+    assert not out.exists()
+    assert hfedmoe("evaluate", run, "--rows", rows) == 2
+    assert "its base model changed since the run began" in capsys.readouterr().err
+
+
+def replaced(root: Path) -> tuple[Path, Path]:
+    """A run on a folder, and a file of rows."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer), 0).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    settings = [f"model.name={root / 'model'}", "federation.rounds=1", "clients.count=2", "train.steps=1"]
+    settings += ["data.train_rows=40", "data.test_rows=4"]
+    assert hfedmoe("run", "tiny", "--out", root / "run", *(part for key in settings for part in ("--set", key))) == 0
+    (root / "rows.jsonl").write_text('{"text": "oil rose", "label": "crude"}\n', encoding="utf-8")
+    assert hfedmoe("evaluate", root / "run", "--rows", root / "rows.jsonl") == 0
+    return root / "run", root / "rows.jsonl"
+
+
+def replace_base(folder: Path) -> None:
+    tiny_model(len(tiny_tokenizer()), 1).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("form", [["merged"], ["client", "--client", "0"]])
+@pytest.mark.parametrize("same", [False, True])
+def test_only_a_head_that_is_the_embedding_is_said_to_be_tied(own, exports, tmp_path, form, same):
+    shutil.copytree(own / "model", tmp_path / "model")
+    described = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": True}))
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    if same:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    settings = [f"model.name={tmp_path / 'model'}", "federation.rounds=1", "clients.count=2", "train.steps=1"]
+    settings += ["data.train_rows=40", "data.test_rows=4"]
+    options = [part for key in settings for part in ("--set", key)]
+    assert hfedmoe("run", "tiny", "--out", tmp_path / "run", *options) == 0
+    assert hfedmoe("export", tmp_path / "run", tmp_path / "out", "--as", *form) == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is same
+    head = load_file(tmp_path / "out" / "model.safetensors").get("lm_head.weight")
+    assert (head is None) if same else torch.equal(head, tensors["lm_head.weight"])
+    loaded = load(ModelConfig(name=str(tmp_path / "out"), device="cpu"), 0).model
+    assert torch.equal(loaded.lm_head.weight, tensors["lm_head.weight"])
+    assert torch.equal(loaded.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
 
 
 # errors

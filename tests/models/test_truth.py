@@ -1,7 +1,9 @@
 """One truth about a checkpoint: whole or carved, a model has the weights that transformers loads."""
 
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hfedmoe.config import ModelConfig
+from hfedmoe.config import ModelConfig, RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.lfs import START
-from hfedmoe.models.loading import load
+from hfedmoe.models.digest import weights_digest
+from hfedmoe.models.loading import load, structure
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 from hfedmoe.moe.model import MoEModel
+from hfedmoe.report.plan import plan_for
+from tests.families.table import build
 
 
 @pytest.fixture
@@ -148,3 +153,94 @@ def test_a_pointer_of_git_lfs_is_said_to_be_one(folder: Path, file: str, carve: 
     with pytest.raises(UserError, match=rf"{file}: is a Git LFS pointer.*git lfs pull") as caught:
         load(ModelConfig(name=str(folder), device="cpu"), seed=0, carve=carve)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "special_tokens_map.json", "spiece.model", "vocab.txt"])
+def test_a_pointer_in_place_of_a_tokenizer_or_template_is_said_first(folder: Path, file: str) -> None:
+    (folder / file).write_bytes(START + b"\noid sha256:4d7a\nsize 12345\n")
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    for read in (lambda c: load(c, seed=0), lambda c: load(c, seed=0, carve=True), structure):
+        with pytest.raises(UserError, match=rf"{file}: is a Git LFS pointer.*git lfs pull"):
+            read(ModelConfig(name=str(folder), device="cpu"))
+
+
+def test_a_pointer_in_place_of_weights_that_are_not_loaded_does_not_matter(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(START + b"\noid sha256:4d7a\nsize 12345\n")
+    assert same_as_stock(folder)
+
+
+def changed(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+    tensors = {name: change(name, tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ["safetensors", "pickled", "quiet"])
+@pytest.mark.parametrize(
+    ("part", "cut", "named"),
+    [
+        ("lm_head.weight", None, "lm_head.weight"),
+        ("embed_tokens", 8, r"model.embed_tokens.weight.*\[\d+, 64\]"),
+        (
+            "experts.3.w1",
+            8,
+            r"model.layers.0.mlp.experts.gate_up_proj cannot be used \(stack expects each tensor",
+        ),
+    ],
+)
+def test_a_tensor_that_cannot_be_used_is_named_in_one_line(
+    folder: Path, part: str, cut: int | None, named: str, how: str, caplog: Any, monkeypatch: Any
+) -> None:
+    """Nothing else is printed: transformers' own report has tens of lines."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    if how == "quiet":
+        monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.ERROR)
+    changed(folder, lambda name, t: t if part not in name else None if cut is None else t[:-cut].clone())
+    if how != "safetensors":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=named) as caught:
+        load(ModelConfig(name=str(folder), device="cpu"), seed=0)
+    assert "\n" not in str(caught.value)
+    assert "above report" not in str(caught.value)
+    assert not caplog.text
+
+
+def test_unused_tensors_are_still_reported(folder: Path, caplog: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"spare.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    load(ModelConfig(name=str(folder), device="cpu"), seed=0)
+    assert "spare.weight" in caplog.text
+
+
+def test_fp8_without_its_config_is_refused_by_all(folder: Path) -> None:
+    changed(folder, lambda name, tensor: tensor.to(torch.float8_e4m3fn) if "experts" in name else tensor)
+    config = RunConfig(model=ModelConfig(name=str(folder), device="cpu"))
+    lines = []
+    for read in (lambda: load(config.model, 0), lambda: weights_digest(config), lambda: plan_for(config)):
+        with pytest.raises(UserError, match="is stored as F8_E4M3, which cannot be read without") as caught:
+            read()
+        lines.append(str(caught.value))
+    assert len(set(lines)) == 1
+    (folder / "model.safetensors").unlink()  # planned for before it is downloaded
+    assert plan_for(config).quantised is None
+
+
+@pytest.mark.parametrize("carve", [False, True])
+def test_a_correction_bias_that_is_not_stored_is_never_zero(tmp_path: Path, carve: bool) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    build("deepseek_v3").save_pretrained(tmp_path)
+    load(ModelConfig(name=str(tmp_path), device="cpu"), seed=0, carve=carve)
+    changed(tmp_path, lambda name, tensor: None if "correction_bias" in name else tensor)
+    with pytest.raises(UserError, match=r"the checkpoint has no model.layers.*gate.e_score_correction_bias"):
+        load(ModelConfig(name=str(tmp_path), device="cpu"), seed=0, carve=carve)
+
+
+def test_a_buffer_that_a_family_leaves_out_on_purpose_may_be_missing(tmp_path: Path, monkeypatch: Any) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = build("deepseek_v3")
+    model.save_pretrained(tmp_path)
+    changed(tmp_path, lambda name, tensor: None if "correction_bias" in name else tensor)
+    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_missing", ["e_score_correction_bias"])
+    assert same_as_stock(tmp_path)

@@ -108,7 +108,14 @@ def naive(model, encoder, rows, first_token):
 
 
 def encoder_for(name, tokenizer, first_token_only=False):
-    return Encoder(tokenizer, "say {text} so", 6, name == "switch", 0, first_token_only)
+    return Encoder(
+        tokenizer,
+        "say {text} so",
+        max_tokens=6,
+        encoder_decoder=name == "switch",
+        decoder_start_token_id=0,
+        first_token_only=first_token_only,
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "switch"])
@@ -159,7 +166,7 @@ def test_acc_norm_divides_by_characters_and_choices_share_a_forward_pass(llama, 
 def test_an_empty_choice_has_no_acc_norm_of_its_own():
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())  # knows a space by itself
     rows = [Example("one two", ("", "earn"), 0), Example("one two", ("", "earn"), 1)]
-    encoder = Encoder(tokenizer, "{text}", 64, whole_prompts=True)
+    encoder = Encoder(tokenizer, "{text}", max_tokens=64, whole_prompts=True)
     metrics = evaluate(tiny_model(len(tokenizer), seed=3), rows, encoder, 4, "loglikelihood")
     assert metrics.accuracy_norm == 0.5  # never the empty one
     assert metrics.macro_f1 is None  # choices are not labels
@@ -222,7 +229,7 @@ def test_no_graph_is_built_and_a_loss_beyond_exp_is_infinite():
     model.lm_head.weight.data *= 1e5
     graphs = []
     model.register_forward_hook(lambda module, inputs, output: graphs.append(output.logits.requires_grad))
-    metrics = evaluate(model, [Example("x", completion="y")], Encoder(tokenizer, "{text}", 64), 4)
+    metrics = evaluate(model, [Example("x", completion="y")], Encoder(tokenizer, "{text}", max_tokens=64), 4)
     assert graphs == [False]
     assert metrics.loss > 1000
     assert metrics.perplexity == math.inf

@@ -141,7 +141,14 @@ def our_scores(model, encoder, examples):
 
 def assert_same(model, tokenizer, examples, template, expected):
     encoder_decoder = bool(model.config.is_encoder_decoder)
-    encoder = Encoder(tokenizer, template, 64, encoder_decoder, 0, whole_prompts=True)
+    encoder = Encoder(
+        tokenizer,
+        template,
+        max_tokens=64,
+        encoder_decoder=encoder_decoder,
+        decoder_start_token_id=0,
+        whole_prompts=True,
+    )
     metrics = evaluate(model, examples, encoder, 3, "loglikelihood")
     (acc, acc_norm), rows, scores = expected
     assert metrics.accuracy == acc

@@ -92,6 +92,7 @@ class Encoder:
         self,
         tokenizer: Any,
         template: str,
+        *,
         max_tokens: int,
         encoder_decoder: bool = False,
         decoder_start_token_id: int | None = None,
@@ -142,7 +143,13 @@ class Encoder:
         decoder_start_token_id: int | None = None,
     ) -> "Encoder":
         """The encoder of a task; classification trains on first tokens only, if they differ for all labels."""
-        encoder = cls(tokenizer, task.template, max_tokens, encoder_decoder, decoder_start_token_id)
+        encoder = cls(
+            tokenizer,
+            task.template,
+            max_tokens=max_tokens,
+            encoder_decoder=encoder_decoder,
+            decoder_start_token_id=decoder_start_token_id,
+        )
         labelled = (task.train or task.test)[:1]
         encoder.first_token_only = task.kind == "classification" and encoder.distinct_first_tokens(labelled)
         encoder.whole_prompts = task.kind == "choices"

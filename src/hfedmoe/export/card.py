@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfedmoe.config import RunConfig, TrainConfig
+import torch
+
+from hfedmoe.config import MethodConfig, RunConfig, TrainConfig
 from hfedmoe.export.provenance import data_name, hub_data_set, is_local, origin
 from hfedmoe.export.snippet import Loading, loading_code, prompt_words
+from hfedmoe.method.copies import Copies
+from hfedmoe.method.methods import METHODS
+from hfedmoe.method.row import Method
 from hfedmoe.runs.checkpoints import Checkpoint
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.settings import versions_here
@@ -19,7 +24,6 @@ BASE = "base"
 """Folder of an adapter's base model, if that was made for the run."""
 FIGURES = {"accuracy": "accuracy", "accuracy_norm": "acc_norm", "macro_f1": "macro-F1", "loss": "loss"}
 """Figure of an evaluation -> its name in a card."""
-PAPER = "https://arxiv.org/abs/2601.00583"
 
 
 @dataclass
@@ -93,9 +97,12 @@ def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
     if model.upcycle is not None:
         made += f", a dense model upcycled to {model.upcycle.experts} experts per layer, top-{model.upcycle.top_k}"
     layers = f"{len(export.num_experts)} MoE layers, {sum(export.num_experts)} experts in all"
-    method = config.method
-    if method.score == "ib" and method.residency == "budget":
-        how = f"with HFedMoE ([paper]({PAPER}))"
+    method, row = config.method, METHODS[config.method.name]
+    paper = _paper(row)
+    if method.name != "hfedmoe":
+        how = f"with the method `{method.name}`" + (f" ([paper]({paper}))" if paper else "")
+    elif method.score == "ib" and method.residency == "budget":
+        how = f"with HFedMoE ([paper]({paper}))"
     else:
         how = f"(expert score `{method.score}`, residency `{method.residency}`)"
     text = [
@@ -184,21 +191,81 @@ def _trained(train: TrainConfig) -> list[str]:
     return [*experts, *attention, *(["routers"] if train.router else [])]
 
 
-def _method(config: RunConfig) -> str:
-    method, train = config.method, config.train
-    pairs = {
-        "factors": "A and B averaged one by one",
-        "freeze_a": "A frozen, B averaged",
-        "exact": "products B A averaged",
-    }
-    settings = {
-        "expert score": method.score,
+def _paper(row: Method) -> str | None:
+    """The address of the paper that a method is from; None: it is from none, or only compared with there."""
+    where, _, number = row.source.partition(" ")
+    return f"https://arxiv.org/abs/{number}" if where == "arXiv" else None
+
+
+class _Reads:
+    """Section [method] that remembers which of its settings were read."""
+
+    def __init__(self, settings: MethodConfig) -> None:
+        self.settings, self.names = settings, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.settings, name)
+
+
+def _read_by(row: Method, settings: MethodConfig) -> set[str]:
+    """The settings of [method] that a method reads; found by asking it, because a row does not list them."""
+    one, held = torch.ones(2), torch.ones(2, dtype=torch.bool)
+    copies = Copies(1, usage=one, importance=one, tokens=one, held=held, trained=held, federation=one)
+    reads = _Reads(settings)
+    score = row.score(reads)
+    for ask in (row.expert_weight, row.gate_weight, row.gate_rows):
+        ask(copies, reads)
+    names = reads.names & {"score", "tau", "expert_weight", "gate"}
+    if score is not None:
+        names |= {"level", "bootstrap", "bootstrap_batches"}
+    if "score" in names:
+        names |= {"lam", "beta"}
+    return names if row.unlimited else names | {"residency"}
+
+
+def _method_rows(config: RunConfig) -> dict[str, str]:
+    """The method in its own words, its numbers, and the settings that it reads."""
+    method, row = config.method, METHODS[config.method.name]
+    own = _read_by(row, method)
+    score = row.score(method)
+    values = {
         "lam": f"{method.lam:g}",
         "beta": f"{method.beta:g}",
         "tau": f"{method.tau:g}",
         "residency": method.residency,
         "expert weight": method.expert_weight,
         "gate rule": method.gate,
+    }
+    setting_of = {"expert weight": "expert_weight", "gate rule": "gate"}
+    words = {
+        "method": f"`{method.name}`",
+        "a client holds": row.holds,
+        "a client trains": row.trains,
+        "a client sends": row.travels,
+        "the server": row.server,
+    }
+    if method.residency == "all" and not row.unlimited:
+        words["a client holds"] = "everything"
+    if row.status in ("secondary", "abstract"):
+        words["implemented from"] = {"secondary": "descriptions by others", "abstract": "its abstract"}[row.status]
+    return {
+        **words,
+        **({} if score is None else {"expert score": score}),
+        **{name: value for name, value in values.items() if setting_of.get(name, name) in own},
+        **{option.about: f"{option.of(method):g}" for option in row.options},
+    }
+
+
+def _method(config: RunConfig) -> str:
+    train = config.train
+    pairs = {
+        "factors": "A and B averaged one by one",
+        "freeze_a": "A frozen, B averaged",
+        "exact": "products B A averaged",
+    }
+    settings = {
+        **_method_rows(config),
         "trained": "; ".join(_trained(train)),
         **({"LoRA pairs": pairs[train.lora]} if train.attention or train.experts == "lora" else {}),
         "per client and round": f"{train.steps} steps of batch {train.batch_size}, AdamW, learning rate {train.lr:g}",
@@ -209,7 +276,7 @@ def _method(config: RunConfig) -> str:
 
 
 SAID = {
-    "method": {"score", "lam", "beta", "tau", "residency", "expert_weight", "gate"},
+    "method": {"name", "options", "score", "lam", "beta", "tau", "residency", "expert_weight", "gate"},
     "train": {"experts", "rank", "alpha", "lora", "router", "attention", "steps", "batch_size", "lr"},
     "clients": {"count", "budgets"},
     "federation": {"rounds"},
@@ -220,10 +287,11 @@ SAID = {
 def _unusual(config: RunConfig) -> dict[str, str]:
     """The other settings that affect results and are not the defaults."""
     found = {}
+    unread = {"level", "bootstrap", "bootstrap_batches"} - _read_by(METHODS[config.method.name], config.method)
     for name, said in SAID.items():
         section, usual = getattr(config, name).model_dump(), getattr(RunConfig(), name).model_dump()
         for key, value in section.items():
-            if key not in said and value != usual[key]:
+            if key not in said and not (name == "method" and key in unread) and value != usual[key]:
                 found[f"`{name}.{key}`"] = "none" if value is None else str(value)
     return found
 
@@ -233,7 +301,8 @@ def _clients(config: RunConfig, lines: list[dict[str, Any]], export: Export) -> 
     if not last:
         return ""
     total, budgets = sum(export.num_experts), config.clients.budgets
-    limited = config.method.residency == "budget"
+    method = METHODS[config.method.name]
+    limited = not method.ignores_budgets(config.method) or method.experts_per_token is not None
     rows = [
         f"| {number}{' (this one)' if number == export.client else ''} | "
         + (f"{budgets[number % len(budgets)]} | " if limited else "")

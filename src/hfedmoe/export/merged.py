@@ -41,6 +41,7 @@ def merge(model: MoEModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(torch.float32 if whole else dtype)
         parameter.requires_grad_(False)
     model.routers, model.shared, model.attention = {}, {}, {}
+    say_whether_tied(model.model)
 
 
 def save(model: Any, folder: Path) -> None:
@@ -51,7 +52,25 @@ def save(model: Any, folder: Path) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # for example GGUF: the model in memory is dequantised
         model.is_quantized, model.hf_quantizer = False, None
+    say_whether_tied(model)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+
+
+def say_whether_tied(model: Any) -> None:
+    """Set `tie_word_embeddings` to false in the config if the head is not the embedding.
+
+    transformers compares the two when it loads a checkpoint, other software does not and would use the embedding.
+    Encoder-decoders are left alone: the same setting scales their decoder's output.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    if head is None or not tied or model.config.is_encoder_decoder:
+        return
+    a, b = head.weight, embedding.weight
+    if a is not b and not (a.shape == b.shape and torch.equal(a, b)):
+        for config in configs:
+            config.tie_word_embeddings = False
 
 
 def skeleton(model: Any, **changes: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfedmoe.config import ModelConfig, UpcycleConfig
 from hfedmoe.errors import UserError
+from hfedmoe.export.merged import say_whether_tied
 from hfedmoe.files.whole import writing, written_whole
 from hfedmoe.models.loading import load
 
@@ -44,6 +45,7 @@ def write_mixtral(model: Any, folder: Path) -> None:
     """Write a Mixtral model, one safetensors file per layer; experts that share memory are written separately."""
     from safetensors.torch import save_file
 
+    say_whether_tied(model)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.generation_config is not None:

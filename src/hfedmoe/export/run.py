@@ -31,6 +31,7 @@ from hfedmoe.moe.prediction import withdraw
 from hfedmoe.runs.checkpoints import Checkpoint
 from hfedmoe.runs.choice import checkpoint_of, fitting
 from hfedmoe.runs.folder import RunFolder
+from hfedmoe.runs.identity import check_base
 
 
 def export_run(
@@ -71,6 +72,7 @@ def export_run(
         train = config.train.model_copy(update={"gradient_checkpointing": False})
         config = config.model_copy(update={"model": model, "train": train})
         _check_not_quantised(config.model, form)
+        check_base(path, config)
         with written_whole(out) as scratch:
             loaded = load(config.model, config.seed)
             about = Export(

@@ -8,15 +8,18 @@ from torch import Tensor
 
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
+from hfedmoe.files.lfs import pointer_in
 from hfedmoe.models.loaded import Loaded, device_of, with_padding
-from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, refuse_adapter, source_of
+from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, locate, refuse_adapter, source_of
+from hfedmoe.models.packaged import gguf_file, smollm2_folder
 from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.experts.store import ExpertStore
-from hfedmoe.moe.weights.shards import CheckpointError, Shards, weights_file
+from hfedmoe.moe.weights.shards import CheckpointError, Shards, check_precisions, files_of, weights_file
 from hfedmoe.moe.weights.skeleton import empty_model, fill
 
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def checkpoint_folder(config: ModelConfig) -> Path | None:
@@ -30,7 +33,6 @@ def checkpoint_folder(config: ModelConfig) -> Path | None:
     """
     if config.upcycle is not None or config.name in PACKAGED_MODELS:
         return None
-    from huggingface_hub import snapshot_download
     from transformers import AutoConfig
 
     source, options = source_of(config)
@@ -40,18 +42,78 @@ def checkpoint_folder(config: ModelConfig) -> Path | None:
         described = AutoConfig.from_pretrained(source, **options)
         if getattr(described, "quantization_config", None) is not None:
             return None  # the same check as in `quantisation_of`, without reading the config again
-        folder = Path(source)
-        if not folder.is_dir():
-            wanted = [*_FILES, "*.py"] if config.trust_remote_code else _FILES
-            folder = Path(
-                snapshot_download(
-                    source, revision=config.revision, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]
-                )
-            )
     except LOADING_ERRORS as error:
         raise UserError(explain(config, error)) from None
+    folder = snapshot(config, [*_FILES, "*.py"] if config.trust_remote_code else _FILES)
     refuse_adapter(config, folder)
     return None if weights_file(folder) is None else folder
+
+
+def snapshot(config: ModelConfig, wanted: list[str]) -> Path:
+    """The folder of a model; of one on the hub, the files that match `wanted` are downloaded.
+
+    Raises:
+        UserError: the model cannot be found or reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    source, _ = source_of(config)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=config.revision, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]
+            )
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(explain(config, error)) from None
+
+
+def weight_files(config: ModelConfig) -> list[Path]:
+    """The files with the weights that transformers loads: safetensors, `pytorch_model*.bin` or GGUF; at least one.
+
+    Raises:
+        UserError: the model cannot be found or reached.
+        CheckpointError: it has no weights, or a file is missing.
+    """
+    if config.name in PACKAGED_MODELS:
+        return [gguf_file() or smollm2_folder()]  # without the package, the second one says so
+    source, options = source_of(config)
+    if "gguf_file" in options:
+        return [Path(source) / options["gguf_file"]]
+    folder = snapshot(config, ["*.safetensors", "*.json"])
+    file = weights_file(folder)
+    if file is None:
+        folder = snapshot(config, ["pytorch_model*.bin", "*.json"])
+        file = next((folder / name for name in _PICKLED if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: has no weights: neither safetensors nor {_PICKLED[0]}")
+    files = files_of(file)
+    for part in files:
+        if not part.is_file():
+            raise CheckpointError(f"{part}: no such file, though the checkpoint's index names it")
+        if (pointer := pointer_in(part)) is not None:
+            raise CheckpointError(pointer)
+    return files
+
+
+def check_stored(config: ModelConfig) -> None:
+    """Raise UserError if a local folder has tensors that cannot be read, such as FP8 ones without their config.
+
+    transformers would load them as numbers without their scales.
+
+    Args:
+        config: of a model that is not quantised, by its config.json.
+    """
+    if config.name in PACKAGED_MODELS:
+        return
+    source, options = locate(config)
+    try:
+        if not options and Path(source).is_dir():
+            check_precisions(Path(source))
+    except CheckpointError as error:
+        raise UserError(f"model.name = {config.name}: {error}") from None
 
 
 def quantisation_of(config: ModelConfig) -> str | None:

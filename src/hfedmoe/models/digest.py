@@ -14,10 +14,8 @@ from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.cache import cache_folder
 from hfedmoe.files.disk import replacing
-from hfedmoe.models.carved import checkpoint_folder
-from hfedmoe.models.names import PACKAGED_MODELS, source_of
-from hfedmoe.models.packaged import gguf_file
-from hfedmoe.moe.weights.shards import CheckpointError, Shards
+from hfedmoe.models.carved import checkpoint_folder, weight_files
+from hfedmoe.moe.weights.shards import CheckpointError, Shards, places_in
 
 SAMPLE = 64
 """Bytes read at each of the three places of a tensor."""
@@ -59,34 +57,24 @@ def weights_digest(config: RunConfig) -> str:
         return name
     try:
         plain = config.model.model_copy(update={"upcycle": None})
-        folder = None if name in PACKAGED_MODELS else checkpoint_folder(plain)
+        folder = checkpoint_folder(plain)
         if folder is not None:
-            shards = Shards(folder)
-            return _remembered(sorted({entry.file for entry in shards.entries.values()}), lambda: _of_shards(shards))
+            Shards(folder)  # raises for a damaged checkpoint, and for FP8 tensors without their config
+        files = weight_files(plain)
+        of = _of_tensors if files[0].suffix == ".safetensors" else _of_files
+        return _remembered(files, lambda: of(files))
     except CheckpointError as error:
         raise UserError(f"model.name = {name}: {error}") from None
-    files = _other_files(config)
-    return _remembered(files, lambda: _of_files(files))
 
 
-def _other_files(config: RunConfig) -> list[Path]:
-    """The weight files of a model without safetensors: GGUF or `*.bin`."""
-    if config.model.name in PACKAGED_MODELS:
-        packaged = gguf_file()
-        return [] if packaged is None else [packaged]
-    source, options = source_of(config.model)
-    if "gguf_file" in options:
-        return [Path(source) / options["gguf_file"]]
-    folder = Path(source)
-    return sorted(folder.glob("*.bin")) if folder.is_dir() else []
-
-
-def _of_shards(shards: Shards) -> str:
+def _of_tensors(files: list[Path]) -> str:
+    """Of safetensors files, quantised or not; tensors may be in any file."""
+    places = dict(item for file in files for item in places_in(file))
     found = hashlib.sha256()
-    for name in sorted(shards.entries):
-        entry = shards.entries[name]
-        found.update(f"{name} {entry.dtype} {entry.shape}".encode())
-        for piece in _samples(entry.file, entry.start, entry.end):
+    for name in sorted(places):
+        place = places[name]
+        found.update(f"{name} {place.dtype or place.stored_as} {place.shape}".encode())
+        for piece in _samples(place.file, place.start, place.end):
             found.update(piece)
     return found.hexdigest()
 

@@ -1,14 +1,16 @@
 """Load a model and its tokenizer by name: packaged, local folder, GGUF file or hub id."""
 
 import logging
+import re
+import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
-from hfedmoe.models.carved import checkpoint_folder, open_model, store_experts
+from hfedmoe.models.carved import check_stored, checkpoint_folder, open_model, store_experts
 from hfedmoe.models.loaded import Loaded, device_of, with_padding
 from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, source_of
 from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
@@ -111,15 +113,18 @@ def _pretrained(config: ModelConfig) -> Loaded:
 
     described, auto = _described(config)
     source, options = source_of(config)
+    report: list[str] = []
+    if getattr(described, "quantization_config", None) is None:
+        check_stored(config)
     try:
-        part = described.get_text_config().model_type != described.model_type
-        with _left_out_on_purpose() if part else nullcontext():
+        with _load_report(part=described.get_text_config().model_type != described.model_type) as report:
             model, found = auto.from_pretrained(
                 source, dtype=getattr(torch, config.dtype), output_loading_info=True, **options
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        raise UserError(_what_does_not_fit(config, Path(source)) or explain(config, error)) from None
+        what = _what_does_not_fit(config, Path(source)) or _first_problem(config, report) or explain(config, error)
+        raise UserError(what) from None
     if getattr(model, "_hf_peft_config_loaded", False):  # of a hub model; locate refuses it in a folder
         raise UserError(
             f"model.name = {config.name}: the model has a PEFT adapter beside it, which transformers adds to it; "
@@ -180,19 +185,50 @@ def _described(config: ModelConfig) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _left_out_on_purpose() -> Iterator[None]:
-    """Hide transformers' list of unused tensors, unless it also reports missing ones.
+def _load_report(part: bool) -> Iterator[list[str]]:
+    """Collect transformers' reports about tensors that do not fit, instead of printing their tens of lines.
 
-    Of a multimodal model, only the text model is loaded, so the other tensors are unused on purpose.
+    Such a model is refused in one line. A list of tensors that are only unused is printed, unless `part`: of a
+    multimodal model, only the text model is loaded, so the other tensors are unused on purpose.
     """
+    reports: list[str] = []
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    shown = logger.getEffectiveLevel()
 
     def worth_reading(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        return "LOAD REPORT" not in text or any(status in text for status in ("MISSING", "MISMATCH", "CONVERSION"))
+        if "LOAD REPORT" in text:
+            reports.append(text)
+            if part or any(status in text for status in ("MISSING", "MISMATCH", "CONVERSION")):
+                return False
+        return record.levelno >= shown
 
-    logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(worth_reading)
+    if shown > logging.WARNING:  # the report is needed all the same
+        logger.setLevel(logging.WARNING - 1)  # at WARNING itself transformers would say more, about parallel models
     try:
-        yield
+        yield reports
     finally:
         logger.removeFilter(worth_reading)
+        logger.setLevel(level)
+
+
+def _first_problem(config: ModelConfig, reports: list[str]) -> str | None:
+    """One line about the first tensor in transformers' reports that cannot be used; None: they have none."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(reports))
+    row = re.search(r"^(\S.*?) +\| (MISMATCH|CONVERSION) +\|(.*)$", text, re.MULTILINE)
+    if row is None:
+        return None
+    # Layers with the same problem are one row: "layers.{0, 1, 2}.x".
+    name, status, details = re.sub(r"\{(\d+)[^}]*\}", r"\1", row[1]), row[2], row[3].strip()
+    if status == "CONVERSION":
+        # A traceback, the error's own text, and a line that begins with "Error".
+        lines = [line.strip() for line in text[row.end() :].split("\nNotes:")[0].splitlines()]
+        end = next((i for i, line in enumerate(lines) if line.startswith("Error")), len(lines))
+        details = next((line for line in reversed(lines[:end]) if line), "")
+    shapes = re.search(r"ckpt: (?:torch\.Size\()?(.*?)\)? vs model: ?(?:torch\.Size\()?(.*?)\)?$", details)
+    if shapes is not None:
+        details = f"it has the shape {shapes[1]}, but config.json says {shapes[2]}"
+    why = f" ({textwrap.shorten(details, 160, placeholder=' ...')})" if details else ""
+    return f"model.name = {config.name}: {name} cannot be used{why}; download or convert the checkpoint again"

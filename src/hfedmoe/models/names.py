@@ -19,6 +19,9 @@ PACKAGED_MODELS = {
     "tiny": "a tiny random Mixtral, for trying settings",
 }
 
+_READ_AS_TEXT = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
+"""Files beside the weights that transformers reads: config, tokenizer and chat templates."""
+
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 """Errors that transformers raises for a missing, unreachable, damaged or unknown model."""
 
@@ -44,6 +47,7 @@ def locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             raise UserError(f"model.name = {config.name}: no such file")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
+        refuse_pointers(config, path)
         refuse_adapter(config, path)
         if not (path / "config.json").is_file():
             raise UserError(
@@ -53,6 +57,17 @@ def locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if path.is_absolute() or config.name.startswith((".", "~")) or config.name.count("/") > 1:
         raise UserError(f"model.name = {config.name}: no such folder")
     return config.name, {}
+
+
+def refuse_pointers(config: ModelConfig, folder: Path) -> None:
+    """Raise UserError for a config, tokenizer or template file that is a Git LFS pointer.
+
+    transformers would take a template's pointer for the template, or read another file instead. Weights are checked
+    where they are read: a folder may have files of weights that nobody needs.
+    """
+    for file in sorted({file for pattern in _READ_AS_TEXT for file in folder.glob(pattern)}):
+        if (pointer := pointer_in(file)) is not None:
+            raise UserError(f"model.name = {config.name}: {pointer}")
 
 
 def refuse_adapter(config: ModelConfig, folder: Path) -> None:

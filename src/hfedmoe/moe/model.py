@@ -52,6 +52,7 @@ class MoEModel:
     def __init__(
         self,
         model: Any,
+        *,
         experts: str = "lora",
         rank: int = 8,
         alpha: float = 16.0,

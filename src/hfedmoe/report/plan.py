@@ -13,7 +13,7 @@ from hfedmoe.device.planner import MARGIN, Planner, rehearsable
 from hfedmoe.device.probe import probe
 from hfedmoe.device.workload import Workload
 from hfedmoe.errors import UserError
-from hfedmoe.models.carved import quantisation_of
+from hfedmoe.models.carved import check_stored, quantisation_of
 from hfedmoe.models.loaded import device_of
 from hfedmoe.models.names import PACKAGED_MODELS
 
@@ -109,6 +109,9 @@ def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:
     """
     entries = _asked(config, devices) if devices else _configured(config)
     planner = Planner(config)
+    quantised = quantisation_of(config.model)
+    if quantised is None:
+        check_stored(config.model)
     return Plan(
         config=config,
         workload=planner.workload,
@@ -116,7 +119,7 @@ def plan_for(config: RunConfig, devices: list[str] | None = None) -> Plan:
         top_k=planner.top_k,
         smallest=planner.smallest,
         devices=[_device_plan(entry, planner) for entry in entries],
-        quantised=quantisation_of(config.model),
+        quantised=quantised,
     )
 
 

@@ -85,7 +85,18 @@ def check_identity(folder: Path, now: Identity) -> None:
             f"{', with other contents' if _counts(was) == _counts(now) else ''}; restore the files of [data] in its "
             "config.toml, or start a new run"
         )
-    if was.base != now.base:
+    _check_same_base(folder, was, now.base)
+
+
+def check_base(folder: Path, config: RunConfig) -> None:
+    """Raise UserError if a run's base model changed since it began; its rows are not looked at."""
+    was = read_identity(folder)
+    if was is not None:
+        _check_same_base(folder, was, weights_digest(config))
+
+
+def _check_same_base(folder: Path, was: Identity, base: str) -> None:
+    if was.base != base:
         raise UserError(
             f"{folder}: its base model changed since the run began; restore the model of model.name in its "
             "config.toml, or start a new run"

@@ -55,6 +55,22 @@ class Entry:
         return self.end - self.start
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is: bytes [start, end) of a file; `stored_as` is the format's name of its precision."""
+
+    file: Path
+    stored_as: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Its precision; None: it cannot be read yet."""
+        return _DTYPES.get(self.stored_as)
+
+
 class Shards:
     """The tensors of a checkpoint folder by name; none is read before it is asked for.
 
@@ -65,8 +81,11 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        for file in _files(folder):
-            self.entries |= dict(_header(file))
+        file = weights_file(folder)
+        if file is None:
+            raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}")
+        for part in files_of(file):
+            self.entries |= dict(_entries(part))
 
     def __getitem__(self, name: str) -> Entry:
         try:
@@ -104,25 +123,55 @@ def weights_file(folder: Path) -> Path | None:
     return next((folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
 
 
-def _files(folder: Path) -> list[Path]:
+def files_of(file: Path) -> list[Path]:
+    """The files that an index names (which may not exist), or the file itself if it is no index.
+
+    Raises:
+        CheckpointError: the index is damaged, or names files outside its folder.
+    """
+    if not file.name.endswith(".index.json"):
+        return [file]
+    folder = file.parent
+    try:
+        places = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(part) for part in places.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not an index of a sharded checkpoint ({error})") from None
+    if not all((folder / name).resolve().is_relative_to(folder.resolve()) for name in names):
+        raise CheckpointError(f"{file}: names files outside its folder")
+    return [folder / name for name in names]
+
+
+def check_precisions(folder: Path) -> None:
+    """Raise CheckpointError if a tensor of a folder's checkpoint has a precision that cannot be read.
+
+    Only files that are there are looked at: a device can be planned for before they are downloaded.
+    """
     file = weights_file(folder)
-    if file is None:
-        raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}")
-    if file.name.endswith(".index.json"):
-        index = file
-        try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({str(file) for file in places.values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of a sharded checkpoint ({error})") from None
-        if not all((folder / name).resolve().is_relative_to(folder.resolve()) for name in names):
-            raise CheckpointError(f"{index}: names files outside its folder")
-        return [folder / name for name in names]
-    return [file]
+    for part in [] if file is None else files_of(file):
+        if part.is_file() and pointer_in(part) is None:
+            for _ in _entries(part):
+                pass
 
 
-def _header(file: Path) -> Iterator[tuple[str, Entry]]:
-    """Names and places of the tensors of one file, checked against its size."""
+def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
+    for name, place in places_in(file):
+        if place.dtype is None:
+            raise CheckpointError(
+                f"{file}: {name} is stored as {place.stored_as}, which cannot be read without a quantization_config in "
+                "config.json; download the checkpoint again, or use one in 16 or 32 bit"
+            )
+        if place.end - place.start != prod(place.shape) * place.dtype.itemsize:
+            raise CheckpointError(f"{file}: {name} does not lie within the file; it is damaged or cut off")
+        yield name, Entry(file, place.dtype, place.shape, place.start, place.end)
+
+
+def places_in(file: Path) -> Iterator[tuple[str, Place]]:
+    """Names and places of the tensors of one file, in any precision, checked against its size.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
     try:
         if (pointer := pointer_in(file)) is not None:
             raise CheckpointError(pointer)
@@ -134,14 +183,11 @@ def _header(file: Path) -> Iterator[tuple[str, Entry]]:
             header: dict[str, Any] = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         for name, described in header.items():
-            dtype = _DTYPES.get(described["dtype"])
-            if dtype is None:
-                raise CheckpointError(f"{file}: {name} is stored as {described['dtype']}, which cannot be read yet")
             start, end = (8 + length + int(offset) for offset in described["data_offsets"])
             shape = tuple(int(number) for number in described["shape"])
-            if end - start != prod(shape) * dtype.itemsize or not 8 + length <= start <= end <= size:
+            if not 8 + length <= start <= end <= size:
                 raise CheckpointError(f"{file}: {name} does not lie within the file; it is damaged or cut off")
-            yield name, Entry(file, dtype, shape, start, end)
+            yield name, Place(file, str(described["dtype"]), shape, start, end)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file, though the checkpoint's index names it") from None
     except CheckpointError:

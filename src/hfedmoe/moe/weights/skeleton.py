@@ -43,10 +43,14 @@ def fill(model: Any, shards: Shards, dtype: torch.dtype, expert_dtype: str, devi
     checkpoint = Checkpoint(shards, model)
     tied = _untie(model, checkpoint)
     wanted = {name: p for name, p in model.named_parameters() if id(p) not in experts and name not in tied}
-    # Also buffers that are stored (correction biases); tied weights appear once.
-    wanted |= {name: b for name, b in model.named_buffers() if name in checkpoint.sources}
+    # Also buffers that belong into a checkpoint (correction biases); tied weights appear once.
+    persistent = model.state_dict().keys()
+    wanted |= {name: b for name, b in model.named_buffers() if name in persistent}
     source = CheckpointExperts(checkpoint, layers)
-    _require(shards, model, [name for name in wanted if checkpoint.missing(name)] + source.missing())
+    absent = {name for name in wanted if checkpoint.missing(name)}
+    _require(shards, model, [*absent, *source.missing()])
+    # What the family leaves out on purpose keeps the value that the model computed.
+    wanted = {name: like for name, like in wanted.items() if name not in absent or like.is_meta}
     dtypes = _Dtypes(model, dtype)
     while wanted:
         name = next(iter(wanted))
