@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,58 @@ def test_settings_say_what_a_file_cannot(tmp_path: Path) -> None:
         read(tmp_path / "rows.csv", rows, Form("ascii"))
     config = load_config(None, ["data.encoding=Windows-1252", "data.delimiter=;"]).data
     assert (config.encoding, config.delimiter) == ("cp1252", ";")
-    with pytest.raises(UserError, match=r"data.encoding: not an encoding of Python"):
-        load_config(None, ["data.encoding=klingon"])
+    for codec in ("klingon", "hex", "rot13", "base64", "undefined"):
+        with pytest.raises(UserError, match=r"data.encoding: not an encoding of text"):
+            load_config(None, [f"data.encoding={codec}"])
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_never_read_as_utf_8(tmp_path: Path, name: str, encoding: str) -> None:
+    """Its bytes are valid UTF-8 if all letters are Latin, and some others."""
+    text = "text,label\nit\u2019s good,pos\n" if name.endswith("csv") else '{"text": "it is good", "label": "pos"}\n'
+    with pytest.raises(UserError, match=r"it may be UTF-16 without a mark: set data\.encoding") as caught:
+        read(tmp_path / name, text.encode(encoding))
+    assert "\n" not in str(caught.value)
+    assert read(tmp_path / name, text.encode(encoding), Form(encoding))["label"] == ["pos"]
+
+
+def test_quotes_behind_a_space_are_no_part_of_a_cell(tmp_path: Path) -> None:
+    rows = read(tmp_path / "rows.csv", b'text, label\nhello, "pos"\n"a, b", pos\n')
+    assert rows == {"text": ["hello", "a, b"], "label": ["pos", "pos"]}
+    # Without a space in the first line, spaces belong to cells.
+    assert read(tmp_path / "rows.csv", b"text,label\n a,pos\n")["text"] == [" a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.csv", b",,\na,b,c\n", "line 1: names no column"),
+        (
+            "rows.csv",
+            b'{"text": "a, b", "label": "c"}\n{"text": "d", "label": "e", "f": "g"}\n',
+            "name the file .jsonl",
+        ),
+        ("rows.jsonl", b"text,label\na,b\n", "if it is a table, name the file .csv"),
+        ("rows.json", b"text,label\na,b\n", ".csv or .tsv if it is a table"),
+        ("rows.gz", b"text,label\na,b\n", "its name says no format; use one of .csv"),
+    ],
+)
+def test_a_file_with_the_wrong_name_says_what_it_looks_like(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        read(tmp_path / name, content)
+
+
+def test_names_of_columns_are_compared_as_they_look(tmp_path: Path) -> None:
+    assert read(tmp_path / "rows.csv", "\u200btext,la\u00adbel \nx,y\n".encode()) == {"text": ["x"], "label": ["y"]}
+
+
+def test_a_config_that_is_a_pointer_says_so(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_bytes(START + b"\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=r"my.toml: is a Git LFS pointer.*git lfs pull"):
+        load_config(tmp_path / "my.toml")
 
 
 def test_a_config_file_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -109,6 +160,8 @@ def test_a_config_file_with_a_byte_order_mark(tmp_path: Path) -> None:
         ("caf\u00e9", "cafe\u0301"),
         ("new york", "new\u00a0york"),
         ("new york", "new\u202fyork"),
+        ("new york", "new  york"),
+        *((f"a{chr(code)}b", "ab") for code in (0x2061, 0x2066, 0x202A, 0x180E, 0x034F, 0xFE0F, 0xE0100)),
         ("spam", "sp\u200bam\ufeff"),
         ("spam", " spam\t"),
         ("hy\u00adphen", "hyphen"),
@@ -126,6 +179,7 @@ def test_a_normal_form_is_its_own(text: str) -> None:
 
 def test_numbers_are_one_class_however_they_are_written() -> None:
     assert distinct(["1", "1.0", "2.0", "x"]) == ("1", "2.0", "x")
+    assert distinct(["3.00", "3.0", "-4.0", "-4"]) == ("-4", "3.0")
     known = ("1", "2.0", "x")
     assert [among(label, known) for label in ("1.0", "1", "2", "2.00", "y")] == ["1", "1", "2.0", "2.0", None]
     assert [key_of(cell) for cell in (1.0, 1, True, " a\u00a0b ")] == ["1", "1", "true", "a b"]

@@ -81,6 +81,11 @@ def test_choices_that_cannot_be_told_apart_are_named_with_their_row() -> None:
     with pytest.raises(UserError, match=r'line 2: the choices "film so" and "film la" become the same tokens'):
         check(tokenizer(), task(["good"], ("film so", "film la"), "choices"))
     check(tokenizer(), task(["good"], ("yes", "no"), "choices"))
+    # Rows to train on as well, also where two wrong choices are the same, or one is only unknown words.
+    with pytest.raises(UserError, match=r'the choices "film so" and "film la" become the same tokens'):
+        check(tokenizer(), task(["good"], ("yes", "film so", "film la"), "choices"), held_out=False)
+    with pytest.raises(UserError, match=r'the tokenizer does not know the choice "so": it becomes <unk>'):
+        check(tokenizer(), task(["good"], ("yes", "so"), "choices"), held_out=False)
 
 
 def test_an_end_that_the_tokenizer_adds_is_no_part_of_an_answer() -> None:

@@ -129,9 +129,11 @@ class DataConfig(Section):
     @classmethod
     def _is_known(cls, value: str | None) -> str | None:
         try:
-            return value if value is None else codecs.lookup(value).name
-        except LookupError:
-            raise ValueError("not an encoding of Python; use for example utf-8, utf-16, cp1252 or latin-1") from None
+            if value is None or "a".encode(value).decode(value) == "a":  # some codecs are for other things than text
+                return value if value is None else codecs.lookup(value).name
+        except (LookupError, ValueError):
+            pass
+        raise ValueError("not an encoding of text in Python; use for example utf-8, utf-16, cp1252 or latin-1")
 
     @field_validator("chat_date")
     @classmethod

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from hfedmoe.config.run import RunConfig
 from hfedmoe.errors import UserError
+from hfedmoe.files.lfs import is_pointer
 
 
 def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
@@ -36,6 +37,8 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
 
 def config_from_text(text: str, origin: str, overrides: list[str] | None = None) -> RunConfig:
     """As `load_config`, from the text of a TOML file that `origin` names in errors. Raises UserError."""
+    if is_pointer(text.encode("utf-8", "replace")):
+        raise UserError(f"{origin}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
     try:
         tree: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -75,7 +75,7 @@ def decode(origin: str, raw: bytes, encoding: str | None = None) -> str:
     """
     marked = next((name for mark, name in MARKS if raw.startswith(mark)), None)
     try:
-        return raw.decode(marked or encoding or "utf-8")
+        text = raw.decode(marked or encoding or "utf-8")
     except UnicodeDecodeError as error:
         if marked or encoding:
             raise UserError(
@@ -86,3 +86,10 @@ def decode(origin: str, raw: bytes, encoding: str | None = None) -> str:
         else:
             way = 'save the file with UTF-8 encoding, or set data.encoding, for example "cp1252" (Windows) or "latin-1"'
         raise UserError(f"{origin} line {raw.count(10, 0, error.start) + 1}: not UTF-8; {way}") from None
+    if "\x00" in text:  # every other byte of Latin letters in UTF-16, which UTF-8 can read as well
+        raise UserError(
+            f"{origin} line {text.count(chr(10), 0, text.index(chr(0))) + 1}: has zero bytes, so it is not text in "
+            f'{marked or encoding or "UTF-8"}; it may be UTF-16 without a mark: set data.encoding = "utf-16-le", or '
+            "save it as UTF-8"
+        )
+    return text

@@ -31,7 +31,8 @@ def read_file(path: Path, wanted: Collection[str], form: Form = PLAIN) -> Rows:
     if raw.startswith(PARQUET):
         reader = _read_parquet  # with any suffix: no other format begins like that
     if reader is None:
-        raise UserError(f'{path}: unknown format "{name.suffix}"; use one of {", ".join(READERS)}')
+        ending = f'unknown format "{name.suffix}"' if name.suffix else "its name says no format"
+        raise UserError(f"{path}: {ending}; use one of {', '.join(READERS)}, also with .gz behind it")
     rows = reader(str(path), raw, wanted, form)
     if not rows:
         raise UserError(f"{path}: the file has no rows")
@@ -47,7 +48,10 @@ def _read_jsonl(origin: str, raw: bytes, wanted: Collection[str], form: Form) ->
         try:
             record = _parse_json(line, f"{origin} line {number}")
         except json.JSONDecodeError as error:
-            raise UserError(f"{origin} line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
+            hint = "" if records or line.lstrip()[:1] in "{[" else "; if it is a table, name the file .csv or .tsv"
+            raise UserError(
+                f"{origin} line {number}: not valid JSON ({error.msg}, column {error.colno}){hint}"
+            ) from None
         if not isinstance(record, dict):
             raise UserError(f'{origin} line {number}: expected an object such as {{"text": ...}} on every line')
         _check_unicode(line, record, f"{origin} line {number}", wanted)
@@ -63,7 +67,7 @@ def _read_json(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> 
     except json.JSONDecodeError as error:
         raise UserError(
             f"{origin} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); "
-            "if every line is an object of its own, name the file .jsonl"
+            "if every line is an object of its own, name the file .jsonl, and .csv or .tsv if it is a table"
         ) from None
     if not isinstance(records, list):
         raise UserError(f"{origin}: expected a list of objects; if it has one object a line, name the file .jsonl")

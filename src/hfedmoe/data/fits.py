@@ -51,8 +51,13 @@ def check_task(task: Task, watch: Sequence[Example], encoder: Encoder, room: Roo
         _check_labels([*task.train, *held_out], encoder, room)
         return []
     train, test = _Counts(), _Counts()
+    told_apart: set[tuple[str, ...]] = set()
     for chunk in _chunks(task.train):
         _check(chunk, encoder, room, train)
+        for example in chunk:
+            if example.choices and example.choices not in told_apart:
+                _check_tokens(example, encoder)
+                told_apart.add(example.choices)
     for chunk in _chunks(held_out):
         if task.kind == "choices":
             for example, pairs in zip(chunk, encoder.pairs(chunk), strict=True):
@@ -136,6 +141,22 @@ def _check(chunk: Sequence[Example], encoder: Encoder, room: Room, counts: _Coun
         counts.examples += 1
         counts.cut += max(len(prompt), len(answer)) > encoder.max_tokens
         counts.answers_cut += len(answer) > encoder.max_tokens
+
+
+def _check_tokens(example: Example, encoder: Encoder) -> None:
+    """Raise UserError if two choices of a row become the same tokens, or one becomes only unknown tokens."""
+    unknown, seen = encoder.tokenizer.unk_token_id, dict[tuple[int, ...], str]()
+    for choice, tokens in zip(example.choices, map(tuple, encoder.choices(example)), strict=True):
+        if unknown is not None and set(tokens) == {unknown}:
+            raise UserError(
+                f'{example}: the tokenizer does not know the choice "{choice}": it becomes '
+                f"{encoder.tokenizer.unk_token}; change it or remove the row"
+            )
+        if seen.setdefault(tokens, choice) != choice:
+            raise UserError(
+                f'{example}: the choices "{seen[tokens]}" and "{choice}" become the same tokens; change one of them or '
+                "remove the row"
+            )
 
 
 def _check_choices(example: Example, pairs: Sequence[tuple[list[int], list[int]]]) -> None:

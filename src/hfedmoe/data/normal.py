@@ -5,15 +5,17 @@ import unicodedata
 from collections.abc import Collection
 from typing import Any
 
-INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
-"""Soft hyphens, zero-width spaces and joiners, direction marks and byte-order marks."""
+_OTHERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+"""Invisible letters of other categories than Cf: joiners, fillers and variation selectors."""
 WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
 def normal(text: str) -> str:
-    """Composed accents (NFC), plain spaces, nothing invisible, no spaces at the ends."""
-    composed = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
-    return re.sub(r"[^\S\r\n\t]", " ", composed).strip()
+    """Composed accents (NFC), single plain spaces, nothing invisible (such as category Cf), no spaces at the ends."""
+    if not text.isascii():
+        seen = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+        text = unicodedata.normalize("NFC", _OTHERS.sub("", seen))
+    return re.sub(r"[^\S\r\n\t]+", " ", text).strip()
 
 
 def key_of(cell: Any) -> str:
@@ -39,5 +41,8 @@ def _number(label: str) -> str:
 
 
 def distinct(labels: Collection[str]) -> tuple[str, ...]:
-    """Sorted labels without duplicates; 1.0 is left out if there is also 1."""
-    return tuple(sorted(label for label in set(labels) if _number(label) == label or _number(label) not in labels))
+    """Labels without those that are another one written otherwise (1.0 beside 1 or 1.00), sorted."""
+    by_number: dict[str, str] = {}
+    for label in sorted(set(labels), key=lambda label: (len(label), label)):
+        by_number.setdefault(_number(label), label)
+    return tuple(sorted(by_number.values()))

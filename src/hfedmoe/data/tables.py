@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from hfedmoe.data.decoding import Form, decode
+from hfedmoe.data.normal import normal
 from hfedmoe.data.rows import Rows, from_records
 from hfedmoe.errors import UserError
 
@@ -26,33 +27,43 @@ def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delim
     Raises:
         UserError: a row does not fit the first line, or a column name occurs twice.
     """
-    text = decode(origin, raw, form.encoding).replace("\x00", "")
+    text = decode(origin, raw, form.encoding)
     begun, before, first = _header(text)
     if first.lower().startswith("sep=") and len(first) == 5:  # Excel writes such a line
         delimiter = form.delimiter or first[4]
         skipped = text.index(first, begun) + len(first)
         begun, more, first = _header(text[skipped:])
         begun, before = begun + skipped, before + more
+    if first.lstrip().startswith(('{"', "[{")):
+        raise UserError(
+            f"{origin}: looks like JSON; name the file .jsonl if it has an object on every line, else .json"
+        )
     delimiter = form.delimiter or delimiter or _shown(first)
     previous = csv.field_size_limit(LONGEST_CELL)
     # strict: an unclosed quote is an error; otherwise the rest of the file would become one cell
-    table = csv.reader(io.StringIO(text[begun:], newline=""), delimiter=delimiter, strict=True)
+    lines_of_text = io.StringIO(text[begun:], newline="")
+    head = csv.reader(lines_of_text, delimiter=delimiter, strict=True)
+    # With a space behind each delimiter, a quote behind the space begins a cell, too.
+    table = csv.reader(lines_of_text, delimiter=delimiter, strict=True, skipinitialspace=f"{delimiter} " in first)
     records: list[dict[str, Any]] = []
     lines: list[int] = []
     try:
-        names = [_name(name) for name in next(table, [])]
+        names = [_name(name) for name in next(head, [])]
+        before += head.line_num
         while names and not names[-1]:  # commas after the last column
             names.pop()
         named = [name for name in names if name]
         if len(set(named)) < len(named):
-            raise UserError(
-                f"{origin} line {before + 1}: a column name occurs twice; the first line must name the columns"
-            )
+            raise UserError(f"{origin} line {before}: a column name occurs twice; the first line must name the columns")
+        if not named:
+            raise UserError(f"{origin} line {before}: names no column; the first line must name the columns")
         for start, cells in _rows(table, before):
             records.append(_record(origin, start, cells, names, delimiter))
             lines.append(start)
     except csv.Error as error:
-        raise UserError(f"{origin} line {before + table.line_num}: not valid CSV ({error})") from None
+        raise UserError(
+            f"{origin} line {before + (table.line_num or head.line_num)}: not valid CSV ({error})"
+        ) from None
     finally:
         csv.field_size_limit(previous)
     return from_records(origin, records, wanted, named, lines)
@@ -91,8 +102,8 @@ def _shown(first: str) -> str:
 
 
 def _name(cell: str) -> str:
-    """A column's name without the spaces and quotes around it."""
-    name = cell.strip()
+    """A column's name without the spaces and quotes around it, and without what nobody sees."""
+    name = normal(cell)
     return name[1:-1].strip() if len(name) > 1 and name[0] == name[-1] == '"' else name
 
 

@@ -107,8 +107,11 @@ def _connected(grid: Grid, config: RunConfig) -> list[int]:
 
 
 def _weigh(members: dict[int, Member], settings: FederationConfig, watcher: Watcher) -> None:
-    """Give every member its position and its weight |D_c|, which is bounded by the median client's."""
-    most = settings.max_weight * statistics.median(member.about.examples for member in members.values())
+    """Give every member its position and its weight |D_c|, which is bounded by the median client's.
+
+    Decision: of an even number the lower of the two in the middle: more than half of the clients would have to lie.
+    """
+    most = settings.max_weight * statistics.median_low(member.about.examples for member in members.values())
     for position, member in enumerate(members.values()):
         member.position, member.weight = position, min(member.about.examples, round(most))
         if member.weight < member.about.examples:

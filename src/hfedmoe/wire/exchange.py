@@ -55,9 +55,10 @@ def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: flo
             yield Answer(request.node, None, "failed", "the client is no longer connected")
             continue
         waiting[message_id] = _Waiting(request.node, time.monotonic() + timeout_s + GRACE_S)
-        if isinstance(grid, InProcessGrid):
-            del request  # its payload is delivered
-            yield from _arrived(grid, list(waiting), waiting)
+        del request  # its payload is delivered
+        # Replies are taken between uploads: those of earlier requests must not grow too old while others are sent.
+        for message_id in list(waiting):
+            yield from _arrived(grid, [message_id], waiting)
     while waiting:
         before = len(waiting)
         for message_id in list(waiting):  # one by one, so that never more than one update is held
