@@ -17,14 +17,16 @@ from flwr.app import Array, ArrayRecord, Message, Metadata, RecordDict
 
 from hfedmoe.client import app as at_client
 from hfedmoe.client.device import Device
+from hfedmoe.config.federation import FederationConfig
 from hfedmoe.errors import UserError
 from hfedmoe.events import ClientRound, Silent
 from hfedmoe.moe.payload import expert_shapes
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.keeper import Keeper
+from hfedmoe.server.members import Member, weigh
 from hfedmoe.wire import checks
 from hfedmoe.wire.exchange import clean
-from hfedmoe.wire.messages import InvalidReplyError, Update, tensors_of
+from hfedmoe.wire.messages import Description, InvalidReplyError, Update, tensors_of
 from tests.federation import Federation, tiny_config
 
 Make = Callable[..., Federation]
@@ -331,10 +333,22 @@ def test_a_client_counts_at_most_so_many_times_the_median(federation: Make, tmp_
     run.run()
     (line,) = RunFolder.open(tmp_path / "run").read_rounds()[1:]
     examples = [row["examples"] for row in line["clients"]]
-    most = round(1.5 * statistics.median(examples))
+    most = round(1.5 * statistics.median_low(examples))
     assert examples[0] == len(device.examples) > most
     assert [row["weight"] for row in line["clients"]] == [min(number, most) for number in examples]
     assert any("client 0 says that it has" in text and f"it counts as {most}" in text for text in notes.warnings)
+
+
+@pytest.mark.parametrize(
+    ("told", "counted"), [([10, 10**9], [10, 1000]), ([1, 2, 10**9, 10**9], [1, 2, 200, 200]), ([5], [5])]
+)
+def test_half_of_the_clients_cannot_raise_what_they_count(told: list[int], counted: list[int]) -> None:
+    members = {
+        number: Member(number, Description(number, f"client {number}", rows, 1, [1]), 0)
+        for number, rows in enumerate(told)
+    }
+    weigh(members, FederationConfig(), Silent())
+    assert [member.weight for member in members.values()] == counted
 
 
 def test_what_a_run_needs_at_its_end_is_checked_before_its_first_round(tmp_path: Path) -> None:

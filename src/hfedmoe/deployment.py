@@ -18,13 +18,16 @@ import sys
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message
+from pydantic import ValidationError
 
 from hfedmoe.client.app import client_app
 from hfedmoe.client.device import Device
 from hfedmoe.client.place import Place
-from hfedmoe.config import RunConfig, config_from_text
+from hfedmoe.config import DataConfig, RunConfig, config_from_text
 from hfedmoe.config.budgets import AUTO, Budget, check_budget
+from hfedmoe.data.decoding import PLAIN, Form
 from hfedmoe.data.partition import partition
+from hfedmoe.data.sources import is_path
 from hfedmoe.data.terms import Terms
 from hfedmoe.device.budgets import experts_of, memory_of, planner_of
 from hfedmoe.device.limits import hold_process_to
@@ -48,6 +51,8 @@ from hfedmoe.wire.requests import InvalidRequestError, check_settings
 PLACE, TERMS = "place", "terms"
 TRUST = "trust-remote-code"
 """Key of the node config that lets the run's configuration turn on `model.trust_remote_code`."""
+SHARED = "shared-data"
+"""Key of the node config that lets the device read the file that the run's configuration names."""
 
 
 def config_of(context: Context) -> RunConfig:
@@ -69,13 +74,47 @@ def _number(context: Context, config: RunConfig) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(document: str, own: str | None, terms: str) -> Prepared:
-    """The model and data of a configuration, kept for the process: a device has one model. Experts stay on disk.
+def _prepared(document: str, own: str | None, form: Form, state: tuple[int, int] | None, terms: str) -> Prepared:
+    """The model and data of a configuration: one per process, as a device has one model; its experts stay on disk.
 
     Args:
         own: the device's own file; None: its part of the run's data.
+        form: how that file is written.
+        state: its size and time of change: a file that was corrected is read again.
     """
-    return prepare(RunConfig.model_validate_json(document), Silent(), carve=True, own=own, terms=Terms.from_json(terms))
+    config = RunConfig.model_validate_json(document)
+    return prepare(config, Silent(), carve=True, own=own, terms=Terms.from_json(terms), form=form)
+
+
+def _own(context: Context) -> tuple[str | None, Form, tuple[int, int] | None]:
+    """The device's own file, how it is written, and its size and time of change. Raises UserError."""
+    settings = context.node_config
+    if settings.get("data") is None:
+        return None, PLAIN, None
+    own, said = str(settings["data"]), {key: settings[key] for key in ("encoding", "delimiter") if key in settings}
+    try:
+        form = Form.of(DataConfig.model_validate(said))
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise UserError(f"this node's {found['loc'][-1]}: {found['msg'].removeprefix('Value error, ')}") from None
+    path = Path(own).expanduser()
+    return own, form, (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+
+
+def _check_source(config: RunConfig, context: Context) -> None:
+    """Raise UserError, without a look at it, if the run names a file that this node has not agreed to read.
+
+    Otherwise a server could ask which files exist, and train on them.
+    """
+    if _is_simulated() or context.node_config.get(SHARED) is True:
+        return
+    data = config.data
+    named = [source for source in (data.source, data.test, *(data.clients or ())) if source is not None]
+    if any(is_path(source) for source in named):
+        raise UserError(
+            "the run's data are a file; give this node's own file with --node-config \"... data='FILE'\", or let it "
+            f'read the file that the run names with "... {SHARED}=true"'
+        )
 
 
 def _is_simulated() -> bool:
@@ -107,9 +146,11 @@ def _device(message: Message, context: Context) -> Device:
     memory = None if _method(config).ignores_budgets(config.method) else memory_of(budget, str(place))
     # Also without a limit: this process may have served a client with a limit before.
     hold_process_to(memory if place.type == "cpu" and budget != AUTO else None)
-    own = context.node_config.get("data")
+    own, form, state = _own(context)
+    if own is None:
+        _check_source(config, context)
     terms = _terms(message, context)
-    prepared = _prepared(config.model_dump_json(), None if own is None else str(own), terms.to_json())
+    prepared = _prepared(config.model_dump_json(), own, form, state, terms.to_json())
     model = prepared.model
     if memory is not None and model.masked:
         raise UserError(

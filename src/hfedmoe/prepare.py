@@ -12,6 +12,7 @@ from torch import Tensor
 from hfedmoe.client.batches import tokens_of
 from hfedmoe.config import DataConfig, RunConfig
 from hfedmoe.data.chat import DATED, ChatForm
+from hfedmoe.data.decoding import PLAIN, Form
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.example import Example
 from hfedmoe.data.fits import check_task
@@ -82,7 +83,12 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig, watcher: Watcher, carve: bool = False, own: str | None = None, terms: Terms | None = None
+    config: RunConfig,
+    watcher: Watcher,
+    carve: bool = False,
+    own: str | None = None,
+    terms: Terms | None = None,
+    form: Form = PLAIN,
 ) -> Prepared:
     """Load the model and the data of a configuration and make them ready.
 
@@ -91,6 +97,7 @@ def prepare(
             Otherwise all experts are in memory, for the server or for all simulated clients.
         own: a file with a device's own rows, instead of the configured data.
         terms: the run's task, which a device received from the server; None: found from the rows.
+        form: how the device's own file is written.
 
     Raises:
         UserError: the model or the data cannot be used, or a budget is below what the model needs.
@@ -104,7 +111,7 @@ def prepare(
     watcher.phase("reading the data")
     watch: list[Example] = []
     if own is not None and terms is not None:
-        task = own_task(own, config.data, terms)
+        task = own_task(own, config.data, terms, form)
     else:
         task, watch = load_watched_task(config.data, config.partition, config.seed, config.evaluation.watch_rows)
     watcher.phase(f"loading {config.model.name}")

@@ -30,7 +30,8 @@ def task(texts: list[str], words: tuple[str, ...], kind: Any = "classification")
     return Task("rows.csv", kind, "News: {text}\nTopic:", words, rows, rows[:1])
 
 
-def check(made: Any, own: Task, vocabulary: int | None = len(WORDS)) -> Encoder:
+def check(made: Any, own: Task, vocabulary: int | None = len(WORDS), held_out: bool = True) -> Encoder:
+    own.test = own.test if held_out else []
     encoder = Encoder.for_task(made, own, 16)
     check_task(own, [], encoder, Room(64, 64, vocabulary))
     return encoder

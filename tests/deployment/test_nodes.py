@@ -40,6 +40,8 @@ min_rows = 1
 [evaluation]
 watch_rows = 0
 """
+SHARED = {"shared-data": True}
+"""Of a node that reads the file that the run names."""
 
 
 @pytest.fixture
@@ -95,16 +97,19 @@ def test_one_row_is_enough(config: str, tmp_path: Path) -> None:
     assert facts_of(node.describe(terms_of_server(config)))["examples"] == 1
 
 
-def test_rows_that_do_not_fit_are_refused_with_a_code_and_a_count_only(
+def test_rows_that_do_not_fit_are_refused_with_a_code_only(
     config: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     terms = terms_of_server(config)
     strange = rows_file(tmp_path / "secret-ward.csv", "earn", "leukaemia", rows=6)
     with caplog.at_level(logging.ERROR):
         reply = Node(config, 0, {"data": str(strange)}).describe(terms)
-    assert trouble(reply) == "3 of its own rows do not fit the run; its log says which"
+    assert trouble(reply) == "its own rows do not fit the run; its log says which"
     assert "leukaemia" in caplog.text
     assert "line 3" in caplog.text
+    # Not even how many: with labels of its choice a server could ask who is among the rows.
+    other = Node(config, 0, {"data": str(rows_file(tmp_path / "b.csv", "leukaemia", rows=5))}).describe(terms)
+    assert dict(facts_of(other)) == dict(facts_of(reply))
     for told in (str(facts_of(reply)), str(reply.content)):
         assert "leukaemia" not in told
         assert "secret-ward" not in told
@@ -117,7 +122,54 @@ def test_rows_that_do_not_fit_are_refused_with_a_code_and_a_count_only(
 def test_a_file_of_another_kind_trains_no_other_task(config: str, tmp_path: Path, content: str) -> None:
     (tmp_path / "own.jsonl").write_text(content)
     reply = Node(config, 0, {"data": str(tmp_path / "own.jsonl")}).describe(terms_of_server(config))
-    assert "of its own rows do not fit the run" in trouble(reply)
+    assert "its own rows do not fit the run" in trouble(reply)
+
+
+def test_the_kind_of_the_run_decides_where_columns_fit_two(config: str, tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("text,label,completion\nprofit,earn,later\noil,crude,\n")
+    node = Node(config, 0, {"data": str(tmp_path / "own.csv")})
+    assert facts_of(node.describe(terms_of_server(config)))["examples"] == 2
+
+
+def test_how_a_file_is_written_is_a_matter_of_its_device(config: str, source: Path, tmp_path: Path) -> None:
+    """The run's own encoding and delimiter are those of the server's file."""
+    text = "text;label\nprofit for the caf\u00e9;earn\n"
+    source.write_text(source.read_text().replace(",", ";") + "caf\u00e9;earn\n", encoding="cp1252")
+    run = config.replace("[data]\n", '[data]\nencoding = "cp1252"\ndelimiter = ";"\n')
+    terms = terms_of_server(run)
+    (tmp_path / "utf8.csv").write_text(text.replace(";", ","), encoding="utf-8")
+    (tmp_path / "latin.csv").write_text(text, encoding="cp1252")
+    for settings in (
+        {"data": str(tmp_path / "utf8.csv")},
+        {"data": str(tmp_path / "latin.csv"), "encoding": "cp1252", "delimiter": ";"},
+    ):
+        node = Node(run, 0, dict(settings))
+        node.describe(terms)
+        assert [example.text for example in node.device().examples] == ["profit for the caf\u00e9"]
+    bad = Node(run, 0, {"data": str(tmp_path / "utf8.csv"), "encoding": "hex"}).describe(terms)
+    assert trouble(bad) == "cannot take part with its settings, model or data; its log says why"
+
+
+def test_a_file_that_was_corrected_is_read_again(config: str, tmp_path: Path) -> None:
+    terms = terms_of_server(config)
+    path = rows_file(tmp_path / "own.csv", "earn", "leukaemia")
+    node = Node(config, 0, {"data": str(path)})
+    trouble(node.describe(terms))
+    rows_file(path, "earn", "crude", rows=4)
+    assert facts_of(node.describe(terms))["examples"] == 4
+    rows_file(path, "earn", rows=2)
+    assert facts_of(node.describe(terms))["examples"] == 2
+
+
+def test_a_server_does_not_choose_the_files_that_a_device_opens(config: str, source: Path, tmp_path: Path) -> None:
+    terms = terms_of_server(config)
+    found = Node(config, 0).describe(terms)
+    missing = Node(config.replace(str(source), str(tmp_path / "none.csv")), 0).describe(terms)
+    assert trouble(found) == trouble(missing) == "cannot take part with its settings, model or data; its log says why"
+    allowed = Node(config, 0, {"shared-data": True}).describe(terms)
+    assert facts_of(allowed)["examples"] > 1
+    packaged = config.replace(str(source), "reuters-r8")
+    assert facts_of(Node(packaged, 0).describe(terms_of_server(packaged)))["examples"] > 1
 
 
 def test_a_file_of_a_named_set_is_read_as_rows_of_that_set(tmp_path: Path) -> None:
@@ -169,17 +221,17 @@ def test_one_process_that_serves_two_clients_gives_each_what_a_process_of_its_ow
             return facts_of(plan)["resident"], tensors_of(node.train(asked_to_train(config, plan, ready)))
 
         deployment._prepared.cache_clear()
-        alone = round_of(Node(config, 1))
+        alone = round_of(Node(config, 1, dict(SHARED)))
         deployment._prepared.cache_clear()
-        round_of(Node(config, 0))
-        after = round_of(Node(config, 1))
+        round_of(Node(config, 0, dict(SHARED)))
+        after = round_of(Node(config, 1, dict(SHARED)))
         assert after[0] == alone[0]
         assert set(after[1]) == set(alone[1])
         assert all(torch.equal(tensor, alone[1][name]) for name, tensor in after[1].items())
 
 
 def test_a_plan_opens_no_model_where_scores_are_known(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ready, node = prepared(config), Node(config, 0)
+    ready, node = prepared(config), Node(config, 0, dict(SHARED))
     node.describe(Terms.from_json(server_for(ready, Keeper(None), Silent()).terms))
     first = node.plan()
     node.train(asked_to_train(config, first, ready))
@@ -192,7 +244,7 @@ def test_a_plan_opens_no_model_where_scores_are_known(config: str, monkeypatch: 
 
 
 def test_what_a_server_asks_is_checked_before_it_is_done(config: str) -> None:
-    ready, node = prepared(config), Node(config, 0)
+    ready, node = prepared(config), Node(config, 0, dict(SHARED))
     node.describe(Terms.from_json(server_for(ready, Keeper(None), Silent()).terms))
     honest = asked_to_train(config, node.plan(), ready)
     everything = [torch.ones(8, dtype=torch.bool)] * 4
@@ -229,7 +281,7 @@ def test_the_words_of_a_fault_stay_on_the_device(
     monkeypatch.setattr(deployment, "prepare", broken)
     terms = Terms("classification", "classification", ("acq", "earn"), True)
     with caplog.at_level(logging.ERROR):
-        reply = Node(config, 0).describe(terms)
+        reply = Node(config, 0, dict(SHARED)).describe(terms)
     assert trouble(reply) == "failed; its log says why"
     assert "Patient" not in str(reply.content)
     assert "Patient 17" in caplog.text

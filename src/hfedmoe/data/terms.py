@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 from hfedmoe.config import DataConfig
 from hfedmoe.config.data import Kind, SetName
-from hfedmoe.data.decoding import Form
+from hfedmoe.data.decoding import PLAIN, Form
 from hfedmoe.data.example import Example
-from hfedmoe.data.kinds import kind_of, wanted_columns
+from hfedmoe.data.kinds import has_columns_of, kind_of, wanted_columns
 from hfedmoe.data.known import KNOWN, known_set
 from hfedmoe.data.labels import label_words, labels_of
 from hfedmoe.data.normal import among
@@ -70,12 +70,13 @@ def terms_of(task: Task, config: DataConfig, first_token_only: bool) -> Terms:
     return Terms(task.kind if known is None else known.name, task.kind, task.labels, first_token_only, config.chat_date)
 
 
-def own_task(source: str, config: DataConfig, terms: Terms) -> Task:
+def own_task(source: str, config: DataConfig, terms: Terms, form: Form = PLAIN) -> Task:
     """Read a device's own file as rows of the run's task; all of them are training rows.
 
     Args:
         source: the file.
         config: of the run; its columns, words, template and conversation settings are used.
+        form: how this file is written; the run's encoding and delimiter are those of the server's file.
 
     Raises:
         OwnDataError: the file cannot be read, or has rows that do not belong to the task.
@@ -84,7 +85,7 @@ def own_task(source: str, config: DataConfig, terms: Terms) -> Task:
     own = config.model_copy(update={"format": terms.format, "source": source, "clients": None, "test": None})
     wanted = wanted_columns(own) if known is None else {*known.columns, *known.optional}
     try:
-        table = read(source, wanted, own.split or "train", own.subset, own.revision, Form.of(config))
+        table = read(source, wanted, own.split or "train", own.subset, own.revision, form)
         if known is not None:
             if not known.reads(table):
                 raise UserError(f"{source}: lacks the columns of {known.name}, the data set of the run; add them")
@@ -101,7 +102,8 @@ def own_task(source: str, config: DataConfig, terms: Terms) -> Task:
 
 
 def _plain_examples(table: Rows, config: DataConfig, terms: Terms) -> list[Example]:
-    kind = kind_of(table, config.model_copy(update={"format": "auto"}))
+    fits = has_columns_of(terms.kind, table, config)
+    kind = terms.kind if fits else kind_of(table, config.model_copy(update={"format": "auto"}))
     if kind != terms.kind:
         raise OwnDataError(
             f"{table.origin}: its columns are those of a {kind} task, but the run is a {terms.kind} task", len(table)

@@ -76,7 +76,7 @@ def gather(
             f"start more clients or raise federation.{tight}"
         )
     members = dict(sorted(members.items()))
-    _weigh(members, settings, watcher)
+    weigh(members, settings, watcher)
     return members
 
 
@@ -106,7 +106,7 @@ def _connected(grid: Grid, config: RunConfig) -> list[int]:
     return nodes
 
 
-def _weigh(members: dict[int, Member], settings: FederationConfig, watcher: Watcher) -> None:
+def weigh(members: dict[int, Member], settings: FederationConfig, watcher: Watcher) -> None:
     """Give every member its position and its weight |D_c|, which is bounded by the median client's.
 
     Decision: of an even number the lower of the two in the middle: more than half of the clients would have to lie.

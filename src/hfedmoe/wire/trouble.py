@@ -22,12 +22,15 @@ CODES = {
     OUT_OF_MEMORY: "ran out of memory with {count} experts",
     OUT_OF_TIME: "ran out of time with {count} experts",
     TOO_SMALL: "has no room for the experts that the method needs",
-    OWN_DATA: "{count} of its own rows do not fit the run; its log says which",
+    OWN_DATA: "its own rows do not fit the run; its log says which",
     SETTINGS: "cannot take part with its settings, model or data; its log says why",
     REQUEST: "refuses what the server asked; its log says why",
     FAULT: "failed; its log says why",
 }
-"""What a code of a real device means; {count} is the number that comes with it."""
+"""What a code of a real device means; {count} is the number that comes with it.
+
+OWN_DATA has none: a server that names columns and labels as it likes could count who is among the rows.
+"""
 
 
 @dataclass(frozen=True)
