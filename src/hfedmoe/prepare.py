@@ -168,6 +168,7 @@ def with_chat_date(config: RunConfig, tokenizer: Any, task: Task, told: str | No
         told: the date from the server; None: the date in the configuration, else today.
     """
     talks = any(example.messages for example in [*task.train[:1], *task.test[:1]])
+    # A tokenizer may have several templates by name.
     if not talks or DATED not in str(getattr(tokenizer, "chat_template", "")):
         return config
     day = told or config.data.chat_date or date.today().isoformat()

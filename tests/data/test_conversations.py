@@ -12,7 +12,7 @@ from hfedmoe.config import DataConfig, load_config
 from hfedmoe.data.chat import ChatForm, render
 from hfedmoe.data.example import Example
 from hfedmoe.data.partition import partition
-from hfedmoe.data.tasks import load_task, load_test
+from hfedmoe.data.tasks import load_task, load_test, load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.prepare import with_chat_date
 
@@ -134,6 +134,121 @@ def test_the_date_of_a_template_is_fixed_by_the_run(tmp_path: Path) -> None:
     assert with_chat_date(settings, tokenizer(PLAIN), task) is settings
     with pytest.raises(UserError, match=r"data\.chat_date"):
         load_config(None, ["data.chat_date=tomorrow"])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set now = strftime_now %}{{ now('%Y-%-d') }}" + PLAIN,
+        "{%- if strftime_now is defined %}{%- set form = '%Y-%-d' %}{{ strftime_now(form) }}{% endif %}" + PLAIN,
+    ],
+)
+def test_the_date_is_fixed_however_a_template_asks_for_it(template: str) -> None:
+    fixed = ChatForm.of(DataConfig(chat_date="2020-02-03"))
+    assert render(tokenizer(template), example(*ASKED), fixed)[0] == "2020-3<user>2 + 2?</s><assistant>"
+    several = tokenizer(template)
+    several.chat_template = {"default": template, "tool_use": PLAIN}
+    assert render(several, example(*ASKED), fixed)[0].startswith("2020-3<user>")
+    spaced = tokenizer("\n  " + DATED)
+    assert render(spaced, example(*ASKED), fixed)[0].startswith("\n  <system>Today is 03 February 2020</s>")
+
+
+@pytest.mark.parametrize(
+    ("opens", "closes"),
+    [
+        ("<think>", "</think>"),
+        ("<seed:think>", "</seed:think>"),
+        ("<reason>", "</reason>"),
+        ("<thought>", "</thought>"),
+        ("[THINK]", "[/THINK]"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ],
+)
+def test_empty_thoughts_are_known_in_every_spelling(opens: str, closes: str) -> None:
+    template = THINKING.replace("<think>", opens).replace("</think>", closes)
+    prompt, answer = render(tokenizer(template), example(*ASKED), ChatForm())
+    assert answer == "4</s>"
+    assert prompt.endswith(f"{closes}\n\n")
+    other = template.replace(closes, "</other>")
+    assert render(tokenizer(other), example(*ASKED), ChatForm())[1].startswith(opens)
+
+
+@pytest.mark.parametrize(
+    ("mention", "part"),
+    [
+        ("{# enable_thinking #}", "reasoning_content"),
+        ("{% if reasoning_content %}{% endif %}", "reasoning_content"),
+        ("{# no tools here #}", "tools"),
+        ("{# tool_calls #}", "tool_calls"),
+    ],
+)
+def test_a_template_that_only_mentions_a_part_does_not_write_it(mention: str, part: str) -> None:
+    if part == "tools":
+        own = example(*ASKED, tools=json.dumps([{"name": "add"}]))
+    else:
+        value = "two twos" if part == "reasoning_content" else [{"function": {"name": "add"}}]
+        own = example(*ASKED, extras=("", json.dumps({part: value})))
+    with pytest.raises(UserError, match=f'has "{part}", which the tokenizer.s chat template does not know'):
+        render(tokenizer(mention + PLAIN), own, ChatForm())
+
+
+def test_the_system_of_a_row_is_its_first_message(tmp_path: Path) -> None:
+    said = {
+        "conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}],
+        "system": "Be brief.",
+    }
+    (own,) = load_test(rows(tmp_path / "rows.jsonl", said)).test
+    assert own.messages[0] == ("system", "Be brief.")
+    alpaca = {"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Be brief."}
+    (own,) = load_test(rows(tmp_path / "rows.jsonl", alpaca)).test
+    assert [role for role, _ in own.messages] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("history", [["a", "b"]]), ("functions", "[]x"), ("chat_template_kwargs", {"a": 1}), ("images", ["x.png"])],
+)
+def test_parts_of_a_row_that_cannot_be_used_are_refused_by_line(tmp_path: Path, part: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf'rows.jsonl line 1: .*"{part}".*cannot be used here'):
+        load_test(rows(tmp_path / "rows.jsonl", talk(*ASKED, **{part: value})))
+    for empty in (None, [], ""):
+        assert load_test(rows(tmp_path / "rows.jsonl", talk(*ASKED, **{part: empty}))).test
+
+
+def test_parts_of_a_message_are_used_or_refused(tmp_path: Path) -> None:
+    said = talk(*ASKED, ("user", "sure?"), ("assistant", "yes"))
+    said["messages"][1]["train"] = False
+    (own,) = load_test(rows(tmp_path / "rows.jsonl", said)).test
+    assert own.completion == "yes"
+    said["messages"][3]["function_call"] = {"name": "add"}
+    with pytest.raises(UserError, match=r'line 1.*has "function_call" in a message, which cannot be used'):
+        load_test(rows(tmp_path / "rows.jsonl", said))
+    with pytest.raises(UserError, match=r"answer"):
+        load_test(rows(tmp_path / "rows.jsonl", talk(*ASKED, weight=0)))
+
+
+def test_every_system_message_is_merged_or_refused(tmp_path: Path) -> None:
+    def merged(*turns: tuple[str, str]) -> list[tuple[str, str]]:
+        config = rows(tmp_path / "rows.jsonl", talk(*turns)).model_copy(update={"chat_system": "merge"})
+        return list(load_test(config).test[-1].messages)
+
+    assert merged(("system", "A"), ("system", "B"), *ASKED)[0] == ("user", "A\n\nB\n\n2 + 2?")
+    later = merged(*ASKED, ("system", "C"), ("user", "sure?"), ("assistant", "yes"))
+    assert [content for _, content in later] == ["2 + 2?", "4", "C\n\nsure?", "yes"]
+    with pytest.raises(UserError, match=r"line 1.*without a user turn behind it"):
+        merged(("user", "a"), ("system", "A"), ("assistant", "4"))
+
+
+def test_watched_and_test_rows_share_no_conversation(tmp_path: Path) -> None:
+    lines = [talk(*[turn for _ in range(4) for turn in ASKED]) for _ in range(30)]
+    config = rows(tmp_path / "rows.jsonl", *lines).model_copy(update={"test_share": 0.5, "test_rows": 20})
+    task, watch = load_watched_task(config, load_config(None, ["partition.scheme=iid"]).partition, 0, 6)
+    origins = [{row.origin for row in part} for part in (task.train, task.test, watch)]
+    assert all(origins)
+    assert not origins[0] & origins[1]
+    assert not origins[0] & origins[2]
+    assert not origins[1] & origins[2]
 
 
 def test_a_missing_template_file_is_named() -> None:

@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import datetime
 from typing import Any
 
 from hfedmoe.config import DataConfig
@@ -41,28 +41,31 @@ class ChatForm:
         return arguments
 
     def dated(self, template: str) -> str:
-        """The template with every `strftime_now(...)` replaced by its result on the day `date` (not None).
+        """The template with a `strftime_now` of its own, which writes the day `date` (not None) and midnight.
 
-        `apply_chat_template` offers no way to replace the function itself.
-
-        Raises:
-            UserError: the template calls the function with anything but a plain string.
+        A macro hides the function that transformers gives to templates, by whatever name a template calls it.
         """
-        fixed = date.fromisoformat(str(self.date))
-        written = CALLED.sub(lambda call: repr(fixed.strftime(call["form"])), template)
-        if re.search(r"strftime_now\s*\(", written):
-            raise UserError(f"the tokenizer's chat template writes a date that cannot be fixed; {WAY_OUT}")
-        return written
+        fixed = datetime.fromisoformat(str(self.date))
+        written = "form"
+        for letter in DIRECTIVES:
+            for directive in (f"%-{letter}", f"%{letter}"):
+                written += f" | replace({directive!r}, {fixed.strftime(directive)!r})"
+        # The empty expression keeps the white space at the template's beginning.
+        return f"{{% macro {DATED}(form) %}}{{{{ {written} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
 
 
-CALLED = re.compile(r"""strftime_now\s*\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
+DIRECTIVES = "aAbBcdDeFgGhHIjmMnpPrRSTuUVwWxXyYzZ"
 DATED = "strftime_now"
 """A template that writes today's date contains this."""
-EMPTY_THOUGHT = re.compile(r"\s*<(think|thinking|reasoning|thought)>\s*</\1>\s*")
+_THOUGHT = r"[\w:]*(?:think|thought|reason)[\w:]*"
+EMPTY_THOUGHT = re.compile(
+    rf"\s*(?:<(?P<a>{_THOUGHT})>\s*</(?P=a)>|\[(?P<b>{_THOUGHT})\]\s*\[/(?P=b)\]"
+    rf"|<\|(?:start|begin|begin_of)_(?P<c>{_THOUGHT})\|>\s*<\|(?:end|end_of)_(?P=c)\|>)\s*",
+    re.IGNORECASE,
+)
+"""A pair of tags for reasoning with nothing between them, as model families write them."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names for the reasoning of an answer; if a message has one, transformers passes it to the template under all."""
-FIELDS = {**dict.fromkeys(REASONING, REASONING), "tool_calls": ("tool_calls",), "tools": ("tools",)}
-"""Other fields that a conversation may have -> names, of which the template must contain at least one."""
 
 
 def render(tokenizer: Any, example: Example, form: ChatForm) -> tuple[str, str]:
@@ -75,8 +78,8 @@ def render(tokenizer: Any, example: Example, form: ChatForm) -> tuple[str, str]:
         templates put before an answer.
 
     Raises:
-        UserError: the tokenizer has no template; the template refuses the conversation or does not know one of its
-            fields; or the template changes the prompt when the answer is there.
+        UserError: the tokenizer has no template; the template refuses the conversation or drops a part of it; or the
+            template changes the prompt when the answer is there.
     """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
@@ -84,14 +87,14 @@ def render(tokenizer: Any, example: Example, form: ChatForm) -> tuple[str, str]:
             "the tokenizer has no chat template; if its model has one, the file chat_template.jinja is missing here: "
             f"download the whole folder; else {WAY_OUT}"
         )
-    turns = _turns(example)
-    _check_known(str(template), turns, example)
-    arguments = form.call(example)
-    if form.date is not None and DATED in str(template):
-        arguments["chat_template"] = form.dated(str(template))
+    turns, arguments = _turns(example), form.call(example)
+    if form.date is not None:
+        chosen = tokenizer.get_chat_template(tools=arguments.get("tools"))
+        if DATED in chosen:
+            arguments["chat_template"] = form.dated(chosen)
 
     def write(messages: list[dict[str, Any]], **more: Any) -> str:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments, **more)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **(arguments | more))
         return text
 
     try:
@@ -104,6 +107,7 @@ def render(tokenizer: Any, example: Example, form: ChatForm) -> tuple[str, str]:
         raise UserError(f"the tokenizer's chat template refuses a conversation ({_line(error)}); {WAY_OUT}") from None
     if not whole.startswith(prompt) or whole == prompt:
         raise UserError(f"the tokenizer's chat template changes the prompt when the answer is added; {WAY_OUT}")
+    _check_written(write, turns, example, whole)
     thought = EMPTY_THOUGHT.match(whole, len(prompt))
     if thought is not None and not EMPTY_THOUGHT.match(example.completion):
         prompt = whole[: thought.end()]
@@ -118,16 +122,34 @@ def _turns(example: Example) -> list[dict[str, Any]]:
     return turns
 
 
-def _check_known(template: str, turns: list[dict[str, Any]], example: Example) -> None:
-    """Raise UserError if the conversation has a field that the template would silently drop."""
-    has = {key for turn in turns for key in turn} | ({"tools"} if example.tools else set())
-    known = {name for name, names in FIELDS.items() if any(own in template for own in names)}
-    dropped = next((name for name in FIELDS if name in has and name not in known), None)
-    if dropped is not None:
-        raise UserError(
-            f'the conversation has "{dropped}", which the tokenizer\'s chat template does not know and would drop; '
-            "remove it, or use a tokenizer whose template knows it"
-        )
+def _check_written(write: Callable[..., str], turns: list[dict[str, Any]], example: Example, whole: str) -> None:
+    """Raise UserError if a part of the conversation makes no difference to the text: the template would drop it.
+
+    Reasoning is asked of the answer only: templates leave out that of earlier turns on purpose.
+    """
+    reasoning = dict.fromkeys(REASONING)
+    without: dict[str, Callable[[], str]] = {}
+    if any(turns[-1].get(name) for name in REASONING):
+        name = next(name for name in REASONING if turns[-1].get(name))
+        without[name] = lambda: write([*turns[:-1], _less(turns[-1], reasoning)])
+    if any(turn.get("tool_calls") for turn in turns):
+        without["tool_calls"] = lambda: write([_less(turn, ("tool_calls",)) for turn in turns])
+    if example.tools:
+        without["tools"] = lambda: write(turns, tools=None)
+    for name, text_without in without.items():
+        try:
+            dropped = text_without() == whole
+        except Exception:  # the template needs it
+            continue
+        if dropped:
+            raise UserError(
+                f'the conversation has "{name}", which the tokenizer\'s chat template does not know and would drop; '
+                "remove it, or use a tokenizer whose template knows it"
+            )
+
+
+def _less(turn: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in turn.items() if key not in names}
 
 
 def _with_header(write: Callable[..., str], turns: list[dict[str, Any]], prompt: str) -> str:

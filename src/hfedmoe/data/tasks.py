@@ -103,7 +103,10 @@ def load_watched_task(
     task = load_task(config.model_copy(update={"test_rows": wanted}), partition, seed)
     enough = wanted is not None and len(task.test) >= wanted
     watched = watch_rows if enough else min(watch_rows, len(task.test) // 5)
-    watch, task.test = task.test[:watched], task.test[watched:]
+    watch, rest = task.test[:watched], task.test[watched:]
+    # Answers of one conversation (they have one origin) are not on both sides.
+    begun = {example.origin for example in watch if example.messages}
+    task.test = [example for example in rest if not example.messages or example.origin not in begun]
     if not task.test:
         raise UserError(f"{task.name}: no rows are held out for testing; set data.test, or raise data.test_share")
     return task, watch

@@ -22,6 +22,10 @@ SPEAKERS = {
 EXTRAS = (*REASONING, "tool_calls", "tool_call_id", "name")
 """Other fields that a message may have besides role and text, for templates that know them."""
 
+REFUSED = ("function_call", "thoughts", "image", "images", "audio", "video")
+"""Parts of a message that no template gets here."""
+ROW_REFUSED = ("history", "functions", "chat_template_kwargs", "images", "videos", "audios")
+"""Parts of a row that would change what is asked."""
 TURNS = ("messages", "conversations", "conversation")
 REQUESTS = (
     # Columns of the request, of more context for it, and of the answer.
@@ -52,9 +56,16 @@ class Turn:
 
 
 def _examples(row: Row, wording: Wording) -> list[Example]:
+    for name in ROW_REFUSED:
+        if row.holds(name) and row.cell(name):
+            raise row.error(name, "is a part of the conversation that cannot be used here; remove it or the row")
     column, turns = _conversation(row)
+    if row.holds("system") and row.text("system", empty=True).strip():
+        turns = [Turn("system", row.text("system")), *turns]
+    if row.holds("weight") and not _learned(row, "weight", row.cell("weight")):
+        turns = [replace(turn, learn=False) for turn in turns]
     if wording.merge_system:
-        turns = _merged(turns)
+        turns = _merged(row, column, turns)
     if all(turn.role != "assistant" for turn in turns[1:]):
         raise row.error(column, "has no answer of the assistant after the first message; remove the row")
     tools = _tools(row)
@@ -79,11 +90,23 @@ def _examples(row: Row, wording: Wording) -> list[Example]:
     return examples
 
 
-def _merged(turns: list[Turn]) -> list[Turn]:
-    """A system message at the beginning becomes part of the first user turn."""
-    if len(turns) < 2 or turns[0].role != "system" or turns[1].role != "user":
-        return turns
-    return [replace(turns[1], content=f"{turns[0].content}\n\n{turns[1].content}"), *turns[2:]]
+def _merged(row: Row, column: str, turns: list[Turn]) -> list[Turn]:
+    """Each system message becomes part of the user turn behind it. Raises UserError if there is none."""
+    merged: list[Turn] = []
+    waiting: list[str] = []
+    for turn in turns:
+        if turn.role == "system":
+            waiting.append(turn.content)
+        elif waiting and turn.role == "user":
+            merged.append(replace(turn, content="\n\n".join([*waiting, turn.content])))
+            waiting = []
+        elif waiting:
+            raise row.error(column, "has a system message without a user turn behind it to merge it into; remove it")
+        else:
+            merged.append(turn)
+    if waiting:
+        raise row.error(column, "ends with a system message, which cannot be merged into a user turn; remove it")
+    return merged
 
 
 def _tools(row: Row) -> str:
@@ -147,10 +170,20 @@ def _turn(row: Row, column: str, turn: Any) -> Turn:
     if role is None:
         known = ", ".join(SPEAKERS)
         raise row.error(column, f'has "{who}": {short(turn.get(who))}; rename it to one of {known}, or remove the row')
-    weight = turn.get("weight")
-    if weight is not None and weight not in (0, 1):
+    unused = next((key for key in REFUSED if turn.get(key)), None)
+    if unused is not None:
+        raise row.error(column, f'has "{unused}" in a message, which cannot be used here; remove it or the row')
+    learn = _learned(row, column, turn.get("weight")) and turn.get("train") is not False
+    return Turn(role, content, json.dumps(extra) if extra else "", learn)
+
+
+def _learned(row: Row, column: str, weight: Any) -> bool:
+    """Whether answers of this weight are learned. Raises UserError unless it is 0, 1 or nothing."""
+    if weight is None or weight == "":
+        return True
+    if str(weight) not in ("0", "1", "0.0", "1.0"):
         raise row.error(column, f'has "weight": {short(weight)}; 1 learns an answer and 0 does not')
-    return Turn(role, content, json.dumps(extra) if extra else "", weight is None or bool(weight))
+    return float(weight) == 1
 
 
 INSTRUCTIONS = KnownSet(
@@ -160,7 +193,19 @@ INSTRUCTIONS = KnownSet(
     subset="everyday-conversations",
     columns=TURNS,
     has_columns=_has_conversation,
-    optional=("tools", "instruction", "input", "context", "output", "response", "prompt", "completion"),
+    optional=(
+        "tools",
+        "system",
+        "weight",
+        *ROW_REFUSED,
+        "instruction",
+        "input",
+        "context",
+        "output",
+        "response",
+        "prompt",
+        "completion",
+    ),
     examples=_examples,
     template="{text}\n\nAssistant:",
 )
