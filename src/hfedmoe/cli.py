@@ -330,13 +330,16 @@ def export(
     ] = None,
 ) -> None:
     """Write a result of a run as something that transformers or PEFT loads, with a model card."""
-    _require_run(run, checkpoint)
-    from hfedmoe.export.options import check_options, check_outside
+    _require_run(run)
+    from hfedmoe.export.options import check_fits, check_options, check_outside
     from hfedmoe.files.whole import check_free
+    from hfedmoe.runs.folder import RunFolder
 
     check_options(form, client, dtype)
     check_outside(out, run)
     check_free(out)
+    check_fits(run, RunFolder.open(run).config, form, client)
+    _require_run(run, checkpoint)
     from hfedmoe.export.run import export_run
 
     typer.echo(export_run(run, out, form, client, checkpoint, dtype))

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import get_args
 
-from hfedmoe.config import ModelConfig
+from hfedmoe.config import ModelConfig, RunConfig
 from hfedmoe.errors import UserError
 
 FORMS = ("merged", "adapter", "client")
@@ -27,3 +27,11 @@ def check_outside(out: Path, run: Path) -> None:
     """Raise UserError if `out` is the run's folder or inside it, where the run may delete it."""
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(run)):
         raise UserError(f"{out}: is in the run's own folder, where a resumed run may delete it; choose another folder")
+
+
+def check_fits(run: Path, config: RunConfig, form: str, client: int | None) -> None:
+    """Raise UserError for a form or client that the run cannot have."""
+    if client is not None and not 0 <= client < config.clients.count:
+        raise UserError(f"--client {client}: the run has clients 0 to {config.clients.count - 1}")
+    if form == "adapter" and config.train.experts == "full":
+        raise UserError(f'{run}: trained whole experts (train.experts = "full"), not an adapter; use --as merged')

@@ -15,7 +15,7 @@ from hfedmoe.export.adapter import check_adaptable, save_adapter
 from hfedmoe.export.card import BASE, Export, card
 from hfedmoe.export.merged import merge, save
 from hfedmoe.export.mixtral import write_mixtral
-from hfedmoe.export.options import check_options, check_outside
+from hfedmoe.export.options import check_fits, check_options, check_outside
 from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuable, router_groups, shrink
 from hfedmoe.export.written import check_written
 from hfedmoe.files.whole import check_free, writing, written_whole
@@ -60,10 +60,7 @@ def export_run(
     check_free(out)
     with RunFolder.open(path) as run:
         config = run.config
-        if client is not None and not 0 <= client < config.clients.count:
-            raise UserError(f"--client {client}: the run has clients 0 to {config.clients.count - 1}")
-        if form == "adapter" and config.train.experts == "full":
-            raise UserError(f'{path}: trained whole experts (train.experts = "full"), not an adapter; use --as merged')
+        check_fits(path, config, form, client)
         chosen = checkpoint_of(run, checkpoint)
         # Load the unquantised model with stock modules: float32 arithmetic would replace some of them.
         stored = {"dtype": "float32"} if _needs_float32(config.model, form, dtype) else {}
