@@ -68,6 +68,14 @@ def test_a_parquet_file_is_one_whatever_its_name_and_gz_is_unpacked(tmp_path: Pa
             r'line 2: not UTF-8; .*data.encoding, for example "cp1252"',
         ),
         ("text,label\na,\u00fc\n".encode("utf-16-le"), r'UTF-16 without a mark: set data.encoding = "utf-16-le"'),
+        (
+            "text,label\nit\u2019s,x\n".encode("utf-16-le"),
+            r'like UTF-16 without a mark: set data.encoding = "utf-16-le"',
+        ),
+        ("text,label\n\u4e2d,x\n".encode("utf-16-be"), r'like UTF-16 without a mark: set data.encoding = "utf-16-be"'),
+        ("text,label\na,x\n".encode("utf-32-le"), r'like UTF-32 without a mark: set data.encoding = "utf-32-le"'),
+        ("text,label\na,x\n".encode("utf-16-le")[:-1], r"line 1: holds a NUL.*such as UTF-16, set data.encoding"),
+        ("text,label\na\x00b,x\n", r"line 2: holds a NUL character; .* set data.encoding .*, else remove"),
         (b"PK\x03\x04....", r"is a spreadsheet \(xlsx, ods\) or a zip archive; save the sheet as CSV"),
         (b"\xd0\xcf\x11\xe0....", "is an old Excel file"),
         (b"%PDF-1.7 ...", "is a PDF"),
@@ -86,6 +94,14 @@ def test_what_cannot_be_read_safely_is_named(content: str | bytes, complaint: st
     assert "\n" not in str(caught.value)
 
 
+def test_lines_of_json_in_utf_16_are_named_and_read(tmp_path: Path) -> None:
+    lines = '{"text": "it\u2019s", "label": "x"}\n'.encode("utf-16-le")
+    for name in ("rows.jsonl", "rows.json"):
+        with pytest.raises(UserError, match=r'UTF-16 without a mark: set data.encoding = "utf-16-le"'):
+            read(tmp_path / name, lines)
+    assert read(tmp_path / "rows.jsonl", lines, Form("utf-16-le")) == {"text": ["it\u2019s"], "label": ["x"]}
+
+
 def test_settings_say_what_a_file_cannot(tmp_path: Path) -> None:
     rows = "text,note;label\nGr\u00fc\u00dfe,x\n".encode("cp1252")
     assert read(tmp_path / "rows.csv", rows, Form("cp1252", ",")) == {"text": ["Gr\u00fc\u00dfe"]}
@@ -94,8 +110,11 @@ def test_settings_say_what_a_file_cannot(tmp_path: Path) -> None:
         read(tmp_path / "rows.csv", rows, Form("ascii"))
     config = load_config(None, ["data.encoding=Windows-1252", "data.delimiter=;"]).data
     assert (config.encoding, config.delimiter) == ("cp1252", ";")
-    with pytest.raises(UserError, match=r"data.encoding: not an encoding of Python"):
-        load_config(None, ["data.encoding=klingon"])
+    for unknown in ("klingon", "hex", "rot13", "base64", "undefined"):
+        with pytest.raises(UserError, match=r"data.encoding: not an encoding of Python"):
+            load_config(None, [f"data.encoding={unknown}"])
+    with pytest.raises(UserError, match=r"is not text in punycode \(.*\); check data.encoding"):
+        read(tmp_path / "rows.csv", b"text,label\na-\xffb,x\n", Form("punycode"))
 
 
 def test_a_config_file_with_a_byte_order_mark(tmp_path: Path) -> None:

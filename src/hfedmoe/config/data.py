@@ -129,8 +129,11 @@ class DataConfig(Section):
     @classmethod
     def _is_known(cls, value: str | None) -> str | None:
         try:
-            return value if value is None else codecs.lookup(value).name
-        except LookupError:
+            if value is not None:
+                "a".encode(value)  # hex and others are codecs of bytes; lookup would take them
+                value = codecs.lookup(value).name
+            return value
+        except (LookupError, ValueError):
             raise ValueError("not an encoding of Python; use for example utf-8, utf-16, cp1252 or latin-1") from None
 
     @field_validator("chat_date")

@@ -30,6 +30,8 @@ KINDS = (
     (b"<html", "a web page; perhaps a download that asked for a login"),
 )
 """First bytes of files that cannot be read here, with any name, and what to say about each."""
+WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+"""Encodings that have NUL bytes in every line, to be named if a file has them and no byte-order mark."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,45 @@ def decode(origin: str, raw: bytes, encoding: str | None = None) -> str:
     """Decode text. A byte-order mark decides first, then `encoding`; None: UTF-8.
 
     Raises:
-        UserError: it is not text in that encoding. No other one is tried: Latin-1 would read anything, often wrongly.
+        UserError: it is not text in that encoding, or holds NULs, which no text does. No other encoding is tried:
+            Latin-1 would read anything, often wrongly.
     """
     marked = next((name for mark, name in MARKS if raw.startswith(mark)), None)
     try:
-        return raw.decode(marked or encoding or "utf-8")
-    except UnicodeDecodeError as error:
+        text = raw.decode(marked or encoding or "utf-8")
+    except UnicodeError as error:  # not always a UnicodeDecodeError: punycode
         if marked or encoding:
-            raise UserError(
-                f"{origin}: is not text in {marked or encoding} ({error.reason}); check data.encoding"
-            ) from None
-        if raw[:4096].count(0) > len(raw[:4096]) // 4:
-            way = 'it may be UTF-16 without a mark: set data.encoding = "utf-16-le", or save it as UTF-8'
-        else:
-            way = 'save the file with UTF-8 encoding, or set data.encoding, for example "cp1252" (Windows) or "latin-1"'
-        raise UserError(f"{origin} line {raw.count(10, 0, error.start) + 1}: not UTF-8; {way}") from None
+            reason = getattr(error, "reason", error)
+            raise UserError(f"{origin}: is not text in {marked or encoding} ({reason}); check data.encoding") from None
+        line = raw.count(10, 0, getattr(error, "start", 0)) + 1
+        if 0 in raw:
+            raise _holds_nul(origin, raw, line) from None
+        raise UserError(
+            f"{origin} line {line}: not UTF-8; save the file with UTF-8 encoding, or set data.encoding, for example "
+            '"cp1252" (Windows) or "latin-1"'
+        ) from None
+    if "\x00" in text:
+        raise _holds_nul(origin, raw, text.count("\n", 0, text.index("\x00")) + 1)
+    return text
+
+
+def _holds_nul(origin: str, raw: bytes, line: int) -> UserError:
+    """What to say about a file that has NULs."""
+    wide = next((name for name in WIDE if _is_text(raw, name)), None)
+    if wide is not None:
+        return UserError(
+            f'{origin}: looks like {wide[:6].upper()} without a mark: set data.encoding = "{wide}", or save it as UTF-8'
+        )
+    return UserError(
+        f"{origin} line {line}: holds a NUL character; if the file is in another encoding, such as UTF-16, set "
+        'data.encoding (for example "utf-16-le"), else remove the character'
+    )
+
+
+def _is_text(raw: bytes, encoding: str) -> bool:
+    """Whether bytes are lines of text in an encoding: in a wrong one they have errors, NULs or no ends of lines."""
+    try:
+        text = raw.decode(encoding)
+    except UnicodeError:
+        return False
+    return "\x00" not in text and ("\n" in text or "\r" in text)

@@ -26,7 +26,7 @@ def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delim
     Raises:
         UserError: a row does not fit the first line, or a column name occurs twice.
     """
-    text = decode(origin, raw, form.encoding).replace("\x00", "")
+    text = decode(origin, raw, form.encoding)
     begun, before, first = _header(text)
     if first.lower().startswith("sep=") and len(first) == 5:  # Excel writes such a line
         delimiter = form.delimiter or first[4]
