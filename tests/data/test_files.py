@@ -130,6 +130,10 @@ def test_a_config_file_with_a_byte_order_mark(tmp_path: Path) -> None:
         ("new york", "new\u202fyork"),
         ("spam", "sp\u200bam\ufeff"),
         ("spam", " spam\t"),
+        ("new york", "new  york"),
+        ("new york", "new\u2009\u3000york"),
+        ("\u2764", "\u2764\ufe0f"),
+        *(("spam", f"sp{mark}am") for mark in "\u2061\u2066\u202a\u180e\u034f\ufe00\U000e0100\U000e01ef\u200c\u200d"),
         ("hy\u00adphen", "hyphen"),
     ],
 )
@@ -137,14 +141,38 @@ def test_texts_that_look_the_same_are_the_same(one: str, other: str) -> None:
     assert normal(one) == normal(other)
 
 
-@given(st.text())
+VISIBLE = (
+    set(range(0x600, 0x606)) | {0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD} | set(range(0x13430, 0x13440))
+)
+"""Formatting characters (Cf) that are drawn: signs above Arabic and Kaithi numbers, and joined hieroglyphs."""
+
+
+@given(st.text(), st.text(), st.characters(categories=["Cf"]).filter(lambda mark: ord(mark) not in VISIBLE))
 @settings(max_examples=100, deadline=None)
+def test_no_formatting_character_that_is_invisible_tells_texts_apart(head: str, tail: str, mark: str) -> None:
+    if "\U000e0020" <= mark <= "\U000e007f":  # inside a flag
+        head, tail = head.replace("\U0001f3f4", ""), tail.replace("\U0001f3f4", "")
+    assert normal(head + mark + tail) == normal(head + tail)
+
+
+def test_flags_that_differ_only_in_tags_stay_apart() -> None:
+    england, scotland = (
+        "\U0001f3f4" + "".join(chr(0xE0000 + ord(letter)) for letter in name) + "\U000e007f"
+        for name in ("gbeng", "gbsct")
+    )
+    assert normal(england) == england != normal(scotland)
+
+
+@given(st.text() | st.text(alphabet="a \u0301\u200d\ufe0f\U0001f3f4\U000e0067\U000e007f"))
+@settings(max_examples=200, deadline=None)
 def test_a_normal_form_is_its_own(text: str) -> None:
     assert normal(normal(text)) == normal(text)
 
 
 def test_numbers_are_one_class_however_they_are_written() -> None:
     assert distinct(["1", "1.0", "2.0", "x"]) == ("1", "2.0", "x")
+    assert distinct(["1.00", "1.0", "2.00", "1.50"]) == ("1.0", "1.50", "2.00")
+    assert [among(label, ("1.0", "2")) for label in ("1.00", "1", "2.0")] == ["1.0", "1.0", "2"]
     known = ("1", "2.0", "x")
     assert [among(label, known) for label in ("1.0", "1", "2", "2.00", "y")] == ["1", "1", "2.0", "2.0", None]
     assert [key_of(cell) for cell in (1.0, 1, True, " a\u00a0b ")] == ["1", "1", "true", "a b"]
@@ -162,6 +190,26 @@ def test_labels_and_clients_that_differ_invisibly_are_one(tmp_path: Path) -> Non
     assert task.labels == ("1", "caf\u00e9")
     assert task.part_names == ["north", "south"]
     assert {example.choices[example.answer] for example in task.train} == set(task.labels)
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"), [(("1.0", "1.00"), "1.0"), (("new york", "new  york"), "new york"), (("a\u2066b", "ab"), "ab")]
+)
+def test_one_class_written_in_two_ways_is_one(written: tuple[str, str], kept: str, tmp_path: Path) -> None:
+    lines = [f"word {n},{[*written, 'other'][n % 3]},{['1', '1.0', '1.00', '2'][n % 4]}" for n in range(36)]
+    (tmp_path / "rows.csv").write_text("text,label,ward\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    settings = ["partition.scheme=natural", "partition.column=ward", f"data.source={tmp_path}/rows.csv"]
+    config = load_config(None, [*settings, "clients.count=2", "partition.min_rows=1"])
+    task = load_task(config.data, config.partition, 0)
+    assert task.labels == (kept, "other")
+    assert task.part_names == ["1", "2"]
+
+
+def test_an_answer_is_first_the_choice_that_equals_it(tmp_path: Path) -> None:
+    row = '{"prompt": "q", "choices": ["if a:  b", "if a: b"], "answer": "if a: b"}\n'
+    (tmp_path / "rows.jsonl").write_text(row * 4)
+    task = load_task(load_config(None, [f"data.source={tmp_path}/rows.jsonl"]).data, load_config(None).partition, 0)
+    assert [example.answer for example in task.train + task.test] == [1] * 4
 
 
 def test_labels_that_are_none_are_said_to_be_none(tmp_path: Path) -> None:
