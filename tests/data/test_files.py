@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ def read(path: Path, content: bytes | str, form: Form = PLAIN) -> dict[str, list
         "sep=;\ntext;label\na b;x\nc;y\n",
         "\n\r\n  \ntext,label\na b,x\nc,y\n",
         'text, "label" \na b,x\nc,y\n',
+        'text, label\na b, "x"\nc, y\n',
+        '"text", "label"\n"a b", "x"\n\n"c",y\n',
+        'text, label, \n"a b",  x, \nc, "y",\n',
+        "te\u200bxt,\u00a0label\u2066\na b,x\nc,y\n",
         "text,label,\na b,x,\nc,y,\n",
         "text,label,,\na b,x\nc,y,,\n",
         "text,label\na b,x,,\n,\n\nc,y\n,,\n",
@@ -86,12 +91,66 @@ def test_a_parquet_file_is_one_whatever_its_name_and_gz_is_unpacked(tmp_path: Pa
         ("text,,label\na,stray,x\n", "line 2: a cell is in a column without a name"),
         ("text,text\na,b\n", "line 1: a column name occurs twice"),
         ("text\nhello, world\n", "set data.delimiter"),
+        (",,\ntext,label,\na,x,\n", "line 1: the first line names no columns; write their names there, or remove it"),
+        ("\n;;\ntext;label\n", "line 2: the first line names no columns"),
+        ("text,te\u200bxt\na,b\n", "line 1: a column name occurs twice"),
+        ("text, label\na, x\nb, x, y\n", "line 3: 3 cells, but the first line names 2 columns"),
+        ('\n{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n', "looks like JSON lines; name it .jsonl"),
+        ('[\n{"text": "a",\n"label": "x"}]', "looks like JSON; name it .json$"),
     ],
 )
 def test_what_cannot_be_read_safely_is_named(content: str | bytes, complaint: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=complaint) as caught:
         read(tmp_path / "rows.csv", content)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("rows.jsonl", "text,label\na,x\n", "rows.jsonl: looks like CSV; name it .csv"),
+        ("rows.json", '"text";"label"\na;x\n', "rows.json: looks like CSV; name it .csv"),
+        ("rows.json", '{"text": "a"}\n{"text": "b"}\n', "rows.json: looks like JSON lines; name it .jsonl"),
+        ("rows.jsonl", '[\n{"text": "a"}\n]\n', "rows.jsonl: looks like JSON; name it .json$"),
+        ("rows.jsonl", '[{"text": "a"}]\n', "line 1: expected an object .* name a file that is one list .json"),
+        ("rows.jsonl", '{"text": "a", \n', "rows.jsonl line 1: not valid JSON"),
+        ("rows.jsonl", '{"text": "a", "\u200btext": "b"}\n', 'line 1: two keys look like "text"; keep one'),
+        (
+            "rows.tsv",
+            "text,label\na,x\n",
+            'first line has commas, but no tabs; name it .csv, or set data.delimiter = ","',
+        ),
+        ("rows.tab", "text;label\na;x\n", 'first line has semicolons, but no tabs; .* set data.delimiter = ";"'),
+        (
+            "rows.gz",
+            gzip.compress(b"text,label\na,x\n"),
+            r"unknown format \(no suffix before .gz\); use one of .csv.gz, ",
+        ),
+        ("rows", "text,label\na,x\n", r"unknown format \(no suffix\); use one of .csv, .tsv, "),
+        ("rows.doc", "text,label\na,x\n", r'unknown format ".doc"; use one of .csv, .tsv, '),
+    ],
+)
+def test_a_file_with_the_wrong_name_is_told_its_own(
+    name: str, content: str | bytes, complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=complaint) as caught:
+        read(tmp_path / name, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_are_found_by_names_that_look_the_same(tmp_path: Path) -> None:
+    names = {"\ufefftext": ["a b", "c"], " la\u00adbel ": ["x", "y"]}
+    rows = [dict(zip(names, cells, strict=True)) for cells in zip(*names.values(), strict=True)]
+    assert read(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows))) == ROWS
+    assert read(tmp_path / "rows.json", json.dumps(rows)) == ROWS
+    written = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(names), written)
+    assert read(tmp_path / "rows.parquet", written.getvalue()) == ROWS
+    (tmp_path / "rows.csv").write_text("my  text,x\u200b\na,b\n", encoding="utf-8")
+    assert read_file(tmp_path / "rows.csv", {"my\u00a0text"}).columns == {"my\u00a0text": ["a"]}
+    assert read_file(tmp_path / "rows.csv", {"label"}).names == ["my text", "x"]
+    nested = '{"text": {"\u200bkey": 1}, "label": "x"}\n'
+    assert read(tmp_path / "rows.jsonl", nested)["text"] == [{"\u200bkey": 1}]
 
 
 def test_lines_of_json_in_utf_16_are_named_and_read(tmp_path: Path) -> None:

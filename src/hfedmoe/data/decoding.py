@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import json
 import zlib
 from dataclasses import dataclass
 
@@ -93,6 +94,22 @@ def decode(origin: str, raw: bytes, encoding: str | None = None) -> str:
     if "\x00" in text:
         raise _holds_nul(origin, raw, text.count("\n", 0, text.index("\x00")) + 1)
     return text
+
+
+def looks_like(text: str) -> str | None:
+    """What kind of table a text looks like, and the suffix to name it with; None: none of them."""
+    begun = text.lstrip()
+    first = begun.split("\n", 1)[0]
+    try:
+        if begun[:1] == "{" and isinstance(json.loads(first), dict):
+            return "looks like JSON lines; name it .jsonl"
+        if begun[:1] == "[" and isinstance(json.loads(begun), list):
+            return "looks like JSON; name it .json"
+    except (ValueError, RecursionError):
+        return None
+    if begun[:1] not in ("{", "[") and any(delimiter in first for delimiter in ",;\t|"):
+        return "looks like CSV; name it .csv"
+    return None
 
 
 def _holds_nul(origin: str, raw: bytes, line: int) -> UserError:
