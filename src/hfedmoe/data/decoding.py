@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hfedmoe.config import DataConfig
 from hfedmoe.errors import UserError
-from hfedmoe.files.lfs import is_pointer
+from hfedmoe.files.lfs import IS_POINTER, is_pointer
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -63,7 +63,7 @@ def unpacked(origin: str, raw: bytes) -> bytes:
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{origin}: looks like gzip, but cannot be unpacked ({error})") from None
     if is_pointer(raw):
-        raise UserError(f"{origin}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+        raise UserError(f"{origin}: {IS_POINTER}")
     kind = next((kind for start, kind in KINDS if raw[:16].upper().startswith(start.upper())), None)
     if kind is not None:
         raise UserError(f"{origin}: is {kind}")
