@@ -27,7 +27,7 @@ class Identity:
     carrier: str
     """SIMULATED: the clients are in this process. DEPLOYED: Flower carries messages to devices."""
     rows: str
-    """Digest of the training, test and watched rows, in their order."""
+    """Digest of the training, test and watched rows, in their order, and of which client holds which training rows."""
     train_rows: int
     test_rows: int
     base: str
@@ -39,6 +39,8 @@ def identity_of(config: RunConfig, task: Task, watch: list[Example], carrier: st
     found = hashlib.sha256()
     for part in (task.train, task.test, watch):
         _add(found, part)
+    if task.parts is not None:  # otherwise the seed decides who holds a row
+        found.update(repr([list(part) for part in task.parts]).encode())
     return Identity(carrier, found.hexdigest()[:32], len(task.train), len(task.test), weights_digest(config))
 
 
@@ -82,8 +84,8 @@ def check_identity(folder: Path, now: Identity) -> None:
         raise UserError(
             f"{folder}: its data changed since the run began: {was.train_rows} training and {was.test_rows} "
             f"test rows then, {now.train_rows} and {now.test_rows} now"
-            f"{', with other contents' if _counts(was) == _counts(now) else ''}; restore the files of [data] in its "
-            "config.toml, or start a new run"
+            f"{', with other contents or other clients' if _counts(was) == _counts(now) else ''}; restore the files of "
+            "[data] in its config.toml, or start a new run"
         )
     if was.base != now.base:
         raise UserError(
