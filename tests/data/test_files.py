@@ -85,6 +85,8 @@ def test_a_parquet_file_is_one_whatever_its_name_and_gz_is_unpacked(tmp_path: Pa
         (b"\xd0\xcf\x11\xe0....", "is an old Excel file"),
         (b"%PDF-1.7 ...", "is a PDF"),
         (b"<!doctype html><p>Sign in", "is a web page"),
+        (gzip.compress(gzip.compress(b"text,label\na,x\n")), "is compressed twice; unpack it first"),
+        (b"text,label\n\x00\xff\x00,x\n", "line 2: not UTF-8; save the file"),
         (b"\x1f\x8b\x08broken", "looks like gzip, but cannot be unpacked"),
         (START + b"\noid sha256:0\nsize 9\n", "is a Git LFS pointer.*git lfs pull"),
         ("text,label\na,b,c\n", 'line 2: 3 cells, but the first line names 2 columns; put cells that hold ","'),

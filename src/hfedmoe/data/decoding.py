@@ -62,6 +62,8 @@ def unpacked(origin: str, raw: bytes) -> bytes:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{origin}: looks like gzip, but cannot be unpacked ({error})") from None
+        if raw.startswith(GZIP):
+            raise UserError(f"{origin}: is compressed twice; unpack it first")
     if is_pointer(raw):
         raise UserError(f"{origin}: {IS_POINTER}")
     kind = next((kind for start, kind in KINDS if raw[:16].upper().startswith(start.upper())), None)
@@ -84,15 +86,18 @@ def decode(origin: str, raw: bytes, encoding: str | None = None) -> str:
         if marked or encoding:
             reason = getattr(error, "reason", error)
             raise UserError(f"{origin}: is not text in {marked or encoding} ({reason}); check data.encoding") from None
+        _refuse_wide(origin, raw)
         line = raw.count(10, 0, getattr(error, "start", 0)) + 1
-        if 0 in raw:
-            raise _holds_nul(origin, raw, line) from None
         raise UserError(
             f"{origin} line {line}: not UTF-8; save the file with UTF-8 encoding, or set data.encoding, for example "
             '"cp1252" (Windows) or "latin-1"'
         ) from None
     if "\x00" in text:
-        raise _holds_nul(origin, raw, text.count("\n", 0, text.index("\x00")) + 1)
+        _refuse_wide(origin, raw)
+        raise UserError(
+            f"{origin} line {text.count(chr(10), 0, text.index(chr(0))) + 1}: holds a NUL character; if the file is in "
+            'another encoding, such as UTF-16, set data.encoding (for example "utf-16-le"), else remove the character'
+        )
     return text
 
 
@@ -112,17 +117,13 @@ def looks_like(text: str) -> str | None:
     return None
 
 
-def _holds_nul(origin: str, raw: bytes, line: int) -> UserError:
-    """What to say about a file that has NULs."""
-    wide = next((name for name in WIDE if _is_text(raw, name)), None)
+def _refuse_wide(origin: str, raw: bytes) -> None:
+    """Raise UserError if a file is text in one of `WIDE`."""
+    wide = next((name for name in WIDE if 0 in raw and _is_text(raw, name)), None)
     if wide is not None:
-        return UserError(
+        raise UserError(
             f'{origin}: looks like {wide[:6].upper()} without a mark: set data.encoding = "{wide}", or save it as UTF-8'
-        )
-    return UserError(
-        f"{origin} line {line}: holds a NUL character; if the file is in another encoding, such as UTF-16, set "
-        'data.encoding (for example "utf-16-le"), else remove the character'
-    )
+        ) from None
 
 
 def _is_text(raw: bytes, encoding: str) -> bool:
