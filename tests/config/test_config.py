@@ -13,6 +13,7 @@ from hfedmoe.config import RunConfig, Section, config_from_tree, load_config
 from hfedmoe.config.budgets import in_experts
 from hfedmoe.config.builtin import NAMES, shipped_config
 from hfedmoe.errors import UserError
+from hfedmoe.files.lfs import START
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +55,13 @@ def test_bad_values_are_named(tree, expected):
     text = refused(tree)
     assert text.startswith("here: ")
     assert expected in text
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_bytes(START + b"\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"^config .*my.toml: is a Git LFS pointer, .*; run `git lfs pull`"):
+        load_config(path)
 
 
 def test_unknown_keys_come_with_a_suggestion():

@@ -2,7 +2,7 @@
 
 import gzip
 import io
-import re
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ def read(path: Path, content: bytes | str, form: Form = PLAIN) -> dict[str, list
         "sep=;\ntext;label\na b;x\nc;y\n",
         "\n\r\n  \ntext,label\na b,x\nc,y\n",
         'text, "label" \na b,x\nc,y\n',
+        'text, label\na b, "x"\nc, y\n',
+        '"text", "label"\n"a b", "x"\n\n"c",y\n',
+        'text, label, \n"a b",  x, \nc, "y",\n',
+        "te\u200bxt,\u00a0label\u2066\na b,x\nc,y\n",
         "text,label,\na b,x,\nc,y,\n",
         "text,label,,\na b,x\nc,y,,\n",
         "text,label\na b,x,,\n,\n\nc,y\n,,\n",
@@ -69,22 +73,94 @@ def test_a_parquet_file_is_one_whatever_its_name_and_gz_is_unpacked(tmp_path: Pa
             r'line 2: not UTF-8; .*data.encoding, for example "cp1252"',
         ),
         ("text,label\na,\u00fc\n".encode("utf-16-le"), r'UTF-16 without a mark: set data.encoding = "utf-16-le"'),
+        (
+            "text,label\nit\u2019s,x\n".encode("utf-16-le"),
+            r'like UTF-16 without a mark: set data.encoding = "utf-16-le"',
+        ),
+        ("text,label\n\u4e2d,x\n".encode("utf-16-be"), r'like UTF-16 without a mark: set data.encoding = "utf-16-be"'),
+        ("text,label\na,x\n".encode("utf-32-le"), r'like UTF-32 without a mark: set data.encoding = "utf-32-le"'),
+        ("text,label\na,x\n".encode("utf-16-le")[:-1], r"line 1: holds a NUL.*such as UTF-16, set data.encoding"),
+        ("text,label\na\x00b,x\n", r"line 2: holds a NUL character; .* set data.encoding .*, else remove"),
         (b"PK\x03\x04....", r"is a spreadsheet \(xlsx, ods\) or a zip archive; save the sheet as CSV"),
         (b"\xd0\xcf\x11\xe0....", "is an old Excel file"),
         (b"%PDF-1.7 ...", "is a PDF"),
         (b"<!doctype html><p>Sign in", "is a web page"),
+        (gzip.compress(gzip.compress(b"text,label\na,x\n")), "is compressed twice; unpack it first"),
+        (b"text,label\n\x00\xff\x00,x\n", "line 2: not UTF-8; save the file"),
         (b"\x1f\x8b\x08broken", "looks like gzip, but cannot be unpacked"),
         (START + b"\noid sha256:0\nsize 9\n", "is a Git LFS pointer.*git lfs pull"),
         ("text,label\na,b,c\n", 'line 2: 3 cells, but the first line names 2 columns; put cells that hold ","'),
         ("text,,label\na,stray,x\n", "line 2: a cell is in a column without a name"),
         ("text,text\na,b\n", "line 1: a column name occurs twice"),
         ("text\nhello, world\n", "set data.delimiter"),
+        (",,\ntext,label,\na,x,\n", "line 1: the first line names no columns; write their names there, or remove it"),
+        ("\n;;\ntext;label\n", "line 2: the first line names no columns"),
+        ("text,te\u200bxt\na,b\n", "line 1: a column name occurs twice"),
+        ("text, label\na, x\nb, x, y\n", "line 3: 3 cells, but the first line names 2 columns"),
+        ('\n{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n', "looks like JSON lines; name it .jsonl"),
+        ('[\n{"text": "a",\n"label": "x"}]', "looks like JSON; name it .json$"),
     ],
 )
 def test_what_cannot_be_read_safely_is_named(content: str | bytes, complaint: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=complaint) as caught:
         read(tmp_path / "rows.csv", content)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("rows.jsonl", "text,label\na,x\n", "rows.jsonl: looks like CSV; name it .csv"),
+        ("rows.json", '"text";"label"\na;x\n', "rows.json: looks like CSV; name it .csv"),
+        ("rows.json", '{"text": "a"}\n{"text": "b"}\n', "rows.json: looks like JSON lines; name it .jsonl"),
+        ("rows.jsonl", '[\n{"text": "a"}\n]\n', "rows.jsonl: looks like JSON; name it .json$"),
+        ("rows.jsonl", '[{"text": "a"}]\n', "line 1: expected an object .* name a file that is one list .json"),
+        ("rows.jsonl", '{"text": "a", \n', "rows.jsonl line 1: not valid JSON"),
+        ("rows.jsonl", '{"text": "a", "\u200btext": "b"}\n', 'line 1: two keys look like "text"; keep one'),
+        (
+            "rows.tsv",
+            "text,label\na,x\n",
+            'first line has commas, but no tabs; name it .csv, or set data.delimiter = ","',
+        ),
+        ("rows.tab", "text;label\na;x\n", 'first line has semicolons, but no tabs; .* set data.delimiter = ";"'),
+        (
+            "rows.gz",
+            gzip.compress(b"text,label\na,x\n"),
+            r"unknown format \(no suffix before .gz\); use one of .csv.gz, ",
+        ),
+        ("rows", "text,label\na,x\n", r"unknown format \(no suffix\); use one of .csv, .tsv, "),
+        ("rows.doc", "text,label\na,x\n", r'unknown format ".doc"; use one of .csv, .tsv, '),
+    ],
+)
+def test_a_file_with_the_wrong_name_is_told_its_own(
+    name: str, content: str | bytes, complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=complaint) as caught:
+        read(tmp_path / name, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_are_found_by_names_that_look_the_same(tmp_path: Path) -> None:
+    names = {"\ufefftext": ["a b", "c"], " la\u00adbel ": ["x", "y"]}
+    rows = [dict(zip(names, cells, strict=True)) for cells in zip(*names.values(), strict=True)]
+    assert read(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows))) == ROWS
+    assert read(tmp_path / "rows.json", json.dumps(rows)) == ROWS
+    written = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(names), written)
+    assert read(tmp_path / "rows.parquet", written.getvalue()) == ROWS
+    (tmp_path / "rows.csv").write_text("my  text,x\u200b\na,b\n", encoding="utf-8")
+    assert read_file(tmp_path / "rows.csv", {"my\u00a0text"}).columns == {"my\u00a0text": ["a"]}
+    assert read_file(tmp_path / "rows.csv", {"label"}).names == ["my text", "x"]
+    nested = '{"text": {"\u200bkey": 1}, "label": "x"}\n'
+    assert read(tmp_path / "rows.jsonl", nested)["text"] == [{"\u200bkey": 1}]
+
+
+def test_lines_of_json_in_utf_16_are_named_and_read(tmp_path: Path) -> None:
+    lines = '{"text": "it\u2019s", "label": "x"}\n'.encode("utf-16-le")
+    for name in ("rows.jsonl", "rows.json"):
+        with pytest.raises(UserError, match=r'UTF-16 without a mark: set data.encoding = "utf-16-le"'):
+            read(tmp_path / name, lines)
+    assert read(tmp_path / "rows.jsonl", lines, Form("utf-16-le")) == {"text": ["it\u2019s"], "label": ["x"]}
 
 
 def test_settings_say_what_a_file_cannot(tmp_path: Path) -> None:
@@ -95,58 +171,11 @@ def test_settings_say_what_a_file_cannot(tmp_path: Path) -> None:
         read(tmp_path / "rows.csv", rows, Form("ascii"))
     config = load_config(None, ["data.encoding=Windows-1252", "data.delimiter=;"]).data
     assert (config.encoding, config.delimiter) == ("cp1252", ";")
-    for codec in ("klingon", "hex", "rot13", "base64", "undefined"):
-        with pytest.raises(UserError, match=r"data.encoding: not an encoding of text"):
-            load_config(None, [f"data.encoding={codec}"])
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_without_a_mark_is_never_read_as_utf_8(tmp_path: Path, name: str, encoding: str) -> None:
-    """Its bytes are valid UTF-8 if all letters are Latin, and some others."""
-    text = "text,label\nit\u2019s good,pos\n" if name.endswith("csv") else '{"text": "it is good", "label": "pos"}\n'
-    with pytest.raises(UserError, match=r"it may be UTF-16 without a mark: set data\.encoding") as caught:
-        read(tmp_path / name, text.encode(encoding))
-    assert "\n" not in str(caught.value)
-    assert read(tmp_path / name, text.encode(encoding), Form(encoding))["label"] == ["pos"]
-
-
-def test_quotes_behind_a_space_are_no_part_of_a_cell(tmp_path: Path) -> None:
-    rows = read(tmp_path / "rows.csv", b'text, label\nhello, "pos"\n"a, b", pos\n')
-    assert rows == {"text": ["hello", "a, b"], "label": ["pos", "pos"]}
-    # Without a space in the first line, spaces belong to cells.
-    assert read(tmp_path / "rows.csv", b"text,label\n a,pos\n")["text"] == [" a"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("rows.csv", b",,\na,b,c\n", "line 1: names no column"),
-        (
-            "rows.csv",
-            b'{"text": "a, b", "label": "c"}\n{"text": "d", "label": "e", "f": "g"}\n',
-            "name the file .jsonl",
-        ),
-        ("rows.jsonl", b"text,label\na,b\n", "if it is a table, name the file .csv"),
-        ("rows.json", b"text,label\na,b\n", ".csv or .tsv if it is a table"),
-        ("rows.gz", b"text,label\na,b\n", "its name says no format; use one of .csv"),
-    ],
-)
-def test_a_file_with_the_wrong_name_says_what_it_looks_like(
-    tmp_path: Path, name: str, content: bytes, said: str
-) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        read(tmp_path / name, content)
-
-
-def test_names_of_columns_are_compared_as_they_look(tmp_path: Path) -> None:
-    assert read(tmp_path / "rows.csv", "\u200btext,la\u00adbel \nx,y\n".encode()) == {"text": ["x"], "label": ["y"]}
-
-
-def test_a_config_that_is_a_pointer_says_so(tmp_path: Path) -> None:
-    (tmp_path / "my.toml").write_bytes(START + b"\noid sha256:4d7a\nsize 12345\n")
-    with pytest.raises(UserError, match=r"my.toml: is a Git LFS pointer.*git lfs pull"):
-        load_config(tmp_path / "my.toml")
+    for unknown in ("klingon", "hex", "rot13", "base64", "undefined"):
+        with pytest.raises(UserError, match=r"data.encoding: not an encoding of Python"):
+            load_config(None, [f"data.encoding={unknown}"])
+    with pytest.raises(UserError, match=r"is not text in punycode \(.*\); check data.encoding"):
+        read(tmp_path / "rows.csv", b"text,label\na-\xffb,x\n", Form("punycode"))
 
 
 def test_a_config_file_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -164,6 +193,10 @@ def test_a_config_file_with_a_byte_order_mark(tmp_path: Path) -> None:
         *((f"a{chr(code)}b", "ab") for code in (0x2061, 0x2066, 0x202A, 0x180E, 0x034F, 0xFE0F, 0xE0100)),
         ("spam", "sp\u200bam\ufeff"),
         ("spam", " spam\t"),
+        ("new york", "new  york"),
+        ("new york", "new\u2009\u3000york"),
+        ("\u2764", "\u2764\ufe0f"),
+        *(("spam", f"sp{mark}am") for mark in "\u2061\u2066\u202a\u180e\u034f\ufe00\U000e0100\U000e01ef\u200c\u200d"),
         ("hy\u00adphen", "hyphen"),
     ],
 )
@@ -171,15 +204,38 @@ def test_texts_that_look_the_same_are_the_same(one: str, other: str) -> None:
     assert normal(one) == normal(other)
 
 
-@given(st.text())
+VISIBLE = (
+    set(range(0x600, 0x606)) | {0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD} | set(range(0x13430, 0x13440))
+)
+"""Formatting characters (Cf) that are drawn: signs above Arabic and Kaithi numbers, and joined hieroglyphs."""
+
+
+@given(st.text(), st.text(), st.characters(categories=["Cf"]).filter(lambda mark: ord(mark) not in VISIBLE))
 @settings(max_examples=100, deadline=None)
+def test_no_formatting_character_that_is_invisible_tells_texts_apart(head: str, tail: str, mark: str) -> None:
+    if "\U000e0020" <= mark <= "\U000e007f":  # inside a flag
+        head, tail = head.replace("\U0001f3f4", ""), tail.replace("\U0001f3f4", "")
+    assert normal(head + mark + tail) == normal(head + tail)
+
+
+def test_flags_that_differ_only_in_tags_stay_apart() -> None:
+    england, scotland = (
+        "\U0001f3f4" + "".join(chr(0xE0000 + ord(letter)) for letter in name) + "\U000e007f"
+        for name in ("gbeng", "gbsct")
+    )
+    assert normal(england) == england != normal(scotland)
+
+
+@given(st.text() | st.text(alphabet="a \u0301\u200d\ufe0f\U0001f3f4\U000e0067\U000e007f"))
+@settings(max_examples=200, deadline=None)
 def test_a_normal_form_is_its_own(text: str) -> None:
     assert normal(normal(text)) == normal(text)
 
 
 def test_numbers_are_one_class_however_they_are_written() -> None:
     assert distinct(["1", "1.0", "2.0", "x"]) == ("1", "2.0", "x")
-    assert distinct(["3.00", "3.0", "-4.0", "-4"]) == ("-4", "3.0")
+    assert distinct(["1.00", "1.0", "2.00", "1.50"]) == ("1.0", "1.50", "2.00")
+    assert [among(label, ("1.0", "2")) for label in ("1.00", "1", "2.0")] == ["1.0", "1.0", "2"]
     known = ("1", "2.0", "x")
     assert [among(label, known) for label in ("1.0", "1", "2", "2.00", "y")] == ["1", "1", "2.0", "2.0", None]
     assert [key_of(cell) for cell in (1.0, 1, True, " a\u00a0b ")] == ["1", "1", "true", "a b"]
@@ -197,6 +253,26 @@ def test_labels_and_clients_that_differ_invisibly_are_one(tmp_path: Path) -> Non
     assert task.labels == ("1", "caf\u00e9")
     assert task.part_names == ["north", "south"]
     assert {example.choices[example.answer] for example in task.train} == set(task.labels)
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"), [(("1.0", "1.00"), "1.0"), (("new york", "new  york"), "new york"), (("a\u2066b", "ab"), "ab")]
+)
+def test_one_class_written_in_two_ways_is_one(written: tuple[str, str], kept: str, tmp_path: Path) -> None:
+    lines = [f"word {n},{[*written, 'other'][n % 3]},{['1', '1.0', '1.00', '2'][n % 4]}" for n in range(36)]
+    (tmp_path / "rows.csv").write_text("text,label,ward\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    settings = ["partition.scheme=natural", "partition.column=ward", f"data.source={tmp_path}/rows.csv"]
+    config = load_config(None, [*settings, "clients.count=2", "partition.min_rows=1"])
+    task = load_task(config.data, config.partition, 0)
+    assert task.labels == (kept, "other")
+    assert task.part_names == ["1", "2"]
+
+
+def test_an_answer_is_first_the_choice_that_equals_it(tmp_path: Path) -> None:
+    row = '{"prompt": "q", "choices": ["if a:  b", "if a: b"], "answer": "if a: b"}\n'
+    (tmp_path / "rows.jsonl").write_text(row * 4)
+    task = load_task(load_config(None, [f"data.source={tmp_path}/rows.jsonl"]).data, load_config(None).partition, 0)
+    assert [example.answer for example in task.train + task.test] == [1] * 4
 
 
 def test_labels_that_are_none_are_said_to_be_none(tmp_path: Path) -> None:

@@ -89,6 +89,32 @@ def test_choices_that_cannot_be_told_apart_are_named_with_their_row() -> None:
         check(tokenizer(), task(["good"], ("yes", "so"), "choices"), held_out=False)
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("film so", "film la"), 'line 3: the choices "film (so|la)" and "film (so|la)" become the same tokens'),
+        (("zqx", "wvk"), 'line 3: the tokenizer does not know the choice "zqx": it becomes <unk>; change it or remove'),
+        (("yes", "zqx wvk"), 'line 3: the tokenizer does not know the choice "zqx wvk": it becomes <unk>'),
+    ],
+)
+@pytest.mark.parametrize("trained", [True, False])
+def test_choices_are_compared_in_training_rows_and_in_held_out_rows(
+    words: tuple[str, ...], complaint: str, trained: bool
+) -> None:
+    good = Example("good film", ("yes", "no"), 0, origin="rows.csv line 2")
+    bad = [Example("bad film", words, 0, origin="rows.csv line 3"), Example("bad", words, 1, origin="rows.csv line 4")]
+    rows, held = [good, *bad], [good]
+    if not trained:
+        rows, held = held, rows
+    with pytest.raises(UserError, match=rf"^rows\.csv {complaint}"):
+        check(tokenizer(), Task("rows.csv", "choices", "Q : {text} A :", (), rows, held))
+
+
+def test_two_wrong_choices_may_become_the_same_tokens() -> None:
+    rows = [Example("good film", ("yes", "film so", "film la", "yes"), 0, origin="rows.csv line 2")]
+    check(tokenizer(), Task("rows.csv", "choices", "Q : {text} A :", (), rows, rows))
+
+
 def test_an_end_that_the_tokenizer_adds_is_no_part_of_an_answer() -> None:
     """With it every choice would be `</s>`, and all would be equally likely."""
     plain, ends = tokenizer(), tokenizer(ends=True)

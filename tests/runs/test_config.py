@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hfedmoe.config import ClientsConfig, DataConfig, RunConfig, TrainConfig
 from hfedmoe.errors import UserError
+from hfedmoe.files.lfs import START
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.settings import END, read_run_config
 from tests.runs.conftest import CONFIG
@@ -72,6 +73,7 @@ def test_other_versions_are_a_warning(run, caplog):
     [
         (None, "not a run folder"),
         ("a = = 1", "not valid TOML"),
+        (f"{START.decode()}\noid sha256:0\nsize 9\n", "config.toml: is a Git LFS pointer.*run `git lfs pull`"),
         ("", "is empty or cut off"),
         ('seed = 1\n[versions]\npython = "3"\n', "is empty or cut off"),
         ("\xff", "not valid TOML"),

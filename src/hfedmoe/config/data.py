@@ -129,11 +129,12 @@ class DataConfig(Section):
     @classmethod
     def _is_known(cls, value: str | None) -> str | None:
         try:
-            if value is None or "a".encode(value).decode(value) == "a":  # some codecs are for other things than text
-                return value if value is None else codecs.lookup(value).name
+            if value is not None:
+                "a".encode(value)  # hex and others are codecs of bytes; lookup would take them
+                value = codecs.lookup(value).name
+            return value
         except (LookupError, ValueError):
-            pass
-        raise ValueError("not an encoding of text in Python; use for example utf-8, utf-16, cp1252 or latin-1")
+            raise ValueError("not an encoding of Python; use for example utf-8, utf-16, cp1252 or latin-1") from None
 
     @field_validator("chat_date")
     @classmethod

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from hfedmoe.config.run import RunConfig
 from hfedmoe.errors import UserError
-from hfedmoe.files.lfs import is_pointer
+from hfedmoe.files.lfs import IS_POINTER, is_pointer
 
 
 def load_config(path: Path | None, overrides: list[str] | None = None) -> RunConfig:
@@ -42,7 +42,8 @@ def config_from_text(text: str, origin: str, overrides: list[str] | None = None)
     try:
         tree: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{origin}: not valid TOML: {error}") from None
+        reason = IS_POINTER if is_pointer(text.encode("utf-8", "replace")) else f"not valid TOML: {error}"
+        raise UserError(f"{origin}: {reason}") from None
     tree.pop("versions", None)
     for override in overrides or []:
         _apply_override(tree, override)

@@ -52,7 +52,9 @@ def answer_indices(rows: Rows, choices: Sequence[tuple[str, ...]], config: DataC
 
 
 def _by_text(text: str, choices: tuple[str, ...]) -> list[int]:
-    return [index for index, choice in enumerate(choices) if normal(choice) == normal(text)]
+    exact = [index for index, choice in enumerate(choices) if choice == text]
+    # choices may differ only in what `normal` drops: in code, the number of spaces counts
+    return exact or [index for index, choice in enumerate(choices) if normal(choice) == normal(text)]
 
 
 def _by_number(text: str, choices: tuple[str, ...]) -> list[int]:

@@ -2,12 +2,13 @@
 
 import codecs
 import gzip
+import json
 import zlib
 from dataclasses import dataclass
 
 from hfedmoe.config import DataConfig
 from hfedmoe.errors import UserError
-from hfedmoe.files.lfs import is_pointer
+from hfedmoe.files.lfs import IS_POINTER, is_pointer
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -30,6 +31,8 @@ KINDS = (
     (b"<html", "a web page; perhaps a download that asked for a login"),
 )
 """First bytes of files that cannot be read here, with any name, and what to say about each."""
+WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+"""Encodings that have NUL bytes in every line, to be named if a file has them and no byte-order mark."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,10 @@ def unpacked(origin: str, raw: bytes) -> bytes:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{origin}: looks like gzip, but cannot be unpacked ({error})") from None
+        if raw.startswith(GZIP):
+            raise UserError(f"{origin}: is compressed twice; unpack it first")
     if is_pointer(raw):
-        raise UserError(f"{origin}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+        raise UserError(f"{origin}: {IS_POINTER}")
     kind = next((kind for start, kind in KINDS if raw[:16].upper().startswith(start.upper())), None)
     if kind is not None:
         raise UserError(f"{origin}: is {kind}")
@@ -71,25 +76,60 @@ def decode(origin: str, raw: bytes, encoding: str | None = None) -> str:
     """Decode text. A byte-order mark decides first, then `encoding`; None: UTF-8.
 
     Raises:
-        UserError: it is not text in that encoding. No other one is tried: Latin-1 would read anything, often wrongly.
+        UserError: it is not text in that encoding, or holds NULs, which no text does. No other encoding is tried:
+            Latin-1 would read anything, often wrongly.
     """
     marked = next((name for mark, name in MARKS if raw.startswith(mark)), None)
     try:
         text = raw.decode(marked or encoding or "utf-8")
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:  # not always a UnicodeDecodeError: punycode
         if marked or encoding:
-            raise UserError(
-                f"{origin}: is not text in {marked or encoding} ({error.reason}); check data.encoding"
-            ) from None
-        if raw[:4096].count(0) > len(raw[:4096]) // 4:
-            way = 'it may be UTF-16 without a mark: set data.encoding = "utf-16-le", or save it as UTF-8'
-        else:
-            way = 'save the file with UTF-8 encoding, or set data.encoding, for example "cp1252" (Windows) or "latin-1"'
-        raise UserError(f"{origin} line {raw.count(10, 0, error.start) + 1}: not UTF-8; {way}") from None
-    if "\x00" in text:  # every other byte of Latin letters in UTF-16, which UTF-8 can read as well
+            reason = getattr(error, "reason", error)
+            raise UserError(f"{origin}: is not text in {marked or encoding} ({reason}); check data.encoding") from None
+        _refuse_wide(origin, raw)
+        line = raw.count(10, 0, getattr(error, "start", 0)) + 1
         raise UserError(
-            f"{origin} line {text.count(chr(10), 0, text.index(chr(0))) + 1}: has zero bytes, so it is not text in "
-            f'{marked or encoding or "UTF-8"}; it may be UTF-16 without a mark: set data.encoding = "utf-16-le", or '
-            "save it as UTF-8"
+            f"{origin} line {line}: not UTF-8; save the file with UTF-8 encoding, or set data.encoding, for example "
+            '"cp1252" (Windows) or "latin-1"'
+        ) from None
+    if "\x00" in text:
+        _refuse_wide(origin, raw)
+        raise UserError(
+            f"{origin} line {text.count(chr(10), 0, text.index(chr(0))) + 1}: holds a NUL character; if the file is in "
+            'another encoding, such as UTF-16, set data.encoding (for example "utf-16-le"), else remove the character'
         )
     return text
+
+
+def looks_like(text: str) -> str | None:
+    """What kind of table a text looks like, and the suffix to name it with; None: none of them."""
+    begun = text.lstrip()
+    first = begun.split("\n", 1)[0]
+    try:
+        if begun[:1] == "{" and isinstance(json.loads(first), dict):
+            return "looks like JSON lines; name it .jsonl"
+        if begun[:1] == "[" and isinstance(json.loads(begun), list):
+            return "looks like JSON; name it .json"
+    except (ValueError, RecursionError):
+        return None
+    if begun[:1] not in ("{", "[") and any(delimiter in first for delimiter in ",;\t|"):
+        return "looks like CSV; name it .csv"
+    return None
+
+
+def _refuse_wide(origin: str, raw: bytes) -> None:
+    """Raise UserError if a file is text in one of `WIDE`."""
+    wide = next((name for name in WIDE if 0 in raw and _is_text(raw, name)), None)
+    if wide is not None:
+        raise UserError(
+            f'{origin}: looks like {wide[:6].upper()} without a mark: set data.encoding = "{wide}", or save it as UTF-8'
+        ) from None
+
+
+def _is_text(raw: bytes, encoding: str) -> bool:
+    """Whether bytes are lines of text in an encoding: in a wrong one they have errors, NULs or no ends of lines."""
+    try:
+        text = raw.decode(encoding)
+    except UnicodeError:
+        return False
+    return "\x00" not in text and ("\n" in text or "\r" in text)

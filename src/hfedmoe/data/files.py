@@ -5,8 +5,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from hfedmoe.data.decoding import PARQUET, PLAIN, Form, decode, unpacked
-from hfedmoe.data.rows import Rows, from_records, half_character
+from hfedmoe.data.decoding import PARQUET, PLAIN, Form, decode, looks_like, unpacked
+from hfedmoe.data.rows import Rows, column_namer, from_records, half_character
 from hfedmoe.data.tables import read_csv, read_tab, read_tsv
 from hfedmoe.errors import UserError
 
@@ -31,8 +31,9 @@ def read_file(path: Path, wanted: Collection[str], form: Form = PLAIN) -> Rows:
     if raw.startswith(PARQUET):
         reader = _read_parquet  # with any suffix: no other format begins like that
     if reader is None:
-        ending = f'unknown format "{name.suffix}"' if name.suffix else "its name says no format"
-        raise UserError(f"{path}: {ending}; use one of {', '.join(READERS)}, also with .gz behind it")
+        gz = ".gz" if name != path else ""
+        shown = f'"{name.suffix}"' if name.suffix else f"(no suffix{' before .gz' if gz else ''})"
+        raise UserError(f"{path}: unknown format {shown}; use one of {', '.join(known + gz for known in READERS)}")
     rows = reader(str(path), raw, wanted, form)
     if not rows:
         raise UserError(f"{path}: the file has no rows")
@@ -42,18 +43,21 @@ def read_file(path: Path, wanted: Collection[str], form: Form = PLAIN) -> Rows:
 def _read_jsonl(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> Rows:
     records: list[dict[str, Any]] = []
     lines: list[int] = []
-    for number, line in enumerate(decode(origin, raw, form.encoding).split("\n"), start=1):
+    name_of = column_namer(wanted)
+    text = decode(origin, raw, form.encoding)
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = _parse_json(line, f"{origin} line {number}")
         except json.JSONDecodeError as error:
-            hint = "" if records or line.lstrip()[:1] in "{[" else "; if it is a table, name the file .csv or .tsv"
-            raise UserError(
-                f"{origin} line {number}: not valid JSON ({error.msg}, column {error.colno}){hint}"
-            ) from None
+            if not records and (other := looks_like(text)):
+                raise UserError(f"{origin}: {other}") from None
+            raise UserError(f"{origin} line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
         if not isinstance(record, dict):
-            raise UserError(f'{origin} line {number}: expected an object such as {{"text": ...}} on every line')
+            hint = "; name a file that is one list .json" if isinstance(record, list) and not records else ""
+            raise UserError(f'{origin} line {number}: expected an object such as {{"text": ...}} on every line{hint}')
+        record = _named(record, name_of, f"{origin} line {number}")
         _check_unicode(line, record, f"{origin} line {number}", wanted)
         records.append(record)
         lines.append(number)
@@ -65,16 +69,20 @@ def _read_json(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> 
     try:
         records = _parse_json(text, origin)
     except json.JSONDecodeError as error:
+        if other := looks_like(text):
+            raise UserError(f"{origin}: {other}") from None
         raise UserError(
             f"{origin} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); "
             "if every line is an object of its own, name the file .jsonl, and .csv or .tsv if it is a table"
         ) from None
     if not isinstance(records, list):
         raise UserError(f"{origin}: expected a list of objects; if it has one object a line, name the file .jsonl")
+    name_of = column_namer(wanted)
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise UserError(f'{origin} row {index + 1}: expected an object such as {{"text": ...}}')
-        _check_unicode(text, record, f"{origin} row {index + 1}", wanted)
+        records[index] = _named(record, name_of, f"{origin} row {index + 1}")
+        _check_unicode(text, records[index], f"{origin} row {index + 1}", wanted)
     return from_records(origin, records, wanted, _names(records), [])
 
 
@@ -100,6 +108,16 @@ def _parse_json(text: str, where: str) -> Any:
         raise UserError(f"{where}: nested too deeply to be a row of data; check the file") from None
 
 
+def _named(record: dict[str, Any], name_of: Callable[[str], str], where: str) -> dict[str, Any]:
+    """A record with the names of columns as keys. Raises UserError if two of its keys look the same."""
+    named = {name_of(key): value for key, value in record.items()}
+    if len(named) < len(record):
+        keys = list(map(name_of, record))
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f'{where}: two keys look like "{twice}"; keep one of them')
+    return named
+
+
 def _check_unicode(text: str, record: dict[str, Any], where: str, wanted: Collection[str]) -> None:
     """Raise UserError for a cell with half of a surrogate pair: JSON can hold it, but no tokenizer can read it."""
     if "\\ud" not in text and "\\uD" not in text:
@@ -118,11 +136,14 @@ def _read_parquet(origin: str, raw: bytes, wanted: Collection[str], form: Form) 
 
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
-        names = list(file.schema_arrow.names)
+        written = list(file.schema_arrow.names)
+        names = list(map(column_namer(wanted), written))
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UserError(f'{origin}: the column "{twice}" occurs twice; keep one of them')
-        columns = file.read(columns=[name for name in names if name in wanted]).to_pydict()
+        own = {name: key for name, key in zip(names, written, strict=True) if name in wanted}
+        table = file.read(columns=list(own.values())).to_pydict()
+        columns = {name: table[key] for name, key in own.items()}
     except UnicodeDecodeError:
         raise UserError(f"{origin}: a text column holds bytes that are not UTF-8; write it again") from None
     except (pyarrow.ArrowException, OSError) as error:

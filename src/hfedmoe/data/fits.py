@@ -51,7 +51,7 @@ def check_task(task: Task, watch: Sequence[Example], encoder: Encoder, room: Roo
         _check_labels([*task.train, *held_out], encoder, room)
         return []
     train, test = _Counts(), _Counts()
-    told_apart: set[tuple[str, ...]] = set()
+    _check_trained_choices(task.train, encoder)
     for chunk in _chunks(task.train):
         _check(chunk, encoder, room, train)
         for example in chunk:
@@ -61,7 +61,8 @@ def check_task(task: Task, watch: Sequence[Example], encoder: Encoder, room: Roo
     for chunk in _chunks(held_out):
         if task.kind == "choices":
             for example, pairs in zip(chunk, encoder.pairs(chunk), strict=True):
-                _check_choices(example, pairs)
+                _check_choices(example, [answer for _, answer in pairs], encoder)
+                _check_told_apart(example, pairs)
                 for prompt, answer in pairs:
                     fit(prompt, answer, room.longest, encoder.encoder_decoder, str(example))
         else:
@@ -143,27 +144,33 @@ def _check(chunk: Sequence[Example], encoder: Encoder, room: Room, counts: _Coun
         counts.answers_cut += len(answer) > encoder.max_tokens
 
 
-def _check_tokens(example: Example, encoder: Encoder) -> None:
-    """Raise UserError if two choices of a row become the same tokens, or one becomes only unknown tokens."""
-    unknown, seen = encoder.tokenizer.unk_token_id, dict[tuple[int, ...], str]()
-    for choice, tokens in zip(example.choices, map(tuple, encoder.choices(example)), strict=True):
+def _check_trained_choices(examples: Sequence[Example], encoder: Encoder) -> None:
+    """`_check_choices` and `_check_told_apart` for training rows, once for rows with the same choices and answer."""
+    seen: set[tuple[tuple[str, ...], int]] = set()
+    for example in examples:
+        if example.choices and (example.choices, example.answer) not in seen:
+            seen.add((example.choices, example.answer))
+            tokens = encoder.choices(example)
+            _check_choices(example, tokens, encoder)
+            _check_told_apart(example, tokens)
+
+
+def _check_choices(example: Example, choices: Sequence[list[int]], encoder: Encoder) -> None:
+    """Raise UserError if a choice becomes only unknown tokens."""
+    unknown = encoder.tokenizer.unk_token_id
+    for choice, tokens in zip(example.choices, choices, strict=True):
         if unknown is not None and set(tokens) == {unknown}:
             raise UserError(
                 f'{example}: the tokenizer does not know the choice "{choice}": it becomes '
                 f"{encoder.tokenizer.unk_token}; change it or remove the row"
             )
-        if seen.setdefault(tokens, choice) != choice:
-            raise UserError(
-                f'{example}: the choices "{seen[tokens]}" and "{choice}" become the same tokens; change one of them or '
-                "remove the row"
-            )
 
 
-def _check_choices(example: Example, pairs: Sequence[tuple[list[int], list[int]]]) -> None:
+def _check_told_apart(example: Example, choices: Sequence[object]) -> None:
     """Raise UserError if the right choice and a wrong choice have different texts but the same tokens."""
-    right = pairs[example.answer]
-    for choice, pair in zip(example.choices, pairs, strict=True):
-        if pair == right and choice != example.choices[example.answer]:
+    right = choices[example.answer]
+    for choice, tokens in zip(example.choices, choices, strict=True):
+        if tokens == right and choice != example.choices[example.answer]:
             raise UserError(
                 f'{example}: the choices "{example.choices[example.answer]}" and "{choice}" become the same tokens; '
                 "change one of them or remove the row"

@@ -5,17 +5,21 @@ import unicodedata
 from collections.abc import Collection
 from typing import Any
 
-_OTHERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-"""Invisible letters of other categories than Cf: joiners, fillers and variation selectors."""
+INVISIBLE = re.compile(
+    # England's and Scotland's flags differ only in tags, which are invisible everywhere else: whole flags are kept.
+    "(\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f)"
+    # Unicode's property Default_Ignorable_Code_Point, with the marks of annotations (U+FFF9 to U+FFFB)
+    "|[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""Soft hyphens, zero-width spaces and joiners, direction marks, byte-order marks, variation selectors and so on."""
 WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
 def normal(text: str) -> str:
-    """Composed accents (NFC), single plain spaces, nothing invisible (such as category Cf), no spaces at the ends."""
-    if not text.isascii():
-        seen = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
-        text = unicodedata.normalize("NFC", _OTHERS.sub("", seen))
-    return re.sub(r"[^\S\r\n\t]+", " ", text).strip()
+    """Composed accents (NFC), single plain spaces, nothing invisible, no spaces at the ends."""
+    composed = unicodedata.normalize("NFC", INVISIBLE.sub(r"\1", text))
+    return re.sub(r"[^\S\r\n\t]+", " ", composed).strip()
 
 
 def key_of(cell: Any) -> str:
@@ -41,8 +45,13 @@ def _number(label: str) -> str:
 
 
 def distinct(labels: Collection[str]) -> tuple[str, ...]:
-    """Labels without those that are another one written otherwise (1.0 beside 1 or 1.00), sorted."""
-    by_number: dict[str, str] = {}
-    for label in sorted(set(labels), key=lambda label: (len(label), label)):
-        by_number.setdefault(_number(label), label)
-    return tuple(sorted(by_number.values()))
+    """Sorted labels without duplicates; of a number in several forms (1, 1.0 and 1.00) the shortest stays."""
+    return tuple(sorted(set(shortest(labels).values())))
+
+
+def shortest(labels: Collection[str]) -> dict[str, str]:
+    """Every label, and the shortest one that is the same: 1.00 -> 1, if there is 1."""
+    kept: dict[str, str] = {}
+    for label in sorted(set(labels), key=len):
+        kept.setdefault(_number(label), label)
+    return {label: kept[_number(label)] for label in labels}

@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from hfedmoe.data.normal import normal
 from hfedmoe.errors import UserError
 
 
@@ -60,6 +61,20 @@ def short(value: Any) -> str:
     """A value for an error message, on one line."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def column_namer(wanted: Collection[str]) -> Callable[[str], str]:
+    """A function from a column's name in a file to the wanted name that looks the same, else to its normal form."""
+    same = {normal(name): name for name in wanted}
+    known: dict[str, str] = {name: name for name in wanted}
+
+    def name_of(written: str) -> str:
+        if written not in known:
+            plain = normal(written)
+            known[written] = same.get(plain, plain)
+        return known[written]
+
+    return name_of
 
 
 def half_character(cell: Any) -> bool:

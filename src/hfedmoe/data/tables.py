@@ -2,30 +2,31 @@
 
 import csv
 import io
+import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from hfedmoe.data.decoding import Form, decode
-from hfedmoe.data.normal import normal
-from hfedmoe.data.rows import Rows, from_records
+from hfedmoe.data.decoding import Form, decode, looks_like
+from hfedmoe.data.rows import Rows, column_namer, from_records
 from hfedmoe.errors import UserError
 
 ORANGE_TYPES = {"", "d", "discrete", "c", "continuous", "s", "string", "t", "time"}
 LONGEST_CELL = 2**31 - 1  # csv stops at 131,072 characters unless told otherwise
-OTHERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-"""Delimiters to try if the first line of a CSV has no comma."""
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+"""Delimiters of a CSV, in the order in which the first line is searched for them."""
 
 
 def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delimiter: str | None = None) -> Rows:
     """Read a table; the first line that is not empty names the columns.
 
-    Empty rows, empty cells after the last column, and empty columns without a name are skipped.
+    Empty rows, empty cells after the last column, and empty columns without a name are skipped. So are the spaces after
+    delimiters, if all names but the first have them: `text, label`.
 
     Args:
         delimiter: of this kind of file, unless `data.delimiter` is set; None: detected from the first line.
 
     Raises:
-        UserError: a row does not fit the first line, or a column name occurs twice.
+        UserError: it is no such table, a row does not fit the first line, or a column name occurs twice.
     """
     text = decode(origin, raw, form.encoding)
     begun, before, first = _header(text)
@@ -34,27 +35,38 @@ def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delim
         skipped = text.index(first, begun) + len(first)
         begun, more, first = _header(text[skipped:])
         begun, before = begun + skipped, before + more
-    if first.lstrip().startswith(('{"', "[{")):
-        raise UserError(f"{origin}: looks like JSON; name the file .jsonl if every line is an object, else .json")
+    if first.lstrip()[:1] in ("{", "[") and (other := looks_like(text)):
+        raise UserError(f"{origin}: {other}")
+    if delimiter and not form.delimiter and delimiter not in first and (shown := _shown(first)) in first:
+        raise UserError(
+            f"{origin}: its first line has {DELIMITERS[shown]}, but no {DELIMITERS.get(delimiter, delimiter)}; name it "
+            f".csv, or set data.delimiter = {json.dumps(shown)}"
+        )
     delimiter = form.delimiter or delimiter or _shown(first)
+    name_of = column_namer(wanted)
     previous = csv.field_size_limit(LONGEST_CELL)
     # strict: an unclosed quote is an error; otherwise the rest of the file would become one cell
-    lines_of_text = io.StringIO(text[begun:], newline="")
-    head = csv.reader(lines_of_text, delimiter=delimiter, strict=True)
-    # With a space behind each delimiter, a quote behind the space begins a cell, too.
-    table = csv.reader(lines_of_text, delimiter=delimiter, strict=True, skipinitialspace=f"{delimiter} " in first)
+    source = io.StringIO(text[begun:], newline="")
+    table = csv.reader(source, delimiter=delimiter, strict=True)
     records: list[dict[str, Any]] = []
     lines: list[int] = []
     try:
-        names = [_name(name) for name in next(head, [])]
-        before += head.line_num
+        header = next(table, [])
+        names = [name_of(_unquoted(cell)) for cell in header]
         while names and not names[-1]:  # commas after the last column
             names.pop()
         named = [name for name in names if name]
         if len(set(named)) < len(named):
-            raise UserError(f"{origin} line {before}: a column name occurs twice; the first line must name the columns")
+            raise UserError(
+                f"{origin} line {before + 1}: a column name occurs twice; the first line must name the columns"
+            )
         if not named:
-            raise UserError(f"{origin} line {before}: names no column; the first line must name the columns")
+            raise UserError(
+                f"{origin} line {before + 1}: the first line names no columns; write their names there, or remove it"
+            )
+        if _spaced(header, delimiter):  # else the quotes of a cell such as ` "a"` would be part of it
+            before += table.line_num
+            table = csv.reader(source, delimiter=delimiter, strict=True, skipinitialspace=True)
         for start, cells in _rows(table, before):
             records.append(_record(origin, start, cells, names, delimiter))
             lines.append(start)
@@ -95,14 +107,20 @@ def _header(text: str) -> tuple[int, int, str]:
 
 
 def _shown(first: str) -> str:
-    """The delimiter of the first line: a comma if it has one, else the first of `OTHERS` that it has."""
-    return "," if "," in first else next((other for other in OTHERS if other in first), ",")
+    """The delimiter of the first line: the first of `DELIMITERS` that it has, else a comma."""
+    return next((delimiter for delimiter in DELIMITERS if delimiter in first), ",")
 
 
-def _name(cell: str) -> str:
-    """A column's name without the spaces and quotes around it, and without what nobody sees."""
-    name = normal(cell)
+def _unquoted(cell: str) -> str:
+    """A column's name without the spaces and quotes around it."""
+    name = cell.strip()
     return name[1:-1].strip() if len(name) > 1 and name[0] == name[-1] == '"' else name
+
+
+def _spaced(header: list[str], delimiter: str) -> bool:
+    """Whether every name but the first has a space before it, as in `text, label`."""
+    others = [cell for cell in header[1:] if cell.strip()]
+    return delimiter != " " and bool(others) and all(cell.startswith(" ") for cell in others)
 
 
 def _rows(table: Any, before: int) -> Iterator[tuple[int, list[str]]]:

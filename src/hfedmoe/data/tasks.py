@@ -11,7 +11,7 @@ from hfedmoe.data.kinds import kind_of, wanted_columns
 from hfedmoe.data.known import KNOWN, KnownSet, known_set
 from hfedmoe.data.known.base import Wording
 from hfedmoe.data.labels import label_words, labels_of
-from hfedmoe.data.normal import distinct, key_of
+from hfedmoe.data.normal import distinct, key_of, shortest
 from hfedmoe.data.partition import natural_groups
 from hfedmoe.data.plain import READERS, classification_examples
 from hfedmoe.data.rows import Rows
@@ -232,7 +232,9 @@ def _client_ids(table: Rows, column: str) -> list[str]:
     for index, cell in enumerate(ids):
         if cell is None or not key_of(cell):
             raise UserError(f'{table.at(index)}: column "{column}" names no client; fill it in or remove the row')
-    return [key_of(cell) for cell in ids]
+    keys = [key_of(cell) for cell in ids]
+    same = shortest(keys)
+    return [same[key] for key in keys]
 
 
 def _hold_out(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 START = b"version https://git-lfs.github.com/spec/v1"
+IS_POINTER = "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
 LONGEST = 1024
 """Maximum size of a pointer in bytes, from the specification."""
 
@@ -19,5 +20,5 @@ def pointer_in(path: Path) -> str | None:
         if file.is_file() and file.stat().st_size <= LONGEST:
             with file.open("rb") as stream:
                 if is_pointer(stream.read(len(START))):
-                    return f"{file}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+                    return f"{file}: {IS_POINTER}"
     return None

@@ -19,6 +19,7 @@ from typing import Any
 
 from hfedmoe.config import RunConfig, Section, apply_unset, config_from_tree
 from hfedmoe.errors import UserError
+from hfedmoe.files.lfs import pointer_in
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ def read_run_config(path: Path) -> RunConfig:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        if pointer := pointer_in(path):
+            raise UserError(pointer) from None
         raise UserError(f"{path}: not valid TOML ({error}); restore the file or start a new run") from None
     if not text.rstrip().endswith(END):
         raise UserError(
