@@ -30,8 +30,7 @@ def task(texts: list[str], words: tuple[str, ...], kind: Any = "classification")
     return Task("rows.csv", kind, "News: {text}\nTopic:", words, rows, rows[:1])
 
 
-def check(made: Any, own: Task, vocabulary: int | None = len(WORDS), held_out: bool = True) -> Encoder:
-    own.test = own.test if held_out else []
+def check(made: Any, own: Task, vocabulary: int | None = len(WORDS)) -> Encoder:
     encoder = Encoder.for_task(made, own, 16)
     check_task(own, [], encoder, Room(64, 64, vocabulary))
     return encoder
@@ -82,11 +81,6 @@ def test_choices_that_cannot_be_told_apart_are_named_with_their_row() -> None:
     with pytest.raises(UserError, match=r'line 2: the choices "film so" and "film la" become the same tokens'):
         check(tokenizer(), task(["good"], ("film so", "film la"), "choices"))
     check(tokenizer(), task(["good"], ("yes", "no"), "choices"))
-    # Rows to train on as well, also where two wrong choices are the same, or one is only unknown words.
-    with pytest.raises(UserError, match=r'the choices "film so" and "film la" become the same tokens'):
-        check(tokenizer(), task(["good"], ("yes", "film so", "film la"), "choices"), held_out=False)
-    with pytest.raises(UserError, match=r'the tokenizer does not know the choice "so": it becomes <unk>'):
-        check(tokenizer(), task(["good"], ("yes", "so"), "choices"), held_out=False)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def _read_json(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> 
             raise UserError(f"{origin}: {other}") from None
         raise UserError(
             f"{origin} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); "
-            "if every line is an object of its own, name the file .jsonl, and .csv or .tsv if it is a table"
+            "if every line is an object of its own, name the file .jsonl"
         ) from None
     if not isinstance(records, list):
         raise UserError(f"{origin}: expected a list of objects; if it has one object a line, name the file .jsonl")

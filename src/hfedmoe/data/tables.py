@@ -71,9 +71,7 @@ def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delim
             records.append(_record(origin, start, cells, names, delimiter))
             lines.append(start)
     except csv.Error as error:
-        raise UserError(
-            f"{origin} line {before + (table.line_num or head.line_num)}: not valid CSV ({error})"
-        ) from None
+        raise UserError(f"{origin} line {before + table.line_num}: not valid CSV ({error})") from None
     finally:
         csv.field_size_limit(previous)
     return from_records(origin, records, wanted, named, lines)
