@@ -43,7 +43,7 @@ from hfedmoe.server import server
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.fold import Fold
 from hfedmoe.server.keeper import Keeper
-from hfedmoe.wire import checks
+from hfedmoe.wire import checks, requests
 from hfedmoe.wire.inprocess import InProcessGrid
 from hfedmoe.wire.messages import (
     DESCRIBE,
@@ -65,10 +65,10 @@ TIMED = [
     (prepare, "evaluate", "evaluation"),
     (prepare, "load_all", "client set-up"),
     (device, "load", "client set-up"),
-    (device, "load_all", "client set-up"),
+    (device, "restore", "client set-up"),
     (device, "extract", "packing"),
     (client, "train_reply", "packing"),
-    (client, "tensors_of", "packing"),
+    (requests, "trainables_of", "checks"),
     (server, "train_request", "packing"),
     (server, "pack", "packing"),
     (device, "sub_model_bytes", "records"),

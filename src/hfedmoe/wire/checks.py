@@ -15,6 +15,7 @@ from hfedmoe.method.row import Kind
 from hfedmoe.moe.payload import layer_of, lora_pairs, public
 from hfedmoe.wire.messages import (
     CONTRIBUTION,
+    MAX_VALUE,
     VECTORS,
     Description,
     InvalidReplyError,
@@ -27,8 +28,6 @@ from hfedmoe.wire.trouble import CODES, STATUSES
 
 MAX_EXAMPLES = 10**9
 MAX_NAME = 80
-MAX_VALUE = 1e6
-"""No trained weight comes near it; larger values could overflow an average."""
 ROUNDING = 1e-3
 """Allowed error of sums of float32 shares over the experts of a layer."""
 HEADER_ROOM = 1 << 20
@@ -63,7 +62,7 @@ class Asked:
 
 
 class TroubleError(InvalidReplyError):
-    """The client says that it ran out of memory or time; `status` is which, in words."""
+    """The client says that it could not do its part; `status` says in words why (`trouble.STATUSES`)."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)

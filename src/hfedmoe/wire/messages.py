@@ -32,6 +32,8 @@ TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
 
 MOST_FACTS, MAX_FACTS = 64, 1 << 24
 """Most facts of a message, and most bytes of them: enough for the labels of a task and one bit per expert."""
+MAX_VALUE = 1e6
+"""The largest value in a trained tensor: no real one comes near it, and larger ones could overflow an average."""
 HEADER_PER_TENSOR = 512
 """Most bytes of a header for each tensor: its name, shape and position."""
 

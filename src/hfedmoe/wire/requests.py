@@ -8,7 +8,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from hfedmoe.config import RunConfig
-from hfedmoe.wire.messages import InvalidReplyError, facts_of, tensors_of, unpack_bits
+from hfedmoe.wire.messages import MAX_VALUE, InvalidReplyError, facts_of, tensors_of, unpack_bits
 
 MOST = {
     "federation.rounds": 1_000_000,
@@ -19,8 +19,6 @@ MOST = {
     "method.bootstrap_batches": 100_000,
 }
 """The largest settings that a device accepts. No run should need more, and each limits memory or time."""
-MAX_VALUE = 1e6
-"""No trained weight comes near it."""
 
 
 class InvalidRequestError(ValueError):
