@@ -21,7 +21,7 @@ def measure(experts: int, top_k: int, tokens: int, dtype: str, seconds: float) -
     from hfedmoe.device.allocator import keep_freed_memory
     from hfedmoe.moe.compact import wants_float32
     from hfedmoe.moe.experts.activation import Gate
-    from hfedmoe.moe.experts.base import base_of
+    from hfedmoe.moe.experts.frozen import base_of
     from hfedmoe.moe.experts.groups import group_pairs
     from hfedmoe.moe.experts.kernel import ExpertMath, experts_forward
     from hfedmoe.moe.experts.trained import lora_experts

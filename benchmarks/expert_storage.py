@@ -59,7 +59,7 @@ class Stack:
         import torch
 
         from hfedmoe.moe.experts.activation import Gate
-        from hfedmoe.moe.experts.base import SeparateBase
+        from hfedmoe.moe.experts.frozen import SeparateBase
         from hfedmoe.moe.experts.kernel import ExpertMath
         from hfedmoe.moe.experts.quantised import store_as
         from hfedmoe.moe.experts.store import ExpertStore, HeldWeights

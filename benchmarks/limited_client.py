@@ -22,7 +22,7 @@ from torch import Tensor
 from hfedmoe.client.app import client_app
 from hfedmoe.client.device import Device
 from hfedmoe.config import RunConfig, load_config
-from hfedmoe.device.budgets import budgets_in_experts
+from hfedmoe.device.capacity import budgets_in_experts
 from hfedmoe.device.limits import LimitedRun, run_limited
 from hfedmoe.device.peak import peak_process_bytes
 from hfedmoe.events import Silent

@@ -7,7 +7,7 @@ The rest of the page is written by hand; the tables are between two comments.
 
 from pathlib import Path
 
-from hfedmoe.report.methods import as_markdown
+from hfedmoe.report.method_list import as_markdown
 
 TARGET = Path(__file__).parents[1] / "docs" / "methods.md"
 BEGIN, END = "<!-- Written by tools/methods_docs.py: change src/hfedmoe/method/ -->", "<!-- until here -->"

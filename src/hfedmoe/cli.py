@@ -277,7 +277,7 @@ def evaluate(
 @app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the methods that method.name can name: what a client holds, trains and sends in each."""
-    from hfedmoe.report import methods as listed
+    from hfedmoe.report import method_list as listed
 
     typer.echo(listed.to_json() if as_json else listed.as_text())
 
@@ -306,7 +306,7 @@ def compare(
     """Run methods on the same splits, seeds and budgets, and write a table and figures."""
     settings = _load(config, overrides)
     _require(settings)
-    from hfedmoe.compare.command import compare as run_comparison
+    from hfedmoe.compare.comparing import compare as run_comparison
 
     typer.echo(run_comparison(settings, methods, seeds, out, jobs, target))
 
@@ -340,7 +340,7 @@ def export(
     check_free(out)
     check_fits(run, RunFolder.open(run).config, form, client)
     _require_run(run, checkpoint)
-    from hfedmoe.export.run import export_run
+    from hfedmoe.export.exporting import export_run
 
     typer.echo(export_run(run, out, form, client, checkpoint, dtype))
 
@@ -381,7 +381,7 @@ def base_pretrain(
     from hfedmoe.files.whole import check_free
 
     check_free(out)
-    from hfedmoe.bases.command import pretrain_base
+    from hfedmoe.bases.building import pretrain_base
 
     typer.echo(pretrain_base(out, steps, seed))
 
@@ -394,7 +394,7 @@ def base_check(
 ) -> None:
     """Measure whether it matters which experts of a model a text is given; exit code 1 if it does not."""
     _require_model(model)
-    from hfedmoe.bases.command import check_base
+    from hfedmoe.bases.building import check_base
 
     text, passed = check_base(model, texts, as_json)
     typer.echo(text)

@@ -29,7 +29,7 @@ from hfedmoe.data.decoding import PLAIN, Form
 from hfedmoe.data.partition import partition
 from hfedmoe.data.sources import is_path
 from hfedmoe.data.terms import Terms
-from hfedmoe.device.budgets import experts_of, memory_of, planner_of
+from hfedmoe.device.capacity import experts_of, memory_of, planner_of
 from hfedmoe.device.limits import hold_process_to
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent, Watcher

@@ -21,7 +21,7 @@ from hfedmoe.data.task import Task
 from hfedmoe.data.tasks import load_watched_task
 from hfedmoe.data.terms import Terms, own_task, terms_of
 from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, trim
-from hfedmoe.device.budgets import budgets_in_experts
+from hfedmoe.device.capacity import budgets_in_experts
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
 from hfedmoe.method.methods import METHODS

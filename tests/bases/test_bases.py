@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
 from hfedmoe.bases import pretrain as training
-from hfedmoe.bases.checks import check, mutual_information
+from hfedmoe.bases.acceptance import check, mutual_information
 from hfedmoe.bases.pools import Pools
 from hfedmoe.bases.pretrain import Recipe, pretrain
 from hfedmoe.bases.texts import NEWSGROUPS, REUTERS, Piece, _domain, _parts

@@ -9,10 +9,10 @@ import pytest
 import torch
 from flwr.app import Message, Metadata, RecordDict
 
+from hfedmoe.client.attempt import attempt
 from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.place import Place
-from hfedmoe.client.trouble import attempt
 from hfedmoe.events import Silent
 from hfedmoe.method.selection import select
 from hfedmoe.method.usage import FederationUsage

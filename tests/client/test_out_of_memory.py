@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfedmoe.client.trouble import attempt, is_out_of_memory, smaller
+from hfedmoe.client.attempt import attempt, is_out_of_memory, smaller
 from hfedmoe.device.learned import Attempt, Note
 from hfedmoe.events import Participant, Silent
 from hfedmoe.runs.folder import RunFolder

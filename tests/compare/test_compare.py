@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hfedmoe.compare.cells import Result
-from hfedmoe.compare.command import compare
-from hfedmoe.compare.running import cells_of
+from hfedmoe.compare.comparing import compare
+from hfedmoe.compare.computing import cells_of
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent

@@ -7,7 +7,7 @@ import pytest
 from hfedmoe.compare.cells import Result, Round
 from hfedmoe.compare.figures import curve
 from hfedmoe.compare.merits import COLUMNS, compared, holm, interval, until
-from hfedmoe.compare.tables import as_csv, as_markdown, target_of
+from hfedmoe.compare.summary import as_csv, as_markdown, target_of
 
 
 def result(method: str, seed: int, accuracies: list[float | None], cost: int = 10) -> Result:

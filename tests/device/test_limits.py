@@ -275,7 +275,7 @@ HELD = """
 import torch
 from hfedmoe.device.limits import hold_process_to
 from hfedmoe.wire.trouble import OUT_OF_MEMORY, Trouble
-from hfedmoe.client.trouble import attempt
+from hfedmoe.client.attempt import attempt
 
 assert hold_process_to(600 << 20)
 kept = attempt(lambda: torch.ones(50 << 20, dtype=torch.uint8))

@@ -24,6 +24,7 @@ from hfedmoe.config import (
     RunConfig,
     TrainConfig,
 )
+from hfedmoe.export import exporting
 from hfedmoe.export.card import Export, card
 from hfedmoe.export.provenance import data_name, hub_data_set, origin
 from hfedmoe.export.snippet import Loading, loading_code
@@ -519,12 +520,11 @@ def test_user_errors_are_one_line_and_exit_code_2(finished, own, tmp_path, capsy
 
 
 def test_a_failed_export_leaves_nothing(finished, tmp_path, monkeypatch):
-    from hfedmoe.export import run
 
     def broken(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(run, "card", broken)
+    monkeypatch.setattr(exporting, "card", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["export", str(finished), str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())

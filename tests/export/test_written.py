@@ -9,8 +9,8 @@ from transformers import AutoConfig, DeepseekV3Config
 
 from hfedmoe.config import ModelConfig, load_config
 from hfedmoe.errors import UserError
+from hfedmoe.export.exporting import _check_not_quantised
 from hfedmoe.export.merged import save
-from hfedmoe.export.run import _check_not_quantised
 from hfedmoe.export.written import check_written
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 from hfedmoe.moe.prediction import promised, withdraw

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.moe.experts.activation import Gate
-from hfedmoe.moe.experts.base import SeparateBase, StackedWeights, base_of
+from hfedmoe.moe.experts.frozen import SeparateBase, StackedWeights, base_of
 from hfedmoe.moe.experts.groups import group_pairs
 from hfedmoe.moe.experts.kernel import LORA, ExpertMath, experts_forward
 from tests.moe.test_kernel import E, K, gate, problem

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hfedmoe.moe.experts import kernel
 from hfedmoe.moe.experts.activation import Gate
-from hfedmoe.moe.experts.base import SeparateBase, SharedBase, StackedWeights, base_of
+from hfedmoe.moe.experts.frozen import SeparateBase, SharedBase, StackedWeights, base_of
 from hfedmoe.moe.experts.groups import group_pairs
 from hfedmoe.moe.experts.kernel import LORA, ExpertMath, experts_forward
 from hfedmoe.moe.model import MoEModel

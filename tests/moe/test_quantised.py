@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hfedmoe.errors import UserError
 from hfedmoe.moe.experts.activation import Gate
-from hfedmoe.moe.experts.base import SeparateBase, StackedWeights
+from hfedmoe.moe.experts.frozen import SeparateBase, StackedWeights
 from hfedmoe.moe.experts.groups import group_pairs
 from hfedmoe.moe.experts.kernel import LORA, ExpertMath, experts_forward
 from hfedmoe.moe.experts.quantised import Plain, Quantised4, Quantised8, Stored, store_as, stored_bytes

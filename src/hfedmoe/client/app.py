@@ -8,10 +8,10 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load as read_blob
 from safetensors.torch import save as write_blob
 
+from hfedmoe.client.attempt import attempt
 from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.place import Place
-from hfedmoe.client.trouble import attempt
 from hfedmoe.errors import OwnDataError, UserError
 from hfedmoe.method.row import CannotHoldError
 from hfedmoe.moe.payload import MismatchError

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hfedmoe.client.history import ClientHistory
+from hfedmoe.client.kept import Memory
 from hfedmoe.client.learner import Learner
-from hfedmoe.client.memory import Memory
 from hfedmoe.client.place import Place
 from hfedmoe.client.scoring import bootstrap
 from hfedmoe.client.training import train

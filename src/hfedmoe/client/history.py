@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hfedmoe.client.memory import Memory
+from hfedmoe.client.kept import Memory
 from hfedmoe.device.pace import StepTimes
 from hfedmoe.method.running import RunningScore
 

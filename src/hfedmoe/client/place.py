@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hfedmoe.client.attempt import smaller
 from hfedmoe.client.history import ClientHistory
-from hfedmoe.client.trouble import smaller
 from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import in_experts
 from hfedmoe.device.learned import Note

@@ -9,7 +9,7 @@ from hfedmoe.data.decoding import Form
 from hfedmoe.data.example import Example
 from hfedmoe.data.kinds import kind_of, wanted_columns
 from hfedmoe.data.known import KNOWN, KnownSet, known_set
-from hfedmoe.data.known.base import Wording
+from hfedmoe.data.known.known_set import Wording
 from hfedmoe.data.labels import label_words, labels_of
 from hfedmoe.data.normal import distinct, key_of, shortest
 from hfedmoe.data.partition import natural_groups

@@ -1,6 +1,6 @@
 """What a client's training takes, and how many experts fit into its memory, from the model's configuration alone.
 
-Weights, adapters and optimizer state are counted from shapes (`weights`); activations, gradients, logits and FLOPs
+ModelBytes, adapters and optimizer state are counted from shapes (`weights`); activations, gradients, logits and FLOPs
 come from running the real step on fake tensors (`rehearsal`). Only the configuration is downloaded.
 """
 
@@ -14,7 +14,7 @@ import torch
 from hfedmoe.config import RunConfig
 from hfedmoe.device.forecast import KINDS, Change, Fit, Forecast
 from hfedmoe.device.rehearsal import GROUPS, Rehearsed, rehearse
-from hfedmoe.device.weights import Weights, blob_bytes
+from hfedmoe.device.weights import ModelBytes, blob_bytes
 from hfedmoe.device.workload import Workload
 from hfedmoe.errors import UserError
 from hfedmoe.models.loading import structure
@@ -64,7 +64,7 @@ class Planner:
         self.config = config
         self.workload = Workload.of(config)
         try:
-            self._weights = Weights(structure(config.model))
+            self._weights = ModelBytes(structure(config.model))
         except UnsupportedModelError as error:
             raise UserError(f"model.name = {config.model.name}: {error}") from None
         self._rehearsed: dict[Workload, Rehearsed] = {}

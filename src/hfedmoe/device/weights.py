@@ -72,7 +72,7 @@ class Tensors:
         return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
 
 
-class Weights:
+class ModelBytes:
     """The weights of a model.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from hfedmoe.errors import UserError
-from hfedmoe.moe.weights.checkpoint import Checkpoint
+from hfedmoe.moe.weights.checkpoint import StoredModel
 from hfedmoe.moe.weights.shards import CheckpointError, Shards
 
 UNSTABLE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "_attn_implementation"}
@@ -26,7 +26,7 @@ def check_written(model: Any, folder: Path) -> None:
     if wrong:
         raise UserError(f"the export does not have the model's config: {', '.join(wrong[:3])} differ; nothing was kept")
     try:
-        checkpoint = Checkpoint(Shards(folder), model)
+        checkpoint = StoredModel(Shards(folder), model)
         for name, tensor in model.state_dict().items():
             if name in checkpoint.sources:
                 _compare(name, checkpoint.read(name)[name], tensor)

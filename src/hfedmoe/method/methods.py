@@ -3,10 +3,10 @@
 from hfedmoe.method.hfedmoe import HFEDMOE
 from hfedmoe.method.rivals.bounds import LOCAL, POOLED, UNLIMITED
 from hfedmoe.method.rivals.conflicts import FC_MOE, FEDALIGN_MOE
+from hfedmoe.method.rivals.fedavg import FEDAVG, FEDPROX, FREQUENCY, RANDOM
 from hfedmoe.method.rivals.fedmoe import FEDMOE
 from hfedmoe.method.rivals.flame import FLAME
 from hfedmoe.method.rivals.flex_moe import FLEX_MOE
-from hfedmoe.method.rivals.plain import FEDAVG, FEDPROX, FREQUENCY, RANDOM
 from hfedmoe.method.row import Method
 
 METHODS: dict[str, Method] = {

@@ -16,7 +16,7 @@ from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, sourc
 from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.families import UNSUPPORTED
 from hfedmoe.moe.head import keep_head_one_product
-from hfedmoe.moe.weights.checkpoint import Checkpoint, CheckpointExperts
+from hfedmoe.moe.weights.checkpoint import CheckpointExperts, StoredModel
 from hfedmoe.moe.weights.shards import CheckpointError, Shards, weights_file
 from hfedmoe.moe.weights.skeleton import missing_tensors
 
@@ -141,7 +141,7 @@ def _what_does_not_fit(config: ModelConfig, folder: Path) -> str | None:
         if not folder.is_dir() or weights_file(folder) is None:
             return None
         model = structure(config.model_copy(update={"upcycle": None}))
-        checkpoint = Checkpoint(Shards(folder), model)
+        checkpoint = StoredModel(Shards(folder), model)
         missing = CheckpointExperts(checkpoint, find_moe_layers(model)).missing()
     except (CheckpointError, UnsupportedModelError, UserError):
         return None

@@ -7,7 +7,7 @@ from typing import Any
 from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import AUTO, Budget, check_budget, in_bytes, in_experts, is_count
 from hfedmoe.config.presets import PRESETS
-from hfedmoe.device.budgets import workload_for
+from hfedmoe.device.capacity import workload_for
 from hfedmoe.device.forecast import Change, Forecast
 from hfedmoe.device.planner import MARGIN, Planner, rehearsable
 from hfedmoe.device.probe import probe
@@ -19,7 +19,7 @@ from hfedmoe.models.names import PACKAGED_MODELS
 
 
 @dataclass(frozen=True)
-class Entry:
+class AskedBudget:
     """A budget to plan for."""
 
     budget: Budget
@@ -150,9 +150,9 @@ def _forecast_tree(forecast: Forecast) -> dict[str, Any]:
     return asdict(forecast) | extra
 
 
-def _asked(config: RunConfig, devices: list[str]) -> list[Entry]:
+def _asked(config: RunConfig, devices: list[str]) -> list[AskedBudget]:
     deadlines = tuple(sorted(set(config.clients.deadlines_s or [])))
-    return [Entry(_budget(text), None, deadlines) for text in dict.fromkeys(devices)]
+    return [AskedBudget(_budget(text), None, deadlines) for text in dict.fromkeys(devices)]
 
 
 def _budget(text: str) -> Budget:
@@ -166,7 +166,7 @@ def _budget(text: str) -> Budget:
     return budget
 
 
-def _configured(config: RunConfig) -> list[Entry]:
+def _configured(config: RunConfig) -> list[AskedBudget]:
     """The distinct budgets of the clients, in order, with the deadlines of their clients."""
     clients = config.clients
     found: dict[Budget, list[int]] = {}
@@ -176,7 +176,7 @@ def _configured(config: RunConfig) -> list[Entry]:
     for budget, numbers in found.items():
         deadlines = clients.deadlines_s
         own = {deadlines[number % len(deadlines)] for number in numbers} if deadlines else set()
-        entries.append(Entry(budget, len(numbers), tuple(sorted(own))))
+        entries.append(AskedBudget(budget, len(numbers), tuple(sorted(own))))
     return entries
 
 
@@ -201,7 +201,7 @@ def _offer(budget: Budget, planner: Planner) -> _Offer:
     return _Offer(workload, in_bytes(budget), None, flops)
 
 
-def _device_plan(entry: Entry, planner: Planner) -> DevicePlan:
+def _device_plan(entry: AskedBudget, planner: Planner) -> DevicePlan:
     budget = entry.budget
     offer = _offer(budget, planner)
     workload, memory = offer.workload, offer.memory_bytes

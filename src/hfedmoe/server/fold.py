@@ -10,7 +10,7 @@ from hfedmoe.method.copies import Copies, over_layers
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.products import ProductAverage
 from hfedmoe.moe.payload import layer_of, lora_pairs, public
-from hfedmoe.server.gates import GateFold
+from hfedmoe.server.gate_fold import GateFold
 from hfedmoe.wire.messages import Update
 
 

@@ -10,10 +10,10 @@ from hfedmoe.config import MethodConfig
 from hfedmoe.method.copies import Copies
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.rivals.conflicts import among_similar, give_back, to_the_federation, without_conflicts
+from hfedmoe.method.rivals.fedavg import proximal
 from hfedmoe.method.rivals.fedmoe import hold_to_threshold
 from hfedmoe.method.rivals.flame import experts_per_token
 from hfedmoe.method.rivals.flex_moe import assign
-from hfedmoe.method.rivals.plain import proximal
 from hfedmoe.method.row import EVERYTHING, Outlook, Wish
 
 PLAIN = MethodConfig()

@@ -4,9 +4,9 @@
 """
 
 from hfedmoe.config import DataConfig
-from hfedmoe.data.known.base import KnownSet, Row
 from hfedmoe.data.known.choices import ARC_CHALLENGE, ARC_EASY, HELLASWAG, MMLU, PIQA
 from hfedmoe.data.known.conversations import INSTRUCTIONS
+from hfedmoe.data.known.known_set import KnownSet, Row
 from hfedmoe.data.known.labelled import AG_NEWS, NEWSGROUPS, REUTERS_R8, REUTERS_R52
 
 __all__ = ["KNOWN", "KnownSet", "Row", "known_set"]

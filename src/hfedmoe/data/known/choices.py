@@ -6,7 +6,7 @@ Texts keep all their spaces, as in the harness: `acc_norm` divides by the length
 import re
 
 from hfedmoe.data.example import Example
-from hfedmoe.data.known.base import KnownSet, Row, Wording
+from hfedmoe.data.known.known_set import KnownSet, Row, Wording
 
 QUESTION = "Question: {text}\nAnswer:"
 LETTERS = ("A", "B", "C", "D")

@@ -7,7 +7,7 @@ from typing import Any
 
 from hfedmoe.data.chat import REASONING, plain_prompt
 from hfedmoe.data.example import Example
-from hfedmoe.data.known.base import KnownSet, Row, Wording
+from hfedmoe.data.known.known_set import KnownSet, Row, Wording
 from hfedmoe.data.rows import short
 from hfedmoe.errors import UserError
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from hfedmoe.data.example import Example
-from hfedmoe.data.known.base import KnownSet, Row, Wording
+from hfedmoe.data.known.known_set import KnownSet, Row, Wording
 from hfedmoe.data.normal import normal
 from hfedmoe.data.rows import short
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from hfedmoe.method.holding import every, hold_best
-from hfedmoe.method.rivals.plain import FEDAVG
+from hfedmoe.method.rivals.fedavg import FEDAVG
 from hfedmoe.method.row import EVERYTHING
 from hfedmoe.method.selection import activation
 

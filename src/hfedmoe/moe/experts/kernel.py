@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hfedmoe.moe.experts.activation import Gate
-from hfedmoe.moe.experts.base import ExpertBase
+from hfedmoe.moe.experts.frozen import ExpertBase
 from hfedmoe.moe.experts.groups import Groups
 from hfedmoe.moe.experts.matmul import add_product, are_large, makes_code, outer, product, write_product
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, is_stacked
 from hfedmoe.moe.experts.activation import Gate
-from hfedmoe.moe.experts.base import ExpertBase, ListedWeights, SeparateBase, base_of
+from hfedmoe.moe.experts.frozen import ExpertBase, ListedWeights, SeparateBase, base_of
 from hfedmoe.moe.experts.kernel import ExpertMath
 from hfedmoe.moe.experts.store import ExpertStore, HeldBiases, HeldWeights
 from hfedmoe.moe.families import WITHOUT_INTERFACE, Dispatch

@@ -33,7 +33,7 @@ class Sources:
         return next(iter(self.names.values()))[0]
 
 
-class Checkpoint:
+class StoredModel:
     """The parameters and buffers of a transformers model in a safetensors checkpoint, by their names in the model.
 
     Args:
@@ -109,7 +109,7 @@ class Checkpoint:
 class CheckpointExperts:
     """An `ExpertSource` that reads the experts of a model's MoE layers one by one from its checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, layers: list[MoELayer]) -> None:
+    def __init__(self, checkpoint: StoredModel, layers: list[MoELayer]) -> None:
         self.checkpoint, self.layers = checkpoint, layers
         self._names = [layout_of(layer).names() for layer in layers]
         wanted = checkpoint.model.state_dict()

@@ -40,7 +40,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where a tensor is: bytes [start, end) of a file."""
 
     file: Path
@@ -56,7 +56,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Place:
+class HeaderEntry:
     """Where a tensor is: bytes [start, end) of a file; `stored_as` is the format's name of its precision."""
 
     file: Path
@@ -80,14 +80,14 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         file = weights_file(folder)
         if file is None:
             raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}")
         for part in files_of(file):
             self.entries |= dict(_entries(part))
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> TensorEntry:
         try:
             return self.entries[name]
         except KeyError:
@@ -154,7 +154,7 @@ def check_precisions(folder: Path) -> None:
                 pass
 
 
-def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
+def _entries(file: Path) -> Iterator[tuple[str, TensorEntry]]:
     for name, place in places_in(file):
         if place.dtype is None:
             raise CheckpointError(
@@ -163,10 +163,10 @@ def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
             )
         if place.end - place.start != prod(place.shape) * place.dtype.itemsize:
             raise CheckpointError(f"{file}: {name} does not lie within the file; it is damaged or cut off")
-        yield name, Entry(file, place.dtype, place.shape, place.start, place.end)
+        yield name, TensorEntry(file, place.dtype, place.shape, place.start, place.end)
 
 
-def places_in(file: Path) -> Iterator[tuple[str, Place]]:
+def places_in(file: Path) -> Iterator[tuple[str, HeaderEntry]]:
     """Names and places of the tensors of one file, in any precision, checked against its size.
 
     Raises:
@@ -187,7 +187,7 @@ def places_in(file: Path) -> Iterator[tuple[str, Place]]:
             shape = tuple(int(number) for number in described["shape"])
             if not 8 + length <= start <= end <= size:
                 raise CheckpointError(f"{file}: {name} does not lie within the file; it is damaged or cut off")
-            yield name, Place(file, str(described["dtype"]), shape, start, end)
+            yield name, HeaderEntry(file, str(described["dtype"]), shape, start, end)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file, though the checkpoint's index names it") from None
     except CheckpointError:
@@ -196,7 +196,7 @@ def places_in(file: Path) -> Iterator[tuple[str, Place]]:
         raise CheckpointError(f"{file}: cannot be read as safetensors ({error})") from None
 
 
-def _read(entry: Entry, start: int, shape: tuple[int, ...]) -> Tensor:
+def _read(entry: TensorEntry, start: int, shape: tuple[int, ...]) -> Tensor:
     tensor = torch.empty(shape, dtype=entry.dtype)
     if tensor.numel() == 0:
         return tensor
@@ -207,7 +207,7 @@ def _read(entry: Entry, start: int, shape: tuple[int, ...]) -> Tensor:
     return tensor
 
 
-def _fill(tensor: Tensor, entry: Entry, start: int) -> None:
+def _fill(tensor: Tensor, entry: TensorEntry, start: int) -> None:
     view = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(start)

@@ -10,7 +10,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from hfedmoe.moe.anatomy import find_moe_layers
 from hfedmoe.moe.experts.store import ExpertStore
-from hfedmoe.moe.weights.checkpoint import Checkpoint, CheckpointExperts
+from hfedmoe.moe.weights.checkpoint import CheckpointExperts, StoredModel
 from hfedmoe.moe.weights.shards import CheckpointError, Shards
 
 
@@ -40,7 +40,7 @@ def fill(model: Any, shards: Shards, dtype: torch.dtype, expert_dtype: str, devi
     """
     layers = find_moe_layers(model)
     experts = {id(parameter) for layer in layers for parameter in layer.experts.parameters()}
-    checkpoint = Checkpoint(shards, model)
+    checkpoint = StoredModel(shards, model)
     tied = _untie(model, checkpoint)
     wanted = {name: p for name, p in model.named_parameters() if id(p) not in experts and name not in tied}
     # Also buffers that belong into a checkpoint (correction biases); tied weights appear once.
@@ -70,7 +70,7 @@ def fill(model: Any, shards: Shards, dtype: torch.dtype, expert_dtype: str, devi
     return ExpertStore(source, [layer.num_experts for layer in layers], expert_dtype, dtype, device)
 
 
-def _untie(model: Any, checkpoint: Checkpoint) -> set[str]:
+def _untie(model: Any, checkpoint: StoredModel) -> set[str]:
     """Untie tied tensors (embedding and head) that are stored; returns the names of those that are not stored.
 
     transformers ties them only if the stored values are equal, or if one is not stored; the config does not matter.

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hfedmoe.events import ClientRound
-from hfedmoe.report.live.tracker import Row, Tracker
+from hfedmoe.report.live.tracker import ClientLine, Tracker
 from hfedmoe.report.live.words import activation, budget, decimal, human_bytes, human_seconds, percent, steps
 
-Cell = Callable[[Row], str]
+Cell = Callable[[ClientLine], str]
 
 
 def _of_round(show: Callable[[ClientRound], str]) -> Cell:

@@ -15,7 +15,7 @@ MOST_SHOWN = 50
 
 
 @dataclass(slots=True)
-class Row:
+class ClientLine:
     """One client: its data, its last answer and its current step."""
 
     line: Participant
@@ -34,7 +34,7 @@ class Tracker(Watcher):
         self.clock = clock
         self.title = ""
         self.num_rounds = self.round = self.last_done = 0
-        self.rows: list[Row] = []
+        self.rows: list[ClientLine] = []
         self.current: int | None = None  # the client that moved last
         self.doing = ""
         self.part: tuple[int, int] | None = None  # done and total of the current work
@@ -54,7 +54,7 @@ class Tracker(Watcher):
     ) -> None:
         self.title, self.num_rounds = title, num_rounds
         self.round = self.last_done = first_round - 1
-        self.rows = [Row(line) for line in clients]
+        self.rows = [ClientLine(line) for line in clients]
         self.history["all"].extend(history)
 
     def phase(self, text: str) -> None:

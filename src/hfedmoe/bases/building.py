@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from hfedmoe.bases.checks import check
+from hfedmoe.bases.acceptance import check
 from hfedmoe.bases.pretrain import Recipe, pretrain
 from hfedmoe.bases.texts import Piece, pieces
 from hfedmoe.config import ModelConfig

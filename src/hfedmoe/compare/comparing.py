@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from hfedmoe.compare.computing import cells_of, compute_missing
 from hfedmoe.compare.figures import draw
-from hfedmoe.compare.running import cells_of, compute_missing
-from hfedmoe.compare.tables import as_csv, as_markdown, target_of
+from hfedmoe.compare.summary import as_csv, as_markdown, target_of
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import disk_errors
