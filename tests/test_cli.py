@@ -154,9 +154,16 @@ main(sys.argv[1:])
 # interruptions
 
 
+def heed_interrupts():
+    """In a child: shells let their background jobs ignore interrupts, and children inherit it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_control_c_in_a_real_run_is_one_line(here):
     command = [sys.executable, "-m", "hfedmoe", "run", "tiny", "--out", "run", "--set", "federation.rounds=500"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     try:
         for line in child.stdout:
             if line.startswith("round 1/"):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,9 @@ def test_an_interrupt_takes_the_command_along(how: str, tmp_path: Path) -> None:
     command = ["sh", "-c", f"echo $$ > {pids}; sleep 60"]
     before = leftovers()
     shell = [sys.executable, "-m", "hfedmoe.device.limits", "100MiB", "--how", how, "--", *command]
-    with subprocess.Popen(shell, stderr=subprocess.DEVNULL) as process:
+    # Shells let their background jobs ignore interrupts, and children inherit it.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(shell, stderr=subprocess.DEVNULL, preexec_fn=heed) as process:
         deadline = time.monotonic() + 20
         while not (pids.exists() and pids.read_text().strip()) and time.monotonic() < deadline:
             time.sleep(0.02)
