@@ -62,7 +62,7 @@ def test_a_parquet_file_is_one_whatever_its_name_and_gz_is_unpacked(tmp_path: Pa
     pyarrow.parquet.write_table(pyarrow.table(ROWS), written)
     assert read(tmp_path / "rows.csv", written.getvalue()) == ROWS
     lines = b'{"text": "a b", "label": "x"}\n{"text": "c", "label": "y"}\n'
-    assert read(tmp_path / "rows.jsonl.gz", gzip.compress(lines)) == ROWS
+    assert read(tmp_path / "rows.jsonl.gz", gzip.compress(lines, mtime=0)) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_parquet_file_is_one_whatever_its_name_and_gz_is_unpacked(tmp_path: Pa
         (b"\xd0\xcf\x11\xe0....", "is an old Excel file"),
         (b"%PDF-1.7 ...", "is a PDF"),
         (b"<!doctype html><p>Sign in", "is a web page"),
-        (gzip.compress(gzip.compress(b"text,label\na,x\n")), "is compressed twice; unpack it first"),
+        (gzip.compress(gzip.compress(b"text,label\na,x\n", mtime=0), mtime=0), "is compressed twice; unpack it first"),
         (b"text,label\n\x00\xff\x00,x\n", "line 2: not UTF-8; save the file"),
         (b"\x1f\x8b\x08broken", "looks like gzip, but cannot be unpacked"),
         (START + b"\noid sha256:0\nsize 9\n", "is a Git LFS pointer.*git lfs pull"),
@@ -125,7 +125,7 @@ def test_what_cannot_be_read_safely_is_named(content: str | bytes, complaint: st
         ("rows.tab", "text;label\na;x\n", 'first line has semicolons, but no tabs; .* set data.delimiter = ";"'),
         (
             "rows.gz",
-            gzip.compress(b"text,label\na,x\n"),
+            gzip.compress(b"text,label\na,x\n", mtime=0),
             r"unknown format \(no suffix before .gz\); use one of .csv.gz, ",
         ),
         ("rows", "text,label\na,x\n", r"unknown format \(no suffix\); use one of .csv, .tsv, "),
