@@ -19,6 +19,7 @@ from hfedmoe.errors import UserError
 
 if TYPE_CHECKING:
     from hfedmoe.config import RunConfig
+    from hfedmoe.runs.folder import RunFolder
 
 INTERRUPTED = 2
 TYPERS_INTERRUPTED = 130
@@ -118,7 +119,7 @@ def run(
 @app.command()
 def resume(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the run.")]) -> None:
     """Continue a run that was interrupted."""
-    _require_run(folder)
+    _run_at(folder)
     from hfedmoe import simulation
     from hfedmoe.report.live import Live
 
@@ -241,7 +242,7 @@ def evaluate(
     if rows is not None and ":" not in (task or "") and not rows.expanduser().exists():
         raise UserError(f"--rows {rows}: no such file or folder")
     if of_run:
-        _require_run(Path(target), checkpoint or "best")
+        _run_at(Path(target), checkpoint or "best")
     else:
         _require_target(target)
     from hfedmoe import measure
@@ -330,16 +331,16 @@ def export(
     ] = None,
 ) -> None:
     """Write a result of a run as something that transformers or PEFT loads, with a model card."""
-    _require_run(run)
+    found = _run_at(run)
     from hfedmoe.export.options import check_fits, check_options, check_outside
     from hfedmoe.files.whole import check_free
-    from hfedmoe.runs.folder import RunFolder
+    from hfedmoe.runs.choice import which_of
 
     check_options(form, client, dtype)
     check_outside(out, run)
     check_free(out)
-    check_fits(run, RunFolder.open(run).config, form, client)
-    _require_run(run, checkpoint)
+    check_fits(run, found.config, form, client)
+    found.require_checkpoint(which_of(checkpoint))
     from hfedmoe.export.exporting import export_run
 
     typer.echo(export_run(run, out, form, client, checkpoint, dtype))
@@ -435,17 +436,18 @@ def _require(settings: "RunConfig") -> None:
     require_data(settings.data)
 
 
-def _require_run(folder: Path, checkpoint: str | None = None) -> None:
-    """Raise UserError at once if there is no such run, its config is damaged, or it has no such checkpoint."""
+def _run_at(folder: Path, checkpoint: str | None = None) -> "RunFolder":
+    """The run in a folder. Raises UserError at once if there is none, it is damaged, or has no such checkpoint."""
     from hfedmoe.runs.existing import require_run
 
     require_run(folder)
     from hfedmoe.runs.choice import which_of
     from hfedmoe.runs.folder import RunFolder
 
-    with RunFolder.open(folder) as run:
-        if checkpoint is not None:
-            run.require_checkpoint(which_of(checkpoint))
+    found = RunFolder.open(folder)
+    if checkpoint is not None:
+        found.require_checkpoint(which_of(checkpoint))
+    return found
 
 
 def _require_model(name: str) -> None:

@@ -107,12 +107,12 @@ def _packages(report: Report) -> None:
 def _machine(report: Report) -> None:
     import psutil
 
+    from hfedmoe.device.probe import usable_cores
     from hfedmoe.report.live.words import human_bytes
 
     memory = psutil.virtual_memory()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     report.machine["system"] = f"{platform.system()} {platform.machine()}"
-    report.machine["cores"] = f"{usable} usable of {os.cpu_count()}"
+    report.machine["cores"] = f"{usable_cores()} usable of {os.cpu_count()}"
     report.machine["memory"] = f"{human_bytes(memory.available)} free of {human_bytes(memory.total)}"
 
 

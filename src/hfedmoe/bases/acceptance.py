@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfedmoe.bases.texts import Piece
+from hfedmoe.bases.texts import Piece, padded
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.routing.tokens import TokenMasks
 
@@ -186,8 +186,7 @@ class _Probe:
         for start in range(0, len(pieces), self.batch):
             texts = [" " + piece.text for piece in pieces[start : start + self.batch]]
             rows = [torch.tensor(row[: self.longest]) for row in self.tokenizer(texts)["input_ids"]]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            mask = torch.arange(ids.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
+            ids, mask = padded(rows)
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
             self.model.watch(TokenMasks(mask))
             logits = self.model.model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1][mask[:, 1:]]

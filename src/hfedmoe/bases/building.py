@@ -5,26 +5,22 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
 from hfedmoe.bases.acceptance import check
 from hfedmoe.bases.pretrain import Recipe, pretrain
 from hfedmoe.bases.texts import Piece, pieces
 from hfedmoe.config import ModelConfig
 from hfedmoe.models.loading import load
+from hfedmoe.report.progress import counted
 
 
 def pretrain_base(out: Path, steps: int, seed: int) -> str:
     """Pre-train a base; returns one line that says what was written. Raises UserError as `pretrain`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("reading texts", total=steps, left="")
-
-        def report(step: int, total: int, loss: float, left: float) -> None:
-            bar.update(task, completed=step, description=f"loss {loss:.3f}", left=f"{left / 60:.0f} min left")
-
-        pretrain(out, Recipe(steps=steps, seed=seed), report)
+    with counted(steps, "reading texts") as update:
+        pretrain(
+            out,
+            Recipe(steps=steps, seed=seed),
+            lambda step, _, loss, left: update(step, f"loss {loss:.3f}", left),
+        )
     return f"{out}: a checkpoint for transformers; `hfedmoe base check {out}` measures its experts"
 
 

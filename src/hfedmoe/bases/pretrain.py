@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.bases.pools import Pools
-from hfedmoe.bases.texts import Piece, pieces
+from hfedmoe.bases.texts import Piece, padded, pieces
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import replacing
 from hfedmoe.files.whole import writing, written_whole
@@ -117,7 +117,7 @@ class _Training:
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * _schedule(step, recipe)
-        tokens, mask = _padded([self.rows[i] for i in _batch(step, len(self.rows), recipe)])
+        tokens, mask = padded([self.rows[i] for i in _batch(step, len(self.rows), recipe)])
         with self.pools.routing(mask):
             hidden = self.model.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         wanted = mask[:, 1:]
@@ -182,13 +182,6 @@ def _batch(step: int, number: int, recipe: Recipe) -> list[int]:
     epoch, place = divmod(step, per_epoch)
     order = torch.randperm(number, generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch))
     return order[place * recipe.batch : (place + 1) * recipe.batch].tolist()
-
-
-def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens [B, S] and their mask, True for real tokens."""
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-    lengths = torch.tensor([len(row) for row in rows])
-    return tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None]
 
 
 def _tokenizer(texts: list[Piece], recipe: Recipe, state: Path) -> Any:

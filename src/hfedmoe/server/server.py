@@ -111,7 +111,7 @@ class Server:
 
     def _fold(self, grid: Grid, planned: list[Member], log: RoundRecord) -> Fold:
         """Have the clients train, and fold in their updates as they come."""
-        usage = self._usage() if self._method.needs_usage else None
+        usage = self.keeper.usage.value() if self._method.needs_usage else None
         fold = Fold(
             self.tensors,
             self.config.method,
@@ -163,7 +163,9 @@ class Server:
         """Ask the sampled clients what they want to hold; those with a valid answer go on, in the order of numbers."""
         by_node = {member.node: member for member in sampled}
         budget_free = self._method.ignores_budgets(self.config.method)
-        usage = self._usage() if self.config.method.bootstrap == "prior" or self._method.needs_usage else None
+        usage = (
+            self.keeper.usage.value() if self.config.method.bootstrap == "prior" or self._method.needs_usage else None
+        )
 
         def requests() -> Iterator[Request]:
             for member in sampled:
@@ -202,10 +204,6 @@ class Server:
         held = self.keeper.held.value()
         held = torch.zeros(sum(self.num_experts)) if held is None else held
         return self._method.assign([wishes[member.about.client] for member in planned], held, self.config.method)
-
-    def _usage(self) -> Tensor | None:
-        """The federation's usage so far, float32 [sum E_l]."""
-        return self.keeper.usage.value()
 
     def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
         with log.phases("pack"):

@@ -51,14 +51,9 @@ class Asked:
     @classmethod
     def of(cls, config: RunConfig, top_k: list[int]) -> "Asked":
         """What a configuration asks for; a row has a prompt and an answer of at most data.max_tokens each."""
-        tokens = 2 * config.data.max_tokens * config.train.batch_size
-        return cls(
-            config.train.steps,
-            [tokens * k for k in top_k],
-            METHODS[config.method.name].sends,
-            config.train.lora == "exact",
-            METHODS[config.method.name].private,
-        )
+        tokens, method = 2 * config.data.max_tokens * config.train.batch_size, METHODS[config.method.name]
+        pairs = [tokens * k for k in top_k]
+        return cls(config.train.steps, pairs, method.sends, config.train.lora == "exact", method.private)
 
 
 class TroubleError(InvalidReplyError):

@@ -12,6 +12,8 @@ from hfedmoe.wire.inprocess import TOO_LATE, InProcessGrid
 MAX_REASON = 300
 
 POLL_S = 0.05
+LOOK_S = 0.5
+"""Seconds of uploads after which the server looks for replies: far less than any real deadline."""
 GRACE_S = 5.0
 """Seconds that the server waits beyond a message's time to live, so that the carrier can report the failure first."""
 
@@ -49,6 +51,7 @@ def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: flo
     request begins when it is sent, so a slow upload to one client costs the others no time.
     """
     waiting: dict[str, _Waiting] = {}
+    looked = time.monotonic()
     for request in requests:
         message_id = next(iter(grid.push_messages([_message(grid, request, group, timeout_s)])), "")
         if not message_id:
@@ -56,13 +59,13 @@ def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: flo
             continue
         waiting[message_id] = _Waiting(request.node, time.monotonic() + timeout_s + GRACE_S)
         del request  # its payload is delivered
-        # Replies are taken between uploads: those of earlier requests must not grow too old while others are sent.
-        for message_id in list(waiting):
-            yield from _arrived(grid, [message_id], waiting)
+        if isinstance(grid, InProcessGrid) or time.monotonic() - looked >= LOOK_S:
+            # Replies of earlier requests must not grow too old while others are sent.
+            yield from _sweep(grid, waiting)
+            looked = time.monotonic()
     while waiting:
         before = len(waiting)
-        for message_id in list(waiting):  # one by one, so that never more than one update is held
-            yield from _arrived(grid, [message_id], waiting)
+        yield from _sweep(grid, waiting)
         now = time.monotonic()
         for message_id in [one for one, request in waiting.items() if now > request.deadline]:
             yield Answer(waiting.pop(message_id).node, None, "late", f"no reply within {timeout_s:g} s")
@@ -79,16 +82,18 @@ class _Waiting:
     """On the clock of `time.monotonic`."""
 
 
-def _arrived(grid: Grid, asked: list[str], waiting: dict[str, _Waiting]) -> Iterator[Answer]:
-    for reply in grid.pull_messages(asked):
-        request = waiting.pop(reply.metadata.reply_to_message_id, None)
-        if request is None:
-            continue
-        if reply.has_error():
-            late = reply.error.code == TOO_LATE
-            yield Answer(request.node, None, "late" if late else "failed", clean(reply.error.reason or ""))
-        else:
-            yield Answer(request.node, reply)
+def _sweep(grid: Grid, waiting: dict[str, _Waiting]) -> Iterator[Answer]:
+    """The answers that are there now, one by one, so that never more than one update is held."""
+    for message_id in list(waiting):
+        for reply in grid.pull_messages([message_id]):
+            request = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if request is None:
+                continue
+            if reply.has_error():
+                late = reply.error.code == TOO_LATE
+                yield Answer(request.node, None, "late" if late else "failed", clean(reply.error.reason or ""))
+            else:
+                yield Answer(request.node, reply)
 
 
 def _message(grid: Grid, request: Request, group: str, ttl: float) -> Message:
