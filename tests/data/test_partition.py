@@ -88,7 +88,7 @@ def test_tasks_without_labels_are_split_evenly_or_not_at_all():
     parts = partition(task, PartitionConfig(scheme="iid"), 2, 0)
     assert [len(part) for part in parts] == [20, 20]
     assert label_counts(task, parts) == [[], []]
-    with pytest.raises(UserError, match=r"a choices task has none; use partition\.scheme=iid"):
+    with pytest.raises(UserError, match=r"a choices task has none; name a column to split by \(partition\.column\)"):
         partition(task, PartitionConfig(), 2, 0)
 
 

@@ -1,11 +1,13 @@
 """Tasks: kinds, labels, held-out rows, and who holds what."""
 
 import json
+from collections import Counter
 
 import pytest
 
 from hfedmoe.config import DataConfig, PartitionConfig, load_config
 from hfedmoe.data.example import Example
+from hfedmoe.data.partition import partition
 from hfedmoe.data.tasks import load_rows, load_task, load_watched_task
 from hfedmoe.errors import UserError
 
@@ -188,6 +190,26 @@ def test_natural_ids_make_the_parts(tmp_path):
     assert sorted(index for part in task.parts for index in part) == list(range(20))
     for client, part in enumerate(task.parts):
         assert all(int(task.train[i].text.split()[1]) % 3 == client for i in part)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_rows_without_labels_are_split_by_a_column(tmp_path, held_out):
+    rows = [
+        {"text": f"question {i}", "choices": ["a", "b"], "answer": i % 2, "field": f"f{i // 10}"} for i in range(40)
+    ]
+    source = write(tmp_path / "r.jsonl", rows)
+    config = DataConfig(source=source, test=None if held_out else source)
+    split = PartitionConfig(scheme="shards", shards_per_client=1, column="field", min_rows=1)
+    task = load_task(config, split, seed=0)
+    assert task.groups == [f"f{int(example.text.split()[1]) // 10}" for example in task.train]
+    if not held_out:  # each field has ten rows, so each client has exactly one
+        parts = partition(task, split, 4, 0)
+        assert sorted(tuple({task.groups[i] for i in part}) for part in parts) == [(f"f{i}",) for i in range(4)]
+        skewed = partition(task, PartitionConfig(alpha=0.05, column="field", min_rows=1), 4, 0)
+        assert sorted(i for part in skewed for i in part) == list(range(40))
+        assert max(max(Counter(task.groups[i] for i in part).values()) for part in skewed) >= 9
+    with pytest.raises(UserError, match=r'no column "author".*set partition\.column'):
+        load_task(config, PartitionConfig(column="author"), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ Kind = Literal["classification", "choices", "completion"]
 SetName = Literal[
     "ag-news",
     "20newsgroups",
+    "20newsgroups-words",
     "reuters-r8",
     "reuters-r52",
     "piqa",
@@ -161,5 +162,11 @@ class PartitionConfig(Section):
     ] = "dirichlet"
     alpha: Annotated[float, Field(gt=0, description="Dirichlet concentration: a small value is more skewed")] = 0.3
     shards_per_client: Annotated[int, Field(ge=1, description="shards of sorted labels per client (shards)")] = 2
-    column: Annotated[str | None, Field(description="column that names the client (natural)")] = None
+    column: Annotated[
+        str | None,
+        Field(
+            description="natural: column that names the client; dirichlet and shards: column to split by instead of "
+            "the label"
+        ),
+    ] = None
     min_rows: Annotated[int, Field(ge=1, description="fewest rows that a client gets")] = 16

@@ -4,6 +4,7 @@ import contextlib
 import io
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -34,10 +35,10 @@ def partition(task: Task, config: PartitionConfig, num_clients: int, seed: int) 
         )
     if config.scheme == "natural":
         raise UserError("partition.scheme=natural: the task was loaded without client ids; set partition.column")
-    if config.scheme != "iid" and task.kind != "classification":
+    if config.scheme != "iid" and task.kind != "classification" and task.groups is None:
         raise UserError(
-            f"partition.scheme={config.scheme} splits by label, and a {task.kind} task has none; "
-            "use partition.scheme=iid, or natural with partition.column, or data.clients"
+            f"partition.scheme={config.scheme} splits by label, and a {task.kind} task has none; name a column to "
+            "split by (partition.column), or use partition.scheme=iid, natural with partition.column, or data.clients"
         )
     parts = [sorted(part) for part in SCHEMES[config.scheme](task, config, num_clients, seed)]
     smallest = min(range(num_clients), key=lambda client: len(parts[client]))
@@ -113,13 +114,14 @@ def _shards(task: Task, config: PartitionConfig, num_clients: int, seed: int) ->
     partitioner = ShardPartitioner(
         num_clients, partition_by="label", num_shards_per_partition=config.shards_per_client, seed=seed
     )
-    parts = _parts(partitioner, {"label": [task.train[row].answer for row in rows]}, rows)
+    kinds = _kinds(task)
+    parts = _parts(partitioner, {"label": [kinds[row] for row in rows]}, rows)
     # The partitioner drops the rows left over after the last full shard: each goes to the client that already has
     # most rows of its label.
-    counts = label_counts(task, parts)
-    most = [max(range(num_clients), key=lambda client: counts[client][label]) for label in range(len(task.labels))]
+    counts = [Counter(kinds[row] for row in part) for part in parts]
+    most = {kind: max(range(num_clients), key=lambda client: counts[client][kind]) for kind in sorted(set(kinds))}
     for row in sorted(set(rows) - {row for part in parts for row in part}):
-        parts[most[task.train[row].answer]].append(row)
+        parts[most[kinds[row]]].append(row)
     return parts
 
 
@@ -128,7 +130,8 @@ def _dirichlet(task: Task, config: PartitionConfig, num_clients: int, seed: int)
     from flwr_datasets.partitioner import DirichletPartitioner
 
     rows = _shuffled_rows(task, seed)
-    labels = [task.train[row].answer for row in rows]
+    kinds = _kinds(task)
+    labels = [kinds[row] for row in rows]
     draws = random.Random(f"{seed}/dirichlet")
     for _ in range(DIRICHLET_SEEDS):
         partitioner = DirichletPartitioner(
@@ -144,6 +147,14 @@ def _dirichlet(task: Task, config: PartitionConfig, num_clients: int, seed: int)
         f"partition.alpha={config.alpha}: no draw gave all {num_clients} clients partition.min_rows={config.min_rows} "
         f"of {len(rows)} rows; raise partition.alpha, or lower partition.min_rows or clients.count"
     )
+
+
+def _kinds(task: Task) -> list[int]:
+    """What rows are split by: the number of each training row's label or, if a column is named, of its group."""
+    if task.groups is None:
+        return [example.answer for example in task.train]
+    numbers = {group: number for number, group in enumerate(sorted(set(task.groups)))}
+    return [numbers[group] for group in task.groups]
 
 
 SCHEMES: dict[str, Callable[[Task, PartitionConfig, int, int], list[list[int]]]] = {

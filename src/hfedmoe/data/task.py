@@ -13,6 +13,7 @@ class Task:
     `labels` is sorted, and empty except for classification. There, the choices of every example are the words of all
     labels in this order, and its answer is the index of its label. If files or natural ids decide which client holds
     what, `parts` has indices into `train` for each client and `part_names` their names; otherwise both are None.
+    `groups` has the value of `partition.column` for each training row, if rows are split by it instead of by label.
     """
 
     name: str
@@ -23,3 +24,4 @@ class Task:
     test: list[Example]
     parts: list[list[int]] | None = None
     part_names: list[str] | None = None
+    groups: list[str] | None = None

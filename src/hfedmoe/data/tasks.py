@@ -36,8 +36,9 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
     natural = partition.scheme == "natural" and config.clients is None
     if natural and partition.column is None:
         raise UserError("partition.scheme=natural needs partition.column, the column that names the client")
+    column = partition.column if partition.scheme != "iid" and config.clients is None else None
     known = known_set(config)
-    wanted = _wanted(config, known, partition.column if natural else None)
+    wanted = _wanted(config, known, column)
     tables = [_read_train(source, config, known, wanted) for source in config.clients or [config.source]]
     test_table = _read_test(config, known, wanted)
     kind = kind_of(tables[0], config) if known is None else known.kind
@@ -57,14 +58,18 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
         return [[example] for example in READERS[kind](table, config)]
 
     # One group of rows per client if files or natural ids define the clients, else one group of all rows.
+    kinds: dict[int, str] = {}
     if natural:
         rows = rows_of(tables[0])
-        ids = natural_groups(_client_ids(tables[0], str(partition.column)))
+        ids = natural_groups(_cells_of(tables[0], str(column), "client"))
         names, groups = list(ids), [[rows[i] for i in indices] for indices in ids.values()]
         salts = names
     else:
         names, groups = [table.origin for table in tables], [rows_of(table) for table in tables]
         salts = [str(number) for number in range(len(tables))]  # not the path, which differs between machines
+        if column is not None:
+            cells = _cells_of(tables[0], column, "group")
+            kinds = {id(one): cell for cell, row in zip(cells, groups[0], strict=True) for one in row}
 
     if test_table is not None:
         test = _shuffled(_flat(rows_of(test_table)), f"{seed}/test")[: config.test_rows]
@@ -81,6 +86,8 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
         train=[example for _, example in owned],
         test=test,
     )
+    if kinds:
+        task.groups = [kinds[id(example)] for example in task.train]
     if natural or config.clients is not None:
         task.part_names = names
         task.parts = [[] for _ in groups]
@@ -227,12 +234,13 @@ def _read_test(config: DataConfig, known: KnownSet | None, wanted: set[str]) -> 
     return read(config.source, wanted, config.test, config.subset, config.revision, Form.of(config))
 
 
-def _client_ids(table: Rows, column: str) -> list[str]:
-    ids = table.column(column, "partition.column")
-    for index, cell in enumerate(ids):
+def _cells_of(table: Rows, column: str, what: str) -> list[str]:
+    """The cells of `partition.column`, which names a client or a group of rows: `what`, for errors."""
+    cells = table.column(column, "partition.column")
+    for index, cell in enumerate(cells):
         if cell is None or not key_of(cell):
-            raise UserError(f'{table.at(index)}: column "{column}" names no client; fill it in or remove the row')
-    keys = [key_of(cell) for cell in ids]
+            raise UserError(f'{table.at(index)}: column "{column}" names no {what}; fill it in or remove the row')
+    keys = [key_of(cell) for cell in cells]
     same = shortest(keys)
     return [same[key] for key in keys]
 

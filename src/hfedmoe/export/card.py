@@ -163,9 +163,10 @@ def _data(config: RunConfig, lines: list[dict[str, Any]]) -> str:
     rows = {number: row["examples"] for number, row in _last_rows(lines).items()}
     how = ""
     if data.clients is None:
+        kinds = "labels" if split.column is None else f"values of the column `{split.column}`"
         detail = {
-            "dirichlet": f"Dirichlet {split.alpha:g} over the labels",
-            "shards": f"{split.shards_per_client} shards of sorted labels each",
+            "dirichlet": f"Dirichlet {split.alpha:g} over the {kinds}",
+            "shards": f"{split.shards_per_client} shards of sorted {kinds} each",
             "natural": f"by the column `{split.column}`",
             "iid": "at random",
         }.get(split.scheme, split.scheme)

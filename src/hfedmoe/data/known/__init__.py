@@ -7,7 +7,7 @@ from hfedmoe.config import DataConfig
 from hfedmoe.data.known.choices import ARC_CHALLENGE, ARC_EASY, HELLASWAG, MMLU, PIQA
 from hfedmoe.data.known.conversations import INSTRUCTIONS
 from hfedmoe.data.known.known_set import KnownSet, Row
-from hfedmoe.data.known.labelled import AG_NEWS, NEWSGROUPS, REUTERS_R8, REUTERS_R52
+from hfedmoe.data.known.labelled import AG_NEWS, NEWSGROUPS, NEWSGROUPS_WORDS, REUTERS_R8, REUTERS_R52
 
 __all__ = ["KNOWN", "KnownSet", "Row", "known_set"]
 
@@ -16,6 +16,7 @@ KNOWN: dict[str, KnownSet] = {
     for entry in (
         AG_NEWS,
         NEWSGROUPS,
+        NEWSGROUPS_WORDS,
         REUTERS_R8,
         REUTERS_R52,
         PIQA,

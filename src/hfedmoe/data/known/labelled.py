@@ -1,6 +1,7 @@
 """Classification data sets. No harness has them as tasks, so prompts and label words are our own."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hfedmoe.data.example import Example
 from hfedmoe.data.known.known_set import KnownSet, Row, Wording
@@ -110,6 +111,8 @@ NEWSGROUPS = KnownSet(
     labels=tuple(sorted(NEWSGROUP_WORDS)),
     words=NEWSGROUP_WORDS,
 )
+# The same posts as lower-case words: other rows, so another name.
+NEWSGROUPS_WORDS = replace(NEWSGROUPS, name="20newsgroups-words", hub=None)
 REUTERS_R8 = _reuters("reuters-r8", R8, words={})
 REUTERS_R52 = _reuters(
     "reuters-r52",
