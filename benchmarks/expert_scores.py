@@ -6,11 +6,12 @@ Clients are made of the held-out texts that bases are built with (`pip install -
 of one domain, or of a Dirichlet mix of domains (`--alpha`), some as its own and others held out. A client scores every
 expert on its own texts in batches of 8, as in training; the truth is measured on its held-out texts (`expert_worth`):
 
-    kept out   Spearman's rank correlation with the rise of the loss when the expert alone is masked
-    Adam, SGD  the same with the drop of the loss after one step of the expert alone: LoRA of rank 8, Adam with lr 2e-3
-               as clients train; and plain gradient descent, where all experts together move as far
-    keep 25 %  loss with only the best quarter of the experts of all layers, less the loss of the whole model
-    train 25 % drop of the loss after one Adam step of that quarter together, with all experts there
+    kept out    Spearman's rank correlation with the rise of the loss when the expert alone is masked
+    Adam, SGD   the same with the drop of the loss after one step of the expert alone: LoRA of rank 8, Adam with lr 2e-3
+                as clients train; and plain gradient descent, where all experts together move as far
+    keep        loss with only the best quarter of the experts of all layers, less the loss of the whole model
+    keep, equal loss with only the best quarter of every layer, less the loss of the whole model
+    train       drop of the loss after one Adam step of the best quarter of every layer, with all experts there
 
 Correlations are means over layers, but for `all`, which is over the experts of all layers at once, made comparable
 where a method would do so. The last table spends the budget in several ways (`SPENDS`).
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from benchmarks.common import machine, parser
 from benchmarks.expert_clients import Client, clients_of
-from benchmarks.expert_tables import tables
+from benchmarks.expert_tables import REFERENCE, tables
 from benchmarks.expert_worth import Layers, Scored, Steps, Texts, gains, kept, leave_one_out, scores, trained
 from hfedmoe.bases.texts import pieces
 from hfedmoe.config import ModelConfig, RunConfig
@@ -106,18 +107,18 @@ def measure(model: MoEModel, client: Client, share: float, seed: int) -> dict[st
         chosen = {way: SPENDS[way](layers, budget, top_k) for way in spends}
         return {
             "kept": {way: kept(held_out, residents) for way, residents in chosen.items()},
-            "trained": trained(held_out, adam, chosen[spends[0]]),
+            "trained": trained(held_out, adam, chosen["equal"]),
             "experts": {way: [int(own.sum()) for own in residents] for way, residents in chosen.items()},
         }
 
     def ways(name: str) -> list[str]:
-        swept = name.startswith("ib") and name != "ib lam=0.5 beta=0.5"
-        return [usual(name), *(way for way in SPENDS if way != usual(name) and not swept)]
+        swept = name.startswith("ib") and name != REFERENCE
+        return [usual(name), "equal"] if swept else [usual(name), *(way for way in SPENDS if way != usual(name))]
 
     found = {name: costs(layers, ways(name)) for name, layers in named.items()}
-    random = [costs(layers, ["as they are"]) for layers in drawn]
+    random = [costs(layers, ["as they are", "equal"]) for layers in drawn]
     found["draws"] = {
-        "kept": {"as they are": fmean(one["kept"]["as they are"] for one in random)},
+        "kept": {way: fmean(one["kept"][way] for one in random) for way in ("as they are", "equal")},
         "trained": fmean(one["trained"] for one in random),
     }
     everything = [torch.ones(number, dtype=torch.bool) for number in model.num_experts]

@@ -46,7 +46,16 @@ def tables(found: dict[str, Any], usual: Callable[[str], str]) -> str:
         "Rank correlation with what each expert is worth, and what the best quarter costs:",
         "",
     ]
-    heads = [*TRUTHS, "all: kept out", "all: Adam", "keep 25 %", "less than `ib`", "train 25 %"]
+    heads = [
+        *TRUTHS,
+        "all: kept out",
+        "all: Adam",
+        "keep",
+        "less than `ib`",
+        "keep, equal",
+        "less than `ib`, equal",
+        "train",
+    ]
     lines += [f"| score | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for name in [*names, "draws"]:
         cells = []
@@ -56,11 +65,10 @@ def tables(found: dict[str, Any], usual: Callable[[str], str]) -> str:
             cells += [_cell([own[layers + 1] for own in of[truth]]) for truth in ("kept out", "Adam")]
         else:
             cells += ["-"] * 5
-        kept = [_kept(record, name) for record in records]
-        cells.append(_cell(kept))
-        cells.append(
-            _cell([_kept(record, REFERENCE) - own for record, own in zip(records, kept, strict=True)], sign=True)
-        )
+        for way in (None, "equal"):
+            costs = [_kept(record, name, way) for record in records]
+            saved = [_kept(record, REFERENCE, way) - own for record, own in zip(records, costs, strict=True)]
+            cells += [_cell(costs), _cell(saved, sign=True)]
         cells.append(_cell([1e3 * record["found"][name]["trained"] for record in records], 2))
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     every = _cell([1e3 * record["all experts trained"] for record in records], 2)
@@ -84,9 +92,9 @@ def tables(found: dict[str, Any], usual: Callable[[str], str]) -> str:
     ]
     for name in names:
         if all(way in records[0]["found"][name]["kept"] for way in WAYS):
-            costs = [_cell([record["found"][name]["kept"][way] for record in records]) for way in WAYS]
+            cells = [_cell([record["found"][name]["kept"][way] for record in records]) for way in WAYS]
             counts = [_counts([record["found"][name]["experts"][way] for record in records]) for way in WAYS]
-            lines.append(f"| `{name}` | {' | '.join([*costs, *counts])} |")
+            lines.append(f"| `{name}` | {' | '.join([*cells, *counts])} |")
     return "\n".join(lines)
 
 
@@ -102,9 +110,10 @@ def _heading(found: dict[str, Any]) -> str:
     )
 
 
-def _kept(record: dict[str, Any], name: str) -> float:
-    """With the budget spent as a method spends it, which is the first way."""
-    return float(next(iter(record["found"][name]["kept"].values())))
+def _kept(record: dict[str, Any], name: str, way: str | None) -> float:
+    """With the budget spent in this way; None: as a method spends it, which is the first way."""
+    kept = record["found"][name]["kept"]
+    return float(next(iter(kept.values())) if way is None else kept[way])
 
 
 def _cell(values: Sequence[float | None], digits: int = 3, sign: bool = False) -> str:
