@@ -21,6 +21,7 @@ A client and a seed are one measurement; intervals are 95 % (Student's t). `draw
 best that a client could know. `--json` keeps everything; the tables can be made of that file again.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -139,7 +140,12 @@ def study(name: str, options: Any) -> dict[str, Any]:
     """All clients and seeds. Raises UserError without the model or the texts."""
     config = RunConfig(model=ModelConfig(name=name, device=options.device))
     loaded = load(config.model, seed=0)
+    if loaded.model.config.is_encoder_decoder:
+        raise UserError(f"{name}: the loss of the next token needs a decoder-only model")
     model = MoEModel(loaded.model.eval(), rank=8, alpha=16.0)
+    least, most = max(layer.top_k for layer in model.layers) * len(model.layers), sum(model.num_experts)
+    if not least <= options.share * most <= most:
+        raise UserError(f"--share {options.share:g}: must be from {least / most:g} (top-k in each layer) to 1")
     encode = partial(_encoded, loaded.tokenizer, options.tokens)
     texts = [piece for piece in pieces("test", 64) if len(piece.text.split()) >= 16]
     records, started = [], time.perf_counter()
@@ -166,27 +172,50 @@ def _encoded(tokenizer: Any, longest: int, texts: list[str]) -> list[Tensor]:
     return [torch.tensor(row[:longest]) for row in tokenizer([" " + text for text in texts])["input_ids"]]
 
 
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as a result of this command ({error})") from None
+    if "records" not in found:
+        raise UserError(f"{file}: is not a result of this command; write one with --json")
+    return found
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def main() -> int:
     """The command."""
     arguments = parser(__doc__)
     arguments.add_argument("model", help="a MoE model: packaged, hub id or folder; or a JSON file of this command")
-    arguments.add_argument("--clients", type=int, default=8)
-    arguments.add_argument("--seeds", type=int, default=1)
-    arguments.add_argument("--alpha", type=float, help="Dirichlet mix of domains; without it one domain per client")
-    arguments.add_argument("--own", type=int, default=32, help="texts that a client scores with")
-    arguments.add_argument("--held-out", type=int, default=32, help="texts that the truth is measured on")
-    arguments.add_argument("--tokens", type=int, default=64, help="longest text")
-    arguments.add_argument("--share", type=float, default=0.25, help="of the experts that are kept, or trained")
+    arguments.add_argument("--clients", type=_number, default=8)
+    arguments.add_argument("--seeds", type=_number, default=1)
+    arguments.add_argument("--alpha", type=_positive, help="Dirichlet mix of domains; without it one domain per client")
+    arguments.add_argument("--own", type=_number, default=32, help="texts that a client scores with")
+    arguments.add_argument("--held-out", type=_number, default=32, help="texts that the truth is measured on")
+    arguments.add_argument("--tokens", type=_number, default=64, help="longest text")
+    arguments.add_argument("--share", type=_positive, default=0.25, help="of the experts that are kept, or trained")
     arguments.add_argument("--device", default="auto")
     options = arguments.parse_args()
-    if options.model.endswith(".json"):
-        found = json.loads(Path(options.model).read_text())
-    else:
-        try:
-            found = study(options.model, options)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            return 2
+    try:
+        found = _read(Path(options.model)) if options.model.endswith(".json") else study(options.model, options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     if options.json is not None:
         options.json.write_text(json.dumps(found) + "\n")
     print(tables(found, usual))

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from benchmarks.expert_clients import BLOCK, clients_of
-from benchmarks.expert_scores import ALL, SPENDS, measure
+from benchmarks.expert_scores import ALL, SPENDS, main, measure
 from benchmarks.expert_tables import correlations, rank_correlation, tables
 from benchmarks.expert_worth import Steps, Texts, gains, kept, leave_one_out, scores, trained
 from torch import Tensor
@@ -163,6 +163,27 @@ def test_ranks_and_budgets_worked_by_hand() -> None:
     found = correlations(record, "taylor", "kept out", lambda name: "comparable")
     assert found[:3] == pytest.approx([1.0, -1.0, 0.0])
     assert found[3] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny", "--share", "0.01"], "must be from"),
+        (["absent.json"], "absent.json: cannot be read"),
+        (["tiny", "--clients", "0"], "0 is not a whole number above 0"),
+        (["tiny", "--alpha", "nan"], "nan is not a number above 0"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["expert_scores", *arguments])
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_table_names_every_score_and_orders_the_extremes() -> None:
