@@ -78,6 +78,15 @@ def test_survives_recomputed_activations_and_other_measures(beside: tuple[str, .
         torch.testing.assert_close(one, other)
 
 
+def test_in_16_bit_the_norms_are_float32_and_near() -> None:
+    exact, model = ghosts(MoEModel(build("mixtral")), inputs(build("mixtral")), "ghost"), MoEModel(build("mixtral"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ghosts(model, inputs(model.model), "ghost")
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.cosine_similarity(one, other, dim=0) > 0.98
+
+
 def test_is_not_measured_without_a_gradient_or_of_absent_experts() -> None:
     model = MoEModel(build("mixtral"))
     x = inputs(model.model)
