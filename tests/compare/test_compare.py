@@ -39,6 +39,8 @@ def test_a_cell_is_the_run_with_that_method_and_seed(folder: Path, settings: Run
     assert [line.accuracy for line in found.rounds] == [line["evaluation"]["all"]["accuracy"] for line in lines]
     assert [line.bytes_up for line in found.rounds[1:]] == [line["bytes_up"] for line in lines[1:]]
     assert [line.clients for line in found.rounds] == [0, 4, 4]
+    watched = [line["evaluation"]["watch"]["accuracy"] for line in lines[1:]]
+    assert [line.watch_accuracy for line in found.rounds] == [None, *watched]
     assert sum(found.client_rows) == 160
     assert len(found.client_accuracy) == 4
     assert found.machine["threads"] == 1
@@ -47,6 +49,24 @@ def test_a_cell_is_the_run_with_that_method_and_seed(folder: Path, settings: Run
     tokens = sum(row["tokens"] for row in lines[1]["clients"])
     experts = 4 * 3 * 64 * 96 * tokens
     assert experts < found.rounds[1].flops < 6 * experts
+
+
+def test_a_cell_answers_for_later_versions_with_the_same_settings(
+    folder: Path, settings: RunConfig, tmp_path: Path
+) -> None:
+    (cell,) = cells_of(settings, ["hfedmoe"], [1])
+    tree = json.loads((folder / "cells" / cell.file).read_text(encoding="utf-8"))
+    assert not cell.answered_by(tmp_path)
+
+    def answers(**changed: object) -> bool:
+        stored = tree | {"config": tree["config"] | {"train": tree["config"]["train"] | changed}}
+        (tmp_path / cell.file).write_text(json.dumps(stored), encoding="utf-8")
+        return cell.answered_by(tmp_path)
+
+    assert answers()
+    assert not answers(rank=cell.config.train.rank + 1)  # as after a change of the default
+    del tree["config"]["train"]["gradient_checkpointing"]  # as from a version that did not have the setting
+    assert answers()
 
 
 def test_clients_with_models_of_their_own_are_measured_one_by_one(folder: Path) -> None:

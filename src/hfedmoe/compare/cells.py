@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from hfedmoe.errors import UserError
 from hfedmoe.files.disk import replacing
 
 FORMAT = 1
+UNIMPORTANT = {"name", "keep_checkpoints"}
+"""Settings that do not change a result."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,38 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Of everything in the configuration that decides the result."""
-        tree = self.config.model_dump(mode="json", exclude={"name", "keep_checkpoints"})
+        """Of everything in the configuration that decides the result.
+
+        Settings at their defaults are left out, so that a cell keeps its name when a later version has more settings.
+        """
+        tree = self.config.model_dump(mode="json", exclude_defaults=True, exclude=UNIMPORTANT)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+    def answered_by(self, folder: Path) -> bool:
+        """Whether the folder has the result: a file whose settings are these, as far as its version had them.
+
+        Raises:
+            UserError: the file is not the result of a cell.
+        """
+        path = folder / self.file
+        if not path.is_file():
+            return False
+        now = dict(_leaves(self.config.model_dump(mode="json", exclude=UNIMPORTANT)))
+        return all(now.get(key, value) == value for key, value in _leaves(Result.read(path).config))
 
     @property
     def file(self) -> str:
         """The name of its file."""
         return f"{self.method}-seed{self.seed}-{self.digest}.json"
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting; `method.options` and other free tables are one value."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and not above:
+            yield from _leaves(value, f"{name}.")
+        elif above or name not in UNIMPORTANT:
+            yield above + name, value
 
 
 @dataclass
@@ -49,6 +76,8 @@ class Round:
     """Of all clients in this round, estimated (`worker.flops_of`)."""
     clients: int = 0
     """That gave a valid update."""
+    watch_accuracy: float | None = None
+    """On the watched rows, which no other figure uses: settings are chosen by it."""
 
 
 @dataclass
@@ -73,6 +102,8 @@ class Result:
     """Predicted peak of each client's sub-model in the last round; 0 for a client that was left out."""
     personal: bool = False
     """Whether clients keep models of their own; then the accuracies are means over the clients' models."""
+    base: str = ""
+    """Digest of the base model."""
     format: int = FORMAT
 
     def write(self, path: Path) -> None:

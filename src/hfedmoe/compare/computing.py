@@ -50,7 +50,7 @@ def compute_missing(cells: list[Cell], folder: Path, jobs: int | None, progress:
     Raises:
         UserError: a cell cannot be computed. Those that are done keep their files.
     """
-    missing = [cell for cell in cells if not (folder / cell.file).is_file()]
+    missing = [cell for cell in cells if not cell.answered_by(folder)]
     _Runs(folder, jobs, len(cells) - len(missing), progress).all_of(missing)
     return [Result.read(folder / cell.file) for cell in cells]
 

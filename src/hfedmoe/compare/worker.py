@@ -23,6 +23,7 @@ from hfedmoe.device.peak import peak_process_bytes
 from hfedmoe.device.probe import processor_name
 from hfedmoe.events import ClientRound, Evaluation, Silent
 from hfedmoe.method.methods import METHODS
+from hfedmoe.models.digest import weights_digest
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.prepare import Prepared, prepare
 from hfedmoe.simulation import Simulation, assemble
@@ -41,8 +42,10 @@ class Recorder(Silent):
 
     def evaluated(self, found: Evaluation) -> None:
         """As `events.Watcher`."""
-        if found.kind == "all":
-            line = self.rounds[found.round]
+        line = self.rounds[found.round]
+        if found.kind == "watch":
+            line.watch_accuracy = found.accuracy
+        else:
             line.accuracy, line.macro_f1, line.loss = found.accuracy, found.macro_f1, found.loss
             print(f"round {found.round}", flush=True)
 
@@ -104,6 +107,7 @@ def compute(cell: Cell) -> Result:
         client_peak_bytes=[done.peak_bytes if done.status == "ok" else 0 for _, done in sorted(recorder.last.items())],
         client_rows=[len(part) for part in parts],
         personal=personal,
+        base=weights_digest(config),
     )
     _measure_clients(result, prepared, simulation, parts)
     result.seconds = time.perf_counter() - started
