@@ -9,12 +9,12 @@ expert on its own texts in batches of 8, as in training; the truth is measured o
     kept out    Spearman's rank correlation with the rise of the loss when the expert alone is masked
     Adam, SGD   the same with the drop of the loss after one step of the expert alone: LoRA of rank 8, Adam with lr 2e-3
                 as clients train; and plain gradient descent, where all experts together move as far
-    keep        loss with only the best quarter of the experts of all layers, less the loss of the whole model
-    keep, equal loss with only the best quarter of every layer, less the loss of the whole model
+    keep        loss with only the best quarter of the experts of all layers, less the loss of the whole model, as
+                with method.layers = "together"; and "even": the best quarter of every layer
     train       drop of the loss after one Adam step of the best quarter of every layer, with all experts there
 
 Correlations are means over layers, but for `all`, which is over the experts of all layers at once, made comparable
-where a method would do so. The last table spends the budget in several ways (`SPENDS`).
+where a method would do so. The last table spends the budget in more ways (`SPENDS`).
 
 A client and a seed are one measurement; intervals are 95 % (Student's t). `draws` is the mean of some random choices;
 `truth` ranks by the measured kept-out loss itself, and `own truth` by the same measured on the client's own texts, the
@@ -42,7 +42,7 @@ from hfedmoe.bases.texts import pieces
 from hfedmoe.config import ModelConfig, RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.method.scores import SCORES, score
-from hfedmoe.method.selection import comparable, select
+from hfedmoe.method.selection import comparable, even_shares, select
 from hfedmoe.models.digest import weights_digest
 from hfedmoe.models.loading import load
 from hfedmoe.moe.model import MoEModel
@@ -56,23 +56,22 @@ Spend = Callable[[Layers, int, int], list[Tensor]]
 """(scores, budget over all layers, top-k) -> bool [E] per layer."""
 
 
-def _equal(scores: Layers, budget: int, top_k: int) -> list[Tensor]:
-    """The same share of the budget for every layer."""
-    return [select([layer], max(top_k, budget // len(scores)))[0] for layer in scores]
+def _even(scores: Layers, budget: int, top_k: int) -> list[Tensor]:
+    return select(comparable(scores), budget, even_shares([len(layer) for layer in scores], budget, top_k))
 
 
-def _mostly_equal(scores: Layers, budget: int, top_k: int) -> list[Tensor]:
-    """Three quarters of the budget in equal shares, the rest for the best of all layers."""
-    return select(comparable(scores), budget, max(top_k, 3 * budget // (4 * len(scores))))
+def _mostly_even(scores: Layers, budget: int, top_k: int) -> list[Tensor]:
+    """Three quarters of the budget in even shares, the rest for the best of all layers."""
+    return select(comparable(scores), budget, even_shares([len(layer) for layer in scores], 3 * budget // 4, top_k))
 
 
 SPENDS: dict[str, Spend] = {
-    "as they are": lambda scores, budget, top_k: select(scores, budget, top_k),
+    "together": lambda scores, budget, top_k: select(scores, budget, top_k),
     "comparable": lambda scores, budget, top_k: select(comparable(scores), budget, top_k),
-    "mostly equal": _mostly_equal,
-    "equal": _equal,
+    "mostly even": _mostly_even,
+    "even": _even,
 }
-"""Ways to spend a budget over all layers."""
+"""Ways to spend a budget over all layers: `method.layers`, and between them."""
 
 
 def scored(name: str, lam: float = 0.5, beta: float = 0.5) -> Scored:
@@ -90,7 +89,7 @@ ALL: dict[str, Scored] = {
 def usual(name: str) -> str:
     """How a method spends the budget by this score."""
     row = SCORES.get(name.split()[0])
-    return "comparable" if row is not None and row.by_layer else "as they are"
+    return "comparable" if row is not None and row.by_layer else "together"
 
 
 def measure(model: MoEModel, client: Client, share: float, seed: int) -> dict[str, Any]:
@@ -108,18 +107,18 @@ def measure(model: MoEModel, client: Client, share: float, seed: int) -> dict[st
         chosen = {way: SPENDS[way](layers, budget, top_k) for way in spends}
         return {
             "kept": {way: kept(held_out, residents) for way, residents in chosen.items()},
-            "trained": trained(held_out, adam, chosen["equal"]),
+            "trained": trained(held_out, adam, chosen["even"]),
             "experts": {way: [int(own.sum()) for own in residents] for way, residents in chosen.items()},
         }
 
     def ways(name: str) -> list[str]:
         swept = name.startswith("ib") and name != REFERENCE
-        return [usual(name), "equal"] if swept else [usual(name), *(way for way in SPENDS if way != usual(name))]
+        return [usual(name), "even"] if swept else [usual(name), *(way for way in SPENDS if way != usual(name))]
 
     found = {name: costs(layers, ways(name)) for name, layers in named.items()}
-    random = [costs(layers, ["as they are", "equal"]) for layers in drawn]
+    random = [costs(layers, ["together", "even"]) for layers in drawn]
     found["draws"] = {
-        "kept": {way: fmean(one["kept"][way] for one in random) for way in ("as they are", "equal")},
+        "kept": {way: fmean(one["kept"][way] for one in random) for way in ("together", "even")},
         "trained": fmean(one["trained"] for one in random),
     }
     everything = [torch.ones(number, dtype=torch.bool) for number in model.num_experts]
