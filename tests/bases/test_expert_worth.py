@@ -5,9 +5,11 @@ from functools import partial
 import pytest
 import torch
 from benchmarks.expert_clients import BLOCK, clients_of
-from benchmarks.expert_scores import ALL, SPENDS, main, measure
+from benchmarks.expert_scores import main
+from benchmarks.expert_steps import Steps
+from benchmarks.expert_study import ALL, SPENDS, measure, scores
 from benchmarks.expert_tables import correlations, rank_correlation, tables
-from benchmarks.expert_worth import Steps, Texts, gains, kept, leave_one_out, scores, trained
+from benchmarks.expert_worth import Texts, gains, kept, leave_one_out, trained
 from torch import Tensor
 
 from hfedmoe.bases.texts import Piece
