@@ -9,12 +9,12 @@ expert on its own texts in batches of 8, as in training; the truth is measured o
     kept out    Spearman's rank correlation with the rise of the loss when the expert alone is masked
     Adam, SGD   the same with the drop of the loss after one step of the expert alone: LoRA of rank 8, Adam with lr 2e-3
                 as clients train; and plain gradient descent, where all experts together move as far
-    keep        loss with only the best quarter of the experts of all layers, less the loss of the whole model
-    keep, equal loss with only the best quarter of every layer, less the loss of the whole model
+    keep        loss with only the best quarter of the experts of all layers, less the loss of the whole model, as
+                with method.layers = "together"; and "even": the best quarter of every layer
     train       drop of the loss after one Adam step of the best quarter of every layer, with all experts there
 
 Correlations are means over layers, but for `all`, which is over the experts of all layers at once, made comparable
-where a method would do so. The last table spends the budget in several ways (`SPENDS`).
+where a method would do so. The last table spends the budget in more ways (`SPENDS`).
 
 A client and a seed are one measurement; intervals are 95 % (Student's t). `draws` is the mean of some random choices;
 `truth` ranks by the measured kept-out loss itself, and `own truth` by the same measured on the client's own texts, the
@@ -25,115 +25,24 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import machine, parser
-from benchmarks.expert_clients import Client, clients_of
-from benchmarks.expert_tables import REFERENCE, tables
-from benchmarks.expert_worth import Layers, Scored, Steps, Texts, gains, kept, leave_one_out, scores, trained
+from benchmarks.expert_clients import clients_of
+from benchmarks.expert_study import measure, usual
+from benchmarks.expert_tables import tables
 from hfedmoe.bases.texts import pieces
 from hfedmoe.config import ModelConfig, RunConfig
 from hfedmoe.errors import UserError
-from hfedmoe.method.scores import SCORES, score
-from hfedmoe.method.selection import comparable, select
 from hfedmoe.models.digest import weights_digest
 from hfedmoe.models.loading import load
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.report.progress import counted
-from hfedmoe.seeds import generator
-
-LAMS, BETAS = (0.0, 0.5, 1.0), (-1.0, -0.5, 0.0, 0.5, 1.0)
-DRAWS = 4
-LR = 2e-3
-Spend = Callable[[Layers, int, int], list[Tensor]]
-"""(scores, budget over all layers, top-k) -> bool [E] per layer."""
-
-
-def _equal(scores: Layers, budget: int, top_k: int) -> list[Tensor]:
-    """The same share of the budget for every layer."""
-    return [select([layer], max(top_k, budget // len(scores)))[0] for layer in scores]
-
-
-def _mostly_equal(scores: Layers, budget: int, top_k: int) -> list[Tensor]:
-    """Three quarters of the budget in equal shares, the rest for the best of all layers."""
-    return select(comparable(scores), budget, max(top_k, 3 * budget // (4 * len(scores))))
-
-
-SPENDS: dict[str, Spend] = {
-    "as they are": lambda scores, budget, top_k: select(scores, budget, top_k),
-    "comparable": lambda scores, budget, top_k: select(comparable(scores), budget, top_k),
-    "mostly equal": _mostly_equal,
-    "equal": _equal,
-}
-"""Ways to spend a budget over all layers."""
-
-
-def scored(name: str, lam: float = 0.5, beta: float = 0.5) -> Scored:
-    """A score of the method as a function of the evidence alone."""
-    return lambda evidence: score(name, evidence, lam, beta)
-
-
-ALL: dict[str, Scored] = {
-    **{f"ib lam={lam:g} beta={beta:g}": scored("ib", lam, beta) for lam in LAMS for beta in BETAS},
-    **{name: scored(name) for name, row in SCORES.items() if name not in ("ib", "importance") and not row.drawn},
-}
-"""Every score; `importance` is `ib` with beta = 0."""
-
-
-def usual(name: str) -> str:
-    """How a method spends the budget by this score."""
-    row = SCORES.get(name.split()[0])
-    return "comparable" if row is not None and row.by_layer else "as they are"
-
-
-def measure(model: MoEModel, client: Client, share: float, seed: int) -> dict[str, Any]:
-    """Everything about one client, as plain numbers."""
-    held_out = Texts(model, client.held_out)
-    named = scores(model, client.own, 8, ALL)
-    adam, sgd = Steps(model, LR), Steps(model, LR, sgd=True)
-    truth = {"kept out": leave_one_out(held_out), "Adam": gains(held_out, adam), "SGD": gains(held_out, sgd)}
-    named |= {"own truth": leave_one_out(Texts(model, client.own)), "truth": truth["kept out"]}
-    draws = generator(seed, "draws", client.number)
-    drawn = [[torch.rand(number, generator=draws) for number in model.num_experts] for _ in range(DRAWS)]
-    budget, top_k = round(share * sum(model.num_experts)), max(layer.top_k for layer in model.layers)
-
-    def costs(layers: Layers, spends: Sequence[str]) -> dict[str, Any]:
-        chosen = {way: SPENDS[way](layers, budget, top_k) for way in spends}
-        return {
-            "kept": {way: kept(held_out, residents) for way, residents in chosen.items()},
-            "trained": trained(held_out, adam, chosen["equal"]),
-            "experts": {way: [int(own.sum()) for own in residents] for way, residents in chosen.items()},
-        }
-
-    def ways(name: str) -> list[str]:
-        swept = name.startswith("ib") and name != REFERENCE
-        return [usual(name), "equal"] if swept else [usual(name), *(way for way in SPENDS if way != usual(name))]
-
-    found = {name: costs(layers, ways(name)) for name, layers in named.items()}
-    random = [costs(layers, ["as they are", "equal"]) for layers in drawn]
-    found["draws"] = {
-        "kept": {way: fmean(one["kept"][way] for one in random) for way in ("as they are", "equal")},
-        "trained": fmean(one["trained"] for one in random),
-    }
-    everything = [torch.ones(number, dtype=torch.bool) for number in model.num_experts]
-    return {
-        "client": client.number,
-        "seed": seed,
-        "domains": client.domains,
-        "rows": [len(client.own), len(client.held_out)],
-        "loss": held_out.whole,
-        "all experts trained": trained(held_out, adam, everything),
-        "truth": {name: [layer.tolist() for layer in layers] for name, layers in truth.items()},
-        "scores": {name: [layer.tolist() for layer in layers] for name, layers in named.items()},
-        "found": found,
-    }
 
 
 def study(name: str, options: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hfedmoe.method.selection import comparable
 
 TRUTHS = ("kept out", "Adam", "SGD")
 REFERENCE = "ib lam=0.5 beta=0.5"
-WAYS = ("as they are", "comparable", "mostly equal", "equal")
+WAYS = ("together", "comparable", "mostly even", "even")
 
 
 def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
@@ -36,66 +36,74 @@ def correlations(record: dict[str, Any], name: str, truth: str, usual: Callable[
 
 
 def tables(found: dict[str, Any], usual: Callable[[str], str]) -> str:
-    """Markdown."""
+    """Markdown. `usual` says how a method spends a budget over the layers by a score."""
     records = found["records"]
-    names = list(records[0]["scores"])
-    layers = len(records[0]["truth"]["kept out"])
-    lines = [
+    every = _cell([1e3 * record["all experts trained"] for record in records], 2)
+    share = f"{found['options']['share']:.0%}"
+    parts = [
         _heading(found),
-        "",
-        "Rank correlation with what each expert is worth, and what the best quarter costs:",
-        "",
+        "Rank correlation with what each expert is worth:",
+        _correlations(records, usual),
+        f"Loss with the best {share} of the experts over that of the whole model, in nats per token; drop of the loss "
+        f"after one step of the best {share} of each layer, in thousandths (all experts: {every}); and how much better "
+        "than with `ib` each is:",
+        _costs(records),
+        "Layer by layer, correlation with the loss without the expert, and with the gain of one Adam step:",
+        _layer_by_layer(records, usual),
+        "Loss by how the budget is spent, the experts that each layer then has, and what is better in even shares:",
+        _spending(records),
     ]
-    heads = [
-        *TRUTHS,
-        "all: kept out",
-        "all: Adam",
-        "keep",
-        "less than `ib`",
-        "keep, equal",
-        "less than `ib`, equal",
-        "train",
-    ]
-    lines += [f"| score | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
-    for name in [*names, "draws"]:
-        cells = []
-        if name in names:
-            of = {truth: [correlations(record, name, truth, usual) for record in records] for truth in TRUTHS}
-            cells += [_cell([own[layers] for own in of[truth]]) for truth in TRUTHS]
-            cells += [_cell([own[layers + 1] for own in of[truth]]) for truth in ("kept out", "Adam")]
-        else:
-            cells += ["-"] * 5
-        for way in (None, "equal"):
+    return "\n\n".join(parts)
+
+
+def _correlations(records: list[dict[str, Any]], usual: Callable[[str], str]) -> str:
+    rows = {}
+    for name in records[0]["scores"]:
+        of = {truth: [correlations(record, name, truth, usual) for record in records] for truth in TRUTHS}
+        rows[name] = [_cell([own[-2] for own in of[truth]]) for truth in TRUTHS]
+        rows[name] += [_cell([own[-1] for own in of[truth]]) for truth in ("kept out", "Adam")]
+    return _table([*TRUTHS, "all: kept out", "all: Adam"], rows)
+
+
+def _costs(records: list[dict[str, Any]]) -> str:
+    rows: dict[str, list[str]] = {}
+    for name in [*records[0]["scores"], "draws"]:
+        rows[name] = []
+        for way in (None, "even"):
             costs = [_kept(record, name, way) for record in records]
             saved = [_kept(record, REFERENCE, way) - own for record, own in zip(records, costs, strict=True)]
-            cells += [_cell(costs), _cell(saved, sign=True)]
-        cells.append(_cell([1e3 * record["found"][name]["trained"] for record in records], 2))
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    every = _cell([1e3 * record["all experts trained"] for record in records], 2)
-    lines += ["", f"Losses are nats per token, those of training thousandths. All experts trained: {every}.", ""]
-    lines += ["Layer by layer, correlation with the loss without the expert, and with the gain of one Adam step:", ""]
-    columns = [f"{truth} {layer + 1}" for truth in ("kept out", "Adam") for layer in range(layers)]
-    lines += [f"| score | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for name in names:
+            rows[name] += [_cell(costs), _cell(saved, sign=True)]
+        drops = [1e3 * record["found"][name]["trained"] for record in records]
+        more = [drop - 1e3 * record["found"][REFERENCE]["trained"] for record, drop in zip(records, drops, strict=True)]
+        rows[name] += [_cell(drops, 2), _cell(more, 2, sign=True)]
+    return _table(["keep", "better", "keep, even", "better", "train", "better"], rows)
+
+
+def _layer_by_layer(records: list[dict[str, Any]], usual: Callable[[str], str]) -> str:
+    layers, rows = range(len(records[0]["truth"]["kept out"])), {}
+    for name in records[0]["scores"]:
         if not name.startswith("ib") or name == REFERENCE:
             both = [[correlations(r, name, truth, usual) for r in records] for truth in ("kept out", "Adam")]
-            cells = [_cell([own[layer] for own in one]) for one in both for layer in range(layers)]
-            lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Loss with the best quarter by how the budget is spent, and the experts that each layer then has:",
-        "",
-    ]
-    lines += [
-        f"| score | {' | '.join(WAYS)} | {' | '.join(f'{way}, experts' for way in WAYS)} |",
-        f"|---|{'---|' * 2 * len(WAYS)}",
-    ]
-    for name in names:
-        if all(way in records[0]["found"][name]["kept"] for way in WAYS):
-            cells = [_cell([record["found"][name]["kept"][way] for record in records]) for way in WAYS]
-            counts = [_counts([record["found"][name]["experts"][way] for record in records]) for way in WAYS]
-            lines.append(f"| `{name}` | {' | '.join([*cells, *counts])} |")
-    return "\n".join(lines)
+            rows[name] = [_cell([own[layer] for own in one]) for one in both for layer in layers]
+    return _table([f"{truth} {layer + 1}" for truth in ("kept out", "Adam") for layer in layers], rows)
+
+
+def _spending(records: list[dict[str, Any]]) -> str:
+    rows = {}
+    for name in records[0]["scores"]:
+        kept = records[0]["found"][name]["kept"]
+        if all(way in kept for way in WAYS):
+            costs = {way: [_kept(record, name, way) for record in records] for way in WAYS}
+            more = [[one - even for one, even in zip(costs[way], costs["even"], strict=True)] for way in WAYS[:2]]
+            counts = [_counts([record["found"][name]["experts"][way] for record in records]) for way in WAYS[:-1]]
+            rows[name] = [*map(_cell, costs.values()), *counts, *(_cell(own, sign=True) for own in more)]
+    heads = [*WAYS, *(f"{way}, experts" for way in WAYS[:-1]), *(f"even over {way}" for way in WAYS[:2])]
+    return _table(heads, rows)
+
+
+def _table(heads: Sequence[str], rows: dict[str, list[str]]) -> str:
+    lines = [f"| score | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    return "\n".join([*lines, *(f"| `{name}` | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
 def _heading(found: dict[str, Any]) -> str:

@@ -18,16 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.expert_steps import Steps
 from hfedmoe.bases.texts import padded
-from hfedmoe.method.running import RunningScore
-from hfedmoe.method.scores import Evidence
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.routing.tokens import TokenMasks
 
 Layers = list[Tensor]
 """[E] of every layer."""
-Scored = Callable[[Evidence], Tensor]
-"""Evidence of one batch about one layer -> [E]."""
 
 
 class Texts:
@@ -41,7 +37,7 @@ class Texts:
     def __init__(self, model: MoEModel, rows: Sequence[Tensor], batch: int = 32) -> None:
         self.model = model
         ordered = sorted(rows, key=len)
-        self._batches = [_on(model, ordered[start : start + batch]) for start in range(0, len(ordered), batch)]
+        self._batches = [on_device(model, ordered[start : start + batch]) for start in range(0, len(ordered), batch)]
         self.tokens = sum(len(row) - 1 for row in rows)
         # A decoder layer holds the block with the experts.
         self._layers: list[nn.Module] = [model.model.get_submodule(one.name.rpartition(".")[0]) for one in model.layers]
@@ -59,7 +55,7 @@ class Texts:
         for place, (tokens, mask) in enumerate(self._batches):
             below = [] if changed is None else self._kept[place][:changed]
             with _replaced(self._layers[: len(below)], below):
-                total += float(_losses(self.model, tokens, mask).double().sum())
+                total += float(losses(self.model, tokens, mask).double().sum())
         return total / self.tokens
 
 
@@ -76,7 +72,7 @@ def leave_one_out(texts: Texts) -> Layers:
     return _changes(texts, without)
 
 
-def gains(texts: Texts, steps: "Steps") -> Layers:
+def gains(texts: Texts, steps: Steps) -> Layers:
     """The drop of the loss after the step of each expert alone."""
     return [-change for change in _changes(texts, lambda layer, expert: steps.take([(layer, expert)]))]
 
@@ -99,7 +95,7 @@ def kept(texts: Texts, resident: list[Tensor]) -> float:
     return loss - texts.whole
 
 
-def trained(texts: Texts, steps: "Steps", chosen: list[Tensor]) -> float:
+def trained(texts: Texts, steps: Steps, chosen: list[Tensor]) -> float:
     """The drop of the loss after one step of the experts of `chosen` (bool [E] per layer) together."""
     back = steps.take([(layer, e) for layer, keep in enumerate(chosen) for e in keep.nonzero()[:, 0].tolist()])
     loss = texts.loss()
@@ -107,77 +103,16 @@ def trained(texts: Texts, steps: "Steps", chosen: list[Tensor]) -> float:
     return texts.whole - loss
 
 
-def scores(model: MoEModel, rows: Sequence[Tensor], batch: int, scored: dict[str, Scored]) -> dict[str, Layers]:
-    """Scores by name, each the mean over the batches of the client's rows, as `ClientHistory` keeps it.
-
-    The backward passes leave the mean gradient over all batches in the trained tensors.
-    """
-    running = {name: [RunningScore(number) for number in model.num_experts] for name in scored}
-    batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    for parameter in model.parameters():
-        parameter.grad = None
-    for own in batches:
-        tokens, mask = _on(model, own)
-        model.watch(TokenMasks(mask), "activation", "taylor", "ghost")
-        (_losses(model, tokens, mask).mean() / len(batches)).backward()
-        for layer, routing in enumerate(model.routing):
-            assert routing.evidence is not None
-            for name, of in scored.items():
-                running[name][layer].update(of(routing.evidence).cpu())
-    model.watch(None)
-    return {name: [one.value() for one in layers] for name, layers in running.items()}
-
-
-def _on(model: MoEModel, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def on_device(model: MoEModel, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [B, S] of rows, where the model is."""
     tokens, mask = padded(list(rows))
     return tokens.to(model.device), mask.to(model.device)
 
 
-def _losses(model: MoEModel, tokens: Tensor, mask: Tensor) -> Tensor:
+def losses(model: MoEModel, tokens: Tensor, mask: Tensor) -> Tensor:
     """Of every token after the first of its row, [N]."""
     logits = model.model(input_ids=tokens, attention_mask=mask.long()).logits[:, :-1][mask[:, 1:]]
     return torch.nn.functional.cross_entropy(logits.float(), tokens[:, 1:][mask[:, 1:]], reduction="none")
-
-
-class Steps:
-    """One optimizer step of each expert, from the gradients that its trained tensors have now.
-
-    Args:
-        lr: of Adam.
-        sgd: steps of plain gradient descent in place of Adam's. All experts together move as far as with Adam, but
-            those with large gradients further than the others.
-    """
-
-    def __init__(self, model: MoEModel, lr: float, sgd: bool = False) -> None:
-        self._leaves: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for layer, state in enumerate(model.states):
-            assert state.trained is not None
-            for expert in range(state.trained.num_experts):
-                own = [state.trained.leaves[name][expert] for name in state.trained.travelling]
-                self._leaves[layer, expert] = [(leaf, leaf.grad.clone()) for leaf in own if leaf.grad is not None]
-        adam = {place: [(leaf, g / (g.abs() + 1e-8)) for leaf, g in own] for place, own in self._leaves.items()}
-        if not sgd:
-            self._leaves, self.lr = adam, lr
-        else:
-            self.lr = lr * float(_length(adam) / _length(self._leaves))
-
-    @torch.no_grad()
-    def take(self, places: Sequence[tuple[int, int]]) -> Callable[[], None]:
-        """Take the steps of some (layer, expert); returns what undoes them, bit for bit."""
-        moved = [(leaf, leaf.clone(), g) for place in places for leaf, g in self._leaves[place]]
-        for leaf, _, g in moved:
-            leaf.sub_(self.lr * g)
-
-        def back() -> None:
-            with torch.no_grad():
-                for leaf, before, _ in moved:
-                    leaf.copy_(before)
-
-        return back
-
-
-def _length(leaves: dict[tuple[int, int], list[tuple[Tensor, Tensor]]]) -> Tensor:
-    return torch.stack([g.norm() for own in leaves.values() for _, g in own]).norm()
 
 
 @contextmanager

@@ -5,9 +5,11 @@ from functools import partial
 import pytest
 import torch
 from benchmarks.expert_clients import BLOCK, clients_of
-from benchmarks.expert_scores import ALL, SPENDS, main, measure
+from benchmarks.expert_scores import main
+from benchmarks.expert_steps import Steps
+from benchmarks.expert_study import ALL, SPENDS, measure, scores
 from benchmarks.expert_tables import correlations, rank_correlation, tables
-from benchmarks.expert_worth import Steps, Texts, gains, kept, leave_one_out, scores, trained
+from benchmarks.expert_worth import Texts, gains, kept, leave_one_out, trained
 from torch import Tensor
 
 from hfedmoe.bases.texts import Piece
@@ -155,7 +157,7 @@ def test_ranks_and_budgets_worked_by_hand() -> None:
     layers = [torch.tensor([9.0, 8.0, 7.0, 6.0]), torch.tensor([4.0, 1.0, 0.0, 0.0])]
     counts = {way: [int(keep.sum()) for keep in spend(layers, 4, 1)] for way, spend in SPENDS.items()}
     # Over means: 1.2, 1.07, 0.93, 0.8 and 3.2, 0.8, 0, 0
-    assert counts == {"as they are": [3, 1], "comparable": [3, 1], "mostly equal": [3, 1], "equal": [2, 2]}
+    assert counts == {"together": [3, 1], "comparable": [3, 1], "mostly even": [3, 1], "even": [2, 2]}
     record = {
         "scores": {"taylor": [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]},
         "truth": {"kept out": [[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]},
@@ -196,16 +198,16 @@ def test_the_table_names_every_score_and_orders_the_extremes() -> None:
     ]
     for record in records:
         assert record["all experts trained"] != 0
-        assert record["found"]["truth"]["experts"]["equal"] == [4, 4]
+        assert record["found"]["truth"]["experts"]["even"] == [4, 4]
     found = {
         "machine": {"processor": "some", "torch_threads": 1, "torch": "2"},
         "model": "tiny",
         "digest": "0" * 32,
         "seconds": 1.0,
-        "options": {"clients": 2, "seeds": 1, "alpha": None, "own": 9, "held_out": 6},
+        "options": {"clients": 2, "seeds": 1, "alpha": None, "own": 9, "held_out": 6, "share": 0.5},
         "records": records,
     }
-    text = tables(found, lambda name: "as they are")
+    text = tables(found, lambda name: "together")
     for name in [*ALL, "own truth", "draws"]:
         assert f"| `{name}` |" in text
     assert "| `truth` | 1.000 ± 0.000 |" in text
