@@ -233,3 +233,24 @@ def test_the_list_of_methods(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n{name}  ({row.source}" in f"\n{listed}"
         assert facts[name]["options"].keys() == {option.name for option in row.options}
     assert max(map(len, listed.splitlines())) <= 120
+
+
+def test_a_method_corrects_the_loss_for_label_frequencies_where_labels_can_be_told_apart() -> None:
+    plus = (*QUICK, *BATCH_OF_ONE, "method.name=hfedmoe+")
+
+    def trained(*overrides: str) -> dict[str, Tensor]:
+        run = Federation(None, tiny_config(*plus, *overrides))
+        run.run()
+        return run.server.tensors
+
+    def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+    own, off = trained(), trained("method.options.label_correction=0")
+    assert not same(own, off)
+    assert same(own, trained("train.logit_adjustment=1.0", "method.options.label_correction=0"))
+    half = "train.logit_adjustment=0.5"  # the setting replaces the method's own strength
+    assert same(trained(half), trained(half, "method.options.label_correction=0"))
+    # Two labels that begin with the same token: whole labels are trained, and nothing is corrected.
+    alike = 'data.label_words={ acq = "crude oil", crude = "crude" }'
+    assert same(trained(alike), trained(alike, "method.options.label_correction=0"))

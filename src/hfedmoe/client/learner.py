@@ -39,6 +39,13 @@ class Learner:
         return METHODS[self.config.method.name]
 
     @property
+    def logit_adjustment(self) -> float:
+        """Strength of the correction for label frequencies: the setting, else the method's own where it can apply."""
+        if self.train.logit_adjustment or self.method.label_correction is None or not self.encoder.first_token_only:
+            return self.train.logit_adjustment
+        return self.method.label_correction(self.settings)
+
+    @property
     def seed(self) -> int:
         """The run's seed."""
         return self.config.seed

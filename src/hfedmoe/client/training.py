@@ -150,7 +150,7 @@ class _Loss:
 
     def __init__(self, learner: Learner, parameters: list[Tensor]) -> None:
         self._learner, self._parameters = learner, parameters
-        self._adjustment = label_adjustment(learner.examples, learner.train.logit_adjustment)
+        self._adjustment = label_adjustment(learner.examples, learner.logit_adjustment)
         self._start = [parameter.detach().clone() for parameter in parameters if learner.method.local_term is not None]
 
     def answers(self, logits: Tensor, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""HFedMoE+: the paper's sub-models, but chosen by the server for all clients together.
+"""HFedMoE+: sub-models that the server chooses for all clients together, and a loss that knows of skewed labels.
 
 Each client alone would hold the experts of its own most tokens, and experts that are second best everywhere would never
 be trained. The server knows all clients' routing, so it chooses
@@ -9,6 +9,10 @@ where share_c(e) is the share of the layer's tokens that client c routes to expe
 as possible meet their experts on the device where they are. Every expert is held by `cover` clients at least, if
 budgets allow, and every layer of a client gets its even share of the budget, because shares of tokens say nothing about
 layers.
+
+A client whose rows have few labels would teach the shared model that there are no others. So the loss of classification
+adds the logarithm of the client's own label frequencies to the logits (logit adjustment, Menon et al., 2021; among
+clients, FedLC, Zhang et al., 2022): the model learns what distinguishes labels, not how often the client has them.
 """
 
 from math import floor
@@ -24,6 +28,7 @@ from hfedmoe.method.row import Method, Option, Residents, Settings, Wish
 from hfedmoe.method.selection import activation, even_shares
 
 COVER = Option("cover", 1.0, "clients that hold an expert at least, as far as budgets allow")
+CORRECTION = Option("label_correction", 1.0, "strength of the correction for a client's label frequencies")
 
 
 def assign(wishes: list[Wish], held: Tensor, settings: Settings) -> list[Residents]:
@@ -47,7 +52,7 @@ def _shares(scores: Tensor) -> Tensor:
 
 HFEDMOE_PLUS = Method(
     holds="what the server gives it: its own most used experts, so that all clients together hold every expert",
-    trains=HFEDMOE.trains,
+    trains=HFEDMOE.trains + ", with a loss that is corrected for its label frequencies",
     travels="what it trained, and how often its tokens use every expert",
     server="assigns by a linear programme; " + HFEDMOE.server,
     source="-",
@@ -55,9 +60,10 @@ HFEDMOE_PLUS = Method(
     hold=hold_most_used,
     train=activation,
     score=lambda settings: "frequency",
+    label_correction=CORRECTION.of,
     assign=assign,
     expert_weight=HFEDMOE.expert_weight,
     gate_weight=HFEDMOE.gate_weight,
     gate_rows=HFEDMOE.gate_rows,
-    options=(COVER,),
+    options=(COVER, CORRECTION),
 )

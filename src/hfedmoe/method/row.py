@@ -126,6 +126,9 @@ class Method:
     routing_term: Callable[[Sequence[Tensor], Sequence[Tensor], Settings], Tensor] | None = None
     """Added to the local loss: (mean routing probabilities of the batch [E] per layer, with gradient; the federation's
     usage [E] per layer, settings) -> scalar."""
+    label_correction: Callable[[Settings], float] | None = None
+    """Strength with which the local loss is corrected for the client's label frequencies, as `train.logit_adjustment`,
+    which replaces it where it is set. It applies where labels differ in their first token."""
     combine: Callable[[Tensor, Tensor, Settings], Tensor] | None = None
     """Makes one update of an expert from all of a round at once: (changes [C, N], weights [C], settings) -> change [N].
     Without it copies are averaged by weight, one client at a time."""
