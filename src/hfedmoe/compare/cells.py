@@ -4,13 +4,14 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import replacing
 
 FORMAT = 1
+Kind = TypeVar("Kind", "Round", "Result")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Round:
     """Of all clients in this round, estimated (`worker.flops_of`)."""
     clients: int = 0
     """That gave a valid update."""
+    watch_accuracy: float | None = None
+    """On the validation rows (`evaluation.watch_rows`), which are no test rows; likewise the next two."""
+    watch_macro_f1: float | None = None
+    watch_loss: float | None = None
+
+
+def _of(kind: type[Kind], tree: dict[str, Any]) -> Kind:
+    """Fields that a file lacks have their default; those of a later version are ignored."""
+    return kind(**{entry.name: tree[entry.name] for entry in fields(kind) if entry.name in tree})
 
 
 @dataclass
@@ -73,6 +83,15 @@ class Result:
     """Predicted peak of each client's sub-model in the last round; 0 for a client that was left out."""
     personal: bool = False
     """Whether clients keep models of their own; then the accuracies are means over the clients' models."""
+    test_rows: int = 0
+    """Rows of the accuracies; 0: not noted, as in the next fields."""
+    watch_rows: int = 0
+    layer_experts: list[int] = field(default_factory=list)
+    """E_l of every layer."""
+    held: list[list[int]] = field(default_factory=list)
+    """Of each client: in how many rounds it held each expert, [sum E_l], layer after layer."""
+    trained: list[list[int]] = field(default_factory=list)
+    """Likewise: in how many rounds it trained each expert."""
     format: int = FORMAT
 
     def write(self, path: Path) -> None:
@@ -87,8 +106,8 @@ class Result:
             tree = json.loads(path.read_text(encoding="utf-8"))
             if tree["format"] != FORMAT:
                 raise ValueError(f"format {tree['format']}")
-            rounds = [Round(**line) for line in tree.pop("rounds")]
-            return cls(**{entry.name: tree[entry.name] for entry in fields(cls) if entry.name in tree}, rounds=rounds)
+            rounds = [_of(Round, line) for line in tree["rounds"]]
+            return _of(cls, tree | {"rounds": rounds})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path}: is not the result of a cell ({error}); delete it, and it is computed again"
