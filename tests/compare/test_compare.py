@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from hfedmoe.compare.cells import Result
-from hfedmoe.compare.comparing import compare
+from hfedmoe.compare.comparing import Comparison, compare
 from hfedmoe.compare.computing import cells_of
+from hfedmoe.compare.grid import Point
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent
@@ -15,6 +16,8 @@ from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import run
 from tests.federation import tiny_config
 
+_BITS = {"held": "resident", "trained": "trained"}
+"""Names of the counts in the run folder."""
 QUICK = ("federation.rounds=2", "train.steps=1")
 
 
@@ -26,7 +29,7 @@ def settings() -> RunConfig:
 @pytest.fixture(scope="module")
 def folder(settings: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("comparison") / "out"
-    compare(settings, "hfedmoe,local", "0-1", out, 2, None)
+    compare([Point(settings)], Comparison("hfedmoe,local", "0-1", out, 2))
     return out
 
 
@@ -41,6 +44,14 @@ def test_a_cell_is_the_run_with_that_method_and_seed(folder: Path, settings: Run
     assert [line.clients for line in found.rounds] == [0, 4, 4]
     assert sum(found.client_rows) == 160
     assert len(found.client_accuracy) == 4
+    watched = [line["evaluation"].get("watch", {}).get("accuracy") for line in lines]
+    assert [line.watch_accuracy for line in found.rounds] == watched
+    assert (found.test_rows, found.watch_rows) == (30, 6)
+    rows = RunFolder.open(tmp_path / "run").read_expert_rows()
+    assert rows is not None
+    for kind in ("held", "trained"):
+        counts = [sum(row[_BITS[kind]].reshape(-1).astype(int) for row in rows if row["client"] == c) for c in range(4)]
+        assert getattr(found, kind) == [own.tolist() for own in counts]
     assert found.machine["threads"] == 1
     assert found.peak_bytes > 1 << 27
     # Four layers, top-2: each token counts 8 pairs of an expert with 64 x 96 x 3 weights.
@@ -64,7 +75,7 @@ def test_what_is_computed_is_kept_and_what_is_missing_is_computed(folder: Path, 
     gone = next(path for path in before if path.name.startswith("local-seed0"))
     content = Result.read(gone)
     gone.unlink()
-    text = compare(settings, "hfedmoe,local", "0-1", folder, 1, 0.5)
+    text = compare([Point(settings)], Comparison("hfedmoe,local", "0-1", folder, 1, 0.5))
     after = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     assert {path for path in after if after[path] != before[path]} == {gone}
     again = Result.read(gone)
@@ -72,9 +83,8 @@ def test_what_is_computed_is_kept_and_what_is_missing_is_computed(folder: Path, 
     assert "| `local` |" in text
     assert "Target accuracy: 50.0%" in text
     assert (folder / "table.md").read_text(encoding="utf-8") in text
-    assert {path.name for path in folder.glob("*.svg")} == {
-        f"accuracy-over-{x}.svg" for x in ("rounds", "bytes", "flops")
-    }
+    figures = {*(f"accuracy-over-{x}.svg" for x in ("rounds", "bytes", "flops")), "experts.svg"}
+    assert {path.name for path in folder.glob("*.svg")} == figures
 
 
 def test_another_setting_is_another_cell(settings: RunConfig) -> None:
@@ -92,13 +102,13 @@ def test_another_setting_is_another_cell(settings: RunConfig) -> None:
 
 def test_bad_requests_are_one_line(folder: Path, settings: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fedsgd is no method; `hfedmoe methods`"):
-        compare(settings, "hfedmoe,fedsgd", "0", tmp_path, 1, None)
+        compare([Point(settings)], Comparison("hfedmoe,fedsgd", "0", tmp_path, 1))
     for seeds in ("", "a", "3-1", "1-"):
         with pytest.raises(UserError, match=r"--seeds .*: expected numbers"):
-            compare(settings, "hfedmoe", seeds, tmp_path, 1, None)
+            compare([Point(settings)], Comparison("hfedmoe", seeds, tmp_path, 1))
     broken = tiny_config(*QUICK, "train.lr=1e30")
     with pytest.raises(UserError, match=r"hfedmoe with seed 0: .*; the cells that are done are kept in"):
-        compare(broken, "hfedmoe", "0", tmp_path, 1, None)
+        compare([Point(broken)], Comparison("hfedmoe", "0", tmp_path, 1))
     path = next((folder / "cells").iterdir())
     tree = json.loads(path.read_text())
     for damaged in ("{", json.dumps(tree | {"format": 99}), "[]"):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ class Cell:
     seed: int
     config: RunConfig
     """With this method and seed."""
+    label: str = ""
+    """What else tells it from other cells, for people (`grid.Point.label`)."""
 
     @property
     def digest(self) -> str:
@@ -93,6 +95,21 @@ class Result:
     trained: list[list[int]] = field(default_factory=list)
     """Likewise: in how many rounds it trained each expert."""
     format: int = FORMAT
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """Code and machine. Two results of the same origin differ in nothing but their cell."""
+        return self.code, json.dumps(self.machine, sort_keys=True)
+
+    def on_validation(self) -> "Result | None":
+        """With the figures on the validation rows in place of those on the test rows; None if there are none."""
+        if all(line.watch_accuracy is None for line in self.rounds):
+            return None
+        rounds = [
+            replace(line, accuracy=line.watch_accuracy, macro_f1=line.watch_macro_f1, loss=line.watch_loss)
+            for line in self.rounds
+        ]
+        return replace(self, rounds=rounds, client_accuracy=[])
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
