@@ -1,18 +1,22 @@
 """Cells in processes of their own, kept and not computed twice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hfedmoe.cli import main
 from hfedmoe.compare.cells import Result
 from hfedmoe.compare.comparing import Comparison, compare
 from hfedmoe.compare.computing import cells_of
 from hfedmoe.compare.grid import Point
+from hfedmoe.compare.stored import Stored
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent
 from hfedmoe.runs.folder import RunFolder
+from hfedmoe.runs.settings import config_toml
 from hfedmoe.simulation import run
 from tests.federation import tiny_config
 
@@ -60,6 +64,23 @@ def test_a_cell_is_the_run_with_that_method_and_seed(folder: Path, settings: Run
     assert experts < found.rounds[1].flops < 6 * experts
 
 
+def test_a_cell_answers_for_later_versions_with_the_same_settings(folder: Path, settings: RunConfig) -> None:
+    (cell,) = cells_of(settings, ["hfedmoe"], [1])
+    found = Result.read(folder / "cells" / cell.file)
+
+    def answers(train: dict[str, object]) -> bool:
+        stored = Stored()
+        stored.add(replace(found, config=found.config | {"train": train}))
+        return bool(stored.of(cell))
+
+    train = found.config["train"]
+    assert answers(train)
+    assert not answers(train | {"rank": cell.config.train.rank + 1})  # as after a change of the default
+    # As from a version that did not have the setting, and from one that had another, at its default.
+    assert answers({key: value for key, value in train.items() if key != "gradient_checkpointing"})
+    assert answers(train | {"gone": 1})
+
+
 def test_clients_with_models_of_their_own_are_measured_one_by_one(folder: Path) -> None:
     found = [Result.read(path) for path in sorted((folder / "cells").glob("local-*"))]
     assert len(found) == 2
@@ -85,6 +106,49 @@ def test_what_is_computed_is_kept_and_what_is_missing_is_computed(folder: Path, 
     assert (folder / "table.md").read_text(encoding="utf-8") in text
     figures = {*(f"accuracy-over-{x}.svg" for x in ("rounds", "bytes", "flops")), "experts.svg"}
     assert {path.name for path in folder.glob("*.svg")} == figures
+
+
+def test_tables_of_stored_cells_need_no_computing(
+    folder: Path, settings: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, other, out = tmp_path / "my.toml", tmp_path / "other machine", tmp_path / "out"
+    config.write_text(config_toml(settings), encoding="utf-8")
+    other.mkdir()
+    for path in (folder / "cells").glob("hfedmoe-*"):
+        found = Result.read(path)
+        changed = found.config | {"train": found.config["train"] | {"lr": 0.5}}
+        replace(found, config=changed, machine=found.machine | {"processor": "abacus"}).write(other / path.name)
+    request = ["compare", str(config), "--methods", "hfedmoe,local", "--seeds", "0-1", "--out", str(out)]
+    request += ["--only-stored", "--from", str(folder), "--from", str(other)]
+    with pytest.raises(SystemExit, match="0"):
+        main([*request, "--vary", f"train.lr=0.5|{settings.train.lr}", "--on", "validation"])
+    text = capsys.readouterr().out
+    assert "Accuracies are on the 6 validation rows" in text
+    first, second = text.split("## train.lr = ")[1:]
+    assert "Without stored figures: local 0, local 1." in first
+    assert "Without stored" not in second
+    assert "abacus, 1 thread(s)" in text
+    assert {path.name for path in out.glob("*.svg")} == {
+        *(f"accuracy-over-{x}.svg" for x in ("rounds", "bytes", "flops")),
+        *("accuracy-against-train-lr.svg", "experts-1.svg", "experts-2.svg"),
+    }
+    assert not list((out / "cells").iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        main([*request, "--set", "train.lr=0.25"])
+    assert "error: --only-stored: none of the cells is stored in" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--from nowhere: no such folder"):
+        compare([Point(settings)], Comparison("hfedmoe", "0", out, sources=[Path("nowhere")], only_stored=True))
+
+
+def test_settings_are_not_chosen_on_figures_that_a_cell_lacks(
+    folder: Path, settings: RunConfig, tmp_path: Path
+) -> None:
+    (cell,) = cells_of(settings, ["local"], [0])
+    found = Result.read(folder / "cells" / cell.file)
+    (tmp_path / "cells").mkdir()
+    replace(found, watch_rows=0).write(tmp_path / "cells" / cell.file)  # as from a version that measured another model
+    with pytest.raises(UserError, match=r"--on validation: local 0: no figures on validation rows"):
+        compare([Point(settings)], Comparison("local", "0", tmp_path, on="validation"))
 
 
 def test_another_setting_is_another_cell(settings: RunConfig) -> None:

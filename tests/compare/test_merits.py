@@ -8,7 +8,7 @@ import pytest
 from hfedmoe.compare.cells import Result, Round
 from hfedmoe.compare.figures import curve
 from hfedmoe.compare.grid import Point
-from hfedmoe.compare.merits import COLUMNS, compared, corrected, holm, interval, until
+from hfedmoe.compare.merits import COLUMNS, compared, holm, interval, until
 from hfedmoe.compare.stored import Block
 from hfedmoe.compare.summary import as_csv, as_markdown, target_of
 from hfedmoe.config import RunConfig
@@ -89,14 +89,6 @@ def test_methods_are_compared_on_the_seeds_that_both_have() -> None:
     assert len(as_csv([block], [0.5]).splitlines()) == 1 + 7 * len(COLUMNS)
 
 
-def test_the_correction_counts_the_tests_of_all_points() -> None:
-    ours = [result("ours", seed, [0.1, 0.5 + seed / 10]) for seed in (0, 1, 2)]
-    theirs = [result("theirs", seed, [0.1, 0.4 + seed / 10 + seed / 100]) for seed in (0, 1, 2)]
-    one = compared([*ours, *theirs], "ours")
-    pair = corrected([one, one])
-    assert [found.p for group in pair for found in group] == pytest.approx([2 * 0.0040925] * 2, rel=1e-3)
-
-
 def test_pairs_are_of_one_machine_where_there_are_such() -> None:
     here, there = {"processor": "abacus", "threads": 1}, {"processor": "slide rule", "threads": 1}
     ours = [replace(result("ours", 0, [0.1, accuracy]), machine=m) for accuracy, m in ((0.5, here), (0.6, there))]
@@ -107,8 +99,13 @@ def test_pairs_are_of_one_machine_where_there_are_such() -> None:
     assert found.difference.mean == pytest.approx(0.15)
     assert (found.difference.number, found.mixed) == (2, 1)
     text = as_markdown([Block(Point(RunConfig()), [*ours, *theirs])], "ours", [0.5])
-    assert "| 2 (1 of different machines or code) |" in text
+    assert "| 2 (1 of another machine, code or base) |" in text
     assert "abacus, 1 thread(s); slide rule, 1 thread(s)." in text
+    assert "Base models of one name differ" not in text
+    for one, digest in zip(theirs, ("0123456789abcdef", "fedcba9876543210"), strict=True):
+        one.base = digest
+    text = as_markdown([Block(Point(RunConfig()), [*ours, *theirs])], "ours", [0.5])
+    assert "**Base models of one name differ**: 0123456789ab, fedcba987654." in text
 
 
 def test_a_curve_has_the_points_that_all_seeds_measured() -> None:

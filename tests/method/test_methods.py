@@ -40,6 +40,24 @@ def test_sums_that_grow_with_depth_do_not_decide_between_layers() -> None:
     assert [int(layer.sum()) for layer in shared] == [2, 2]
 
 
+@pytest.mark.parametrize("score", ["ib", "importance", "frequency", "activation", "reap", "taylor", "ghost", "random"])
+def test_no_score_decides_between_layers_that_share_a_budget_evenly(score: str) -> None:
+    """Neither a layer's scale nor how uneven its scores are decides."""
+    for layers in ([[0.97, 0.01, 0.01, 0.01], [0.3, 0.2, 0.3, 0.2]], [[1e-6, 3e-6, 2e-6, 0.0], [8e3, 3e3, 4e3, 7e3]]):
+        contribution = [torch.tensor(layer) for layer in layers]
+        held = METHODS["hfedmoe"].hold(outlook(4, contribution), MethodConfig(score=score, layers="even"))
+        assert [int(layer.sum()) for layer in held] == [2, 2]
+        if score != "random":
+            for kept, values in zip(held, contribution, strict=True):
+                assert values[kept].min() >= values[~kept].max()
+    odd = METHODS["hfedmoe"].hold(outlook(5, [torch.arange(4.0), torch.tensor([0.0, 1.0, 8.0, 9.0])]), _even("taylor"))
+    assert [int(layer.sum()) for layer in odd] == [3, 2]  # over means: 1 / 1.5 is more than 1 / 4.5
+
+
+def _even(score: str) -> MethodConfig:
+    return MethodConfig(score=score, layers="even")
+
+
 def test_fedavg_holds_everything_or_takes_no_part() -> None:
     method = METHODS["fedavg"]
     assert all(bool(layer.all()) for layer in method.hold(outlook(8), MethodConfig()))
@@ -67,7 +85,7 @@ def test_fedavg_holds_everything_or_takes_no_part() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_row_says_what_it_is(name: str) -> None:
     row = METHODS[name]
-    assert "arXiv " in row.source or row.status == "bound"
+    assert "arXiv " in row.source or row.status in ("bound", "own")
     assert row.holds
     assert row.trains
     assert row.travels

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hfedmoe.method import selection
-from hfedmoe.method.selection import activation, comparable
+from hfedmoe.method.selection import activation, comparable, even_shares
 
 SCORES = torch.tensor([[0.9, 0.1, 0.5], [0.4, 0.3, 0.2]])
 
@@ -14,7 +14,7 @@ def bits(*rows: str) -> Tensor:
     return torch.tensor([[mark == "x" for mark in row] for row in rows])
 
 
-def select(scores: Tensor | list[Tensor], budget: int, at_least: int = 0) -> Tensor | list[Tensor]:
+def select(scores: Tensor | list[Tensor], budget: int, at_least: int | list[int] = 0) -> Tensor | list[Tensor]:
     """As one tensor where the layers are alike."""
     chosen = selection.select(list(scores), budget, at_least)
     return torch.stack(chosen) if isinstance(scores, Tensor) else chosen
@@ -77,6 +77,38 @@ def test_scores_that_grow_with_the_layer_are_compared_by_their_share_of_it():
     signed, zeros = comparable([torch.tensor([-1.0, 3.0]), torch.zeros(2)])  # signs and a silent layer stay
     assert signed.tolist() == [-0.5, 1.5]
     assert zeros.tolist() == [0.0, 0.0]
+
+
+def test_every_layer_gets_the_same_share_of_its_experts():
+    assert even_shares([16, 16, 16, 16], 16, 2) == [4, 4, 4, 4]
+    assert even_shares([16, 16, 16, 16], 18, 2) == [4, 4, 4, 4]  # rounded down: the other two are for the best scores
+    assert even_shares([8, 32], 10, 2) == [2, 8]
+    assert even_shares([4, 28], 5, 2) == [2, 3]  # 0.6 and 4.4: the small layer's minimum is taken from the large one
+    assert even_shares([4, 4], 20, 2) == [4, 4]
+    with pytest.raises(ValueError, match="budget=3 is too small for 2 experts in each of 2 layers"):
+        even_shares([4, 4], 3, 2)
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=6), st.integers(0, 200), st.integers(0, 2))
+@settings(max_examples=80, deadline=None)
+def test_even_shares_keep_to_the_budget_and_leave_less_than_one_expert_per_layer(
+    numbers: list[int], budget: int, least: int
+):
+    budget = max(budget, least * len(numbers))
+    shares = even_shares(numbers, budget, least)
+    assert all(least <= share <= number for share, number in zip(shares, numbers, strict=True))
+    left = min(budget, sum(numbers)) - sum(shares)
+    assert 0 <= left < len(numbers) or left == 0
+
+
+def test_layers_may_have_minimums_of_their_own():
+    assert [layer.sum().item() for layer in select(list(SCORES), 3, at_least=[0, 2])] == [1, 2]
+    with pytest.raises(ValueError, match="it must be at least 4"):
+        select(list(SCORES), 3, at_least=[1, 3])
+    with pytest.raises(ValueError, match="layer 1 has 3 experts but must get at least 4"):
+        select(list(SCORES), 6, at_least=[1, 4])
+    with pytest.raises(ValueError, match="1 numbers for 2 layers"):
+        select(list(SCORES), 3, at_least=[1])
 
 
 def test_negative_and_infinite_contributions_still_fill_the_budget():

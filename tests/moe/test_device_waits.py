@@ -33,7 +33,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("score", [None, "taylor"])
+@pytest.mark.parametrize("score", [None, "taylor", "ghost"])
 @pytest.mark.parametrize("residency", ["all", "masked", "budget"])
 def test_the_host_waits_once_per_layer(residency: str, score: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hfedmoe.method.scores import score
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.routing.tokens import TokenMasks
 from tests.families.table import build, inputs
@@ -67,14 +68,19 @@ def test_activation_is_the_gate_times_the_norm_of_what_ran(limited: bool) -> Non
         model.model(**x)
         (hidden, index, weights), keep = seen[0], x["attention_mask"].reshape(-1)
         up, down = (routing.state.tensors()[name] for name in ("up", "down"))
-        expected = torch.zeros(len(up))
+        expected, squares, number = torch.zeros(3, len(up))
         for token, slot in torch.cartesian_prod(torch.arange(len(hidden)), torch.arange(index.shape[1])).tolist():
             expert = int(index[token, slot])
             out = down[expert] @ gate((up[expert] @ hidden[token])[None])[0]
             expected[expert] += keep[token] * weights[token, slot] * out.norm()
+            squares[expert] += (keep[token] * weights[token, slot] * out.norm()) ** 2
+            number[expert] += keep[token]
     if limited:
-        expected[3:] = math.nan
+        expected[3:] = squares[3:] = math.nan
     assert routing.evidence is not None
+    torch.testing.assert_close(routing.evidence.squares, squares, equal_nan=True, atol=1e-4, rtol=1e-4)
+    assert torch.equal(routing.evidence.processed, number)
+    torch.testing.assert_close(score("reap", routing.evidence), expected / number, equal_nan=True, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(routing.evidence.activation, expected, equal_nan=True, atol=1e-4, rtol=1e-4)
 
 

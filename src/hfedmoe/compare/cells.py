@@ -12,6 +12,8 @@ from hfedmoe.files.disk import replacing
 
 FORMAT = 1
 Kind = TypeVar("Kind", "Round", "Result")
+UNIMPORTANT = {"name", "keep_checkpoints"}
+"""Settings that do not change a result."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,11 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Of everything in the configuration that decides the result."""
-        tree = self.config.model_dump(mode="json", exclude={"name", "keep_checkpoints"})
+        """Of everything in the configuration that decides the result.
+
+        Settings at their defaults are left out, so that a cell keeps its name when a later version has more settings.
+        """
+        tree = self.config.model_dump(mode="json", exclude_defaults=True, exclude=UNIMPORTANT)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -94,17 +99,21 @@ class Result:
     """Of each client: in how many rounds it held each expert, [sum E_l], layer after layer."""
     trained: list[list[int]] = field(default_factory=list)
     """Likewise: in how many rounds it trained each expert."""
+    base: str = ""
+    """Digest of the base model."""
     format: int = FORMAT
 
     @property
-    def origin(self) -> tuple[str, str]:
-        """Code and machine. Two results of the same origin differ in nothing but their cell."""
-        return self.code, json.dumps(self.machine, sort_keys=True)
+    def origin(self) -> tuple[str, str, str]:
+        """Code, machine and base model. Two results of the same origin differ in nothing but their cell."""
+        return self.code, json.dumps(self.machine, sort_keys=True), self.base
 
     def on_validation(self) -> "Result | None":
         """With the figures on the validation rows in place of those on the test rows; None if there are none."""
         if all(line.watch_accuracy is None for line in self.rounds):
             return None
+        if self.personal and not self.watch_rows:
+            return None  # of an earlier version, which measured a model that nobody has
         rounds = [
             replace(line, accuracy=line.watch_accuracy, macro_f1=line.watch_macro_f1, loss=line.watch_loss)
             for line in self.rounds

@@ -81,15 +81,15 @@ class Comparison:
     difference: Interval
     """Of the final accuracies: method minus reference."""
     p: float | None
-    """Two-sided paired t test; None: fewer than two seeds, or no spread."""
+    """Two-sided paired t test, corrected for the number of methods (Holm); None: fewer than two seeds, or no spread."""
     mixed: int = 0
-    """Pairs whose two results are of different machines or different code."""
+    """Pairs whose two results are of different machines, code or base models."""
 
 
 def compared(results: Sequence[Result], reference: str) -> list[Comparison]:
-    """Every other method against the reference, seed by seed; p is not corrected yet (`corrected`).
+    """Every other method against the reference, seed by seed.
 
-    Where a method and seed have several results, a pair is made of the first two with the same code and machine, or,
+    Where a method and seed have several results, a pair is made of the first two of one origin (`Result.origin`), or,
     where there are none, of the first of each.
     """
     known: dict[str, dict[int, list[Result]]] = {}
@@ -105,18 +105,12 @@ def compared(results: Sequence[Result], reference: str) -> list[Comparison]:
         if spread is not None:
             mixed = sum(one.origin != other.origin for one, other in pairs)
             found.append(Comparison(name, spread, _paired_p(differences), mixed))
-    return found
+    return [replace(one, p=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]
 
 
 def _pair(own: list[Result], base: list[Result]) -> tuple[Result, Result]:
     both = ((one, other) for one in own for other in base if one.origin == other.origin)
     return next(both, (own[0], base[0]))
-
-
-def corrected(groups: Sequence[Sequence[Comparison]]) -> list[list[Comparison]]:
-    """The same with p values corrected for the number of all of them (Holm)."""
-    left = iter(holm([one.p for group in groups for one in group]))
-    return [[replace(one, p=next(left)) for one in group] for group in groups]
 
 
 def _paired_p(differences: list[float]) -> float | None:

@@ -15,7 +15,7 @@ CELLS = "cells"
 
 
 class Stored:
-    """Results by cell. A cell may have several, of other machines or other code; of the same, the first one counts."""
+    """Results by cell: of one, several of other machines, code or base models; of the same origin, the first counts."""
 
     def __init__(self) -> None:
         self._found: dict[str, list[Result]] = {}
@@ -45,13 +45,14 @@ class Stored:
 
 
 def _file_of(result: Result) -> str:
-    """The name of the file today: settings that are newer than the result have their defaults, and change the digest.
+    """The name that the file would have today: settings that are newer than the result have their defaults.
 
-    Today's configuration may also lack a setting; then no cell that can be asked for has this name.
+    A default that has changed since then is another setting, and so another cell. A setting that is gone was either at
+    its default, which the name does not tell, or makes a name that no cell has today.
     """
     try:
         config = config_from_tree(result.config, result.method)
-    except UserError:
+    except UserError:  # a setting is gone
         return f"{result.method}-seed{result.seed}-{result.digest}.json"
     return Cell(result.method, result.seed, config).file
 
@@ -64,7 +65,7 @@ class Block:
     results: list[Result]
     """One for each method and seed, method after method."""
     others: list[Result] = field(default_factory=list)
-    """More results of the same cells, of other machines or other code."""
+    """More results of the same cells, of another machine, code or base model."""
     missing: list[str] = field(default_factory=list)
     """Cells without a result."""
 

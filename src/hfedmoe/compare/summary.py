@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from hfedmoe.compare.cells import Result
-from hfedmoe.compare.merits import COLUMNS, Comparison, Interval, compared, corrected, final, interval
+from hfedmoe.compare.merits import COLUMNS, Comparison, Interval, compared, final, interval
 from hfedmoe.compare.stored import Block
 
 PERCENT = {"accuracy", "best accuracy", "macro-F1", "worst client", "median client", "best client"}
@@ -43,15 +43,17 @@ def as_markdown(blocks: Sequence[Block], reference: str, targets: Sequence[float
         targets: the target accuracy of each block.
         on: "test" or "validation": the rows of the results' accuracies.
     """
-    groups = corrected([compared([*block.results, *block.others], reference) for block in blocks])
-    tests = sum(one.p is not None for group in groups for one in group)
     lines = [f"Accuracies are on {_rows(blocks, on)}. {NOTES}", ""]
-    for block, target, group in zip(blocks, targets, groups, strict=True):
+    for block, target in zip(blocks, targets, strict=True):
+        tests = compared([*block.results, *block.others], reference)
         lines += [f"## {block.point.label}", ""] if block.point.label else []
-        lines += [*_table(block, target), "", *_tests(group, reference, tests), ""]
+        lines += [*_table(block, target), "", *_tests(tests, reference), ""]
     results = [result for block in blocks for result in [*block.results, *block.others]]
     versions = sorted({result.code for result in results})
     machines = sorted({f"{result.machine['processor']}, {result.machine['threads']} thread(s)" for result in results})
+    bases = sorted({(str(result.config.get("model")), result.base) for result in results if result.base})
+    if len(bases) > len({name for name, _ in bases}):
+        lines += [f"**Base models of one name differ**: {', '.join(digest[:12] for _, digest in bases)}.", ""]
     return "\n".join([*lines, f"hfedmoe {', '.join(versions)}; {'; '.join(machines)}."]) + "\n"
 
 
@@ -74,14 +76,15 @@ def _table(block: Block, target: float) -> list[str]:
     return lines
 
 
-def _tests(group: Sequence[Comparison], reference: str, tests: int) -> list[str]:
+def _tests(group: Sequence[Comparison], reference: str) -> list[str]:
     if not group:
         return []
+    tests = sum(found.p is not None for found in group)
     head = f"| against `{reference}` | difference | p (paired t test, Holm over {tests}) | pairs |"
     lines = [head, "|---|---|---|---|"]
     for found in group:
         p = "-" if found.p is None else f"{found.p:.3f}"
-        mixed = f" ({found.mixed} of different machines or code)" if found.mixed else ""
+        mixed = f" ({found.mixed} of another machine, code or base)" if found.mixed else ""
         lines.append(f"| `{found.method}` | {_points(found.difference)} | {p} | {found.difference.number}{mixed} |")
     return lines
 

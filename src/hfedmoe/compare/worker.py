@@ -20,6 +20,7 @@ from hfedmoe.device.peak import peak_process_bytes
 from hfedmoe.device.probe import processor_name
 from hfedmoe.events import ClientRound, Evaluation, Silent
 from hfedmoe.method.methods import METHODS
+from hfedmoe.models.digest import weights_digest
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.prepare import Prepared, prepare
 from hfedmoe.simulation import assemble
@@ -127,6 +128,7 @@ def compute(cell: Cell) -> Result:
         layer_experts=[layer.num_experts for layer in layers],
         held=[recorder.held.get(client, nothing) for client in range(len(simulation.devices))],
         trained=[recorder.trained.get(client, nothing) for client in range(len(simulation.devices))],
+        base=weights_digest(config),
     )
 
 

@@ -33,6 +33,14 @@ class MethodConfig(Section):
     residency: Annotated[Literal["budget", "all"], Field(description="`all`: every client holds every expert")] = (
         "budget"
     )
+    layers: Annotated[
+        str,
+        NamedIn("hfedmoe.method.holding", "LAYERS", "together"),
+        Field(
+            description="how a budget is spent: on the best experts of all layers `together`, or in `even` shares on "
+            "the best of every layer"
+        ),
+    ] = "together"
     expert_weight: Annotated[
         str,
         NamedIn("hfedmoe.method.usage", "EXPERT_WEIGHTS", "samples"),

@@ -8,15 +8,28 @@ from torch import Tensor
 from hfedmoe.method.copies import Copies
 from hfedmoe.method.row import CannotHoldError, Outlook, Residents, Settings
 from hfedmoe.method.scores import SCORES
-from hfedmoe.method.selection import comparable, select
+from hfedmoe.method.selection import comparable, even_shares, select
+
+LAYERS: dict[str, Callable[[Outlook], int | list[int]]] = {
+    "together": lambda outlook: max(outlook.top_k),
+    "even": lambda outlook: even_shares(outlook.num_experts, outlook.budget, max(outlook.top_k)),
+}
+"""How a budget is spent over the layers: the experts that each layer gets at least, whatever its scores."""
 
 
 def hold_best(outlook: Outlook, settings: Settings) -> Residents:
     """The experts of the highest scores within the budget, top-k at least in every layer (eq. 15)."""
     row = SCORES[settings.score]
-    if row.drawn:
-        return hold_random(outlook, settings)
-    return _highest(outlook, lambda: comparable(outlook.contribution()) if row.by_layer else outlook.contribution())
+
+    def scores() -> list[Tensor]:
+        if row.drawn:
+            return _drawn(outlook)
+        # In even shares, layers compete only for the few experts that are left when the budget is divided.
+        return (
+            comparable(outlook.contribution()) if row.by_layer or settings.layers == "even" else outlook.contribution()
+        )
+
+    return _highest(outlook, scores, LAYERS[settings.layers])
 
 
 def hold_most_used(outlook: Outlook, settings: Settings) -> Residents:
@@ -26,14 +39,22 @@ def hold_most_used(outlook: Outlook, settings: Settings) -> Residents:
 
 def hold_random(outlook: Outlook, settings: Settings) -> Residents:
     """Experts drawn anew in every round, within the budget."""
-    return _highest(outlook, lambda: [torch.rand(number, generator=outlook.draws) for number in outlook.num_experts])
+    return _highest(outlook, lambda: _drawn(outlook))
 
 
-def _highest(outlook: Outlook, scores: Callable[[], list[Tensor]]) -> Residents:
+def _drawn(outlook: Outlook) -> list[Tensor]:
+    return [torch.rand(number, generator=outlook.draws) for number in outlook.num_experts]
+
+
+def _highest(
+    outlook: Outlook,
+    scores: Callable[[], list[Tensor]],
+    at_least: Callable[[Outlook], int | list[int]] = LAYERS["together"],
+) -> Residents:
     """The experts of the highest scores [E_l] per layer; scores are not asked for if there is room for all."""
     if outlook.budget >= sum(outlook.num_experts):
         return every(outlook)
-    return select(scores(), outlook.budget, at_least=max(outlook.top_k), ties=outlook.draws)
+    return select(scores(), outlook.budget, at_least(outlook), ties=outlook.draws)
 
 
 def hold_all(outlook: Outlook, settings: Settings) -> Residents:

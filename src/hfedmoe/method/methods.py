@@ -1,6 +1,7 @@
 """All methods by name. A new method is one file in `rivals/` and one row here (docs/methods.md)."""
 
 from hfedmoe.method.hfedmoe import HFEDMOE
+from hfedmoe.method.plus import HFEDMOE_PLUS
 from hfedmoe.method.rivals.bounds import LOCAL, POOLED, UNLIMITED
 from hfedmoe.method.rivals.conflicts import FC_MOE, FEDALIGN_MOE
 from hfedmoe.method.rivals.fedavg import FEDAVG, FEDPROX, FREQUENCY, RANDOM
@@ -11,6 +12,7 @@ from hfedmoe.method.row import Method
 
 METHODS: dict[str, Method] = {
     "hfedmoe": HFEDMOE,
+    "hfedmoe+": HFEDMOE_PLUS,
     "fedavg": FEDAVG,
     "fedprox": FEDPROX,
     "random": RANDOM,

@@ -32,6 +32,8 @@ class Settings(Protocol):
     def options(self) -> Mapping[str, float]: ...
     @property
     def residency(self) -> str: ...
+    @property
+    def layers(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ class Method:
     """What the server makes of it."""
     source: str
     """Where it is described."""
-    status: Literal["full text", "secondary", "abstract", "bound"]
-    """What it was implemented from; "bound": no method, but a limit to compare methods with."""
+    status: Literal["full text", "secondary", "abstract", "bound", "own"]
+    """What it was implemented from; "bound": no method, but a limit to compare methods with; "own": ours."""
     hold: Callable[[Outlook, Settings], Residents]
     """The experts that a client holds in a round, top-k at least in every layer. Raises CannotHoldError."""
     expert_weight: Callable[[Copies, Settings], Tensor]

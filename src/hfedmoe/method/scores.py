@@ -7,7 +7,14 @@ Higher means better to keep. `ib` is the paper's choice, the others are for comp
     frequency   routed(e) / sum_j routed(j)
     random      uniform in [0, 1)
     activation  sum_t g_e(t) * |f_e(x_t)|                          gate weight x norm of the expert's output
+    gated2      sum_t (g_e(t) * |f_e(x_t)|)^2
+    reap        activation / number of tokens                      REAP: the mean where `activation` is the sum
     taylor      -sum_t g_e(t) * dL/dg_e(t)                         first-order rise of the loss without the expert
+    ghost       sum_t (g_e(t) * |dL/dy(t)| * |a_e(t)|)^2           what training the expert can gain, to first order
+
+Sums are over the tokens t that the expert works on; f_e is its output, a_e the input of its down projection, y the
+layer's output. A term of `ghost` is the squared norm of one token's gradient of the down projection. It needs no
+gradient of the expert itself, so it is also known for experts that a batch does not train.
 
 A new score is one row of `SCORES`: nothing else names it.
 """
@@ -30,9 +37,16 @@ class Evidence:
     routed: Tensor
     """float32 [E], tokens whose unmasked top-k contains the expert."""
     activation: Tensor | None = None
-    """[E], sum over tokens of gate weight x norm of the expert's output; NaN: not measured."""
+    """[E], sum over tokens of gate weight x norm of the expert's output; NaN: not measured. `squares` is measured with
+    it, and `processed` always."""
     taylor: Tensor | None = None
     """[E], minus the sum over tokens of g_e * dL/dg_e; NaN: not measured."""
+    ghost: Tensor | None = None
+    """[E], sum over tokens of the squared norm of the token's gradient of the down projection; NaN: not measured."""
+    squares: Tensor | None = None
+    """[E], as `activation`, with each token's term squared."""
+    processed: Tensor | None = None
+    """float32 [E], tokens that the expert worked on: the number of terms of these sums."""
 
 
 Measure = Callable[[Evidence, float, float, torch.Generator | None], Tensor]
@@ -47,7 +61,7 @@ class Score:
     """One sentence for people."""
     measure: Measure
     needs: str | None = None
-    """The field of `Evidence` that it needs in addition to the routing, which is always measured."""
+    """The field of `Evidence` that must be measured in addition to the routing, which always is."""
     needs_backward: bool = False
     """Whether it needs a backward pass. A client's first pass has none, so it starts with `ib` as a prior."""
     drawn: bool = False
@@ -73,9 +87,13 @@ def _random(evidence: Evidence, generator: torch.Generator | None) -> Tensor:
 
 def _measured(evidence: Evidence, what: str) -> Tensor:
     values: Tensor | None = getattr(evidence, what)
-    if values is None:
-        raise ValueError(f'score "{what}" needs evidence of {what}, and none was measured')
+    assert values is not None
     return values.detach().float()
+
+
+def _reap(evidence: Evidence) -> Tensor:
+    # Decision: an expert without a token in the batch counts 0 and not as unseen, or it would be ranked like the mean.
+    return _measured(evidence, "activation") / _measured(evidence, "processed").clamp_min(1.0)
 
 
 SCORES: dict[str, Score] = {
@@ -90,10 +108,26 @@ SCORES: dict[str, Score] = {
         needs="activation",
         by_layer=True,
     ),
+    "gated2": Score(
+        "as activation, each token's term squared",
+        lambda e, *_: _measured(e, "squares"),
+        needs="activation",
+        by_layer=True,
+    ),
+    "reap": Score(
+        "mean of gate weight times norm of its output", lambda e, *_: _reap(e), needs="activation", by_layer=True
+    ),
     "taylor": Score(
         "first-order rise of the loss without it",
         lambda e, *_: _measured(e, "taylor"),
         needs="taylor",
+        needs_backward=True,
+        by_layer=True,
+    ),
+    "ghost": Score(
+        "squared gradients of its down projection",
+        lambda e, *_: _measured(e, "ghost"),
+        needs="ghost",
         needs_backward=True,
         by_layer=True,
     ),
@@ -111,4 +145,7 @@ def score(
     """
     if name not in SCORES:
         raise ValueError(f'score "{name}" is unknown; known: {", ".join(SCORES)}')
-    return SCORES[name].measure(evidence, lam, beta, generator)
+    row = SCORES[name]
+    if row.needs is not None and getattr(evidence, row.needs) is None:
+        raise ValueError(f'score "{name}" needs evidence of {row.needs}, and none was measured')
+    return row.measure(evidence, lam, beta, generator)

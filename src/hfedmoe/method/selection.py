@@ -8,8 +8,8 @@ Decision: the budget is filled even with experts whose contribution is negative,
 is available, and different scores can be compared only by the order that they give.
 
 Decision: a device has two limits, so there are two choices. `select` is the residency of a round (memory; one budget
-over all layers, a minimum per layer so that every layer still routes). `activation` is the choice of one batch in one
-layer (compute), among the resident experts that the batch was routed to.
+over all layers, with a minimum per layer so that every layer still routes, or with `even_shares`). `activation` is the
+choice of one batch in one layer (compute), among the resident experts that the batch was routed to.
 
 Decision: the client draws a random order for equal contributions. Without it, the lower layer and then the lower expert
 come first, so all clients would choose the same experts among those that none of them has seen.
@@ -22,7 +22,10 @@ from torch import Tensor
 
 
 def select(
-    contribution: Sequence[Tensor], budget: int, at_least: int = 0, ties: torch.Generator | None = None
+    contribution: Sequence[Tensor],
+    budget: int,
+    at_least: int | Sequence[int] = 0,
+    ties: torch.Generator | None = None,
 ) -> list[Tensor]:
     """`budget` experts over all layers (eq. 15): the best `at_least` of every layer, then the best of the others.
 
@@ -31,7 +34,7 @@ def select(
     Args:
         contribution: [E_l] per layer.
         budget: experts over all layers.
-        at_least: experts that every layer gets.
+        at_least: experts that every layer gets, one number or one per layer.
         ties: draws the order of equal contributions; None: the lower index first.
 
     Returns:
@@ -44,26 +47,27 @@ def select(
     scores = list(contribution)
     if not scores or any(score.dim() != 1 for score in scores):
         raise ValueError("contribution: expected one [E] per layer")
-    if budget < 0 or at_least < 0:
+    least = [at_least] * len(scores) if isinstance(at_least, int) else list(at_least)
+    if len(least) != len(scores):
+        raise ValueError(f"at_least has {len(least)} numbers for {len(scores)} layers")
+    if budget < 0 or min(least) < 0:
         raise ValueError(f"budget={budget} and at_least={at_least} must not be negative")
-    if len(scores) * at_least > budget:
-        raise ValueError(
-            f"budget={budget} is too small for {at_least} experts in each of {len(scores)} layers: "
-            f"it must be at least {len(scores) * at_least}"
-        )
+    if sum(least) > budget:
+        each = f"{least[0]} experts in each of {len(scores)} layers" if len(set(least)) == 1 else f"{least} experts"
+        raise ValueError(f"budget={budget} is too small for {each}: it must be at least {sum(least)}")
     for layer, score in enumerate(scores):
         if score.isnan().any():
             raise ValueError(f"the contribution of layer {layer} contains NaN")
-        if len(score) < at_least:
-            raise ValueError(f"layer {layer} has {len(score)} experts but must get at least {at_least}")
+        if len(score) < least[layer]:
+            raise ValueError(f"layer {layer} has {len(score)} experts but must get at least {least[layer]}")
 
     sizes = [len(score) for score in scores]
     every = torch.cat(scores)
     order = None if ties is None else torch.randperm(len(every), generator=ties).to(every.device)
     orders = [None] * len(sizes) if order is None else list(order.split(sizes))
     everyone = [torch.ones_like(score, dtype=torch.bool) for score in scores]
-    chosen = torch.cat([_best(*layer, at_least) for layer in zip(scores, everyone, orders, strict=True)])
-    chosen |= _best(every, ~chosen, order, budget - len(scores) * at_least)
+    chosen = torch.cat([_best(*layer) for layer in zip(scores, everyone, orders, least, strict=True)])
+    chosen |= _best(every, ~chosen, order, budget - sum(least))
     return list(chosen.split(sizes))
 
 
@@ -117,6 +121,28 @@ def comparable(contribution: Sequence[Tensor]) -> list[Tensor]:
     return [
         score.float() / size if size > 0 else score.float() for score, size in zip(contribution, sizes, strict=True)
     ]
+
+
+def even_shares(num_experts: Sequence[int], budget: int, at_least: int) -> list[int]:
+    """The same share of the experts of every layer within a budget over all layers, rounded down.
+
+    Args:
+        num_experts: E_l of every layer.
+        at_least: experts that every layer gets even if its share is smaller; others then get less.
+
+    Raises:
+        ValueError: the budget is too small for `at_least` experts in every layer.
+    """
+    total = sum(num_experts)
+    if budget < at_least * len(num_experts):
+        raise ValueError(f"budget={budget} is too small for {at_least} experts in each of {len(num_experts)} layers")
+    shares = [max(at_least, min(number, number * budget // total)) for number in num_experts]
+    while sum(shares) > budget:
+        fullest = max(
+            range(len(shares)), key=lambda layer: (shares[layer] > at_least, shares[layer] / num_experts[layer])
+        )
+        shares[fullest] -= 1
+    return shares
 
 
 def _best(score: Tensor, allowed: Tensor, ties: Tensor | None, number: int) -> Tensor:

@@ -200,10 +200,10 @@ class MoEModel:
     def _everything(self) -> list[Tensor]:
         return [torch.ones(number, dtype=torch.bool) for number in self.num_experts]
 
-    def watch(self, batch: TokenMasks | None, measure: str | None = None) -> None:
-        """Collect routing evidence from the next pass in every layer; None stops."""
+    def watch(self, batch: TokenMasks | None, *measures: str | None) -> None:
+        """Collect evidence from the next pass in every layer, and what `LayerRouting.watch` can measure; None stops."""
         for routing in self.routing:
-            routing.watch(batch, measure)
+            routing.watch(batch, *measures)
 
     def count(self, tokens: TokenMasks | None) -> None:
         """Let the experts skip padding in the next passes, without collecting evidence; None: all tokens count."""

@@ -15,6 +15,7 @@ STATUS = {
     "secondary": "implemented from descriptions by others",
     "abstract": "implemented from the abstract",
     "bound": "not a method: a limit to compare methods with",
+    "own": "ours, and in no paper",
 }
 
 

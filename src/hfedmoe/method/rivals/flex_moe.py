@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hfedmoe.method.copies import Copies
 from hfedmoe.method.holding import gate_by_examples, hold_most_used
+from hfedmoe.method.planning import best_plan
 from hfedmoe.method.row import Method, Option, Residents, Settings, Wish
 
 LOW = Option("least_load", 0.5, "clients per expert at least, as a multiple of the mean", high=1.0)
@@ -20,51 +21,25 @@ CREDIT = Option("credit", 0.5, "weight of the credit for experts that few client
 
 
 def assign(wishes: list[Wish], held: Tensor, settings: Settings) -> list[Residents]:
-    """max sum over c, e of (fitness + credit) x[c, e] with x in [0, 1], by a linear programme.
+    """max sum over c, e of (fitness + credit) x[c, e], by a linear programme.
 
     Each client holds at most its budget and top-k at least in every layer; each expert is held by a number of clients
-    within the bounds, as far as budgets allow. The constraints form a network, so the solution is whole numbers.
+    within the bounds, as far as budgets allow.
 
     Returns:
         bool [E_l] per layer, for each wish.
     """
-    from scipy.optimize import linprog
-    from scipy.sparse import csr_array, vstack
-
     numbers, clients = wishes[0].num_experts, len(wishes)
     total = sum(numbers)
     fitness = np.stack([torch.cat([_fitness(layer) for layer in wish.contribution]).numpy() for wish in wishes])
     credit = (held.mean() - held) / held.mean().clamp_min(1.0)
     value = fitness + CREDIT.of(settings) * credit.numpy()[None]
     value += 1 - value.min()  # all positive, so that budgets are filled; the order of full plans stays
-    budgets = np.array([min(wish.budget, total) for wish in wishes])
-    mean = budgets.sum() / total
+    budgets = [min(wish.budget, total) for wish in wishes]
+    mean = sum(budgets) / total
     least, most = math.floor(LOW.of(settings) * mean), min(clients, math.ceil(HIGH.of(settings) * mean))
-    own, experts = np.arange(clients).repeat(total), np.tile(np.arange(total), clients)
-    places = np.arange(clients * total)
-    layer = np.repeat(np.arange(len(numbers)), numbers)[experts] + own * len(numbers)
-    one = np.ones(len(places))
-    by_client = csr_array((one, (own, places)))
-    by_layer = csr_array((one, (layer, places)))
-    by_expert = csr_array((one, (experts, places)))
-    floor = np.concatenate([np.array(wish.top_k) for wish in wishes])
-    solved = linprog(
-        -value.ravel(),
-        A_ub=vstack([by_client, -by_layer, by_expert, -by_expert]),
-        b_ub=np.concatenate([budgets, -floor, np.full(total, most), np.full(total, -least)]),
-        bounds=(0, 1),
-        method="highs-ds",
-    )
-    if not solved.success:  # top-k in every layer may be more than the upper bound: then without bounds on experts
-        solved = linprog(
-            -value.ravel(),
-            A_ub=vstack([by_client, -by_layer]),
-            b_ub=np.concatenate([budgets, -floor]),
-            bounds=(0, 1),
-            method="highs-ds",
-        )
-    chosen = torch.from_numpy(solved.x.reshape(clients, total) > 0.5)
-    return [list(row.split(numbers)) for row in chosen]
+    # top-k in every layer may be more than the upper bound: then the bounds on experts are dropped
+    return best_plan(value, numbers, budgets, [wish.top_k for wish in wishes], least, most)
 
 
 def _fitness(scores: Tensor) -> Tensor:

@@ -44,7 +44,13 @@ class ExpertMath:
 
 
 def experts_forward(
-    math: ExpertMath, x: Tensor, weights: Tensor, groups: Groups, stacks: Mapping[str, Tensor], leaves: list[Tensor]
+    math: ExpertMath,
+    x: Tensor,
+    weights: Tensor,
+    groups: Groups,
+    stacks: Mapping[str, Tensor],
+    leaves: list[Tensor],
+    norms: Tensor | None = None,
 ) -> Tensor:
     """Outputs [T, H] of the grouped pairs, differentiable in x, weights and leaves.
 
@@ -53,8 +59,9 @@ def experts_forward(
         weights: [T * K] gate weights, in the order of the flattened routing.
         stacks: the trained tensors [E, ...] by name: LORA, a part of FULL, or nothing (frozen experts).
         leaves: group by group, its row of each stack; these rows receive the gradients.
+        norms: float32 [T * K], receives ||a|| of every pair that runs; None: not measured.
     """
-    return _GroupedExperts.apply(math, groups, stacks, x, weights, *leaves)
+    return _GroupedExperts.apply(math, groups, stacks, norms, x, weights, *leaves)
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -64,6 +71,7 @@ class _GroupedExperts(torch.autograd.Function):
         math: ExpertMath,
         groups: Groups,
         stacks: Mapping[str, Tensor],
+        norms: Tensor | None,
         x: Tensor,
         weights: Tensor,
         *leaves: Tensor,
@@ -81,6 +89,8 @@ class _GroupedExperts(torch.autograd.Function):
         if math.dropout > 0:
             mask = torch.empty_like(a).bernoulli_(1 - math.dropout).div_(1 - math.dropout)
             a *= mask
+        if norms is not None:
+            norms[groups.pair] = torch.linalg.vector_norm(a, dim=1, dtype=torch.float32)
         extra = None
         if trained.lora:
             low_down = product(trained.thin(a), trained["down_a"].transpose(1, 2), groups).mul_(math.scale)
@@ -98,7 +108,7 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         math, groups = ctx.math, ctx.groups
         x, w, u, low_up, low_down, mask = ctx.saved_tensors
-        trained = _Trained(ctx.stacks, _thin_dtype(x), groups, ctx.needs_input_grad[5:])
+        trained = _Trained(ctx.stacks, _thin_dtype(x), groups, ctx.needs_input_grad[6:])
         grad = grads[0].contiguous()
         rows = grad.index_select(0, groups.token)
         d_a = math.base.down_t(grad, rows, groups)
@@ -108,13 +118,13 @@ class _GroupedExperts(torch.autograd.Function):
         _down_backward(math, groups, trained, rows, a, w, low_down, d_a)
         d_pairs, d_u = math.gate.backward(u, w, a, d_a, d_u, mask)
         d_weights = None
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[5]:
             shape, dtype = ctx.weights_like
             d_weights = torch.zeros(shape, dtype=dtype, device=x.device)
             d_weights[groups.pair] = _with_bias(math, groups, rows, d_pairs).to(dtype)
         extra = _up_backward(math, groups, trained, x, low_up, d_u, rows)
-        d_x = math.base.up_t(d_u, groups, extra) if ctx.needs_input_grad[3] else None
-        return (None, None, None, d_x, d_weights, *trained.grads)
+        d_x = math.base.up_t(d_u, groups, extra) if ctx.needs_input_grad[4] else None
+        return (None, None, None, None, d_x, d_weights, *trained.grads)
 
 
 def _thin_dtype(x: Tensor) -> torch.dtype:

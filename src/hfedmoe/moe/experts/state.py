@@ -51,6 +51,9 @@ class ExpertState:
         self.observer: Observer | None = None
         self.norms: Callable[[Tensor], None] | None = None
         """Called with ||w f(x)|| of every pair [T, K], 0 where no expert ran; None: not measured (cheaper)."""
+        self.gradients: Callable[[Tensor], None] | None = None
+        """Called in the backward pass with the norm of every pair's gradient of the down projection [T, K], 0 where no
+        expert ran; None: not measured."""
 
     @property
     def num_local(self) -> int:
@@ -131,38 +134,54 @@ class ExpertState:
         chosen = here if trainable is None else trainable if here is None else trainable & here
         flat = weights.reshape(-1)
         groups = self.grouping(experts, self.num_local, top_k, chosen)
+        inner = None if self.gradients is None else torch.zeros(index.numel(), device=hidden.device)
         if self.norms is None:
-            out = self._grouped(math, hidden, flat, groups)
+            out = self._grouped(math, hidden, flat, groups, inner)
         else:
-            rows = self._pairs(math, hidden, groups) * flat[groups.pair, None].to(hidden.dtype)
+            rows = self._pairs(math, hidden, flat, groups, inner) * flat[groups.pair, None].to(hidden.dtype)
             self._report_norms(rows, groups, index.shape)
             out = groups.sum_per_token(rows)
         if trainable is not None and self.off_budget == "frozen":
             rest = self.grouping(experts, self.num_local, top_k, ~trainable if here is None else ~trainable & here)
             if rest.size > 0:
                 with torch.no_grad():
-                    rows = self._pairs(math, hidden, rest)
+                    rows = self._pairs(math, hidden, flat, rest, inner)
                 # Experts over the budget still train the gate, but not themselves or the layers below.
                 out = out + rest.sum_per_token(rows * flat[rest.pair, None].to(rows.dtype))
+        if inner is not None and out.requires_grad:
+            self._report_gradients(out, inner.view(index.shape))
         return out if self.scale is None else out * self.scale.to(out.dtype)
 
-    def _grouped(self, math: ExpertMath, hidden: Tensor, flat: Tensor, groups: Groups) -> Tensor:
+    def _grouped(self, math: ExpertMath, hidden: Tensor, flat: Tensor, groups: Groups, inner: Tensor | None) -> Tensor:
+        """The output of every token [T, H]; writes the weighted norms of the inner activations to `inner` [T * K]."""
         if self.trained is None:
-            return experts_forward(math, hidden, flat, groups, {}, [])
+            return experts_forward(math, hidden, flat, groups, {}, [], inner)
         leaves = self.trained.of([expert for expert, _, _ in groups.spans])
-        return experts_forward(math, hidden, flat, groups, self.trained.stacks, leaves)
+        return experts_forward(math, hidden, flat, groups, self.trained.stacks, leaves, inner)
 
-    def _pairs(self, math: ExpertMath, hidden: Tensor, groups: Groups) -> Tensor:
-        """The unweighted output of every pair [S, H]: each pair is treated as its own token."""
+    def _pairs(self, math: ExpertMath, hidden: Tensor, flat: Tensor, groups: Groups, inner: Tensor | None) -> Tensor:
+        """The unweighted output of every pair [S, H]: each pair is treated as its own token; `inner` as `_grouped`."""
         own = torch.arange(groups.size, device=hidden.device)
         alone = Groups(groups.size, own, own, groups.spans, groups.num_experts, groups.ends, own[:, None])
-        return self._grouped(math, hidden[groups.token], hidden.new_ones(groups.size), alone)
+        norms = None if inner is None else inner.new_zeros(groups.size)
+        rows = self._grouped(math, hidden[groups.token], hidden.new_ones(groups.size), alone, norms)
+        if inner is not None and norms is not None:
+            inner[groups.pair] = norms * flat.detach()[groups.pair].abs().float()
+        return rows
 
     def _report_norms(self, rows: Tensor, groups: Groups, shape: torch.Size) -> None:
         norms = torch.zeros(shape.numel(), device=rows.device)
         norms[groups.pair] = rows.detach().float().norm(dim=1)
         assert self.norms is not None
         self.norms(norms.view(shape))
+
+    def _report_gradients(self, out: Tensor, inner: Tensor) -> None:
+        """Of a pair, dL/dW_down = w dL/dy a', and its norm is |w| ||dL/dy|| ||a||."""
+        report = self.gradients
+        assert report is not None
+        out.register_hook(
+            lambda grad: report(torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32)[:, None] * inner)
+        )
 
 
 def attach(model: Any, layers: list[MoELayer], store: ExpertStore | None = None) -> list[ExpertState]:

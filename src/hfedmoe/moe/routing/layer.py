@@ -6,6 +6,7 @@ renormalised as in the family. The unmasked logits of the same pass give the sta
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class LayerRouting:
         self.tokens: Tensor | None = None
         """float32 [E]: number of tokens of the watched batch that each expert processed."""
         self.hit: Tensor | None = None
-        self._measure: str | None = None
+        self._measures: frozenset[str | None] = frozenset()
         self._index = torch.empty(0, dtype=torch.int64)
         self._tap: LogitTap | None = None
         self._wanted: Tensor | None = None
@@ -58,17 +59,18 @@ class LayerRouting:
         """How the router turned logits into scores in its last pass: "softmax", "sigmoid" or "sqrtsoftplus"."""
         return "softmax" if self._tap is None else self._tap.kind
 
-    def watch(self, batch: TokenMasks | None, measure: str | None = None) -> None:
+    def watch(self, batch: TokenMasks | None, *measures: str | None) -> None:
         """Collect evidence from the next forward (and backward) pass; None stops watching.
 
         Args:
-            measure: "activation" or "taylor" if the score needs it.
+            measures: of "activation", "taylor" and "ghost" what the score needs; None: nothing.
         """
         self.batch, self.evidence, self.tokens, self.hit = batch, None, None, None
         self.state.trainable = None
         self.state.counted = None if batch is None else batch.of(self.layer).keep.reshape(-1)
-        self._measure = measure if batch is not None else None
-        self.state.norms = self._activation if self._measure == "activation" else None
+        self._measures = frozenset(measures if batch is not None else ())
+        self.state.norms = self._activation if "activation" in self._measures else None
+        self.state.gradients = None  # set when the routing of the pass is known
 
     def _enter(self, module: nn.Module, args: Any) -> Any:
         # A trained router is float32 also in a 16-bit model; the experts forward casts the weights that it returns.
@@ -151,14 +153,18 @@ class LayerRouting:
             wanted = probabilities.topk(index.shape[1], dim=-1).indices if self._wanted is None else self._wanted
             demanded = _count(wanted, keep, num_experts)
             used = used * self.state.resident
-        self.evidence = Evidence(g=g, routed=demanded)
+        self.evidence = Evidence(g=g, routed=demanded, processed=used)
         self.tokens, self.hit, self._index = used, used > 0, index
-        if self._measure == "taylor":
+        if "taylor" in self._measures:
             self.evidence.taylor = torch.full_like(used, float("nan"))  # until the backward pass
             if weights.requires_grad:
                 self._watch_gradient(weights, keep)
         if self.choose is not None:
             self.state.trainable = self.choose(self.layer.index, self.evidence, self.hit)
+        if "ghost" in self._measures:
+            self.evidence.ghost = torch.full_like(used, float("nan"))  # until the backward pass
+            ran = self.resident() if self.state.off_budget == "frozen" else self._trained()
+            self.state.gradients = partial(_on_gradients, self.evidence, index, keep, ran)
 
     def _shares(self, index: Tensor) -> Tensor:
         """[T, E]: an equal share for each expert of a token."""
@@ -179,9 +185,9 @@ class LayerRouting:
         assert self.evidence is not None
         assert self.batch is not None
         norms = norms.view(self._index.shape)  # with weights on the input, every pair is its own token
-        keep = self.batch.of(self.layer).keep.reshape(-1, 1)
-        ran = self.resident() if self.state.trainable is None else self.resident() & self.state.trainable
-        self.evidence.activation = _per_expert(norms * keep, self._index, ran)
+        norms = norms * self.batch.of(self.layer).keep.reshape(-1, 1)
+        self.evidence.activation = _per_expert(norms, self._index, self._trained())
+        self.evidence.squares = _per_expert(norms.square(), self._index, self._trained())
 
     def batch_mean(self) -> Tensor:
         """[E], with gradient: the mean routing probability of the watched batch's real tokens.
@@ -200,6 +206,15 @@ class LayerRouting:
         if resident is None:
             return torch.ones(self.layer.num_experts, dtype=torch.bool, device=self._index.device)
         return resident
+
+    def _trained(self) -> Tensor:
+        """bool [E]: resident experts that build a graph for the watched batch."""
+        return self.resident() if self.state.trainable is None else self.resident() & self.state.trainable
+
+
+def _on_gradients(evidence: Evidence, index: Tensor, keep: Tensor, ran: Tensor, norms: Tensor) -> None:
+    """In the backward pass: add up the squared norms of the pairs' gradients."""
+    evidence.ghost = _per_expert((norms.view(index.shape) * keep[:, None]).square(), index, ran)
 
 
 def _count(index: Tensor, keep: Tensor, num_experts: int) -> Tensor:
