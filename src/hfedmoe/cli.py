@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import click
 import typer
@@ -303,13 +303,36 @@ def compare(
     target: Annotated[
         float | None, typer.Option(min=0, max=1, help="Target accuracy; default: 95 % of the first method's.")
     ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION.KEY=VALUE|VALUE",
+            help="Compare at each of these values of a setting; with several, at every combination.",
+        ),
+    ] = None,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="FOLDER", help="Also use the cells of this comparison; may be repeated."),
+    ] = None,
+    only_stored: Annotated[
+        bool, typer.Option("--only-stored", help="Compute nothing: tables and figures of the cells that are there.")
+    ] = False,
+    on: Annotated[
+        Literal["test", "validation"], typer.Option(help="The rows that accuracies in tables and figures are on.")
+    ] = "test",
 ) -> None:
-    """Run methods on the same splits, seeds and budgets, and write a table and figures."""
-    settings = _load(config, overrides)
-    _require(settings)
+    """Run methods on the same splits, seeds and budgets, and write tables and figures."""
+    from hfedmoe.compare.grid import points_of
+
+    points = points_of(vary or [], lambda changes: _load(config, [*(overrides or []), *changes]))
+    if not only_stored:
+        for point in points:
+            _require(point.config)
+    from hfedmoe.compare.comparing import Comparison
     from hfedmoe.compare.comparing import compare as run_comparison
 
-    typer.echo(run_comparison(settings, methods, seeds, out, jobs, target))
+    asked = Comparison(methods, seeds, out, jobs, target, sources or [], only_stored, on)
+    typer.echo(run_comparison(points, asked))
 
 
 @app.command()

@@ -184,6 +184,9 @@ class Watcher:
     def step(self, client: int, step: int, steps: int, loss: float) -> None:
         """A client has done `step` of `steps`."""
 
+    def client_experts(self, round: int, client: int, held: Sequence[bool], trained: Sequence[bool]) -> None:
+        """Which experts a client held and trained, over all layers; before `client_done`."""
+
     def client_done(self, round: int, client: int, done: ClientRound) -> None:
         """A client has answered, or is left out of the round."""
 

@@ -64,10 +64,15 @@ class Prepared:
 
     def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
         """Evaluate these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""
+        return self.measure_on(self.task.test if kind == "all" else self.watch, tensors, on_batch)
+
+    def measure_on(
+        self, rows: list[Example], tensors: dict[str, Tensor], on_batch: Callable[[int, int], None] | None = None
+    ) -> Metrics:
+        """Evaluate these trained tensors on these rows."""
         self.model.set_resident(None)
         load_all(self.model, tensors)
         settings = self.config.evaluation
-        rows = self.task.test if kind == "all" else self.watch
         try:
             return evaluate(
                 self.model.model,

@@ -1,13 +1,17 @@
 """Means, intervals, costs to a target and corrected tests, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from hfedmoe.compare.cells import Result, Round
 from hfedmoe.compare.figures import curve
+from hfedmoe.compare.grid import Point
 from hfedmoe.compare.merits import COLUMNS, compared, holm, interval, until
+from hfedmoe.compare.stored import Block
 from hfedmoe.compare.summary import as_csv, as_markdown, target_of
+from hfedmoe.config import RunConfig
 
 
 def result(method: str, seed: int, accuracies: list[float | None], cost: int = 10) -> Result:
@@ -65,7 +69,7 @@ def test_costs_count_up_to_the_round_that_reaches_the_target() -> None:
     row = {name: of(found, 0.6) for name, of in COLUMNS.items()}
     assert (row["accuracy"], row["best accuracy"], row["FLOPs to target"]) == (0.5, 0.6, 10.0)
     assert (row["worst client"], row["median client"], row["best client"]) == (0.2, 0.4, 0.9)
-    assert (row["bytes per round"], row["largest client"], row["clients"]) == (20, 7, 4)
+    assert (row["bytes per round"], row["peak memory"], row["clients"]) == (20, 7, 4)
 
 
 def test_methods_are_compared_on_the_seeds_that_both_have() -> None:
@@ -76,10 +80,32 @@ def test_methods_are_compared_on_the_seeds_that_both_have() -> None:
     assert found.difference.mean == pytest.approx(-0.09)
     # Differences -0.10, -0.09, -0.08: t = -0.09 / (0.01 / sqrt 3) with 2 degrees of freedom.
     assert found.p == pytest.approx(0.0040925, rel=1e-3)
-    text = as_markdown(results, "ours", target_of(results, "ours"))
-    assert "| `theirs` | -9.0 ± 2.5 | 0.004 |" in text
+    block = Block(Point(RunConfig()), results)
+    text = as_markdown([block], "ours", [target_of(results, "ours")])
+    assert "| `theirs` | -9.0 ± 2.5 | 0.004 | 3 |" in text
     assert "Target accuracy: 57.0%" in text
-    assert len(as_csv(results, 0.5).splitlines()) == 1 + 7 * len(COLUMNS)
+    # Only the last two seeds of ours (60 and 70 %) reach 57 %, in one round.
+    assert "| 1.0 ± 0.0 (2 of 3) |" in text
+    assert len(as_csv([block], [0.5]).splitlines()) == 1 + 7 * len(COLUMNS)
+
+
+def test_pairs_are_of_one_machine_where_there_are_such() -> None:
+    here, there = {"processor": "abacus", "threads": 1}, {"processor": "slide rule", "threads": 1}
+    ours = [replace(result("ours", 0, [0.1, accuracy]), machine=m) for accuracy, m in ((0.5, here), (0.6, there))]
+    ours.append(result("ours", 1, [0.1, 0.7]))
+    theirs = [replace(result("theirs", seed, [0.1, 0.8]), machine=there) for seed in (0, 1)]
+    (found,) = compared([*ours, *theirs], "ours")
+    # Seed 0 has a pair of the same machine (0.8 - 0.6), seed 1 has none (0.8 - 0.7).
+    assert found.difference.mean == pytest.approx(0.15)
+    assert (found.difference.number, found.mixed) == (2, 1)
+    text = as_markdown([Block(Point(RunConfig()), [*ours, *theirs])], "ours", [0.5])
+    assert "| 2 (1 of another machine, code or base) |" in text
+    assert "abacus, 1 thread(s); slide rule, 1 thread(s)." in text
+    assert "Base models of one name differ" not in text
+    for one, digest in zip(theirs, ("0123456789abcdef", "fedcba9876543210"), strict=True):
+        one.base = digest
+    text = as_markdown([Block(Point(RunConfig()), [*ours, *theirs])], "ours", [0.5])
+    assert "**Base models of one name differ**: 0123456789ab, fedcba987654." in text
 
 
 def test_a_curve_has_the_points_that_all_seeds_measured() -> None:

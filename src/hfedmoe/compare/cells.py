@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import replacing
 
 FORMAT = 1
+Kind = TypeVar("Kind", "Round", "Result")
 UNIMPORTANT = {"name", "keep_checkpoints"}
 """Settings that do not change a result."""
 
@@ -24,6 +24,8 @@ class Cell:
     seed: int
     config: RunConfig
     """With this method and seed."""
+    label: str = ""
+    """What else tells it from other cells, for people (`grid.Point.label`)."""
 
     @property
     def digest(self) -> str:
@@ -34,31 +36,10 @@ class Cell:
         tree = self.config.model_dump(mode="json", exclude_defaults=True, exclude=UNIMPORTANT)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
-    def answered_by(self, folder: Path) -> bool:
-        """Whether the folder has the result: a file whose settings are these, as far as its version had them.
-
-        Raises:
-            UserError: the file is not the result of a cell.
-        """
-        path = folder / self.file
-        if not path.is_file():
-            return False
-        now = dict(_leaves(self.config.model_dump(mode="json", exclude=UNIMPORTANT)))
-        return all(now.get(key, value) == value for key, value in _leaves(Result.read(path).config))
-
     @property
     def file(self) -> str:
         """The name of its file."""
         return f"{self.method}-seed{self.seed}-{self.digest}.json"
-
-
-def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting; `method.options` and other free tables are one value."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and not above:
-            yield from _leaves(value, f"{name}.")
-        elif above or name not in UNIMPORTANT:
-            yield above + name, value
 
 
 @dataclass
@@ -77,7 +58,14 @@ class Round:
     clients: int = 0
     """That gave a valid update."""
     watch_accuracy: float | None = None
-    """On the watched rows, which no other figure uses: settings are chosen by it."""
+    """On the validation rows (`evaluation.watch_rows`), which are no test rows; likewise the next two."""
+    watch_macro_f1: float | None = None
+    watch_loss: float | None = None
+
+
+def _of(kind: type[Kind], tree: dict[str, Any]) -> Kind:
+    """Fields that a file lacks have their default; those of a later version are ignored."""
+    return kind(**{entry.name: tree[entry.name] for entry in fields(kind) if entry.name in tree})
 
 
 @dataclass
@@ -102,9 +90,35 @@ class Result:
     """Predicted peak of each client's sub-model in the last round; 0 for a client that was left out."""
     personal: bool = False
     """Whether clients keep models of their own; then the accuracies are means over the clients' models."""
+    test_rows: int = 0
+    """Rows of the accuracies; 0: not noted, as in the next fields."""
+    watch_rows: int = 0
+    layer_experts: list[int] = field(default_factory=list)
+    """E_l of every layer."""
+    held: list[list[int]] = field(default_factory=list)
+    """Of each client: in how many rounds it held each expert, [sum E_l], layer after layer."""
+    trained: list[list[int]] = field(default_factory=list)
+    """Likewise: in how many rounds it trained each expert."""
     base: str = ""
     """Digest of the base model."""
     format: int = FORMAT
+
+    @property
+    def origin(self) -> tuple[str, str, str]:
+        """Code, machine and base model. Two results of the same origin differ in nothing but their cell."""
+        return self.code, json.dumps(self.machine, sort_keys=True), self.base
+
+    def on_validation(self) -> "Result | None":
+        """With the figures on the validation rows in place of those on the test rows; None if there are none."""
+        if all(line.watch_accuracy is None for line in self.rounds):
+            return None
+        if self.personal and not self.watch_rows:
+            return None  # of an earlier version, which measured a model that nobody has
+        rounds = [
+            replace(line, accuracy=line.watch_accuracy, macro_f1=line.watch_macro_f1, loss=line.watch_loss)
+            for line in self.rounds
+        ]
+        return replace(self, rounds=rounds, client_accuracy=[])
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -118,8 +132,8 @@ class Result:
             tree = json.loads(path.read_text(encoding="utf-8"))
             if tree["format"] != FORMAT:
                 raise ValueError(f"format {tree['format']}")
-            rounds = [Round(**line) for line in tree.pop("rounds")]
-            return cls(**{entry.name: tree[entry.name] for entry in fields(cls) if entry.name in tree}, rounds=rounds)
+            rounds = [_of(Round, line) for line in tree["rounds"]]
+            return _of(cls, tree | {"rounds": rounds})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path}: is not the result of a cell ({error}); delete it, and it is computed again"

@@ -1,42 +1,93 @@
-"""`hfedmoe compare`: cells, then the table and the figures made of them."""
+"""`hfedmoe compare`: cells, then the tables and the figures made of them."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from hfedmoe.compare.computing import cells_of, compute_missing
+from hfedmoe.compare.cells import Cell, Result
+from hfedmoe.compare.computing import cells_of, compute
 from hfedmoe.compare.figures import draw
+from hfedmoe.compare.grid import Point
+from hfedmoe.compare.stored import CELLS, Stored, block_of, merged
 from hfedmoe.compare.summary import as_csv, as_markdown, target_of
-from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import disk_errors
 from hfedmoe.method.methods import METHODS
 from hfedmoe.report.progress import counted
 
-CELLS = "cells"
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare, and how."""
+
+    methods: str
+    """Names with commas; the first is the reference of the tests."""
+    seeds: str
+    """Numbers with commas, or a range such as 0-4."""
+    out: Path
+    jobs: int | None = None
+    """Cells at once; None: as there is room."""
+    target: float | None = None
+    """Target accuracy; None: 95 % of what the first method reaches, at each point of a grid."""
+    sources: Sequence[Path] = ()
+    """More folders with cells, besides the one in `out`."""
+    only_stored: bool = False
+    """Compute nothing; cells that are nowhere are left out of the tables."""
+    on: Literal["test", "validation"] = "test"
+    """The rows of the accuracies in tables and figures."""
 
 
-def compare(config: RunConfig, methods: str, seeds: str, out: Path, jobs: int | None, target: float | None) -> str:
-    """Compute what is missing, write table.md, table.csv and figures, and return the table.
+def compare(points: Sequence[Point], asked: Comparison) -> str:
+    """Compute what is missing, write table.md, table.csv and figures, and return the tables.
 
     Args:
-        methods: names with commas; the first is the reference of the tests.
-        seeds: numbers with commas, or a range such as 0-4.
+        points: the configurations; one, or those of a grid.
 
     Raises:
-        UserError: an unknown method, seeds that are none, or a cell that cannot be computed.
+        UserError: an unknown method, seeds that are none, a cell that cannot be computed or read, nothing to show.
     """
-    names, numbers = _names(methods), _numbers(seeds)
-    with disk_errors(out, "choose another --out"):
-        (out / CELLS).mkdir(parents=True, exist_ok=True)
-    cells = cells_of(config, names, numbers)
-    with counted(len(cells), "cells") as update:
-        results = compute_missing(cells, out / CELLS, jobs, update)
-    wanted = target_of(results, names[0]) if target is None else target
-    table = as_markdown(results, names[0], wanted)
-    with disk_errors(out, "choose another --out"):
-        (out / "table.md").write_text(table, encoding="utf-8")
-        (out / "table.csv").write_text(as_csv(results, wanted), encoding="utf-8")
-    return f"{table}\n{draw(results, out)}"
+    names, numbers = _names(asked.methods), _numbers(asked.seeds)
+    cells = [cells_of(point.config, names, numbers, point.label) for point in points]
+    folder = asked.out / CELLS
+    with disk_errors(asked.out, "choose another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+    stored = merged([folder, *asked.sources])
+    if not asked.only_stored:
+        _compute(cells, stored, folder, asked.jobs)
+    if asked.on == "validation":
+        stored = stored.on_validation()
+    blocks = [block_of(point, own, stored) for point, own in zip(points, cells, strict=True)]
+    missing = [name for block in blocks for name in block.missing]
+    if missing and not asked.only_stored:
+        raise UserError(
+            f"--on validation: {', '.join(missing)}: no figures on validation rows; if evaluation.watch_rows is not 0, "
+            f"these cells are of an earlier version: move their files out of {CELLS} to compute them again, or leave "
+            "them out with --only-stored"
+        )
+    blocks = [block for block in blocks if block.results]
+    if not blocks:
+        raise UserError(f"--only-stored: none of the cells is stored in {folder} or in a folder of --from")
+    targets = [target_of(block.results, names[0]) if asked.target is None else asked.target for block in blocks]
+    table = as_markdown(blocks, names[0], targets, asked.on)
+    with disk_errors(asked.out, "choose another --out"):
+        (asked.out / "table.md").write_text(table, encoding="utf-8")
+        (asked.out / "table.csv").write_text(as_csv(blocks, targets), encoding="utf-8")
+        return f"{table}\n{draw(blocks, asked.out, asked.on)}"
+
+
+def _compute(cells: list[list[Cell]], stored: Stored, folder: Path, jobs: int | None) -> None:
+    """Compute the cells that are stored nowhere, each once, and add them to `stored`."""
+    every = {cell.file: cell for own in cells for cell in own}
+    missing = [cell for cell in every.values() if not stored.of(cell)]
+    if not missing:
+        return
+    done = len(every) - len(missing)
+    with counted(len(every), "cells") as update:
+        compute(missing, folder, jobs, lambda now, going, left: update(done + now, going, left))
+    for cell in missing:
+        stored.add(Result.read(folder / cell.file))
 
 
 def _names(text: str) -> list[str]:

@@ -19,7 +19,7 @@ ROOM = 0.8
 POLL_S = 0.2
 
 
-def cells_of(config: RunConfig, methods: Iterable[str], seeds: Iterable[int]) -> list[Cell]:
+def cells_of(config: RunConfig, methods: Iterable[str], seeds: Iterable[int], label: str = "") -> list[Cell]:
     """Every method with every seed, all seeds of the first method first.
 
     All cells have the same number of threads, so that they have the same bits whatever runs beside them.
@@ -27,7 +27,7 @@ def cells_of(config: RunConfig, methods: Iterable[str], seeds: Iterable[int]) ->
     evaluation = config.evaluation.model_copy(update={"every": 1})
     fixed = config.model_copy(update={"evaluation": evaluation, "threads": config.threads or 1})
     return [
-        Cell(name, seed, _with_method(fixed, name).model_copy(update={"seed": seed}))
+        Cell(name, seed, _with_method(fixed, name).model_copy(update={"seed": seed}), label)
         for name in methods
         for seed in seeds
     ]
@@ -39,8 +39,8 @@ def _with_method(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"method": config.method.model_copy(update={"name": name, "options": options})})
 
 
-def compute_missing(cells: list[Cell], folder: Path, jobs: int | None, progress: Update) -> list[Result]:
-    """The results of all cells, in their order; those without a file are computed first.
+def compute(cells: list[Cell], folder: Path, jobs: int | None, progress: Update) -> None:
+    """Compute cells, in their order; each becomes a file.
 
     Args:
         folder: of the files.
@@ -50,9 +50,7 @@ def compute_missing(cells: list[Cell], folder: Path, jobs: int | None, progress:
     Raises:
         UserError: a cell cannot be computed. Those that are done keep their files.
     """
-    missing = [cell for cell in cells if not cell.answered_by(folder)]
-    _Runs(folder, jobs, len(cells) - len(missing), progress).all_of(missing)
-    return [Result.read(folder / cell.file) for cell in cells]
+    _Runs(folder, jobs, progress).all_of(cells)
 
 
 @dataclass
@@ -64,8 +62,8 @@ class _Run:
 
 
 class _Runs:
-    def __init__(self, folder: Path, jobs: int | None, done: int, progress: Update) -> None:
-        self.folder, self.jobs, self.done, self.progress = folder, jobs, done, progress
+    def __init__(self, folder: Path, jobs: int | None, progress: Update) -> None:
+        self.folder, self.jobs, self.done, self.progress = folder, jobs, 0, progress
         self.seconds: list[float] = []
         self.peak = 0
         self.memory, _ = available_memory()
@@ -103,7 +101,7 @@ class _Runs:
         return _Run(cell, process, errors, time.monotonic())
 
     def _finish(self, run: _Run) -> None:
-        name = f"{run.cell.method} with seed {run.cell.seed}"
+        name = f"{run.cell.method} with seed {run.cell.seed}{f', {run.cell.label}' if run.cell.label else ''}"
         if run.process.returncode != 0:
             lines = run.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
             reason = lines[-1].removeprefix("error: ")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 
 from hfedmoe.compare.cells import Result, Round
@@ -67,7 +67,7 @@ COLUMNS: dict[str, Callable[[Result, float], float | None]] = {
     "bytes to target": lambda result, target: until(result, target, lambda line: line.bytes_up + line.bytes_down),
     "FLOPs to target": lambda result, target: until(result, target, lambda line: line.flops),
     "bytes per round": lambda result, target: per_round(result),
-    "largest client": lambda result, target: float(max(result.client_peak_bytes, default=0)) or None,
+    "peak memory": lambda result, target: float(max(result.client_peak_bytes, default=0)) or None,
     "clients": lambda result, target: fmean(line.clients for line in result.rounds[1:]),
 }
 """The columns of the table: what a result has in each, given the target accuracy."""
@@ -82,30 +82,35 @@ class Comparison:
     """Of the final accuracies: method minus reference."""
     p: float | None
     """Two-sided paired t test, corrected for the number of methods (Holm); None: fewer than two seeds, or no spread."""
+    mixed: int = 0
+    """Pairs whose two results are of different machines, code or base models."""
 
 
-def compared(results: list[Result], reference: str) -> list[Comparison]:
-    """Every other method against the reference."""
-    base = {
-        result.seed: value for result in results if result.method == reference and (value := final(result)) is not None
-    }
-    found: list[tuple[str, list[float]]] = []
-    for name in dict.fromkeys(result.method for result in results):
-        if name == reference:
-            continue
-        own = {
-            result.seed: value for result in results if result.method == name and (value := final(result)) is not None
-        }
-        both = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
-        if both:
-            found.append((name, both))
-    corrected = holm([_paired_p(differences) for _, differences in found])
-    comparisons = []
-    for (name, differences), p in zip(found, corrected, strict=True):
+def compared(results: Sequence[Result], reference: str) -> list[Comparison]:
+    """Every other method against the reference, seed by seed.
+
+    Where a method and seed have several results, a pair is made of the first two of one origin (`Result.origin`), or,
+    where there are none, of the first of each.
+    """
+    known: dict[str, dict[int, list[Result]]] = {}
+    for result in results:
+        if final(result) is not None:
+            known.setdefault(result.method, {}).setdefault(result.seed, []).append(result)
+    base = known.pop(reference, {})
+    found = []
+    for name, own in known.items():
+        pairs = [_pair(own[seed], base[seed]) for seed in sorted(own.keys() & base.keys())]
+        differences = [float(final(one) or 0.0) - float(final(other) or 0.0) for one, other in pairs]
         spread = interval(differences)
-        assert spread is not None
-        comparisons.append(Comparison(name, spread, p))
-    return comparisons
+        if spread is not None:
+            mixed = sum(one.origin != other.origin for one, other in pairs)
+            found.append(Comparison(name, spread, _paired_p(differences), mixed))
+    return [replace(one, p=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]
+
+
+def _pair(own: list[Result], base: list[Result]) -> tuple[Result, Result]:
+    both = ((one, other) for one in own for other in base if one.origin == other.origin)
+    return next(both, (own[0], base[0]))
 
 
 def _paired_p(differences: list[float]) -> float | None:

@@ -4,20 +4,17 @@ import hashlib
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import hfedmoe
-from hfedmoe.client.app import history_of
 from hfedmoe.compare.cells import Cell, Result, Round
+from hfedmoe.compare.measuring import Measuring, own_mix
 from hfedmoe.config import RunConfig
-from hfedmoe.data.example import Example
 from hfedmoe.data.partition import label_counts, partition
 from hfedmoe.device.peak import peak_process_bytes
 from hfedmoe.device.probe import processor_name
@@ -26,7 +23,7 @@ from hfedmoe.method.methods import METHODS
 from hfedmoe.models.digest import weights_digest
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.prepare import Prepared, prepare
-from hfedmoe.simulation import Simulation, assemble
+from hfedmoe.simulation import assemble
 
 
 class Recorder(Silent):
@@ -34,20 +31,35 @@ class Recorder(Silent):
 
     def __init__(self, rounds: int) -> None:
         self.rounds = {number: Round(number) for number in range(rounds + 1)}
+        self.round = 0
+        """The one that is running; 0 before the first."""
         self.last: dict[int, ClientRound] = {}
+        self.held: dict[int, list[int]] = {}
+        """Of each client: in how many rounds it held each expert, over all layers; `trained` likewise."""
+        self.trained: dict[int, list[int]] = {}
         self.flops = self.expert_flops = 0.0
         """Of a token in the dense part of the model, and in an expert; set when the model is known."""
         self.experts_per_token = 1.0
         """Over all layers."""
 
+    def round_started(self, round: int) -> None:
+        """As `events.Watcher`."""
+        self.round = round
+
     def evaluated(self, found: Evaluation) -> None:
         """As `events.Watcher`."""
         line = self.rounds[found.round]
         if found.kind == "watch":
-            line.watch_accuracy = found.accuracy
+            line.watch_accuracy, line.watch_macro_f1, line.watch_loss = found.accuracy, found.macro_f1, found.loss
         else:
             line.accuracy, line.macro_f1, line.loss = found.accuracy, found.macro_f1, found.loss
             print(f"round {found.round}", flush=True)
+
+    def client_experts(self, round: int, client: int, held: Sequence[bool], trained: Sequence[bool]) -> None:
+        """As `events.Watcher`."""
+        for counts, bits in ((self.held, held), (self.trained, trained)):
+            before = counts.get(client, [0] * len(bits))
+            counts[client] = [number + bit for number, bit in zip(before, bits, strict=True)]
 
     def client_done(self, round: int, client: int, done: ClientRound) -> None:
         """As `events.Watcher`."""
@@ -77,7 +89,7 @@ def flops_of(model: MoEModel) -> tuple[float, float]:
 
 
 def compute(cell: Cell) -> Result:
-    """Run the federation of a cell, and measure every client's model at its end.
+    """Run the federation of a cell, measured as `Measuring` does.
 
     Raises:
         UserError: as `simulation.run`.
@@ -91,72 +103,44 @@ def compute(cell: Cell) -> Result:
     recorder.experts_per_token = float(sum(layer.top_k for layer in layers))
     parts = partition(prepared.task, config.partition, config.clients.count, config.seed)
     simulation = assemble(prepared, parts, None, recorder)
-    simulation.run()
-    peak = peak_process_bytes()
     personal = bool(METHODS[cell.method].private)
-    result = Result(
+    rows = [len(part) for part in parts]
+    measuring = Measuring(prepared, simulation, rows, personal, lambda: recorder.round)
+    simulation.server.evaluate = measuring
+    simulation.run()
+    nothing = [0] * sum(layer.num_experts for layer in layers)
+    return Result(
         method=cell.method,
         seed=cell.seed,
         digest=cell.digest,
         config=config.model_dump(mode="json"),
         code=code_version(),
         machine=machine(),
-        seconds=0.0,
-        peak_bytes=peak,
+        seconds=time.perf_counter() - started,
+        peak_bytes=peak_process_bytes(),
         rounds=list(recorder.rounds.values()),
+        client_rows=rows,
+        client_accuracy=_of_clients(measuring, prepared, parts),
         client_peak_bytes=[done.peak_bytes if done.status == "ok" else 0 for _, done in sorted(recorder.last.items())],
-        client_rows=[len(part) for part in parts],
         personal=personal,
+        test_rows=len(prepared.task.test),
+        watch_rows=len(prepared.watch),
+        layer_experts=[layer.num_experts for layer in layers],
+        held=[recorder.held.get(client, nothing) for client in range(len(simulation.devices))],
+        trained=[recorder.trained.get(client, nothing) for client in range(len(simulation.devices))],
         base=weights_digest(config),
     )
-    _measure_clients(result, prepared, simulation, parts)
-    result.seconds = time.perf_counter() - started
-    return result
 
 
-def _measure_clients(result: Result, prepared: Prepared, simulation: Simulation, parts: list[list[int]]) -> None:
-    """Accuracy of each client's model under its own mix of labels; if models are personal, also over all rows."""
+def _of_clients(measuring: Measuring, prepared: Prepared, parts: list[list[int]]) -> list[float]:
+    """Accuracy of each client's model under its own mix of labels; empty if rows have no labels."""
     task = prepared.task
     if not task.labels or not task.test:
-        return
-    by_label: dict[int, list[Example]] = {}
-    for example in task.test:
-        by_label.setdefault(example.answer, []).append(example)
-    counts = label_counts(task, parts)
-    recalls: list[dict[int, float]] = []
-    for tensors in _models(simulation, len(parts), result.personal):
-        recalls.append({label: _accuracy(prepared, tensors, rows) for label, rows in by_label.items()})
-    for client, row in enumerate(counts):
-        recall = recalls[client if result.personal else 0]
-        known = {label: number for label, number in enumerate(row) if number and label in recall}
-        total = sum(known.values())
-        result.client_accuracy.append(sum(recall[label] * n for label, n in known.items()) / total if total else 0.0)
-    if result.personal:
-        shares = {label: len(rows) / len(task.test) for label, rows in by_label.items()}
-        own = [sum(recall[label] * share for label, share in shares.items()) for recall in recalls]
-        rows = result.client_rows
-        result.rounds[-1].accuracy = sum(a * n for a, n in zip(own, rows, strict=True)) / sum(rows)
-        result.rounds[-1].macro_f1 = result.rounds[-1].loss = None
-        for line in result.rounds[1:-1]:  # of a model that nobody has
-            line.accuracy = line.macro_f1 = line.loss = None
-
-
-def _models(simulation: Simulation, clients: int, personal: bool) -> Iterator[dict[str, Tensor]]:
-    """The tensors of every client's model, or of the one that all share."""
-    server = simulation.server
-    if not personal:
-        yield server.tensors
-        return
-    everything = [torch.ones(number, dtype=torch.bool) for number in server.num_experts]
-    for client in range(clients):
-        history = history_of(simulation.grid.context(client + 1), simulation.devices[client].place)
-        kept = history.private
-        yield server.tensors if kept is None else kept.over(server.tensors, everything)
-
-
-def _accuracy(prepared: Prepared, tensors: dict[str, Tensor], rows: list[Example]) -> float:
-    some = replace(prepared, task=replace(prepared.task, test=rows))
-    return some.measure(tensors, "all", None).accuracy or 0.0
+        return []
+    return [
+        own_mix(measuring.correct[client if measuring.personal else 0], task.test, counts)
+        for client, counts in enumerate(label_counts(task, parts))
+    ]
 
 
 def code_version() -> str:

@@ -30,6 +30,6 @@ def to_json(metrics: "Metrics") -> str:
     """All figures as a JSON object; NaN and infinity become null."""
     figures = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in vars(metrics).items()
+        for name, value in metrics.figures().items()
     }
     return json.dumps(figures, indent=2)

@@ -7,7 +7,7 @@ Whole choices are scored like in EleutherAI's lm-evaluation-harness, so that res
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,12 @@ class Metrics:
     examples: int
     perplexity: float
     accuracy_norm: float | None = None
+    predicted: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
+    """The chosen answer of every example, as an index into its choices; None for completions."""
+
+    def figures(self) -> dict[str, Any]:
+        """All figures by name, without what was predicted for single rows."""
+        return {name: value for name, value in vars(self).items() if name != "predicted"}
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,7 @@ def evaluate(
         examples=len(examples),
         perplexity=perplexity,
         accuracy_norm=normed,
+        predicted=tuple(predicted),
     )
 
 

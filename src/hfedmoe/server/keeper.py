@@ -107,9 +107,9 @@ class Keeper:
             "accuracy": metrics.accuracy,
             "macro_f1": metrics.macro_f1,
         }
-        line |= {"evaluation": {"all": vars(metrics)}, "clients": [], "short": False}
+        line |= {"evaluation": {"all": metrics.figures()}, "clients": [], "short": False}
         self._append(line)
-        self.scores.append(_evaluation(0, vars(metrics)))
+        self.scores.append(_evaluation(0, metrics.figures()))
         self._checkpoint(0, tensors, None, None)
 
     def save_round(
@@ -122,7 +122,7 @@ class Keeper:
         """Save a complete round. The checkpoint comes last: it shows that the rest is there."""
         self._append(log.line(watched, whole), self._counted(log))
         if whole is not None:
-            self.scores.append(_evaluation(log.round, vars(whole)))
+            self.scores.append(_evaluation(log.round, whole.figures()))
         # Decision: the best checkpoint is chosen on the watched rows, which the final evaluation never uses.
         self._checkpoint(log.round, tensors, watched or whole, whole)
 
@@ -160,7 +160,7 @@ class Keeper:
         score, metric = None, "accuracy"
         if judged is not None:
             score, metric = (judged.accuracy, "accuracy") if judged.accuracy is not None else (-judged.loss, "-loss")
-        state = {"evaluation": None if whole is None else vars(whole)}
+        state = {"evaluation": None if whole is None else whole.figures()}
         self.folder.save_checkpoint(round, tensors, state, self._save_clients(), score, metric, self._last_saved)
         self._last_saved = round
 

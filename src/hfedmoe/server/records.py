@@ -109,7 +109,7 @@ class RoundRecord:
             "loss": None if shown is None else shown.loss,
             "accuracy": None if shown is None else shown.accuracy,
             "macro_f1": None if shown is None else shown.macro_f1,
-            "evaluation": {name: vars(m) for name, m in (("watch", watched), ("all", whole)) if m is not None},
+            "evaluation": {name: m.figures() for name, m in (("watch", watched), ("all", whole)) if m is not None},
             "bytes_down": sum(self.bytes_down.values()),
             "bytes_up": sum(self.bytes_up.values()),
             "seconds": self.seconds,

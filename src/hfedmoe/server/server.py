@@ -145,6 +145,8 @@ class Server:
                 member.about.client, update, resident, size, member.weight, self._activation_wanted(resident)
             )
             self.keeper.took(update.usage, resident, member.weight)
+            held, trained = (torch.cat(bits).tolist() for bits in (resident, update.trained))
+            self.watcher.client_experts(log.round, member.position, held, trained)
             self.watcher.client_done(log.round, member.position, done)
 
     def _averaged(self, fold: Fold, log: RoundRecord) -> dict[str, Tensor]:
