@@ -164,6 +164,21 @@ def test_another_setting_is_another_cell(settings: RunConfig) -> None:
     assert plain.config.method.options == {}
 
 
+def test_a_cell_that_cannot_be_computed_does_not_stop_the_others(
+    folder: Path, settings: RunConfig, tmp_path: Path
+) -> None:
+    small = settings.model_copy(update={"clients": settings.clients.model_copy(update={"budgets": ["25%"]})})
+    request = Comparison("fedavg,random", "0-1", tmp_path, 2)
+    with pytest.raises(
+        UserError, match=r"tables and figures of the others; fedavg with seed 0, fedavg with seed 1: round 1: 0 valid"
+    ):
+        compare([Point(small)], request)
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| `random` |" in table
+    assert "Without stored figures: fedavg 0, fedavg 1." in table
+    assert sorted(path.name[:12] for path in (tmp_path / "cells").iterdir()) == ["random-seed0", "random-seed1"]
+
+
 def test_bad_requests_are_one_line(folder: Path, settings: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fedsgd is no method; `hfedmoe methods`"):
         compare([Point(settings)], Comparison("hfedmoe,fedsgd", "0", tmp_path, 1))
@@ -171,7 +186,7 @@ def test_bad_requests_are_one_line(folder: Path, settings: RunConfig, tmp_path: 
         with pytest.raises(UserError, match=r"--seeds .*: expected numbers"):
             compare([Point(settings)], Comparison("hfedmoe", seeds, tmp_path, 1))
     broken = tiny_config(*QUICK, "train.lr=1e30")
-    with pytest.raises(UserError, match=r"hfedmoe with seed 0: .*; the cells that are done are kept in"):
+    with pytest.raises(UserError, match=r"no cell can be computed; hfedmoe with seed 0: .*lower train\.lr"):
         compare([Point(broken)], Comparison("hfedmoe", "0", tmp_path, 1))
     path = next((folder / "cells").iterdir())
     tree = json.loads(path.read_text())

@@ -46,7 +46,8 @@ def compare(points: Sequence[Point], asked: Comparison) -> str:
         points: the configurations; one, or those of a grid.
 
     Raises:
-        UserError: an unknown method, seeds that are none, a cell that cannot be computed or read, nothing to show.
+        UserError: an unknown method, seeds that are none, a cell that cannot be read, nothing to show. Or cells cannot
+            be computed: then tables and figures of the others are written first.
     """
     names, numbers = _names(asked.methods), _numbers(asked.seeds)
     cells = [cells_of(point.config, names, numbers, point.label) for point in points]
@@ -54,19 +55,20 @@ def compare(points: Sequence[Point], asked: Comparison) -> str:
     with disk_errors(asked.out, "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
     stored = merged([folder, *asked.sources])
-    if not asked.only_stored:
-        _compute(cells, stored, folder, asked.jobs)
+    failed = [] if asked.only_stored else _compute(cells, stored, folder, asked.jobs)
     if asked.on == "validation":
         stored = stored.on_validation()
     blocks = [block_of(point, own, stored) for point, own in zip(points, cells, strict=True)]
     missing = [name for block in blocks for name in block.missing]
-    if missing and not asked.only_stored:
+    if missing and not asked.only_stored and not failed:
         raise UserError(
             f"--on validation: {', '.join(missing)}: no figures on validation rows; if evaluation.watch_rows is not 0, "
             f"these cells are of an earlier version: move their files out of {CELLS} to compute them again, or leave "
             "them out with --only-stored"
         )
     blocks = [block for block in blocks if block.results]
+    if failed and not blocks:
+        raise UserError(f"no cell can be computed; {failed[0]}")
     if not blocks:
         raise UserError(f"--only-stored: none of the cells is stored in {folder} or in a folder of --from")
     targets = [target_of(block.results, names[0]) if asked.target is None else asked.target for block in blocks]
@@ -74,20 +76,36 @@ def compare(points: Sequence[Point], asked: Comparison) -> str:
     with disk_errors(asked.out, "choose another --out"):
         (asked.out / "table.md").write_text(table, encoding="utf-8")
         (asked.out / "table.csv").write_text(as_csv(blocks, targets), encoding="utf-8")
-        return f"{table}\n{draw(blocks, asked.out, asked.on)}"
+        drawn = draw(blocks, asked.out, asked.on)
+    if failed:
+        raise UserError(
+            f"some cells cannot be computed, {asked.out} has tables and figures of the others; {'; '.join(failed)}"
+        )
+    return f"{table}\n{drawn}"
 
 
-def _compute(cells: list[list[Cell]], stored: Stored, folder: Path, jobs: int | None) -> None:
-    """Compute the cells that are stored nowhere, each once, and add them to `stored`."""
+def _compute(cells: list[list[Cell]], stored: Stored, folder: Path, jobs: int | None) -> list[str]:
+    """Compute the cells that are stored nowhere, each once, and add them to `stored`.
+
+    Returns:
+        Each reason for which cells cannot be computed, after the names of these cells.
+    """
     every = {cell.file: cell for own in cells for cell in own}
     missing = [cell for cell in every.values() if not stored.of(cell)]
     if not missing:
-        return
+        return []
     done = len(every) - len(missing)
     with counted(len(every), "cells") as update:
-        compute(missing, folder, jobs, lambda now, going, left: update(done + now, going, left))
+        failed = compute(missing, folder, jobs, lambda now, going, left: update(done + now, going, left))
     for cell in missing:
-        stored.add(Result.read(folder / cell.file))
+        if cell.file not in failed:
+            stored.add(Result.read(folder / cell.file))
+    reasons: dict[str, list[str]] = {}
+    for cell in missing:
+        if cell.file in failed:
+            name = f"{cell.method} with seed {cell.seed}{f' ({cell.label})' if cell.label else ''}"
+            reasons.setdefault(failed[cell.file], []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _names(text: str) -> list[str]:

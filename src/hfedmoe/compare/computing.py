@@ -11,7 +11,6 @@ from pathlib import Path
 from hfedmoe.compare.cells import Cell, Result
 from hfedmoe.config import RunConfig
 from hfedmoe.device.probe import available_memory, usable_cores
-from hfedmoe.errors import UserError
 from hfedmoe.report.progress import Update
 
 ROOM = 0.8
@@ -39,18 +38,20 @@ def _with_method(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"method": config.method.model_copy(update={"name": name, "options": options})})
 
 
-def compute(cells: list[Cell], folder: Path, jobs: int | None, progress: Update) -> None:
-    """Compute cells, in their order; each becomes a file.
+def compute(cells: list[Cell], folder: Path, jobs: int | None, progress: Update) -> dict[str, str]:
+    """Compute cells, in their order; each becomes a file, and one that cannot be computed does not stop the others.
 
     Args:
         folder: of the files.
         jobs: cells at once; None: as many as there are processors and memory for, after the first cell has shown how
             much one takes.
 
-    Raises:
-        UserError: a cell cannot be computed. Those that are done keep their files.
+    Returns:
+        Why cells cannot be computed, by the names of their files: a method may need more room than any client has.
     """
-    _Runs(folder, jobs, progress).all_of(cells)
+    runs = _Runs(folder, jobs, progress)
+    runs.all_of(cells)
+    return runs.failed
 
 
 @dataclass
@@ -64,6 +65,7 @@ class _Run:
 class _Runs:
     def __init__(self, folder: Path, jobs: int | None, progress: Update) -> None:
         self.folder, self.jobs, self.done, self.progress = folder, jobs, 0, progress
+        self.failed: dict[str, str] = {}
         self.seconds: list[float] = []
         self.peak = 0
         self.memory, _ = available_memory()
@@ -101,14 +103,13 @@ class _Runs:
         return _Run(cell, process, errors, time.monotonic())
 
     def _finish(self, run: _Run) -> None:
-        name = f"{run.cell.method} with seed {run.cell.seed}{f', {run.cell.label}' if run.cell.label else ''}"
+        self.done += 1
         if run.process.returncode != 0:
             lines = run.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
-            reason = lines[-1].removeprefix("error: ")
-            raise UserError(f"{name}: {reason}; the cells that are done are kept in {self.folder}")
+            self.failed[run.cell.file] = lines[-1].removeprefix("error: ")
+            return
         self.seconds.append(time.monotonic() - run.started)
         self.peak = max(self.peak, Result.read(self.folder / run.cell.file).peak_bytes)
-        self.done += 1
 
     def _report(self, running: list[_Run], waiting: int) -> None:
         left = None
