@@ -47,7 +47,7 @@ def as_markdown(blocks: Sequence[Block], reference: str, targets: Sequence[float
     for block, target in zip(blocks, targets, strict=True):
         tests = compared([*block.results, *block.others], reference)
         lines += [f"## {block.point.label}", ""] if block.point.label else []
-        lines += [*_table(block, target), "", *_tests(tests, reference), ""]
+        lines += [*_table(block, target), "", *_tests(tests, reference)]
     results = [result for block in blocks for result in [*block.results, *block.others]]
     versions = sorted({result.code for result in results})
     machines = sorted({f"{result.machine['processor']}, {result.machine['threads']} thread(s)" for result in results})
@@ -86,7 +86,7 @@ def _tests(group: Sequence[Comparison], reference: str) -> list[str]:
         p = "-" if found.p is None else f"{found.p:.3f}"
         mixed = f" ({found.mixed} of another machine, code or base)" if found.mixed else ""
         lines.append(f"| `{found.method}` | {_points(found.difference)} | {p} | {found.difference.number}{mixed} |")
-    return lines
+    return [*lines, ""]
 
 
 def as_csv(blocks: Sequence[Block], targets: Sequence[float]) -> str:
