@@ -10,22 +10,22 @@ from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
 
 def tiny_llama(**changes: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    settings: dict[str, object] = dict(
-        vocab_size=60,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
+    settings: dict[str, object] = {
+        "vocab_size": 60,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()  # type: ignore[arg-type]
 
 
