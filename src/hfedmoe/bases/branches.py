@@ -53,14 +53,16 @@ class Recipe:
     rank: int = 8
     words: int = 64
     tokens: int = 96
-    texts: int = 256
+    texts: int = 128
     """Of each branch."""
-    fitted: int = 64
+    fitted: int = 32
     """Texts of each branch that the routers are fitted to."""
-    batch: int = 8
-    steps: int = 150
+    batch: int = 4
+    scored: int = 256
+    """Tokens of a step whose loss is computed."""
+    steps: int = 60
     """Of each branch."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     temperature: float = 0.1
     general: float = 0.15
     """Share of tokens that have expert 0 among their experts."""
@@ -135,6 +137,7 @@ def _branches(
                 own,
                 rank=recipe.rank,
                 batch=recipe.batch,
+                scored=recipe.scored,
                 steps=recipe.steps,
                 lr=recipe.lr,
                 seed=recipe.seed * 1_000_003 + branch,

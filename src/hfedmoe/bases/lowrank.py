@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
+from torch.nn.utils.rnn import pad_sequence
 
 from hfedmoe.bases.stages import only, stacked, through
 from hfedmoe.errors import UserError
@@ -43,6 +44,7 @@ def train_branch(
     rows: Sequence[Tensor],
     rank: int,
     batch: int,
+    scored: int,
     steps: int,
     lr: float,
     seed: int,
@@ -54,6 +56,7 @@ def train_branch(
         layers: the model's last layers, whose feed-forward blocks change.
         hidden: of each text, the states [S, H] that enter the first of them; rows: its tokens [S].
         batch: texts in a step; every pass through all texts has an order of its own.
+        scored: tokens of a step, drawn at random, whose loss is computed: the head costs as much as all the layers.
         report: called after each step with (steps done, loss).
 
     Raises:
@@ -73,14 +76,15 @@ def train_branch(
             for group in optimizer.param_groups:
                 group["lr"] = lr * _schedule(step, steps)
             taken = _batch(step, len(rows), batch, seed)
-            loss = _loss(model, layers, [hidden[i] for i in taken], [rows[i] for i in taken])
-            if not math.isfinite(float(loss)):
-                raise UserError(f"the loss is {float(loss)} in step {step + 1}; choose a smaller learning rate")
+            loss = _loss(model, layers, [hidden[i] for i in taken], [rows[i] for i in taken], scored, generator)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise UserError(f"the loss is {value} in step {step + 1}; choose a smaller learning rate")
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            report(step + 1, float(loss))
+            report(step + 1, value)
     finally:
         for (layer, kind), matrix in frozen.items():
             setattr(blocks[layer], f"{kind}_proj", matrix)
@@ -91,21 +95,22 @@ def train_branch(
     }
 
 
-def _loss(model: Any, layers: range, hidden: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    """Nats per token, the mean over the batch's tokens."""
+def _loss(
+    model: Any, layers: range, hidden: Sequence[Tensor], rows: Sequence[Tensor], scored: int, generator: torch.Generator
+) -> Tensor:
+    """Nats per token, the mean over at most `scored` of the batch's tokens."""
     weight = model.lm_head.weight
-    wanted = torch.nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=IGNORED).to(
-        weight.device
-    )
+    wanted = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=IGNORED)
+    real = (wanted != IGNORED).nonzero()
+    text, place = real[torch.randperm(len(real), generator=generator)[:scored]].unbind(1)
     with only(model, layers, norm=True) as decoder:
-        last = through(decoder, inputs_embeds=stacked(hidden).to(weight))[:, :-1]
-    real = wanted != IGNORED
-    return cross_entropy(linear(last[real], weight).float(), wanted[real])
+        last = through(decoder, inputs_embeds=stacked(hidden).to(weight))
+    return cross_entropy(linear(last[text, place], weight).float(), wanted[text, place].to(weight.device))
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Ten steps of linear warm-up, then linearly down to a tenth."""
-    return min(1.0, (step + 1) / 10) * (1 - 0.9 * step / max(1, steps))
+    """Five steps of linear warm-up, then linearly down to a tenth."""
+    return min(1.0, (step + 1) / 5) * (1 - 0.9 * step / max(1, steps))
 
 
 def _batch(step: int, number: int, size: int, seed: int) -> list[int]:

@@ -4,10 +4,10 @@
 
 X [T, H] are the layer's inputs, and Y [T, E - 1] is 1 for the branch of the token's text. The columns of W are divided
 by their lengths over the mean length, so that no branch is preferred for its scale. x v is near 1 for all x, so
-subtracting multiples of v from the columns of W moves their logits: each column's mean becomes zero. Expert 0 belongs to
-no branch: its row is a multiple of v, the one that makes it one of the K experts for a wanted share of the tokens. The
-router's logits are x W over a temperature. Layers are fitted from below, so that the inputs of each are those that the
-routed layers before it give.
+subtracting multiples of v from the columns of W moves their logits: each column's mean becomes zero. Expert 0 belongs
+to no branch: its row is a multiple of v, the one that makes it one of the K experts for a wanted share of the tokens.
+The router's logits are x W over a temperature. Layers are fitted from below, so that the inputs of each are those that
+the routed layers before it give.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfedmoe.bases.stages import batches, cut, only, stacked, through
+from hfedmoe.bases.stages import batches, cut, fast, only, stacked, through
 
 RIDGE = 0.01
 
@@ -54,8 +54,8 @@ def fit_routers(
         gate = block.gate.weight
         fitted[number] = ridge_router(x, of_tokens.to(x.device), len(gate), block.gate.top_k, temperature, general)
         gate.copy_(fitted[number])
-        after = [block(stacked(given)) for given in batches(inputs)]
-        changes = [change for part, given in zip(after, batches(inputs), strict=True) for change in cut(part, given)]
+        with fast(x.device):  # all texts at once, so that the experts are converted once
+            changes = block(x[None])[0].float().split([len(row) for row in states])
         states = [own + change for own, change in zip(before, changes, strict=True)]
     return fitted
 
@@ -86,7 +86,7 @@ def _attended(model: Any, number: int, states: Sequence[Tensor]) -> tuple[list[T
     inputs: list[Tensor] = []
     layer.mlp = recorder
     try:
-        with only(model, range(number, number + 1)) as decoder:
+        with only(model, range(number, number + 1)) as decoder, fast(model.device):
             for texts in batches(states):
                 before += cut(through(decoder, inputs_embeds=stacked(texts).to(model.device)), texts)
                 inputs += cut(recorder.seen.pop(), texts)

@@ -5,7 +5,7 @@ of a batch are padded at their ends, where the real tokens of a causal model do 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hfedmoe.files.disk import replacing
+from hfedmoe.moe.compact import multiplies_16_bit
 
 BATCH = 16
 """Texts in a pass."""
@@ -53,6 +54,12 @@ def batches(rows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def cut(hidden: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     """The hidden states of each text without its padding."""
     return [text[: len(row)].clone() for text, row in zip(hidden, rows, strict=True)]
+
+
+def fast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in bfloat16 where the device has them: what is computed so is only learned from."""
+    here = multiplies_16_bit(device, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16) if here else nullcontext()
 
 
 @torch.no_grad()
