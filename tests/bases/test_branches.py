@@ -82,7 +82,9 @@ def test_plain_transformers_loads_the_dense_model_and_its_changes(tmp_path: Path
         assert torch.allclose(experts.down_proj[5], block.down_proj.weight + change, atol=1e-6)
         change = deltas[f"layers.{layer}.up.b"][0].float() @ deltas[f"layers.{layer}.up.a"][0].float()
         assert torch.allclose(experts.gate_up_proj[1, 32:], block.up_proj.weight + change, atol=1e-6)
-        assert torch.equal(model.model.layers[layer].self_attn.q_proj.weight, before.model.layers[layer].self_attn.q_proj.weight)
+        assert torch.equal(
+            model.model.layers[layer].self_attn.q_proj.weight, before.model.layers[layer].self_attn.q_proj.weight
+        )
         router = model.model.layers[layer].mlp.gate.weight
         assert torch.equal(deltas[f"layers.{layer}.router"], router.bfloat16())
         assert router.abs().amax(1).min() > 0

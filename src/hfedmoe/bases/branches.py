@@ -204,7 +204,8 @@ def _rows(texts: Sequence[Piece], tokenizer: Any, recipe: Recipe) -> list[list[T
             here = [" " + piece.text for piece in texts if piece.domain == domain]
             own += draws.sample(here, min(len(here), -(-recipe.texts // len(domains))))
         draws.shuffle(own)
-        rows = [torch.tensor(row[: recipe.tokens]) for row in tokenizer(own)["input_ids"] if len(row) > 1]
+        encoded = tokenizer(own)["input_ids"] if own else []
+        rows = [torch.tensor(row[: recipe.tokens]) for row in encoded if len(row) > 1]
         if len(rows) < max(recipe.batch, recipe.fitted):
             raise UserError(f"{name}: {len(rows)} texts of the domains {', '.join(domains)} are too few")
         found.append(rows[: recipe.texts])
