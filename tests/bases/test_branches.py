@@ -62,7 +62,8 @@ def test_a_stopped_build_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert steps == list(range(SMALL.steps * 2 + 1, LAST + 1))
     assert not state.exists()
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
     build(tmp_path / "other", replace(SMALL, seed=1))
     other = load_file(tmp_path / "other" / DELTAS)
     same = load_file(tmp_path / "whole" / DELTAS)
@@ -72,7 +73,8 @@ def test_a_stopped_build_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 def test_plain_transformers_loads_the_dense_model_and_its_changes(tmp_path: Path) -> None:
     build(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.config.model_type == "qwen2_moe" and model.config.mlp_only_layers == [0, 1]
+    assert model.config.model_type == "qwen2_moe"
+    assert model.config.mlp_only_layers == [0, 1]
     before, deltas = dense(), load_file(tmp_path / "out" / DELTAS)
     for layer in (2, 3):
         experts, block = model.model.layers[layer].mlp.experts, before.model.layers[layer].mlp
