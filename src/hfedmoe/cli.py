@@ -410,6 +410,23 @@ def base_pretrain(
     typer.echo(pretrain_base(out, steps, seed))
 
 
+@base.command("branches")
+def base_branches(
+    out: Annotated[Path, typer.Argument(help="Folder for the model: a new or an empty one.")],
+    steps: Annotated[
+        int, typer.Option(min=1, help="Training steps of each branch; the same command goes on if it was stopped.")
+    ] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Of the changes and of the order of the texts.")] = 0,
+) -> None:
+    """Branch the upper layers of SmolLM2-135M into experts that belong to domains."""
+    from hfedmoe.files.whole import check_free
+
+    check_free(out)
+    from hfedmoe.bases.building import branch_base
+
+    typer.echo(branch_base(out, steps, seed))
+
+
 @base.command("questions")
 def base_questions(
     out: Annotated[Path, typer.Argument(help="Folder for the rows: a new or an empty one.")],

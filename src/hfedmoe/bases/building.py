@@ -5,11 +5,13 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from hfedmoe.bases import branches
 from hfedmoe.bases.acceptance import check
 from hfedmoe.bases.pretrain import Recipe, pretrain
 from hfedmoe.bases.texts import Piece, pieces
 from hfedmoe.config import ModelConfig
 from hfedmoe.models.loading import load
+from hfedmoe.models.packaged import smollm2_folder
 from hfedmoe.report.progress import counted
 
 
@@ -21,6 +23,17 @@ def pretrain_base(out: Path, steps: int, seed: int) -> str:
             Recipe(steps=steps, seed=seed),
             lambda step, _, loss, left: update(step, f"loss {loss:.3f}", left),
         )
+    return f"{out}: a checkpoint for transformers; `hfedmoe base check {out}` measures its experts"
+
+
+def branch_base(out: Path, steps: int, seed: int) -> str:
+    """Branch the packaged model; returns one line that says what was written. Raises UserError as `build_branches`."""
+    folder = smollm2_folder()
+    recipe = branches.Recipe(steps=steps, seed=seed)
+    loaded = load(ModelConfig(name=str(folder), device="cpu"), seed=0)
+    with counted(steps * len(branches.DOMAINS), "reading texts") as update:
+        texts = pieces("train", recipe.words)
+        branches.build_branches(out, recipe, loaded.model, loaded.tokenizer, texts, update)
     return f"{out}: a checkpoint for transformers; `hfedmoe base check {out}` measures its experts"
 
 

@@ -1,0 +1,98 @@
+"""Turn some feed-forward blocks of a Llama model into Mixture-of-Experts layers, and leave the others dense.
+
+The result is a Qwen2-MoE model, the family of transformers whose layers may be of both kinds. It computes what the
+dense model computes, whatever its routers choose: the experts are copies, the weights of the chosen ones sum to 1, and
+the shared expert that the family always has is zero.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from hfedmoe.moe.anatomy import UnsupportedModelError
+
+SHARED = 8
+"""Width of the shared expert: small, because it is zero."""
+_COPIED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "attention_dropout",
+)
+
+
+def branched(dense: Any, moe_layers: Collection[int], experts: int, top_k: int = 2) -> Any:
+    """A Qwen2-MoE model with a dense model's function; routers are zero, and experts share memory with each other.
+
+    Args:
+        dense: a Llama model without biases.
+        moe_layers: the numbers of the layers that become MoE layers, from 0.
+        experts: E, in each of them; top_k: experts per token.
+
+    Raises:
+        UnsupportedModelError: the model is not a Llama model, or has biases, which Qwen2-MoE's blocks have not.
+        ValueError: a layer that the model does not have, or top_k or experts out of range.
+    """
+    source = dense.config
+    if source.model_type != "llama":
+        raise UnsupportedModelError(f"cannot branch a {source.model_type} model; only llama models")
+    if source.attention_bias or source.mlp_bias:
+        raise UnsupportedModelError("cannot branch this llama model: it has biases")
+    layers = range(source.num_hidden_layers)
+    if not moe_layers or not set(moe_layers) <= set(layers):
+        raise ValueError(f"expected layers from 0 to {layers[-1]}, got {sorted(moe_layers)}")
+    if not 1 <= top_k <= experts or experts < 2:
+        raise ValueError(f"expected experts >= 2 and 1 <= top_k <= experts, got {experts} and {top_k}")
+    config = Qwen2MoeConfig(
+        **{key: getattr(source, key) for key in _COPIED},
+        mlp_only_layers=[layer for layer in layers if layer not in moe_layers],
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        moe_intermediate_size=source.intermediate_size,
+        shared_expert_intermediate_size=SHARED,
+        qkv_bias=False,
+        dtype=source.dtype,
+    )
+    with torch.device("meta"):
+        model: Any = Qwen2MoeForCausalLM(config)
+    model.load_state_dict(_weights(dense, model, experts), strict=True, assign=True)
+    model.tie_weights()
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config).to(dense.device)  # its tables are computed, not loaded
+    model.generation_config = dense.generation_config
+    return model.eval()
+
+
+def _weights(dense: Any, model: Any, experts: int) -> dict[str, Tensor]:
+    have = dense.state_dict()
+    weights: dict[str, Tensor] = {}
+    for name, target in model.state_dict().items():
+        block = name.split(".mlp.")[0] + ".mlp."
+        if name in have:
+            weights[name] = have[name]
+        elif name.endswith("experts.gate_up_proj"):
+            one = torch.cat([have[f"{block}gate_proj.weight"], have[f"{block}up_proj.weight"]])
+            weights[name] = one.expand(experts, *one.shape)
+        elif name.endswith("experts.down_proj"):
+            one = have[f"{block}down_proj.weight"]
+            weights[name] = one.expand(experts, *one.shape)
+        else:  # the router and the shared expert
+            weights[name] = torch.zeros(target.shape, dtype=dense.dtype, device=dense.device)
+    return weights
