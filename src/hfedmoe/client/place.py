@@ -133,6 +133,7 @@ class Place:
             budget=self.allowed(history),
             contribution=lambda: self.contribution(history, round, usage, first_pass),
             draws=generator(self.config.seed, "residency", self.number, round),
+            progress=(round - 1) / max(1, self.config.federation.rounds - 1),
         )
         return self.method.hold(outlook, self.config.method)
 

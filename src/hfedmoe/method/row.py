@@ -69,6 +69,8 @@ class Outlook:
     """The client's scores, [E_l] per layer; the first call may take a pass over its data."""
     draws: torch.Generator
     """The client's own random numbers of the round."""
+    progress: float = 0.0
+    """How far the run is: 0 in the first round, 1 in the last."""
 
 
 @dataclass

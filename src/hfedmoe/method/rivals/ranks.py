@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.method.copies import Copies
-from hfedmoe.method.holding import every, gate_by_examples
+from hfedmoe.method.holding import every, gate_by_examples, over_trainers
 from hfedmoe.method.row import Method, Settings
 
 
@@ -32,11 +32,6 @@ def by_size(copies: Copies, settings: Settings) -> Tensor:
     """||B A||_F |D_c| of every expert that the client trained: float32 [..., E]."""
     assert copies.size is not None
     return torch.where(copies.trained, copies.size * copies.examples, 0.0)
-
-
-def over_trainers(copies: Copies, settings: Settings) -> Tensor:
-    """|D_c| for every expert that the client trained: float32 [..., E]."""
-    return torch.where(copies.trained, float(copies.examples), 0.0)
 
 
 HETLORA = Method(
