@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from hfedmoe.cli import main
+from hfedmoe.client.history import ClientHistory
+from hfedmoe.errors import TrainingError
 from hfedmoe.events import Silent
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Residents, Settings, Wish
 from hfedmoe.method.selection import select
+from hfedmoe.moe.payload import public
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import resume, run
 from tests.federation import Federation, tiny_config
@@ -173,6 +176,23 @@ def test_what_a_client_keeps_never_travels(federation: Make, name: str) -> None:
     run.run()
     assert len(sent) == 8
     assert all(not kinds & private for kinds in sent)
+
+
+def test_a_client_that_fails_leaves_its_model_without_a_limit_on_experts_per_token(federation: Make) -> None:
+    run = federation(*QUICK, "method.name=flame", 'clients.budgets=["25%"]')
+    device, limits = run.devices[0], []
+
+    def fail(client: int, step: int, loss: float) -> None:
+        limits.extend(state.most_per_token for state in device.model.states)
+        raise TrainingError("no more")
+
+    device.on_step = fail
+    everything = [torch.ones(number, dtype=torch.bool) for number in device.model.num_experts]
+    received = public(run.server.tensors, METHODS["flame"].private)
+    with pytest.raises(TrainingError, match="no more"):
+        device.train(ClientHistory.new(device.model.num_experts), everything, received, 1)
+    assert set(limits) == {1}  # or there would have been none to take away
+    assert {state.most_per_token for state in device.model.states} == {None}
 
 
 def test_a_client_goes_on_with_what_it_kept(federation: Make) -> None:

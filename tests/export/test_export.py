@@ -412,7 +412,10 @@ def test_a_card_describes_the_method_of_its_run_and_no_other(tmp_path, name):
         "frequency": ranked,
         "fedmoe": ranked,
         "flex_moe": ranked,
+        "flux": ranked,
         "flame": set(),
+        "hetlora": set(),
+        "flexlora": set(),
         "unlimited": set(),
         "pooled": set(),
     }.get(name, {"residency"})

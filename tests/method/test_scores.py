@@ -41,6 +41,18 @@ def test_of_three_tokens_worked_by_hand():
     torch.testing.assert_close(score("reap", evidence), torch.tensor([5.5 / 3, 0.0, NAN]), equal_nan=True)
 
 
+def test_utility_is_tokens_times_the_root_mean_square_of_their_gradients():
+    # Two tokens with gradients of norm 3 and 5: 2 x sqrt((9 + 25) / 2). Expert 1 had no token, 2 was not measured.
+    evidence = Evidence(
+        EVIDENCE.g,
+        EVIDENCE.routed,
+        ghost=torch.tensor([9.0 + 25.0, 0.0, NAN]),
+        processed=torch.tensor([2.0, 0.0, 0.0]),
+    )
+    expected = torch.tensor([2 * ((9 + 25) / 2) ** 0.5, 0.0, NAN])
+    torch.testing.assert_close(score("utility", evidence), expected, equal_nan=True)
+
+
 def test_random_follows_the_generator():
     first, again, other = (score("random", EVIDENCE, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
@@ -62,7 +74,7 @@ def test_permuting_experts_permutes_scores(order: list[int], name: str):
 
 def test_an_unknown_name_is_an_error():
     with pytest.raises(
-        ValueError, match="known: ib, importance, frequency, random, activation, gated2, reap, taylor, ghost"
+        ValueError, match="known: ib, importance, frequency, random, activation, gated2, reap, taylor, ghost, utility"
     ):
         score("magic", EVIDENCE)
 
@@ -75,5 +87,5 @@ def test_missing_evidence_is_an_error(name: str):
 
 def test_what_the_router_alone_shows_can_choose_within_the_pass():
     later = [name for name, row in SCORES.items() if not row.within_pass]
-    assert later == ["activation", "gated2", "reap", "taylor", "ghost"]
-    assert [name for name, row in SCORES.items() if row.needs_backward] == ["taylor", "ghost"]
+    assert later == ["activation", "gated2", "reap", "taylor", "ghost", "utility"]
+    assert [name for name, row in SCORES.items() if row.needs_backward] == ["taylor", "ghost", "utility"]

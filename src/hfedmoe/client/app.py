@@ -80,7 +80,8 @@ def client_app(
         if isinstance(device, Trouble):
             return refuse(device)
         place = device.place
-        budget = max(1, place.allowed(_remember(context, place)))
+        allowed = place.allowed(_remember(context, place))
+        budget = max(1, allowed if place.told is None else place.told)
         examples = len(device.examples)
         return describe_reply(Description(device.number, device.name, examples, budget, place.num_experts, device.base))
 

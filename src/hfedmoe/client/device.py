@@ -23,6 +23,7 @@ from hfedmoe.device.memory import peak_bytes, sub_model_bytes
 from hfedmoe.device.pace import Clock, Pace
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import extract, kind_of, load, public, reset, restore
+from hfedmoe.moe.ranks import cut, padded
 from hfedmoe.wire.messages import Update
 
 
@@ -149,26 +150,27 @@ class Device:
 
     def train(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor], round: int) -> Update:
         """Train the resident experts and return what changed."""
-        method = self.learner.method
+        method, rank = self.learner.method, self.place.rank
         self.model.set_resident(resident)
+        tensors = padded(tensors, rank, self.config.train.rank)
         load(self.model, self._begin(history, resident, tensors), resident)
-        if method.experts_per_token is not None:
-            self.model.limit_top_k(method.experts_per_token(self.place.share, self.place.top_k[0]))
+        per_token = method.experts_per_token
+        most = None if per_token is None else per_token(self.place.share, self.place.top_k[0])
         on_step = self.on_step
-        local = train(
-            self.learner,
-            history,
-            activation_budget=self.activation_budget(),
-            lr_factor=self.lr_factor(round),
-            on_step=None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
-            pace=self.pace(history, resident),
-        )
-        self.model.limit_top_k(None)
+        with self.model.limited_top_k(most):
+            local = train(
+                self.learner,
+                history,
+                activation_budget=self.activation_budget(),
+                lr_factor=self.lr_factor(round),
+                on_step=None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
+                pace=self.pace(history, resident),
+            )
         self._remember(history, resident)
         peak = sub_model_bytes(self.model, resident) if self.simulated else peak_bytes(self.model.device)
         sent = local.trained if method.sends == "trained" else resident
         return Update(
-            tensors=public(extract(self.model, sent), method.private),
+            tensors=cut(public(extract(self.model, sent), method.private), rank),
             sent=sent,
             trained=local.trained,
             usage=local.usage,

@@ -62,6 +62,16 @@ class Place:
         return self._room
 
     @property
+    def told(self) -> int | None:
+        """The budget that the server is told where it limits something else than the experts that a client holds."""
+        return self._room if self.method.limits_otherwise else None
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the LoRA pairs of its experts; None: the configured one."""
+        return None if self.method.rank is None else self.method.rank(self.share, self.config.train.rank)
+
+    @property
     def share(self) -> float:
         """The share of all experts that its budget has room for, also if the method ignores budgets."""
         return self._room / self.total
@@ -123,6 +133,7 @@ class Place:
             budget=self.allowed(history),
             contribution=lambda: self.contribution(history, round, usage, first_pass),
             draws=generator(self.config.seed, "residency", self.number, round),
+            progress=(round - 1) / max(1, self.config.federation.rounds - 1),
         )
         return self.method.hold(outlook, self.config.method)
 

@@ -40,6 +40,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.clients names {len(self.data.clients)} files but clients.count is {self.clients.count}"
             )
+        if self.method.name != MethodConfig.model_fields["name"].default:  # that one trains anything
+            from hfedmoe.method.methods import METHODS  # imports torch
+
+            problem = METHODS[self.method.name].problem_with(self.train.experts, self.train.lora)
+            if problem is not None:
+                raise ValueError(f'method.name = "{self.method.name}": {problem}')
         sampled = self.federation.clients_per_round or self.clients.count
         if sampled > self.clients.count:
             raise ValueError(f"federation.clients_per_round={sampled} is more than clients.count={self.clients.count}")

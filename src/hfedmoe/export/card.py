@@ -212,7 +212,7 @@ class _Reads:
 def _read_by(row: Method, settings: MethodConfig) -> set[str]:
     """The settings of [method] that a method reads; found by asking it, because a row does not list them."""
     one, held = torch.ones(2), torch.ones(2, dtype=torch.bool)
-    copies = Copies(1, usage=one, importance=one, tokens=one, held=held, trained=held, federation=one)
+    copies = Copies(1, usage=one, importance=one, tokens=one, held=held, trained=held, federation=one, size=one)
     reads = _Reads(settings)
     score = row.score(reads)
     for ask in (row.expert_weight, row.gate_weight, row.gate_rows):
@@ -265,10 +265,11 @@ def _method(config: RunConfig) -> str:
         "freeze_a": "A frozen, B averaged",
         "exact": "products B A averaged",
     }
+    lora = "exact" if METHODS[config.method.name].exact_lora(train.lora) else train.lora
     settings = {
         **_method_rows(config),
         "trained": "; ".join(_trained(train)),
-        **({"LoRA pairs": pairs[train.lora]} if train.attention or train.experts == "lora" else {}),
+        **({"LoRA pairs": pairs[lora]} if train.attention or train.experts == "lora" else {}),
         "per client and round": f"{train.steps} steps of batch {train.batch_size}, AdamW, learning rate {train.lr:g}",
         "rounds": f"{config.federation.rounds} planned",
         **_unusual(config),
@@ -303,7 +304,7 @@ def _clients(config: RunConfig, lines: list[dict[str, Any]], export: Export) -> 
         return ""
     total, budgets = sum(export.num_experts), config.clients.budgets
     method = METHODS[config.method.name]
-    limited = not method.ignores_budgets(config.method) or method.experts_per_token is not None
+    limited = not method.ignores_budgets(config.method) or method.limits_otherwise
     rows = [
         f"| {number}{' (this one)' if number == export.client else ''} | "
         + (f"{budgets[number % len(budgets)]} | " if limited else "")

@@ -29,18 +29,21 @@ class Copies:
     """bool [..., E], those with at least one optimizer step."""
     federation: Tensor | None = None
     """[..., E], the federation's usage in the rounds before; None: in the first, or where the method needs it not."""
+    size: Tensor | None = None
+    """[..., E], Frobenius norm of the expert's LoRA products B A as received (the root of the sum of the squares of its
+    pairs), 0 where it was not sent; None: where the method needs it not."""
 
     def __post_init__(self) -> None:
         if self.examples < 0:
             raise ValueError(f"examples={self.examples} must not be negative")
         shapes = {tuple(getattr(self, name).shape) for name in VECTORS}
-        if self.federation is not None:
-            shapes.add(tuple(self.federation.shape))
+        shapes |= {tuple(given.shape) for name in OPTIONAL if (given := getattr(self, name)) is not None}
         if len(shapes) > 1:
             raise ValueError(f"{', '.join(VECTORS)} must all be [..., E], got {sorted(shapes)}")
 
 
-VECTORS = tuple(field.name for field in fields(Copies) if field.name not in ("examples", "federation"))
+OPTIONAL = ("federation", "size")
+VECTORS = tuple(field.name for field in fields(Copies) if field.name not in ("examples", *OPTIONAL))
 
 
 def over_layers(rule: Callable[[Copies], Tensor], layers: Sequence[Copies]) -> list[Tensor]:
@@ -53,6 +56,8 @@ def over_layers(rule: Callable[[Copies], Tensor], layers: Sequence[Copies]) -> l
     if len({copies.usage.shape for copies in layers}) > 1:
         return [rule(copies) for copies in layers]
     stacked = {name: torch.stack([getattr(copies, name) for copies in layers]) for name in VECTORS}
-    usual = [copies.federation for copies in layers if copies.federation is not None]
-    federation = torch.stack(usual) if usual else None
-    return list(rule(Copies(layers[0].examples, federation=federation, **stacked)).unbind(0))
+    for name in OPTIONAL:
+        given = [value for copies in layers if (value := getattr(copies, name)) is not None]
+        if given:
+            stacked[name] = torch.stack(given)
+    return list(rule(Copies(layers[0].examples, **stacked)).unbind(0))

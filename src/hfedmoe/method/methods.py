@@ -8,6 +8,8 @@ from hfedmoe.method.rivals.fedavg import FEDAVG, FEDPROX, FREQUENCY, RANDOM
 from hfedmoe.method.rivals.fedmoe import FEDMOE
 from hfedmoe.method.rivals.flame import FLAME
 from hfedmoe.method.rivals.flex_moe import FLEX_MOE
+from hfedmoe.method.rivals.flux import FLUX
+from hfedmoe.method.rivals.ranks import FLEXLORA, HETLORA
 from hfedmoe.method.row import Method
 
 METHODS: dict[str, Method] = {
@@ -19,6 +21,9 @@ METHODS: dict[str, Method] = {
     "frequency": FREQUENCY,
     "fedmoe": FEDMOE,
     "flame": FLAME,
+    "hetlora": HETLORA,
+    "flexlora": FLEXLORA,
+    "flux": FLUX,
     "flex_moe": FLEX_MOE,
     "fc_moe": FC_MOE,
     "fedalign_moe": FEDALIGN_MOE,

@@ -46,12 +46,30 @@ class _Products:
         return q_b @ u, s, vt @ q_a.T
 
 
-class ProductAverage:
-    """The weighted average of each expert's product B A over the clients that sent it, as factors of rank R."""
+def product_norms(a: Tensor, b: Tensor) -> Tensor:
+    """||B A||_F of every expert, without B A: a [n, R, in] and b [n, out, R] -> float32 [n].
 
-    def __init__(self, num_rows: int, rank: int) -> None:
+    ||B A||^2 = tr(A^T B^T B A), the sum over the products of the entries of B^T B and A A^T.
+    """
+    a, b = a.detach().float(), b.detach().float()
+    squares = ((b.mT @ b).double() * (a @ a.mT).double()).sum((1, 2))
+    return squares.clamp_min(0).sqrt().float()  # rounding can make a product of 0 slightly negative
+
+
+class ProductAverage:
+    """The weighted average of each expert's product B A over the clients that sent it, as factors of rank R.
+
+    Args:
+        num_rows: experts.
+        rank: R.
+        ordered: components are ordered by their singular values also where only one client sent the expert, so that
+            the first r are the best approximation of rank r.
+    """
+
+    def __init__(self, num_rows: int, rank: int, ordered: bool = False) -> None:
         self.num_rows = num_rows
         self.rank = rank
+        self.ordered = ordered
         self._experts: dict[int, _Products] = {}
         self._shape: tuple[int, int] | None = None
 
@@ -90,8 +108,8 @@ class ProductAverage:
 
         A new `a` has orthogonal rows and the Frobenius norm of the previous one, so that a learning rate keeps its
         meaning. The largest entry of each row is positive, which fixes the signs. `a` is never 0, even if the product
-        is. An expert that exactly one client sent gets that client's factors unchanged (the same product); one that
-        nobody sent keeps both factors bit for bit.
+        is. An expert that exactly one client sent gets that client's factors unchanged (the same product), unless
+        components are ordered; one that nobody sent keeps both factors bit for bit.
 
         Raises ValueError if the shapes of the previous factors are not those of the clients'.
         """
@@ -107,7 +125,7 @@ class ProductAverage:
             )
         new_a, new_b = previous_a.detach().clone(), previous_b.detach().clone()
         for expert, products in self._experts.items():
-            if len(products.pairs) == 1:
+            if len(products.pairs) == 1 and not self.ordered:
                 a, b, _ = products.pairs[0]
             else:
                 a, b = self._factors(products, float(previous_a[expert].float().norm()))

@@ -69,6 +69,8 @@ class Outlook:
     """The client's scores, [E_l] per layer; the first call may take a pass over its data."""
     draws: torch.Generator
     """The client's own random numbers of the round."""
+    progress: float = 0.0
+    """How far the run is: 0 in the first round, 1 in the last."""
 
 
 @dataclass
@@ -141,6 +143,13 @@ class Method:
     experts_per_token: Callable[[float, int], int] | None = None
     """The experts that work on a token of a client: (share of all experts in its budget, the model's top-k) -> 1 to
     top-k. The client then also trains a scale of each layer's experts (kind "scale")."""
+    rank: Callable[[float, int], int] | None = None
+    """The rank of a client's LoRA pairs: (share of all experts in its budget, the configured rank) -> 1 to that rank.
+    Only so many components of each pair of the experts travel, and all others are 0 on the client."""
+    averages_products: bool = False
+    """Whether LoRA pairs are averaged by their products, as with `train.lora = "exact"`, which then need not be set."""
+    needs_size: bool = False
+    """Whether copies are weighed by the norm of their LoRA products (`Copies.size`)."""
     unlimited: bool = False
     """Whether clients' budgets are ignored."""
     pooled: bool = False
@@ -151,6 +160,25 @@ class Method:
     def ignores_budgets(self, settings: Settings) -> bool:
         """Whether clients hold experts without regard to their budgets."""
         return self.unlimited or settings.residency == "all"
+
+    @property
+    def limits_otherwise(self) -> bool:
+        """Whether budgets limit something else than the experts that clients hold."""
+        return self.experts_per_token is not None or self.rank is not None
+
+    def exact_lora(self, lora: str) -> bool:
+        """Whether LoRA pairs are averaged by their products, where `train.lora` is `lora`."""
+        return self.averages_products or lora == "exact"
+
+    def problem_with(self, experts: str, lora: str) -> str | None:
+        """Why the method cannot train with these `train.experts` and `train.lora`; None: it can."""
+        if self.rank is None and not self.averages_products and not self.needs_size:
+            return None
+        if experts != "lora":
+            return f'it needs LoRA pairs of the experts: set train.experts = "lora" (it is "{experts}")'
+        if lora == "freeze_a":
+            return 'it changes both factors of LoRA pairs: set train.lora = "factors" (it is "freeze_a")'
+        return None
 
     @property
     def needs_usage(self) -> bool:

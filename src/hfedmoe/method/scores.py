@@ -11,6 +11,7 @@ Higher means better to keep. `ib` is the paper's choice, the others are for comp
     reap        activation / number of tokens                      REAP: the mean where `activation` is the sum
     taylor      -sum_t g_e(t) * dL/dg_e(t)                         first-order rise of the loss without the expert
     ghost       sum_t (g_e(t) * |dL/dy(t)| * |a_e(t)|)^2           what training the expert can gain, to first order
+    utility     sqrt(ghost * number of tokens)                     Flux: tokens x root mean square of their gradients
 
 Sums are over the tokens t that the expert works on; f_e is its output, a_e the input of its down projection, y the
 layer's output. A term of `ghost` is the squared norm of one token's gradient of the down projection. It needs no
@@ -127,6 +128,13 @@ SCORES: dict[str, Score] = {
     "ghost": Score(
         "squared gradients of its down projection",
         lambda e, *_: _measured(e, "ghost"),
+        needs="ghost",
+        needs_backward=True,
+        by_layer=True,
+    ),
+    "utility": Score(
+        "tokens times root mean square of their gradients of its down projection",
+        lambda e, *_: (_measured(e, "ghost") * _measured(e, "processed")).sqrt(),
         needs="ghost",
         needs_backward=True,
         by_layer=True,

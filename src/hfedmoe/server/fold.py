@@ -8,8 +8,10 @@ from hfedmoe.method.averaging import MeanAverage, StacksAverage
 from hfedmoe.method.combining import StacksCombined
 from hfedmoe.method.copies import Copies, over_layers
 from hfedmoe.method.methods import METHODS
-from hfedmoe.method.products import ProductAverage
+from hfedmoe.method.products import ProductAverage, product_norms
 from hfedmoe.moe.payload import layer_of, lora_pairs, public
+from hfedmoe.moe.ranks import expert_pairs, padded
+from hfedmoe.server.components import Arrived
 from hfedmoe.server.gate_fold import GateFold
 from hfedmoe.wire.messages import Update
 
@@ -21,7 +23,7 @@ class Fold:
         tensors: the global tensors, experts as [E, ...]; they are not changed.
         settings: the method and its constants.
         exact_lora: average the products B A instead of the factors (FlexLoRA), then factor the mean to the same rank.
-        rank: of the LoRA pairs, for `exact_lora`.
+        rank: of the LoRA pairs, for `exact_lora` and for methods whose clients have different ranks.
         usage: of the federation in the rounds before, float32 [E] per layer, for methods that weigh by it.
     """
 
@@ -34,10 +36,10 @@ class Fold:
         usage: list[Tensor] | None = None,
     ) -> None:
         self._tensors, self._settings, self._method = tensors, settings, METHODS[settings.name]
-        self._usage = usage
+        self._usage, self._rank = usage, rank
         tensors = public(tensors, self._method.private)
         pairs = lora_pairs(tensors) if exact_lora else []
-        self._products = {pair: ProductAverage(tensors[pair[0]].shape[0], rank) for pair in pairs if _of_experts(pair)}
+        self._products = {pair: self._average(tensors[pair[0]].shape[0]) for pair in pairs if _of_experts(pair)}
         self._shared_products = {pair: ProductAverage(1, rank) for pair in pairs if not _of_experts(pair)}
         in_pairs = {name for pair in pairs for name in pair}
         layers: dict[int, list[str]] = {}
@@ -67,7 +69,11 @@ class Fold:
         else:
             self._experts = StacksCombined(stretches, lambda changes, weights: combine(changes, weights, settings))
         self._gates = GateFold(gates, settings)
+        self._arrived = Arrived() if self._method.rank is not None and not exact_lora else None
         self.clients = 0
+
+    def _average(self, experts: int) -> ProductAverage:
+        return ProductAverage(experts, self._rank, ordered=self._method.rank is not None)
 
     def add(self, update: Update, held: list[Tensor], examples: int) -> None:
         """Fold in one checked update with finite values. It keeps only the factors that `exact_lora` needs.
@@ -77,32 +83,46 @@ class Fold:
             examples: |D_c|, limited by `federation.max_weight`.
         """
         self.clients += 1
+        sizes = _sizes(update) if self._method.needs_size else None
         layers = [
-            Copies(examples, *vectors, federation=None if self._usage is None else self._usage[layer])
+            Copies(
+                examples,
+                *vectors,
+                federation=None if self._usage is None else self._usage[layer],
+                size=None if sizes is None else sizes[layer],
+            )
             for layer, vectors in enumerate(
                 zip(update.usage, update.importance, update.tokens, held, update.trained, strict=True)
             )
         ]
         weights = over_layers(lambda copies: self._method.expert_weight(copies, self._settings), layers)
+        tensors = update.tensors
+        if self._method.rank is not None:
+            if self._arrived is not None:
+                self._arrived.add(tensors, update.sent, weights)
+            ranks = {tensors[a].shape[1] for a, _ in expert_pairs(tensors)}
+            tensors = padded(tensors, min(ranks, default=None), self._rank)
         if self._stacks:
             sent = torch.cat([update.sent[layer] for layer in self._layers]).nonzero()[:, 0]
             weight = torch.cat([weights[layer] for layer in self._layers])[sent]
-            self._experts.add({name: update.tensors[name] for name in self._stacks}, sent, weight, checked=True)
+            self._experts.add({name: tensors[name] for name in self._stacks}, sent, weight, checked=True)
         for (a, b), products in self._products.items():
             layer = layer_of(a)
             index = update.sent[layer].nonzero()[:, 0]
-            products.add(update.tensors[a], update.tensors[b], index, weights[layer][index])
+            products.add(tensors[a], tensors[b], index, weights[layer][index])
         for (a, b), products in self._shared_products.items():
             weight = torch.tensor([float(examples)])
-            products.add(update.tensors[a][None], update.tensors[b][None], torch.tensor([0]), weight)
-        self._gates.add(update.tensors, layers)
+            products.add(tensors[a][None], tensors[b][None], torch.tensor([0]), weight)
+        self._gates.add(tensors, layers)
         for name, mean in self._shared.items():
-            mean.add(update.tensors[name], examples, checked=True)
+            mean.add(tensors[name], examples, checked=True)
 
     def result(self) -> dict[str, Tensor]:
         """The new global tensors; what no client trained keeps its value bit for bit."""
         new = dict(self._tensors)
         new |= self._experts.result({name: self._tensors[name] for name in self._stacks})
+        if self._arrived is not None:
+            self._arrived.keep_the_others(new, self._tensors)
         for (a, b), products in self._products.items():
             new[a], new[b] = products.result(self._tensors[a], self._tensors[b])
         for (a, b), products in self._shared_products.items():
@@ -111,6 +131,15 @@ class Fold:
         for name, mean in self._shared.items():
             new[name] = mean.result(self._tensors[name])
         return new
+
+
+def _sizes(update: Update) -> list[Tensor]:
+    """The norm of each expert's LoRA products in an update, float32 [E] per layer (`Copies.size`)."""
+    squares = [torch.zeros(len(sent)) for sent in update.sent]
+    for a, b in expert_pairs(update.tensors):
+        layer = layer_of(a)
+        squares[layer][update.sent[layer]] += product_norms(update.tensors[a], update.tensors[b]).cpu() ** 2
+    return [total.sqrt() for total in squares]
 
 
 def _of_experts(pair: tuple[str, str]) -> bool:

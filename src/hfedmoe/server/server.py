@@ -17,6 +17,7 @@ from hfedmoe.events import Evaluation, Participant, Watcher
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Residents, Wish
 from hfedmoe.moe.payload import pack, public
+from hfedmoe.moe.ranks import cut
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.fold import Fold
 from hfedmoe.server.keeper import Keeper
@@ -115,7 +116,7 @@ class Server:
         fold = Fold(
             self.tensors,
             self.config.method,
-            self.config.train.lora == "exact",
+            self._method.exact_lora(self.config.train.lora),
             self.config.train.rank,
             None if usage is None else list(usage.split(self.num_experts)),
         )
@@ -131,7 +132,7 @@ class Server:
         resident = member.resident
         try:
             with log.phases("check"):
-                update = checks.update(reply_of(answer), resident, self.tensors, self._asked)
+                update = checks.update(reply_of(answer), resident, self.tensors, self._asked, self._rank(member))
             if update.work.examples != member.about.examples:
                 raise InvalidReplyError(f"says it has {update.work.examples} examples, but had {member.about.examples}")
         except InvalidReplyError as error:
@@ -209,12 +210,17 @@ class Server:
 
     def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
         with log.phases("pack"):
-            content = train_request(
-                round, member.resident, pack(public(self.tensors, self._method.private), member.resident)
-            )
+            tensors = cut(public(self.tensors, self._method.private), self._rank(member))
+            content = train_request(round, member.resident, pack(tensors, member.resident))
         log.sent(member.about.client, wire_bytes(content))
         self.watcher.client_started(round, member.position, self.config.train.steps)
         return Request(member.node, TRAIN, content)
+
+    def _rank(self, member: Member) -> int | None:
+        """The rank of the LoRA pairs of a client's experts; None: the configured one."""
+        if self._method.rank is None:
+            return None
+        return self._method.rank(member.about.budget / sum(self.num_experts), self.config.train.rank)
 
     def _activation_wanted(self, resident: list[Tensor]) -> float:
         """Experts per layer (mean over the layers) that a step of the client would train without a deadline."""

@@ -13,6 +13,7 @@ from hfedmoe.events import Work
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Kind
 from hfedmoe.moe.payload import layer_of, lora_pairs, public
+from hfedmoe.moe.ranks import cut
 from hfedmoe.wire.messages import (
     CONTRIBUTION,
     MAX_VALUE,
@@ -44,7 +45,7 @@ class Asked:
     sends: str = "trained"
     """The experts whose rows come back: "trained" or "held" (`method.methods.Method.sends`)."""
     exact: bool = False
-    """Whether products of LoRA pairs are averaged (train.lora = "exact")."""
+    """Whether products of LoRA pairs are averaged (`Method.exact_lora`)."""
     private: frozenset[Kind] = frozenset()
     """Kinds of tensors that stay on the client."""
 
@@ -53,7 +54,8 @@ class Asked:
         """What a configuration asks for; a row has a prompt and an answer of at most data.max_tokens each."""
         tokens, method = 2 * config.data.max_tokens * config.train.batch_size, METHODS[config.method.name]
         pairs = [tokens * k for k in top_k]
-        return cls(config.train.steps, pairs, method.sends, config.train.lora == "exact", method.private)
+        exact = method.exact_lora(config.train.lora)
+        return cls(config.train.steps, pairs, method.sends, exact, method.private)
 
 
 class TroubleError(InvalidReplyError):
@@ -133,13 +135,16 @@ def contribution(message: Message, num_experts: list[int]) -> list[Tensor]:
     return [part.clone() for part in scores.split(num_experts)]
 
 
-def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], asked: Asked) -> Update:
+def update(
+    message: Message, resident: list[Tensor], like: dict[str, Tensor], asked: Asked, rank: int | None = None
+) -> Update:
     """A client's update, if every tensor is finite and has the expected name, shape and dtype.
 
     Args:
         resident: what the client was given, bool [E] per layer.
         like: the global tensors, experts as [E, ...].
         asked: what it was asked to do.
+        rank: of the LoRA pairs of this client's experts; None: that of `like`.
 
     Raises:
         InvalidReplyError: anything is missing, unexpected, misshapen, out of range or not finite.
@@ -155,7 +160,7 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], as
         name: (torch.Size([int(sent[layer_of(name)].sum()), *tensor.shape[1:]]), tensor.dtype)
         if name.startswith("experts.")
         else (tensor.shape, tensor.dtype)
-        for name, tensor in public(like, asked.private).items()
+        for name, tensor in cut(public(like, asked.private), rank).items()
     }
     expected |= {name: (torch.Size([sum(num_experts)]), torch.float32) for name in VECTORS}
     size = sum(shape.numel() * dtype.itemsize for shape, dtype in expected.values())
