@@ -188,7 +188,7 @@ def test_bad_requests_are_one_line(folder: Path, settings: RunConfig, tmp_path: 
         with pytest.raises(UserError, match=r"--seeds .*: expected numbers"):
             compare([Point(settings)], Comparison("hfedmoe", seeds, tmp_path, 1))
     broken = tiny_config(*QUICK, "train.lr=1e30")
-    with pytest.raises(UserError, match=r"no cell can be computed; hfedmoe with seed 0: .*lower train\.lr"):
+    with pytest.raises(UserError, match=r"no cell can be computed; hfedmoe with seed 0: round 1: 0 valid updates"):
         compare([Point(broken)], Comparison("hfedmoe", "0", tmp_path, 1))
     path = next((folder / "cells").iterdir())
     tree = json.loads(path.read_text())
