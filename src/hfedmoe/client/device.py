@@ -152,18 +152,17 @@ class Device:
         method = self.learner.method
         self.model.set_resident(resident)
         load(self.model, self._begin(history, resident, tensors), resident)
-        if method.experts_per_token is not None:
-            self.model.limit_top_k(method.experts_per_token(self.place.share, self.place.top_k[0]))
-        on_step = self.on_step
-        local = train(
-            self.learner,
-            history,
-            activation_budget=self.activation_budget(),
-            lr_factor=self.lr_factor(round),
-            on_step=None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
-            pace=self.pace(history, resident),
-        )
-        self.model.limit_top_k(None)
+        on_step, per_token = self.on_step, method.experts_per_token
+        most = None if per_token is None else per_token(self.place.share, self.place.top_k[0])
+        with self.model.limited_top_k(most):
+            local = train(
+                self.learner,
+                history,
+                activation_budget=self.activation_budget(),
+                lr_factor=self.lr_factor(round),
+                on_step=None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
+                pace=self.pace(history, resident),
+            )
         self._remember(history, resident)
         peak = sub_model_bytes(self.model, resident) if self.simulated else peak_bytes(self.model.device)
         sent = local.trained if method.sends == "trained" else resident

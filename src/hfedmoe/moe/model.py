@@ -153,16 +153,22 @@ class MoEModel:
         else:
             reside(self.states, self.store, self._everything() if resident is None else resident, self._whole)
 
-    def limit_top_k(self, number: int | None) -> None:
+    @contextmanager
+    def limited_top_k(self, number: int | None) -> Iterator[None]:
         """Let at most so many experts work on a token, those with the largest weights; None: the model's own top-k.
 
         Raises:
             UnsupportedModelError: the model weighs the input of its experts and not their output.
         """
+        if number is not None and any(state.layout.dispatch == "weights_on_input" for state in self.states):
+            raise UnsupportedModelError("the number of experts per token cannot be limited in this family")
         for state in self.states:
-            if number is not None and state.layout.dispatch == "weights_on_input":
-                raise UnsupportedModelError("the number of experts per token cannot be limited in this family")
             state.most_per_token = number
+        try:
+            yield
+        finally:
+            for state in self.states:
+                state.most_per_token = None
 
     @contextmanager
     def streaming(self, capacity: int) -> Iterator[None]:
