@@ -250,7 +250,7 @@ def _method(config: RunConfig) -> Method:
 
 def _experts(context: Context, config: RunConfig, budget: Budget, prepared: Prepared, device: str) -> int | None:
     """The node's budget in experts, planned only once: every message may start a new process. None: unlimited."""
-    if _method(config).ignores_budgets(config.method):
+    if _method(config).ignores_budgets(config.method) and not _method(config).needs_share:
         return None
     kept = context.state.config_records.get(PLACE)
     if kept is not None and kept["asked"] == _asked(context, config):

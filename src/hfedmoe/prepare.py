@@ -126,7 +126,7 @@ def prepare(
         raise UserError(problem)
     budgets = None
     method = METHODS[config.method.name]
-    if not carve and (not method.ignores_budgets(config.method) or method.experts_per_token is not None):
+    if not carve and (not method.ignores_budgets(config.method) or method.needs_share):
         top_k = [layer.top_k for layer in model.layers]
         budgets = budgets_in_experts(config, model.num_experts, top_k, str(model.device))
     if (config.train.loss == "choices" or config.train.logit_adjustment) and not encoder.first_token_only:

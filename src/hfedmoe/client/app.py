@@ -82,7 +82,9 @@ def client_app(
         place = device.place
         budget = max(1, place.allowed(_remember(context, place)))
         examples = len(device.examples)
-        return describe_reply(Description(device.number, device.name, examples, budget, place.num_experts, device.base))
+        return describe_reply(
+            Description(device.number, device.name, examples, budget, place.num_experts, device.base, place.rank)
+        )
 
     def plan(message: Message, context: Context) -> RecordDict:
         known = place_of(context)

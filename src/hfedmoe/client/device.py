@@ -151,10 +151,11 @@ class Device:
         """Train the resident experts and return what changed."""
         method = self.learner.method
         self.model.set_resident(resident)
-        load(self.model, self._begin(history, resident, tensors), resident)
+        start = self._begin(history, resident, tensors)
         on_step, per_token = self.on_step, method.experts_per_token
         most = None if per_token is None else per_token(self.place.share, self.place.top_k[0])
-        with self.model.limited_top_k(most):
+        with self.model.lora_rank(self.place.rank), self.model.limited_top_k(most):
+            load(self.model, start, resident)
             local = train(
                 self.learner,
                 history,
@@ -163,15 +164,17 @@ class Device:
                 on_step=None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
                 pace=self.pace(history, resident),
             )
-        self._remember(history, resident)
-        peak = sub_model_bytes(self.model, resident) if self.simulated else peak_bytes(self.model.device)
-        sent = local.trained if method.sends == "trained" else resident
-        return Update(
-            tensors=public(extract(self.model, sent), method.private),
-            sent=sent,
-            trained=local.trained,
-            usage=local.usage,
-            importance=local.importance,
-            tokens=local.tokens,
-            work=replace(local.work, peak_bytes=peak, peak_is_measured=not self.simulated, deadline_s=self.deadline_s),
-        )
+            self._remember(history, resident)
+            peak = sub_model_bytes(self.model, resident) if self.simulated else peak_bytes(self.model.device)
+            sent = local.trained if method.sends == "trained" else resident
+            return Update(
+                tensors=public(extract(self.model, sent), method.private),
+                sent=sent,
+                trained=local.trained,
+                usage=local.usage,
+                importance=local.importance,
+                tokens=local.tokens,
+                work=replace(
+                    local.work, peak_bytes=peak, peak_is_measured=not self.simulated, deadline_s=self.deadline_s
+                ),
+            )

@@ -67,6 +67,12 @@ class Place:
         return self._room / self.total
 
     @property
+    def rank(self) -> int | None:
+        """The rank of its LoRA pairs; None: that of the configuration."""
+        ranks = self.method.ranks
+        return None if ranks is None else ranks.of(self.share, self.config.train.rank)
+
+    @property
     def _room(self) -> int:
         if self.budget_experts is not None:
             return min(self.budget_experts, self.total)

@@ -303,7 +303,7 @@ def _clients(config: RunConfig, lines: list[dict[str, Any]], export: Export) -> 
         return ""
     total, budgets = sum(export.num_experts), config.clients.budgets
     method = METHODS[config.method.name]
-    limited = not method.ignores_budgets(config.method) or method.experts_per_token is not None
+    limited = not method.ignores_budgets(config.method) or method.needs_share
     rows = [
         f"| {number}{' (this one)' if number == export.client else ''} | "
         + (f"{budgets[number % len(budgets)]} | " if limited else "")

@@ -35,13 +35,21 @@ class _Products:
                 self.dense = product if self.dense is None else self.dense.add_(product)
             self.pairs = []
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U [out, n], S [n], V^T [n, in] of the weighted mean product."""
+    def svd(self, spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """U [out, n], S [n], V^T [n, in] of the weighted mean product.
+
+        Args:
+            spare: [R, in], directions to add where the clients' are fewer than R.
+        """
         if self.dense is not None:
             u, s, vt = torch.linalg.svd(self.dense / self.weight, full_matrices=False)
             return u, s, vt
-        q_b, r_b = torch.linalg.qr(torch.cat([b * (weight / self.weight) for _, b, weight in self.pairs], 1))
-        q_a, r_a = torch.linalg.qr(torch.cat([a for a, _, _ in self.pairs]).T)
+        left = [b * (weight / self.weight) for _, b, weight in self.pairs]
+        right = [a for a, _, _ in self.pairs]
+        if sum(map(len, right)) < len(spare):
+            left, right = [*left, left[0].new_zeros(len(left[0]), len(spare))], [*right, spare]
+        q_b, r_b = torch.linalg.qr(torch.cat(left, 1))
+        q_a, r_a = torch.linalg.qr(torch.cat(right).T)
         u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         return q_b @ u, s, vt @ q_a.T
 
@@ -59,17 +67,18 @@ class ProductAverage:
         """Add the LoRA pairs of some experts of one client; pairs of weight 0 are ignored.
 
         Args:
-            a: [n, R, in].
-            b: [n, out, R].
+            a: [n, r, in], with r at most R.
+            b: [n, out, r].
             index: int64 [n], which of the `num_rows` experts each one is; no expert twice.
             weight: [n], not negative.
 
         Raises:
-            ValueError: as `RowAverage.add`, or factors of another rank.
+            ValueError: as `RowAverage.add`, or factors of a rank above R or of two ranks.
         """
-        if a.dim() != 3 or b.dim() != 3 or len(a) != len(b) or a.shape[1] != self.rank or b.shape[2] != self.rank:
+        rank = a.shape[1] if a.dim() == 3 else 0
+        if not 0 < rank <= self.rank or b.dim() != 3 or len(a) != len(b) or b.shape[2] != rank:
             raise ValueError(
-                f"expected a [n, {self.rank}, in] and b [n, out, {self.rank}], "
+                f"expected a [n, r, in] and b [n, out, r] of a rank up to {self.rank}, "
                 f"got {tuple(a.shape)} and {tuple(b.shape)}"
             )
         index, weight, keep = positive_weights(self.num_rows, len(a), index, weight)
@@ -90,8 +99,8 @@ class ProductAverage:
 
         A new `a` has orthogonal rows and the Frobenius norm of the previous one, so that a learning rate keeps its
         meaning. The largest entry of each row is positive, which fixes the signs. `a` is never 0, even if the product
-        is. An expert that exactly one client sent gets that client's factors unchanged (the same product); one that
-        nobody sent keeps both factors bit for bit.
+        is. An expert that exactly one client sent, in rank R, gets that client's factors unchanged (the same product);
+        one that nobody sent keeps both factors bit for bit.
 
         Raises ValueError if the shapes of the previous factors are not those of the clients'.
         """
@@ -107,16 +116,17 @@ class ProductAverage:
             )
         new_a, new_b = previous_a.detach().clone(), previous_b.detach().clone()
         for expert, products in self._experts.items():
-            if len(products.pairs) == 1:
+            if len(products.pairs) == 1 and len(products.pairs[0][0]) == self.rank:
                 a, b, _ = products.pairs[0]
             else:
-                a, b = self._factors(products, float(previous_a[expert].float().norm()))
+                a, b = self._factors(products, previous_a[expert].float())
             new_a[expert], new_b[expert] = a.to(new_a), b.to(new_b)
         return new_a, new_b
 
-    def _factors(self, products: _Products, norm: float) -> tuple[Tensor, Tensor]:
-        """a [R, in] of Frobenius norm `norm` (1 per row if it is 0) and b [out, R]."""
-        u, s, vt = products.svd()
+    def _factors(self, products: _Products, previous: Tensor) -> tuple[Tensor, Tensor]:
+        """a [R, in] of the Frobenius norm of `previous` [R, in] (1 per row if it is 0) and b [out, R]."""
+        u, s, vt = products.svd(previous)
+        norm = float(previous.norm())
         u, s, vt = u[:, : self.rank], s[: self.rank], vt[: self.rank]
         largest = vt.gather(1, vt.abs().argmax(1, keepdim=True))
         sign = torch.where(largest < 0, -1.0, 1.0)

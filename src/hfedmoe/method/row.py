@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.method.copies import Copies
+from hfedmoe.method.ranks import Ranks
 
 
 class Settings(Protocol):
@@ -138,6 +139,9 @@ class Method:
     experts_per_token: Callable[[float, int], int] | None = None
     """The experts that work on a token of a client: (share of all experts in its budget, the model's top-k) -> 1 to
     top-k. The client then also trains a scale of each layer's experts (kind "scale")."""
+    ranks: Ranks | None = None
+    """LoRA pairs whose rank is a client's own; None: all have train.rank. The method then averages them in its own way,
+    whatever train.lora says."""
     unlimited: bool = False
     """Whether clients' budgets are ignored."""
     pooled: bool = False
@@ -148,6 +152,15 @@ class Method:
     def ignores_budgets(self, settings: Settings) -> bool:
         """Whether clients hold experts without regard to their budgets."""
         return self.unlimited or settings.residency == "all"
+
+    def averages_products(self, lora: str) -> bool:
+        """Whether products of LoRA pairs are averaged and not factors; `lora`: train.lora."""
+        return lora == "exact" if self.ranks is None else self.ranks.exact
+
+    @property
+    def needs_share(self) -> bool:
+        """Whether a budget decides anything but the number of experts that a client holds."""
+        return self.experts_per_token is not None or self.ranks is not None
 
     @property
     def needs_usage(self) -> bool:

@@ -35,6 +35,12 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
             f'train.experts = "full" with model.dtype = "{config.model.dtype}": small updates would be rounded away; '
             'use float32, or train.experts = "lora", whose adapters are float32'
         )
+    method = METHODS[config.method.name]
+    if method.ranks is not None and (settings.experts != "lora" or settings.lora == "freeze_a"):
+        raise UserError(
+            f'method.name = "{config.method.name}" gives clients LoRA pairs of different ranks: '
+            'set train.experts = "lora", and train.lora = "factors" or "exact"'
+        )
     dtype = getattr(torch, config.model.dtype)
     try:
         if wants_float32(config.model.compute, device_of(config.model.device), dtype, here=True):
@@ -51,7 +57,7 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
             off_budget=config.clients.off_budget,
             store=store,
             masked=masked,
-            scales=METHODS[config.method.name].experts_per_token is not None,
+            scales=method.experts_per_token is not None,
         )
     except (UnsupportedModelError, CheckpointError) as error:
         raise UserError(f"model.name = {config.model.name}: {error}") from None

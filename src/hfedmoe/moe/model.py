@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
-from hfedmoe.moe.attention import add_attention_lora
+from hfedmoe.moe.attention import A, add_attention_lora
 from hfedmoe.moe.experts.dispatch import keep_eager
 from hfedmoe.moe.experts.state import ExpertState, attach
 from hfedmoe.moe.experts.store import ExpertStore
@@ -169,6 +169,26 @@ class MoEModel:
         finally:
             for state in self.states:
                 state.most_per_token = None
+
+    @contextmanager
+    def lora_rank(self, rank: int | None) -> Iterator[None]:
+        """Train LoRA pairs of a lower rank, whose values are to be loaded; None: of the model's own rank.
+
+        The scale of the low-rank term stays. Afterwards the model has its own pairs again, as they were.
+        """
+        trained, pairs = [state.trained for state in self.states], {n: p.data for n, p in self.attention.items()}
+        if rank is not None:
+            for state in self.states:
+                state.trained = None if state.trained is None else state.trained.of_rank(rank)
+            for name, factor in self.attention.items():
+                factor.data = (factor.data[:rank] if A in name else factor.data[:, :rank]).clone()
+        try:
+            yield
+        finally:
+            for state, own in zip(self.states, trained, strict=True):
+                state.trained = own
+            for name, factor in self.attention.items():
+                factor.data = pairs[name]
 
     @contextmanager
     def streaming(self, capacity: int) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hfedmoe.method.ranks import Ranks
 from hfedmoe.moe.attention import A, B
 from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.model import MoEModel
@@ -41,6 +42,25 @@ def lora_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     pairs = [(name, name[:-1] + "b") for name in names if name.startswith("experts.") and name.endswith("_a")]
     pairs += [(name, name.replace(A, B)) for name in names if name.startswith("shared.") and A in name]
     return sorted(pair for pair in pairs if pair[1] in names)
+
+
+def of_rank(tensors: Mapping[str, Tensor], ranks: Ranks, rank: int) -> dict[str, Tensor]:
+    """The tensors for a client of a rank: every LoRA pair lowered to it, by the method's rule."""
+    lowered = dict(tensors)
+    for a, b in lora_pairs(tensors):
+        lowered[a], lowered[b] = ranks.lowered(tensors[a], tensors[b], rank)
+    return lowered
+
+
+def shapes_of_rank(tensors: Mapping[str, Tensor], rank: int | None) -> dict[str, torch.Size]:
+    """The shapes of tensors, with LoRA pairs of a rank; None: as they are."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if rank is None:
+        return shapes
+    for a, b in lora_pairs(tensors):
+        shapes[a] = torch.Size([*shapes[a][:-2], rank, shapes[a][-1]])
+        shapes[b] = torch.Size([*shapes[b][:-1], rank])
+    return shapes
 
 
 def expert_shapes(model: MoEModel) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from hfedmoe.method.combining import StacksCombined
 from hfedmoe.method.copies import Copies, over_layers
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.products import ProductAverage
+from hfedmoe.method.ranks import PaddedAverage, Ranks
 from hfedmoe.moe.payload import layer_of, lora_pairs, public
 from hfedmoe.server.gate_fold import GateFold
 from hfedmoe.wire.messages import Update
@@ -21,7 +22,7 @@ class Fold:
         tensors: the global tensors, experts as [E, ...]; they are not changed.
         settings: the method and its constants.
         exact_lora: average the products B A instead of the factors (FlexLoRA), then factor the mean to the same rank.
-        rank: of the LoRA pairs, for `exact_lora`.
+        rank: the largest of the LoRA pairs, for `exact_lora` and for methods with pairs of several ranks.
         usage: of the federation in the rounds before, float32 [E] per layer, for methods that weigh by it.
     """
 
@@ -36,9 +37,12 @@ class Fold:
         self._tensors, self._settings, self._method = tensors, settings, METHODS[settings.name]
         self._usage = usage
         tensors = public(tensors, self._method.private)
-        pairs = lora_pairs(tensors) if exact_lora else []
-        self._products = {pair: ProductAverage(tensors[pair[0]].shape[0], rank) for pair in pairs if _of_experts(pair)}
-        self._shared_products = {pair: ProductAverage(1, rank) for pair in pairs if not _of_experts(pair)}
+        ranks = self._method.ranks
+        pairs = lora_pairs(tensors) if exact_lora or ranks is not None else []
+        average = ProductAverage if exact_lora else PaddedAverage
+        self._pairs = {pair: average(tensors[pair[0]].shape[0], rank) for pair in pairs if _of_experts(pair)}
+        self._shared_pairs = {pair: average(1, rank) for pair in pairs if not _of_experts(pair)}
+        self._pair_weight = Ranks.weight if ranks is None else ranks.weight
         in_pairs = {name for pair in pairs for name in pair}
         layers: dict[int, list[str]] = {}
         self._shared: dict[str, MeanAverage] = {}
@@ -88,13 +92,14 @@ class Fold:
             sent = torch.cat([update.sent[layer] for layer in self._layers]).nonzero()[:, 0]
             weight = torch.cat([weights[layer] for layer in self._layers])[sent]
             self._experts.add({name: update.tensors[name] for name in self._stacks}, sent, weight, checked=True)
-        for (a, b), products in self._products.items():
-            layer = layer_of(a)
+        for (a, b), average in self._pairs.items():
+            layer, own_a, own_b = layer_of(a), update.tensors[a], update.tensors[b]
             index = update.sent[layer].nonzero()[:, 0]
-            products.add(update.tensors[a], update.tensors[b], index, weights[layer][index])
-        for (a, b), products in self._shared_products.items():
-            weight = torch.tensor([float(examples)])
-            products.add(update.tensors[a][None], update.tensors[b][None], torch.tensor([0]), weight)
+            average.add(own_a, own_b, index, self._pair_weight(own_a, own_b, weights[layer][index]))
+        for (a, b), average in self._shared_pairs.items():
+            own_a, own_b = update.tensors[a][None], update.tensors[b][None]
+            weight = self._pair_weight(own_a, own_b, torch.tensor([float(examples)]))
+            average.add(own_a, own_b, torch.tensor([0]), weight)
         self._gates.add(update.tensors, layers)
         for name, mean in self._shared.items():
             mean.add(update.tensors[name], examples, checked=True)
@@ -103,10 +108,10 @@ class Fold:
         """The new global tensors; what no client trained keeps its value bit for bit."""
         new = dict(self._tensors)
         new |= self._experts.result({name: self._tensors[name] for name in self._stacks})
-        for (a, b), products in self._products.items():
-            new[a], new[b] = products.result(self._tensors[a], self._tensors[b])
-        for (a, b), products in self._shared_products.items():
-            (new[a],), (new[b],) = products.result(self._tensors[a][None], self._tensors[b][None])
+        for (a, b), average in self._pairs.items():
+            new[a], new[b] = average.result(self._tensors[a], self._tensors[b])
+        for (a, b), average in self._shared_pairs.items():
+            (new[a],), (new[b],) = average.result(self._tensors[a][None], self._tensors[b][None])
         new |= self._gates.result(self._tensors)
         for name, mean in self._shared.items():
             new[name] = mean.result(self._tensors[name])

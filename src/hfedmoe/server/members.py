@@ -13,6 +13,7 @@ from hfedmoe.config import RunConfig
 from hfedmoe.config.federation import FederationConfig
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
+from hfedmoe.method.methods import METHODS
 from hfedmoe.seeds import generator
 from hfedmoe.wire import checks
 from hfedmoe.wire.exchange import POLL_S, Answer, Request, clean, exchange
@@ -54,11 +55,12 @@ def gather(
         UserError: fewer than `federation.min_clients` said who they are in time.
     """
     settings = config.federation
+    most_rank = None if METHODS[config.method.name].ranks is None else config.train.rank
     members: dict[int, Member] = {}
     requests = (Request(node, DESCRIBE, describe_request(terms)) for node in _connected(grid, config))
     for answer in exchange(grid, requests, "describe", min(settings.timeout_s, settings.connect_timeout_s)):
         try:
-            about = checks.description(reply_of(answer), num_experts, base)
+            about = checks.description(reply_of(answer), num_experts, base, most_rank)
         except InvalidReplyError as error:
             watcher.warning(f"a client on node {answer.node} is left out: {clean(str(error))}")
             continue

@@ -16,7 +16,7 @@ from hfedmoe.errors import UserError
 from hfedmoe.events import Evaluation, Participant, Watcher
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Residents, Wish
-from hfedmoe.moe.payload import pack, public
+from hfedmoe.moe.payload import of_rank, pack, public
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.fold import Fold
 from hfedmoe.server.keeper import Keeper
@@ -115,7 +115,7 @@ class Server:
         fold = Fold(
             self.tensors,
             self.config.method,
-            self.config.train.lora == "exact",
+            self._method.averages_products(self.config.train.lora),
             self.config.train.rank,
             None if usage is None else list(usage.split(self.num_experts)),
         )
@@ -131,7 +131,7 @@ class Server:
         resident = member.resident
         try:
             with log.phases("check"):
-                update = checks.update(reply_of(answer), resident, self.tensors, self._asked)
+                update = checks.update(reply_of(answer), resident, self.tensors, self._asked, member.about.rank)
             if update.work.examples != member.about.examples:
                 raise InvalidReplyError(f"says it has {update.work.examples} examples, but had {member.about.examples}")
         except InvalidReplyError as error:
@@ -207,9 +207,10 @@ class Server:
 
     def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
         with log.phases("pack"):
-            content = train_request(
-                round, member.resident, pack(public(self.tensors, self._method.private), member.resident)
-            )
+            tensors = pack(public(self.tensors, self._method.private), member.resident)
+            if self._method.ranks is not None and member.about.rank is not None:
+                tensors = of_rank(tensors, self._method.ranks, member.about.rank)
+            content = train_request(round, member.resident, tensors)
         log.sent(member.about.client, wire_bytes(content))
         self.watcher.client_started(round, member.position, self.config.train.steps)
         return Request(member.node, TRAIN, content)

@@ -12,7 +12,7 @@ from hfedmoe.config import RunConfig
 from hfedmoe.events import Work
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Kind
-from hfedmoe.moe.payload import layer_of, lora_pairs, public
+from hfedmoe.moe.payload import layer_of, lora_pairs, public, shapes_of_rank
 from hfedmoe.wire.messages import (
     CONTRIBUTION,
     MAX_VALUE,
@@ -44,7 +44,7 @@ class Asked:
     sends: str = "trained"
     """The experts whose rows come back: "trained" or "held" (`method.methods.Method.sends`)."""
     exact: bool = False
-    """Whether products of LoRA pairs are averaged (train.lora = "exact")."""
+    """Whether products of LoRA pairs are averaged (`method.row.Method.averages_products`)."""
     private: frozenset[Kind] = frozenset()
     """Kinds of tensors that stay on the client."""
 
@@ -53,7 +53,8 @@ class Asked:
         """What a configuration asks for; a row has a prompt and an answer of at most data.max_tokens each."""
         tokens, method = 2 * config.data.max_tokens * config.train.batch_size, METHODS[config.method.name]
         pairs = [tokens * k for k in top_k]
-        return cls(config.train.steps, pairs, method.sends, config.train.lora == "exact", method.private)
+        exact = method.averages_products(config.train.lora)
+        return cls(config.train.steps, pairs, method.sends, exact, method.private)
 
 
 class TroubleError(InvalidReplyError):
@@ -81,11 +82,12 @@ def trouble(message: Message) -> None:
     raise TroubleError(str(status).replace("_", " "), reason)
 
 
-def description(message: Message, num_experts: list[int], base: str = "") -> Description:
+def description(message: Message, num_experts: list[int], base: str = "", most_rank: int | None = None) -> Description:
     """Who the client says it is.
 
     Args:
         num_experts, base: of the server's model; every client must have the same.
+        most_rank: the largest rank of LoRA pairs, if the method lets clients have lower ones.
 
     Raises:
         InvalidReplyError: something is missing or out of range, or the client has another model.
@@ -109,6 +111,7 @@ def description(message: Message, num_experts: list[int], base: str = "") -> Des
         budget=_whole(facts, "budget", 1, sum(num_experts)),
         num_experts=num_experts,
         base=base,
+        rank=None if most_rank is None else _whole(facts, "rank", 1, most_rank),
     )
 
 
@@ -133,13 +136,16 @@ def contribution(message: Message, num_experts: list[int]) -> list[Tensor]:
     return [part.clone() for part in scores.split(num_experts)]
 
 
-def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], asked: Asked) -> Update:
+def update(
+    message: Message, resident: list[Tensor], like: dict[str, Tensor], asked: Asked, rank: int | None = None
+) -> Update:
     """A client's update, if every tensor is finite and has the expected name, shape and dtype.
 
     Args:
         resident: what the client was given, bool [E] per layer.
         like: the global tensors, experts as [E, ...].
         asked: what it was asked to do.
+        rank: of its LoRA pairs, as it was given them; None: that of `like`.
 
     Raises:
         InvalidReplyError: anything is missing, unexpected, misshapen, out of range or not finite.
@@ -151,11 +157,12 @@ def update(message: Message, resident: list[Tensor], like: dict[str, Tensor], as
         if bool((did & ~had).any()):
             raise InvalidReplyError(f"says it trained experts of layer {layer} that it was not given")
     sent = trained if asked.sends == "trained" else resident
+    own = public(like, asked.private)
     expected = {
-        name: (torch.Size([int(sent[layer_of(name)].sum()), *tensor.shape[1:]]), tensor.dtype)
+        name: (torch.Size([int(sent[layer_of(name)].sum()), *shape[1:]]), own[name].dtype)
         if name.startswith("experts.")
-        else (tensor.shape, tensor.dtype)
-        for name, tensor in public(like, asked.private).items()
+        else (shape, own[name].dtype)
+        for name, shape in shapes_of_rank(own, rank).items()
     }
     expected |= {name: (torch.Size([sum(num_experts)]), torch.float32) for name in VECTORS}
     size = sum(shape.numel() * dtype.itemsize for shape, dtype in expected.values())

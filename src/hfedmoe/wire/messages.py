@@ -1,7 +1,8 @@
 """All messages between server and clients.
 
 describe (query)  down: the terms of the task: its kind, labels and how answers are compared (`data/terms.py`)
-                  up:   client number, name, examples, budget in experts, experts per layer of its model
+                  up:   client number, name, examples, budget in experts, experts per layer of its model; the
+                        rank of its LoRA pairs, if the method lets ranks differ
 plan (query)      down: round; with method.bootstrap = "prior" the federation's usage so far, float32 [sum E_l]
                   up:   resident bits [sum E_l]; or, for a method that plans on the server, the client's scores
                         float32 [sum E_l]
@@ -54,6 +55,8 @@ class Description:
     num_experts: list[int]
     base: str = ""
     """Digest of its base model (`models.digest`); empty if all clients are in the server's process."""
+    rank: int | None = None
+    """The rank of its LoRA pairs, if the method lets ranks differ."""
 
 
 @dataclass
@@ -171,16 +174,8 @@ def terms_of_request(message: Message) -> str:
 
 def describe_reply(description: Description) -> RecordDict:
     """Who a client is; the server reads it with `checks.description`."""
-    return record(
-        {
-            "client": description.client,
-            "name": description.name,
-            "examples": description.examples,
-            "budget": description.budget,
-            "num_experts": description.num_experts,
-            "base": description.base,
-        }
-    )
+    # A record cannot hold None.
+    return record({name: value for name, value in asdict(description).items() if value is not None})
 
 
 def plan_request(round: int, usage: Tensor | None = None) -> RecordDict:

@@ -60,6 +60,19 @@ class TrainedExperts:
         stacks = {name: _rows(stack, experts) for name, stack in self.stacks.items()}
         return TrainedExperts(stacks, self.scale, self.fixed)
 
+    def of_rank(self, rank: int) -> "TrainedExperts":
+        """LoRA pairs of a lower rank and the same scale, of the same experts; their values are to be loaded."""
+        if self.stacks["up_a"].shape[1] == rank:
+            return self
+        stacks = {name: _narrow(stack, rank, 1 if name.endswith("_a") else 2) for name, stack in self.stacks.items()}
+        return TrainedExperts(stacks, self.scale, self.fixed)
+
+
+def _narrow(stack: Tensor, rank: int, dim: int) -> Tensor:
+    """A copy of the first `rank` rows or columns of a stack; B stays stored as its transpose."""
+    narrow = stack.detach().narrow(dim, 0, rank)
+    return narrow.clone() if dim == 1 else narrow.transpose(1, 2).contiguous().transpose(1, 2)
+
 
 def _rows(stack: Tensor, experts: Tensor) -> Tensor:
     """Some rows of a stack; B stays stored as its transpose."""
