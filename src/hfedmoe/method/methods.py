@@ -8,6 +8,7 @@ from hfedmoe.method.rivals.fedavg import FEDAVG, FEDPROX, FREQUENCY, RANDOM
 from hfedmoe.method.rivals.fedmoe import FEDMOE
 from hfedmoe.method.rivals.flame import FLAME
 from hfedmoe.method.rivals.flex_moe import FLEX_MOE
+from hfedmoe.method.rivals.flux import FLUX
 from hfedmoe.method.rivals.lora_ranks import FLEXLORA, HETLORA
 from hfedmoe.method.row import Method
 
@@ -23,6 +24,7 @@ METHODS: dict[str, Method] = {
     "flex_moe": FLEX_MOE,
     "fc_moe": FC_MOE,
     "fedalign_moe": FEDALIGN_MOE,
+    "flux": FLUX,
     "hetlora": HETLORA,
     "flexlora": FLEXLORA,
     "local": LOCAL,

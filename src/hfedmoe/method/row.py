@@ -70,6 +70,9 @@ class Outlook:
     """The client's scores, [E_l] per layer; the first call may take a pass over its data."""
     draws: torch.Generator
     """The client's own random numbers of the round."""
+    round: int = 1
+    usage: list[Tensor] | None = None
+    """The client's usage in its last round, float32 [E_l] per layer; None: it had none, or the method needs it not."""
 
 
 @dataclass
@@ -139,6 +142,10 @@ class Method:
     experts_per_token: Callable[[float, int], int] | None = None
     """The experts that work on a token of a client: (share of all experts in its budget, the model's top-k) -> 1 to
     top-k. The client then also trains a scale of each layer's experts (kind "scale")."""
+    merged: Callable[[list[int], int, Settings], list[int]] | None = None
+    """How many merged experts of each layer stand in for those that a client does not hold: (E_l of every layer, the
+    client's budget, settings) -> numbers; they count in the budget. A client then gets the trained tensors of all
+    experts, to merge them, and holds one expert at least in every layer. None: no token goes to absent experts."""
     ranks: Ranks | None = None
     """LoRA pairs whose rank is a client's own; None: all have train.rank. The method then averages them in its own way,
     whatever train.lora says."""
@@ -152,6 +159,10 @@ class Method:
     def ignores_budgets(self, settings: Settings) -> bool:
         """Whether clients hold experts without regard to their budgets."""
         return self.unlimited or settings.residency == "all"
+
+    def at_least(self, top_k: Sequence[int]) -> list[int]:
+        """Experts that a client holds at least in every layer of a model with this top-k."""
+        return list(top_k) if self.merged is None else [1] * len(top_k)
 
     def averages_products(self, lora: str) -> bool:
         """Whether products of LoRA pairs are averaged and not factors; `lora`: train.lora."""

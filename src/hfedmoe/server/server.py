@@ -63,6 +63,7 @@ class Server:
     def __post_init__(self) -> None:
         self._asked = checks.Asked.of(self.config, self.top_k)
         self._method = METHODS[self.config.method.name]
+        self._at_least = self._method.at_least(self.top_k)
 
     def run(self, grid: Grid) -> None:
         """All rounds that are left, then the last evaluation.
@@ -181,7 +182,7 @@ class Server:
             try:
                 reply = reply_of(answer)
                 if self._method.assign is None:
-                    resident = checks.resident_set(reply, self.num_experts, self.top_k, budget)
+                    resident = checks.resident_set(reply, self.num_experts, self._at_least, budget)
                     member.resident_bits = pack_bits(resident)
                 else:
                     scores = checks.contribution(reply, self.num_experts)
@@ -207,7 +208,9 @@ class Server:
 
     def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
         with log.phases("pack"):
-            tensors = pack(public(self.tensors, self._method.private), member.resident)
+            tensors = public(self.tensors, self._method.private)
+            if self._method.merged is None:  # else they are merged on the device
+                tensors = pack(tensors, member.resident)
             if self._method.ranks is not None and member.about.rank is not None:
                 tensors = of_rank(tensors, self._method.ranks, member.about.rank)
             content = train_request(round, member.resident, tensors)

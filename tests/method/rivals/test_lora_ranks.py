@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.federation import Federation
-from tests.server.updates import update_of
 from torch import Tensor
 
 from hfedmoe.client.history import ClientHistory
@@ -16,6 +14,8 @@ from hfedmoe.method.rivals.lora_ranks import by_norm
 from hfedmoe.models.tiny import tiny_model
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.server.fold import Fold
+from tests.federation import Federation
+from tests.server.updates import update_of
 
 Make = Callable[..., Federation]
 QUICK = (
