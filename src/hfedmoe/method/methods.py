@@ -10,6 +10,7 @@ from hfedmoe.method.rivals.flame import FLAME
 from hfedmoe.method.rivals.flex_moe import FLEX_MOE
 from hfedmoe.method.rivals.flux import FLUX
 from hfedmoe.method.rivals.lora_ranks import FLEXLORA, HETLORA
+from hfedmoe.method.rivals.personal import FLEX, PFL_MOE
 from hfedmoe.method.row import Method
 
 METHODS: dict[str, Method] = {
@@ -27,6 +28,8 @@ METHODS: dict[str, Method] = {
     "flux": FLUX,
     "hetlora": HETLORA,
     "flexlora": FLEXLORA,
+    "pfl_moe": PFL_MOE,
+    "flex": FLEX,
     "local": LOCAL,
     "unlimited": UNLIMITED,
     "pooled": POOLED,

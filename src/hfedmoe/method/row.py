@@ -89,9 +89,9 @@ class Wish:
 Residents = list[Tensor]
 """bool [E_l] per layer."""
 
-Kind = Literal["router", "experts", "shared", "scale"]
+Kind = Literal["router", "experts", "shared", "scale", "own"]
 """Kinds of trained tensors, as the names under which they are sent begin."""
-EVERYTHING: frozenset[Kind] = frozenset(("router", "experts", "shared", "scale"))
+EVERYTHING: frozenset[Kind] = frozenset(("router", "experts", "shared", "scale", "own"))
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,12 @@ class Method:
     experts_per_token: Callable[[float, int], int] | None = None
     """The experts that work on a token of a client: (share of all experts in its budget, the model's top-k) -> 1 to
     top-k. The client then also trains a scale of each layer's experts (kind "scale")."""
+    own: Literal["copy", "graft"] | None = None
+    """Experts that a client has for itself beside those of each layer, and a gate of its own that mixes both (kind
+    "own"): a "copy" of what is trained of all experts, or a "graft", one expert that begins as the layer's best by the
+    client's score. Until a client begins with them, they do nothing. None: there are none."""
+    frozen_experts: bool = False
+    """Whether the layer's experts are never trained, whatever train.experts says."""
     merged: Callable[[list[int], int, Settings], list[int]] | None = None
     """How many merged experts of each layer stand in for those that a client does not hold: (E_l of every layer, the
     client's budget, settings) -> numbers; they count in the budget. A client then gets the trained tensors of all

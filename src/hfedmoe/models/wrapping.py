@@ -23,7 +23,9 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
         UserError: it is not a supported MoE model, or the settings contradict each other.
     """
     settings = config.train
-    if settings.experts == "frozen" and not settings.router and not settings.attention:
+    method = METHODS[config.method.name]
+    experts = "frozen" if method.frozen_experts else settings.experts
+    if experts == "frozen" and not settings.router and not settings.attention:
         raise UserError("nothing would be trained: set train.experts, train.router or train.attention")
     if settings.experts == "full" and config.model.expert_dtype not in ("same", "float32"):
         raise UserError(
@@ -35,7 +37,10 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
             f'train.experts = "full" with model.dtype = "{config.model.dtype}": small updates would be rounded away; '
             'use float32, or train.experts = "lora", whose adapters are float32'
         )
-    method = METHODS[config.method.name]
+    if method.own == "copy" and experts != "lora":
+        raise UserError(
+            f'method.name = "{config.method.name}" gives clients LoRA pairs of their own: set train.experts = "lora"'
+        )
     if method.ranks is not None and (settings.experts != "lora" or settings.lora == "freeze_a"):
         raise UserError(
             f'method.name = "{config.method.name}" gives clients LoRA pairs of different ranks: '
@@ -47,7 +52,7 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
             compute_in_float32(model)
         wrapped = MoEModel(
             model,
-            experts=settings.experts,
+            experts=experts,
             rank=settings.rank,
             alpha=settings.alpha,
             freeze_a=settings.lora == "freeze_a",
@@ -58,6 +63,7 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
             store=store,
             masked=masked,
             scales=method.experts_per_token is not None,
+            own=method.own,
         )
     except (UnsupportedModelError, CheckpointError) as error:
         raise UserError(f"model.name = {config.model.name}: {error}") from None
