@@ -146,7 +146,7 @@ def test_errors():
     a, b, weight = pairs(1, 1)[0]
     products = ProductAverage(E, R)
     products.add(a, b, ALL, weight)
-    with pytest.raises(ValueError, match=r"expected a \[n, 2, in\]"):
+    with pytest.raises(ValueError, match=r"expected a \[n, r, in\] and b \[n, out, r\] of a rank up to 2"):
         products.add(a[:, :1], b, ALL, weight)
     with pytest.raises(ValueError, match="negative or not finite"):
         products.add(a, b, ALL, -weight)
