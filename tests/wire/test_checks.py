@@ -58,7 +58,7 @@ def test_plans_are_checked() -> None:
         return [mask.tolist() for mask in found]
 
     assert planned([1, 0], [1, 1]) == [[True, False], [True, True]]
-    with pytest.raises(InvalidReplyError, match="plans 0 experts in layer 1, fewer than top-1"):
+    with pytest.raises(InvalidReplyError, match="plans 0 experts in layer 1, fewer than 1"):
         planned([1, 1], [0, 0])
     with pytest.raises(InvalidReplyError, match="plans 4 experts, more than its budget of 3"):
         planned([1, 1], [1, 1])

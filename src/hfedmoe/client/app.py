@@ -133,7 +133,7 @@ def client_app(
         place = device.place
         history = _remember(context, place)
         round = requests.round_of(message, place.config.federation.rounds)
-        resident = requests.residents_of(message, place.num_experts, place.top_k, place.allowed(history))
+        resident = requests.residents_of(message, place.num_experts, place.at_least, place.allowed(history))
 
         def work() -> RecordDict:
             return train_reply(device.train(history, resident, requests.trainables_of(message), round))

@@ -12,6 +12,7 @@ from torch import Tensor
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.kept import Memory
 from hfedmoe.client.learner import Learner
+from hfedmoe.client.merging import mixtures
 from hfedmoe.client.place import Place
 from hfedmoe.client.scoring import bootstrap
 from hfedmoe.client.training import train
@@ -22,7 +23,7 @@ from hfedmoe.data.example import Example
 from hfedmoe.device.memory import peak_bytes, sub_model_bytes
 from hfedmoe.device.pace import Clock, Pace
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.payload import extract, kind_of, load, public, reset, restore
+from hfedmoe.moe.payload import check, extract, kind_of, load, pack, public, reset, restore
 from hfedmoe.moe.ranks import cut, padded
 from hfedmoe.wire.messages import Update
 
@@ -136,9 +137,11 @@ class Device:
         history.began = (history.began or Memory.nothing(numbers)).updated(start, resident)
         return start
 
-    def _remember(self, history: ClientHistory, resident: list[Tensor]) -> None:
-        """Keep what the method leaves on the client."""
+    def _remember(self, history: ClientHistory, resident: list[Tensor], usage: list[Tensor]) -> None:
+        """Keep what the method leaves on the client; `usage` of this round, [E] per layer."""
         method, numbers = self.learner.method, self.model.num_experts
+        if method.merged is not None:
+            history.usage = usage
         if not method.private and method.begin is None:
             return
         now = extract(self.model, resident)
@@ -151,9 +154,16 @@ class Device:
     def train(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor], round: int) -> Update:
         """Train the resident experts and return what changed."""
         method, rank = self.learner.method, self.place.rank
-        self.model.set_resident(resident)
+        self.model.set_resident(resident, self.place.at_least)
         tensors = padded(tensors, rank, self.config.train.rank)
-        load(self.model, self._begin(history, resident, tensors), resident)
+        own = tensors
+        if method.merged is not None:
+            check(self.model, tensors, [torch.ones_like(keep) for keep in resident])
+            own = pack(tensors, resident)
+        load(self.model, self._begin(history, resident, own), resident)
+        if method.merged is not None:
+            room = method.merged(self.model.num_experts, self.place.allowed(history), self.config.method)
+            self.model.stand_in(mixtures(self.model, resident, room, history.usage), tensors)
         per_token = method.experts_per_token
         most = None if per_token is None else per_token(self.place.share, self.place.top_k[0])
         on_step = self.on_step
@@ -166,7 +176,7 @@ class Device:
                 on_step=None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
                 pace=self.pace(history, resident),
             )
-        self._remember(history, resident)
+        self._remember(history, resident, local.usage)
         peak = sub_model_bytes(self.model, resident) if self.simulated else peak_bytes(self.model.device)
         sent = local.trained if method.sends == "trained" else resident
         return Update(

@@ -31,6 +31,8 @@ class ClientHistory:
     """What its last rounds began and ended with, for methods that keep something back."""
     federation: list[Tensor] | None = None
     """Per layer [E], the federation's usage as the server last told it."""
+    usage: list[Tensor] | None = None
+    """Per layer [E], the client's own usage in its last round, for methods that merge experts."""
     limit: int | None = None
     """Most experts over all layers that it holds after running out of memory; 0: even the fewest did not fit."""
 
@@ -66,6 +68,8 @@ class ClientHistory:
             tensors["limit"] = torch.tensor([self.limit])
         if self.federation is not None:
             tensors["federation"] = torch.cat(self.federation)
+        if self.usage is not None:
+            tensors["usage"] = torch.cat(self.usage)
         for name in MEMORIES:
             memory = getattr(self, name)
             tensors |= {} if memory is None else memory.to_tensors(f"{name}/")
@@ -91,4 +95,5 @@ class ClientHistory:
             if any(key.startswith(f"{name}/") for key in tensors)
         }
         told = [part.clone() for part in tensors["federation"].split(num_experts)] if "federation" in tensors else None
-        return cls(scores, prior, seen, rounds, times, limit=limit, federation=told, **memories)
+        usage = [part.clone() for part in tensors["usage"].split(num_experts)] if "usage" in tensors else None
+        return cls(scores, prior, seen, rounds, times, limit=limit, federation=told, usage=usage, **memories)

@@ -89,6 +89,11 @@ class Place:
         return max(self.top_k) * len(self.top_k)
 
     @property
+    def at_least(self) -> list[int]:
+        """Experts that it holds at least in every layer."""
+        return self.method.at_least(self.top_k)
+
+    @property
     def note(self) -> Note:
         """The note that the device keeps on its disk while it works."""
         work = (self.config.model, self.config.data, self.config.train, self.config.method)
@@ -118,7 +123,7 @@ class Place:
         usage: list[Tensor] | None,
         first_pass: Callable[[ClientHistory], None],
     ) -> list[Tensor]:
-        """The experts to hold in this round, by the method's rule: bool [E] per layer, at least top-k in every layer.
+        """The experts to hold in this round, by the method's rule: bool [E] per layer, with `at_least`.
 
         Args:
             usage: the federation's usage so far, float32 [E] per layer, for a client without scores of its own.

@@ -18,7 +18,8 @@ def sub_model_bytes(model: MoEModel, resident: list[Tensor]) -> int:
     total += sum(3 * t.numel() * t.element_size() for t in trained)  # gradient and two moments
     for state, keep in zip(model.states, resident, strict=True):
         held = int(keep.sum())
-        total += held * state.expert_bytes()
+        merged = 0 if state.merged is None else state.merged.number
+        total += (held + merged) * state.expert_bytes()
         if state.trained is not None:
             for name, stack in state.trained.stacks.items():
                 row = stack[0].numel() * stack.element_size()

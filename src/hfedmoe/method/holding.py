@@ -46,19 +46,6 @@ def _drawn(outlook: Outlook) -> list[Tensor]:
     return [torch.rand(number, generator=outlook.draws) for number in outlook.num_experts]
 
 
-def hold_best_and_random(outlook: Outlook, share: float) -> Residents:
-    """The best experts for a share of the budget, and for the rest others drawn anew in every round.
-
-    Scores of different layers are made comparable. Where top-k of a layer needs them, drawn experts go before the last
-    of the best.
-    """
-    if outlook.budget >= sum(outlook.num_experts):
-        return every(outlook)
-    best = select(comparable(outlook.contribution()), round(share * outlook.budget), ties=outlook.draws)
-    order = [drawn + keep for drawn, keep in zip(_drawn(outlook), best, strict=True)]  # the best from 1, others below
-    return select(order, outlook.budget, max(outlook.top_k))
-
-
 def _highest(
     outlook: Outlook,
     scores: Callable[[], list[Tensor]],

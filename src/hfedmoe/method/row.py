@@ -150,6 +150,10 @@ class Method:
     """Whether LoRA pairs are averaged by their products, as with `train.lora = "exact"`, which then need not be set."""
     needs_size: bool = False
     """Whether copies are weighed by the norm of their LoRA products (`Copies.size`)."""
+    merged: Callable[[list[int], int, Settings], list[int]] | None = None
+    """How many merged experts of each layer stand in for those that a client does not hold: (E_l of every layer, the
+    client's budget, settings) -> numbers; they count in the budget. A client then gets the trained tensors of all
+    experts, to merge them, and holds one expert at least in every layer. None: no token goes to absent experts."""
     unlimited: bool = False
     """Whether clients' budgets are ignored."""
     pooled: bool = False
@@ -160,6 +164,10 @@ class Method:
     def ignores_budgets(self, settings: Settings) -> bool:
         """Whether clients hold experts without regard to their budgets."""
         return self.unlimited or settings.residency == "all"
+
+    def at_least(self, top_k: Sequence[int]) -> list[int]:
+        """Experts that a client holds at least in every layer of a model with this top-k."""
+        return list(top_k) if self.merged is None else [1] * len(top_k)
 
     @property
     def limits_otherwise(self) -> bool:

@@ -58,6 +58,13 @@ class MoELayer:
         return weight.shape[0]
 
     @property
+    def directions(self) -> Tensor:
+        """[E, H]: the router's row of every expert."""
+        weight = _scoring_weight(self.router, self.num_experts)
+        assert weight is not None
+        return weight.detach()[: self.num_experts]
+
+    @property
     def fixed_routing(self) -> bool:
         """Whether a table gives the experts of each token, so that only their weights are learned (DeepSeek-V4)."""
         return any(

@@ -8,7 +8,7 @@ There are four kinds of trainable tensors; the names under which they are sent s
     scale.{layer}.output     a factor of the output of a layer's experts, for methods that train one
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,13 +19,15 @@ from torch import Tensor
 from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.attention import add_attention_lora
 from hfedmoe.moe.experts.dispatch import keep_eager
+from hfedmoe.moe.experts.merged import Mixture
 from hfedmoe.moe.experts.state import ExpertState, attach
 from hfedmoe.moe.experts.store import ExpertStore
 from hfedmoe.moe.experts.trained import full_experts, lora_experts
 from hfedmoe.moe.head import keep_head_one_product
 from hfedmoe.moe.routing.layer import LayerRouting
 from hfedmoe.moe.routing.tokens import TokenMasks
-from hfedmoe.moe.weights.residency import mask, reside
+from hfedmoe.moe.weights.residency import check_resident, mask, reside
+from hfedmoe.moe.weights.standing_in import stand_in
 
 
 class MoEModel:
@@ -141,17 +143,42 @@ class MoEModel:
         """Recompute activations in the backward pass instead of keeping them: less memory, more time."""
         self.model.activation_checkpointing_enable({"use_reentrant": False})
 
-    def set_resident(self, resident: list[Tensor] | None) -> None:
+    def set_resident(self, resident: list[Tensor] | None, at_least: Sequence[int] | None = None) -> None:
         """Use only these experts (bool [E] per layer; None: all), by a mask or by reading and dropping them.
 
+        Args:
+            at_least: experts that every layer must keep; None: its top-k. Fewer are enough if others `stand_in`.
+
         Raises:
-            ValueError: fewer than top-k in a layer.
+            ValueError: fewer in a layer.
             CheckpointError: an expert cannot be read.
         """
+        for state in self.states:
+            state.merged = None
+        resident = self._everything() if resident is None and not self.masked else resident
+        if resident is not None:
+            check_resident(self.states, resident, at_least)
         if self.store is None or self.masked:
             mask(self.states, resident)
         else:
-            reside(self.states, self.store, self._everything() if resident is None else resident, self._whole)
+            assert resident is not None
+            reside(self.states, self.store, resident, self._whole)
+
+    def stand_in(self, mixtures: list[list[Mixture]], tensors: dict[str, Tensor]) -> None:
+        """Let merged experts stand in for those that are not resident, until the residents change.
+
+        Args:
+            mixtures: per layer; none where absent experts are not to be chosen.
+            tensors: the trained tensors of all experts, as they are sent; they are part of what is merged.
+
+        Raises:
+            CheckpointError: an expert cannot be read.
+        """
+        for state, own in zip(self.states, mixtures, strict=True):
+            if own:
+                prefix = f"experts.{state.layer.index}."
+                rows = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+                stand_in(state, own, rows)
 
     @contextmanager
     def limited_top_k(self, number: int | None) -> Iterator[None]:
@@ -196,7 +223,7 @@ class MoEModel:
         if self.store is not None and not self.masked:
             self.store.clear()
             for state in self.states:
-                state.trained = None
+                state.trained = state.merged = None
 
     def _hold_all(self, store: ExpertStore) -> None:
         if not self._whole:

@@ -90,13 +90,8 @@ def extract(model: MoEModel, experts: list[Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-@torch.no_grad()
-def load(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> None:
-    """Put received tensors into the model, in place: gates and shared tensors whole, rows for the given experts.
-
-    Raises:
-        MismatchError: a tensor is missing, unknown or has the wrong shape.
-    """
+def check(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> None:
+    """Raise MismatchError unless these are the tensors of a model with the rows of some experts, bool [E] per layer."""
     expected = expected_shapes(model, experts)
     if set(packed) != set(expected):
         wrong = sorted(set(packed) ^ set(expected))
@@ -104,6 +99,16 @@ def load(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> N
     for name, shape in expected.items():
         if tuple(packed[name].shape) != shape:
             raise MismatchError(f"{name}: shape {tuple(packed[name].shape)}, expected {shape}")
+
+
+@torch.no_grad()
+def load(model: MoEModel, packed: dict[str, Tensor], experts: list[Tensor]) -> None:
+    """Put received tensors into the model, in place: gates and shared tensors whole, rows for the given experts.
+
+    Raises:
+        MismatchError: a tensor is missing, unknown or has the wrong shape.
+    """
+    check(model, packed, experts)
     for name, tensor in whole_tensors(model).items():
         tensor.copy_(packed[name])
     for state in _trained(model):

@@ -64,6 +64,7 @@ class Server:
     def __post_init__(self) -> None:
         self._asked = checks.Asked.of(self.config, self.top_k)
         self._method = METHODS[self.config.method.name]
+        self._at_least = self._method.at_least(self.top_k)
 
     def run(self, grid: Grid) -> None:
         """All rounds that are left, then the last evaluation.
@@ -184,7 +185,7 @@ class Server:
             try:
                 reply = reply_of(answer)
                 if self._method.assign is None:
-                    resident = checks.resident_set(reply, self.num_experts, self.top_k, budget)
+                    resident = checks.resident_set(reply, self.num_experts, self._at_least, budget)
                     member.resident_bits = pack_bits(resident)
                 else:
                     scores = checks.contribution(reply, self.num_experts)
@@ -211,7 +212,9 @@ class Server:
     def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
         with log.phases("pack"):
             tensors = cut(public(self.tensors, self._method.private), self._rank(member))
-            content = train_request(round, member.resident, pack(tensors, member.resident))
+            if self._method.merged is None:  # else they are merged on the device
+                tensors = pack(tensors, member.resident)
+            content = train_request(round, member.resident, tensors)
         log.sent(member.about.client, wire_bytes(content))
         self.watcher.client_started(round, member.position, self.config.train.steps)
         return Request(member.node, TRAIN, content)

@@ -114,12 +114,12 @@ def description(message: Message, num_experts: list[int], base: str = "") -> Des
     )
 
 
-def resident_set(message: Message, num_experts: list[int], top_k: list[int], budget: int) -> list[Tensor]:
-    """The experts a client wants to hold: within its budget, at least top-k per layer. Raises InvalidReplyError."""
+def resident_set(message: Message, num_experts: list[int], at_least: list[int], budget: int) -> list[Tensor]:
+    """The experts a client wants to hold: within its budget, `at_least` per layer. Raises InvalidReplyError."""
     resident = unpack_bits(facts_of(message).get("resident"), num_experts)
-    for layer, (keep, k) in enumerate(zip(resident, top_k, strict=True)):
+    for layer, (keep, k) in enumerate(zip(resident, at_least, strict=True)):
         if int(keep.sum()) < k:
-            raise InvalidReplyError(f"plans {int(keep.sum())} experts in layer {layer}, fewer than top-{k}")
+            raise InvalidReplyError(f"plans {int(keep.sum())} experts in layer {layer}, fewer than {k}")
     total = sum(int(keep.sum()) for keep in resident)
     if total > budget:
         raise InvalidReplyError(f"plans {total} experts, more than its budget of {budget}")

@@ -42,8 +42,8 @@ def round_of(message: Message, rounds: int) -> int:
     return value
 
 
-def residents_of(message: Message, num_experts: list[int], top_k: list[int], allowed: int) -> list[Tensor]:
-    """The experts to train, bool [E] per layer: at least top-k per layer, at most `allowed` over all layers.
+def residents_of(message: Message, num_experts: list[int], at_least: list[int], allowed: int) -> list[Tensor]:
+    """The experts to train, bool [E] per layer: `at_least` per layer, at most `allowed` over all layers.
 
     Raises:
         InvalidRequestError: they are too few, too many or malformed.
@@ -52,9 +52,9 @@ def residents_of(message: Message, num_experts: list[int], top_k: list[int], all
         resident = unpack_bits(_facts(message).get("resident"), num_experts)
     except InvalidReplyError as error:
         raise InvalidRequestError(str(error)) from None
-    for layer, (keep, k) in enumerate(zip(resident, top_k, strict=True)):
+    for layer, (keep, k) in enumerate(zip(resident, at_least, strict=True)):
         if int(keep.sum()) < k:
-            raise InvalidRequestError(f"{int(keep.sum())} experts in layer {layer}, fewer than top-{k}")
+            raise InvalidRequestError(f"{int(keep.sum())} experts in layer {layer}, fewer than {k}")
     held = sum(int(keep.sum()) for keep in resident)
     if held > allowed:
         raise InvalidRequestError(f"{held} experts, more than the {allowed} that the device has room for")

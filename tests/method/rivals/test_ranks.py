@@ -5,8 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from flwr.app import Message, Metadata
-from tests.federation import Federation, tiny_config
-from tests.server.updates import update_of
 from torch import Tensor
 
 from hfedmoe.config import MethodConfig
@@ -19,6 +17,8 @@ from hfedmoe.moe.ranks import cut, padded
 from hfedmoe.server.fold import Fold
 from hfedmoe.wire import checks
 from hfedmoe.wire.messages import InvalidReplyError, Update, train_reply
+from tests.federation import Federation, tiny_config
+from tests.server.updates import update_of
 
 A, B = "experts.0.up_a", "experts.0.up_b"
 Make = Callable[..., Federation]

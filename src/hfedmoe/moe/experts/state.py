@@ -12,6 +12,7 @@ from hfedmoe.moe.experts.dispatch import redirect
 from hfedmoe.moe.experts.groups import Groups, group_pairs
 from hfedmoe.moe.experts.kernel import ExpertMath, experts_forward
 from hfedmoe.moe.experts.layouts import layout_of
+from hfedmoe.moe.experts.merged import Merged
 from hfedmoe.moe.experts.store import ExpertStore
 from hfedmoe.moe.experts.trained import TrainedExperts
 
@@ -45,6 +46,8 @@ class ExpertState:
         """bool [T]: True for real tokens; experts skip padding and do not learn from it. None: all tokens are real."""
         self.most_per_token: int | None = None
         """Experts that work on a token at most; None: all that the router chose."""
+        self.merged: Merged | None = None
+        """Frozen experts that stand in for those which are not resident; None: tokens only go to residents."""
         self.scale: Tensor | None = None
         """[1], trained: the output of the experts is multiplied by it; None: it is not."""
         self.off_budget = "frozen"
@@ -54,6 +57,11 @@ class ExpertState:
         self.gradients: Callable[[Tensor], None] | None = None
         """Called in the backward pass with the norm of every pair's gradient of the down projection [T, K], 0 where no
         expert ran; None: not measured."""
+
+    @property
+    def routable(self) -> Tensor | None:
+        """bool [E]: experts that the router may choose; None means all."""
+        return self.resident if self.merged is None else None
 
     @property
     def num_local(self) -> int:
@@ -125,7 +133,7 @@ class ExpertState:
         if self.counted is not None:
             padding = ~self.counted.repeat_interleave(len(experts) // len(self.counted))
             experts = experts.masked_fill(padding, self.layer.num_experts)
-        trainable, here = self.trainable, self.resident
+        trainable, here, every = self.trainable, self.resident, experts
         if self.local is not None:
             experts = self.local[experts]
             trainable = None if trainable is None else trainable[self.present]
@@ -148,9 +156,16 @@ class ExpertState:
                     rows = self._pairs(math, hidden, flat, rest, inner)
                 # Experts over the budget still train the gate, but not themselves or the layers below.
                 out = out + rest.sum_per_token(rows * flat[rest.pair, None].to(rows.dtype))
+        if self.merged is not None:
+            out = out + self._merged(self.merged, hidden, every, flat, top_k)
         if inner is not None and out.requires_grad:
             self._report_gradients(out, inner.view(index.shape))
         return out if self.scale is None else out * self.scale.to(out.dtype)
+
+    def _merged(self, merged: Merged, hidden: Tensor, experts: Tensor, flat: Tensor, top_k: int) -> Tensor:
+        """What merged experts give each token [T, H] in place of absent ones; experts [T * K] as the router chose."""
+        groups = self.grouping(merged.place[experts.clamp(0, self.layer.num_experts)], merged.number, top_k)
+        return experts_forward(self.layout.math(1.0, (merged.store, 0)), hidden, flat, groups, {}, [])
 
     def _grouped(self, math: ExpertMath, hidden: Tensor, flat: Tensor, groups: Groups, inner: Tensor | None) -> Tensor:
         """The output of every token [T, H]; writes the weighted norms of the inner activations to `inner` [T * K]."""

@@ -77,7 +77,7 @@ class LayerRouting:
         dtype = next(module.parameters()).dtype
         self._dtype = args[0].dtype
         args = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-        resident = self.state.resident
+        resident = self.state.routable
         if resident is not None and self.batch is not None and self.evidence is None:
             self._wanted = self._unmasked_choice(module, args)
         self._tap = LogitTap(self.layer, None if resident is None else ~resident, self.with_gradient)
@@ -116,7 +116,7 @@ class LayerRouting:
         return next(self.layer.router.parameters()).device
 
     def _mask_biases(self, module: nn.Module, args: Any) -> None:
-        resident = self.state.resident
+        resident = self.state.routable
         if resident is not None:
             for owner, name in self._biases:
                 bias = getattr(owner, name)
@@ -147,11 +147,12 @@ class LayerRouting:
         else:
             g = sample_mean(probabilities, counted.keep, counted.observed)
         used = _count(index, keep, num_experts)
-        if self.state.resident is None:
+        if self.state.routable is None:
             demanded = used
         else:
             wanted = probabilities.topk(index.shape[1], dim=-1).indices if self._wanted is None else self._wanted
             demanded = _count(wanted, keep, num_experts)
+        if self.state.resident is not None:
             used = used * self.state.resident
         self.evidence = Evidence(g=g, routed=demanded, processed=used)
         self.tokens, self.hit, self._index = used, used > 0, index

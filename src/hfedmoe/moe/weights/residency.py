@@ -4,6 +4,8 @@ Both give the same outputs and gradients. The routers keep all their rows: they 
 measure which absent experts it would have used.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,18 +14,20 @@ from hfedmoe.moe.experts.store import ExpertStore
 from hfedmoe.moe.experts.trained import full_experts
 
 
-def check_resident(states: list[ExpertState], resident: list[Tensor]) -> None:
-    """Raise ValueError unless every layer keeps at least top-k experts and the shapes fit."""
+def check_resident(states: list[ExpertState], resident: list[Tensor], at_least: Sequence[int] | None = None) -> None:
+    """Raise ValueError unless every layer keeps `at_least` experts (None: its top-k) and the shapes fit."""
     if len(resident) != len(states):
         raise ValueError(f"resident sets for {len(resident)} layers, but the model has {len(states)} MoE layers")
     for state, mask in zip(states, resident, strict=True):
         layer = state.layer
         if mask.shape != (layer.num_experts,) or mask.dtype != torch.bool:
             raise ValueError(f"layer {layer.index}: expected bool [{layer.num_experts}], got {tuple(mask.shape)}")
-        if int(mask.sum()) < layer.top_k:
+        least = layer.top_k if at_least is None else at_least[layer.index]
+        if int(mask.sum()) < least:
+            needed = sum(s.layer.top_k for s in states) if at_least is None else sum(at_least)
             raise ValueError(
-                f"layer {layer.index} keeps {int(mask.sum())} experts, but each token uses {layer.top_k}: "
-                f"at least {sum(s.layer.top_k for s in states)} experts are needed over {len(states)} layers"
+                f"layer {layer.index} keeps {int(mask.sum())} experts, but needs {least} for each token: "
+                f"at least {needed} experts are needed over {len(states)} layers"
             )
 
 
@@ -31,10 +35,8 @@ def mask(states: list[ExpertState], resident: list[Tensor] | None) -> None:
     """Restrict routing to the resident experts (bool [E] per layer); None removes the restriction.
 
     Raises:
-        ValueError: a layer would keep fewer than top-k experts, or the model holds only its residents.
+        ValueError: the model holds only its residents.
     """
-    if resident is not None:
-        check_resident(states, resident)
     for index, state in enumerate(states):
         if state.local is not None:
             raise ValueError("this model holds only its resident experts: set_resident reads and drops experts instead")
@@ -50,10 +52,8 @@ def reside(states: list[ExpertState], store: ExpertStore, resident: list[Tensor]
         whole: the base tensors themselves are trained.
 
     Raises:
-        ValueError: a layer would keep fewer than top-k experts.
         CheckpointError: an expert cannot be read.
     """
-    check_resident(states, resident)
     for state in states:
         state.trained = None
     if whole:
