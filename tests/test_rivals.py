@@ -19,7 +19,7 @@ from hfedmoe.events import Silent
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Residents, Settings, Wish
 from hfedmoe.method.selection import select
-from hfedmoe.moe.payload import public
+from hfedmoe.moe.payload import MismatchError, public
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import resume, run
 from tests.federation import Federation, tiny_config
@@ -141,14 +141,15 @@ def test_every_method_runs_and_is_resumed_with_the_same_bits(name: str, tmp_path
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     start = RunFolder.open(whole).load_checkpoint(1).tensors
     changed = {key.split(".")[0] for key, tensor in one.items() if not torch.equal(tensor, start[key])}
-    assert changed == {"router", "experts"} - METHODS[name].private
+    trained = {"router"} if METHODS[name].frozen_experts else {"router", "experts"}
+    assert changed == trained - METHODS[name].private
     (line,) = RunFolder.open(whole).read_rounds()[-1:]
     statuses = [row["status"] for row in line["clients"]]
     if name == "pooled":
         assert statuses == ["ok"]
         assert line["clients"][0]["steps"] == 4 * 2
         assert line["clients"][0]["examples"] == 160
-    elif name in ("fedavg", "fedprox", "fc_moe", "fedalign_moe"):
+    elif name in ("fedavg", "fedprox", "fc_moe", "fedalign_moe", "pfl_moe", "flex"):
         assert statuses == ["ok", "too small"] * 2
     else:
         assert statuses == ["ok"] * 4
@@ -156,11 +157,12 @@ def test_every_method_runs_and_is_resumed_with_the_same_bits(name: str, tmp_path
         assert held == [32] * 4 if METHODS[name].unlimited else held[1] <= 16
 
 
-@pytest.mark.parametrize("name", ["local", "flex_moe", "flame"])
+@pytest.mark.parametrize("name", ["local", "flex_moe", "flame", "pfl_moe", "flex"])
 def test_what_a_client_keeps_never_travels(federation: Make, name: str) -> None:
-    run = federation(*QUICK, f"method.name={name}", "federation.rounds=2")
+    run = federation(*QUICK, f"method.name={name}", "federation.rounds=2", 'clients.budgets=["100%"]')
     private = METHODS[name].private
-    no_such = {"shared"} if name == "flame" else {"shared", "scale"}
+    there = {key.split(".")[0] for key in run.server.tensors}
+    before = {key: tensor.clone() for key, tensor in run.server.tensors.items() if key.split(".")[0] in private}
     sent: list[set[str]] = []
     for device in run.devices:
         honest = device.train
@@ -169,13 +171,23 @@ def test_what_a_client_keeps_never_travels(federation: Make, name: str) -> None:
             update = honest(history, resident, tensors, round)
             sent.append({key.split(".")[0] for key in [*update.tensors, *tensors]})
             assert history.private is not None
-            assert {key.split(".")[0] for key in history.private.tensors} == private - no_such
+            assert {key.split(".")[0] for key in history.private.tensors} == private & there != set()
             return update
 
         device.train = train  # type: ignore[method-assign]
     run.run()
     assert len(sent) == 8
     assert all(not kinds & private for kinds in sent)
+    assert all(torch.equal(run.server.tensors[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.private])
+def test_a_server_that_sends_what_is_private_is_refused(federation: Make, name: str) -> None:
+    run = federation(*QUICK, f"method.name={name}", 'clients.budgets=["100%"]')
+    history = ClientHistory.new(run.server.num_experts)
+    everything = [torch.ones(number, dtype=torch.bool) for number in run.server.num_experts]
+    with pytest.raises(MismatchError, match="is the client's own: a server must not send it"):
+        run.devices[0].train(history, everything, run.server.tensors, 1)
 
 
 def test_a_client_that_fails_leaves_its_model_without_a_limit_on_experts_per_token(federation: Make) -> None:

@@ -13,6 +13,7 @@ from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.kept import Memory
 from hfedmoe.client.learner import Learner
 from hfedmoe.client.merging import mixtures
+from hfedmoe.client.own import begin_own
 from hfedmoe.client.place import Place
 from hfedmoe.client.scoring import bootstrap
 from hfedmoe.client.training import train
@@ -23,7 +24,7 @@ from hfedmoe.data.example import Example
 from hfedmoe.device.memory import peak_bytes, sub_model_bytes
 from hfedmoe.device.pace import Clock, Pace
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.payload import check, extract, kind_of, load, pack, public, reset, restore
+from hfedmoe.moe.payload import MismatchError, check, extract, kind_of, load, pack, public, reset, restore
 from hfedmoe.moe.ranks import cut, padded
 from hfedmoe.wire.messages import Update
 
@@ -112,14 +113,23 @@ class Device:
         return Pace(history.step_times, self.deadline_s, self.config.train.steps, most, least, self.clock)
 
     def _begin(self, history: ClientHistory, resident: list[Tensor], received: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the round begins with: what was received, what the client keeps of its own, and what it adds."""
+        """What the round begins with: what was received, what the client keeps of its own, and what it adds.
+
+        Raises:
+            MismatchError: among what was received is something that the client keeps.
+        """
         method, numbers = self.learner.method, self.model.num_experts
+        for name in received:
+            if kind_of(name) in method.private:
+                raise MismatchError(f"{name} is the client's own: a server must not send it")
         if method.private:
             reset(self.model, self.initial)
             own = extract(self.model, resident)
             if history.private is not None:
                 own = history.private.over(own, resident)
             received = received | {name: tensor for name, tensor in own.items() if kind_of(name) in method.private}
+        if method.own is not None:
+            begin_own(received, history.contribution())
         if method.begin is None:
             return received
         start = dict(received)
@@ -154,6 +164,8 @@ class Device:
     def train(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor], round: int) -> Update:
         """Train the resident experts and return what changed."""
         method, rank = self.learner.method, self.place.rank
+        if method.own == "graft" and history.private is None and not history.observed:
+            self.first_pass(history)  # shows which experts are worth most to the client
         self.model.set_resident(resident, self.place.at_least)
         tensors = padded(tensors, rank, self.config.train.rank)
         own = tensors

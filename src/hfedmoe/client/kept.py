@@ -39,7 +39,8 @@ class Memory:
         for name, tensor in tensors.items():
             own = self.tensors.get(name)
             if own is None or kind_of(name) != "experts":
-                merged[name] = tensor.detach().cpu().clone()
+                # contiguous, as it must be to be saved: a B is stored as its transpose
+                merged[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                 continue
             known, new = self.experts[layer_of(name)], resident[layer_of(name)]
             both = known | new

@@ -14,12 +14,13 @@ def sub_model_bytes(model: MoEModel, resident: list[Tensor]) -> int:
     """
     expert_parameters = {id(p) for layer in model.layers for p in layer.experts.parameters()}
     total = sum(p.numel() * p.element_size() for p in model.model.parameters() if id(p) not in expert_parameters)
-    trained = [*model.routers.values(), *model.shared.values()]
+    trained = [*model.routers.values(), *model.shared.values(), *model.own.values()]
     total += sum(3 * t.numel() * t.element_size() for t in trained)  # gradient and two moments
     for state, keep in zip(model.states, resident, strict=True):
         held = int(keep.sum())
-        merged = 0 if state.merged is None else state.merged.number
-        total += (held + merged) * state.expert_bytes()
+        more = 0 if state.merged is None else state.merged.number
+        more += 1 if state.own is not None and state.own.kind == "graft" else 0
+        total += (held + more) * state.expert_bytes()
         if state.trained is not None:
             for name, stack in state.trained.stacks.items():
                 row = stack[0].numel() * stack.element_size()

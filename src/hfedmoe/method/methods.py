@@ -9,6 +9,7 @@ from hfedmoe.method.rivals.fedmoe import FEDMOE
 from hfedmoe.method.rivals.flame import FLAME
 from hfedmoe.method.rivals.flex_moe import FLEX_MOE
 from hfedmoe.method.rivals.flux import FLUX
+from hfedmoe.method.rivals.personal import FLEX, PFL_MOE
 from hfedmoe.method.rivals.ranks import FLEXLORA, HETLORA
 from hfedmoe.method.row import Method
 
@@ -27,6 +28,8 @@ METHODS: dict[str, Method] = {
     "flex_moe": FLEX_MOE,
     "fc_moe": FC_MOE,
     "fedalign_moe": FEDALIGN_MOE,
+    "pfl_moe": PFL_MOE,
+    "flex": FLEX,
     "local": LOCAL,
     "unlimited": UNLIMITED,
     "pooled": POOLED,

@@ -87,9 +87,9 @@ class Wish:
 Residents = list[Tensor]
 """bool [E_l] per layer."""
 
-Kind = Literal["router", "experts", "shared", "scale"]
+Kind = Literal["router", "experts", "shared", "scale", "own"]
 """Kinds of trained tensors, as the names under which they are sent begin."""
-EVERYTHING: frozenset[Kind] = frozenset(("router", "experts", "shared", "scale"))
+EVERYTHING: frozenset[Kind] = frozenset(("router", "experts", "shared", "scale", "own"))
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,12 @@ class Method:
     """Whether LoRA pairs are averaged by their products, as with `train.lora = "exact"`, which then need not be set."""
     needs_size: bool = False
     """Whether copies are weighed by the norm of their LoRA products (`Copies.size`)."""
+    own: Literal["copy", "graft"] | None = None
+    """Experts that a client has for itself beside those of each layer, and a gate of its own that mixes both (kind
+    "own"): a "copy" of what is trained of all experts, or a "graft", one expert that begins as the layer's best by the
+    client's score. Until a client begins with them, they do nothing. None: there are none."""
+    frozen_experts: bool = False
+    """Whether the layer's experts are never trained, whatever train.experts says."""
     merged: Callable[[list[int], int, Settings], list[int]] | None = None
     """How many merged experts of each layer stand in for those that a client does not hold: (E_l of every layer, the
     client's budget, settings) -> numbers; they count in the budget. A client then gets the trained tensors of all
@@ -180,11 +186,10 @@ class Method:
 
     def problem_with(self, experts: str, lora: str) -> str | None:
         """Why the method cannot train with these `train.experts` and `train.lora`; None: it can."""
-        if self.rank is None and not self.averages_products and not self.needs_size:
-            return None
-        if experts != "lora":
+        both_factors = self.rank is not None or self.averages_products or self.needs_size
+        if experts != "lora" and (both_factors or self.own == "copy"):
             return f'it needs LoRA pairs of the experts: set train.experts = "lora" (it is "{experts}")'
-        if lora == "freeze_a":
+        if lora == "freeze_a" and both_factors:
             return 'it changes both factors of LoRA pairs: set train.lora = "factors" (it is "freeze_a")'
         return None
 

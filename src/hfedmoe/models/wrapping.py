@@ -23,7 +23,9 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
         UserError: it is not a supported MoE model, or the settings contradict each other.
     """
     settings = config.train
-    if settings.experts == "frozen" and not settings.router and not settings.attention:
+    method = METHODS[config.method.name]
+    experts = "frozen" if method.frozen_experts else settings.experts
+    if experts == "frozen" and not settings.router and not settings.attention:
         raise UserError("nothing would be trained: set train.experts, train.router or train.attention")
     if settings.experts == "full" and config.model.expert_dtype not in ("same", "float32"):
         raise UserError(
@@ -41,7 +43,7 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
             compute_in_float32(model)
         wrapped = MoEModel(
             model,
-            experts=settings.experts,
+            experts=experts,
             rank=settings.rank,
             alpha=settings.alpha,
             freeze_a=settings.lora == "freeze_a",
@@ -51,7 +53,8 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
             off_budget=config.clients.off_budget,
             store=store,
             masked=masked,
-            scales=METHODS[config.method.name].experts_per_token is not None,
+            scales=method.experts_per_token is not None,
+            own=method.own,
         )
     except (UnsupportedModelError, CheckpointError) as error:
         raise UserError(f"model.name = {config.model.name}: {error}") from None

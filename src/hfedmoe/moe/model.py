@@ -1,14 +1,15 @@
 """A MoE model ready for federated fine-tuning: what is trained, what is resident, what is sent.
 
-There are four kinds of trainable tensors; the names under which they are sent show the kind:
+There are five kinds of trainable tensors; the names under which they are sent show the kind:
 
     router.{layer}.{name}    gates, whole
     experts.{layer}.{name}   trained tensors of the experts, one row per expert
     shared.{name}            everything else that is trained, whole
     scale.{layer}.output     a factor of the output of a layer's experts, for methods that train one
+    own.{layer}.{name}       experts of a client's own and their gate (`experts.own`), for methods that have them
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,9 +21,10 @@ from hfedmoe.moe.anatomy import MoELayer, UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.attention import add_attention_lora
 from hfedmoe.moe.experts.dispatch import keep_eager
 from hfedmoe.moe.experts.merged import Mixture
+from hfedmoe.moe.experts.own import OwnExperts, OwnKind
 from hfedmoe.moe.experts.state import ExpertState, attach
 from hfedmoe.moe.experts.store import ExpertStore
-from hfedmoe.moe.experts.trained import full_experts, lora_experts
+from hfedmoe.moe.experts.trained import TrainedExperts, full_experts, lora_experts
 from hfedmoe.moe.head import keep_head_one_product
 from hfedmoe.moe.routing.layer import LayerRouting
 from hfedmoe.moe.routing.tokens import TokenMasks
@@ -46,6 +48,7 @@ class MoEModel:
             experts are made resident. Without a store all experts are in `model`, and residency is a mask over them.
         masked: hold every expert and mask them, even with a store.
         scales: train a scale of the output of each layer's experts, which begins at 1.
+        own: train experts of a client's own beside those of each layer, with LoRA pairs of the same rank and alpha.
 
     Raises:
         UnsupportedModelError: no MoE layers, or layers that the expert forward does not support.
@@ -66,6 +69,7 @@ class MoEModel:
         store: ExpertStore | None = None,
         masked: bool = False,
         scales: bool = False,
+        own: OwnKind | None = None,
     ) -> None:
         self.model, self.store, self.masked = model, store, masked or store is None
         self._whole = experts == "full"
@@ -90,6 +94,14 @@ class MoEModel:
             for state in self.states:
                 state.scale = torch.ones(1, device=self.device, requires_grad=True)
                 self.scales[f"scale.{state.layer.index}.output"] = state.scale
+        self.own: dict[str, Tensor] = {}
+        """Of `OwnExperts.tensors`, by the names under which they would be sent."""
+        for state in self.states if own is not None else ():
+            assert own is not None
+            number = state.layer.num_experts if own == "copy" else 1
+            pairs = self._new_pairs(state, number, rank, alpha, freeze_a, seed)
+            state.own = OwnExperts(own, pairs(), self.device)
+            self.own |= {f"own.{state.layer.index}.{name}": t for name, t in state.own.tensors().items()}
         self.routers: dict[str, Tensor] = {}
         if router:
             for layer in self.layers:
@@ -100,15 +112,9 @@ class MoEModel:
     def _train_experts(
         self, state: ExpertState, experts: str, rank: int, alpha: float, freeze_a: bool, seed: int
     ) -> None:
-        tensors, index = state.tensors(), state.layer.index
+        tensors = state.tensors()
         if experts == "lora":
-            up, down = tensors["up"].shape[1:], tensors["down"].shape[1:]
-            if state.math().transposed:
-                up, down = up[::-1], down[::-1]
-            number, own_seed = state.layer.num_experts, seed * 100_003 + index
-            begin = partial(
-                lora_experts, number, (up[0], up[1]), (down[0], down[1]), rank, alpha, own_seed, self.device, freeze_a
-            )
+            begin = self._new_pairs(state, state.layer.num_experts, rank, alpha, freeze_a, seed)
             if self.masked:
                 state.trained = begin()
             else:
@@ -117,6 +123,18 @@ class MoEModel:
             own = {name: tensor.contiguous() for name, tensor in tensors.items()}  # expanded stacks become real copies
             state.set_tensors(own)
             state.trained = full_experts(state.tensors() if state.layout.stacked else own)
+
+    def _new_pairs(
+        self, state: ExpertState, number: int, rank: int, alpha: float, freeze_a: bool, seed: int
+    ) -> Callable[[], TrainedExperts]:
+        """Makes new LoRA pairs for the experts of a layer: the same for the same seed."""
+        tensors, own_seed = state.tensors(), seed * 100_003 + state.layer.index
+        up, down = tensors["up"].shape[1:], tensors["down"].shape[1:]
+        if state.math().transposed:
+            up, down = up[::-1], down[::-1]
+        return partial(
+            lora_experts, number, (up[0], up[1]), (down[0], down[1]), rank, alpha, own_seed, self.device, freeze_a
+        )
 
     @property
     def config(self) -> Any:
@@ -137,6 +155,7 @@ class MoEModel:
     def parameters(self) -> list[Tensor]:
         """Everything that is trained: routers, shared tensors, and one leaf per expert and kind."""
         leaves = [leaf for state in self.states if state.trained is not None for leaf in state.trained.parameters()]
+        leaves += [leaf for state in self.states if state.own is not None for leaf in state.own.parameters()]
         return [*self.routers.values(), *self.shared.values(), *self.scales.values(), *leaves]
 
     def checkpoint_activations(self) -> None:

@@ -26,7 +26,7 @@ def layer_of(name: str) -> int:
 
 
 def kind_of(name: str) -> str:
-    """What a sent tensor is: "router", "experts", "shared" or "scale"."""
+    """What a sent tensor is: "router", "experts", "shared", "scale" or "own"."""
     return name.split(".", 1)[0]
 
 
@@ -53,8 +53,8 @@ def expert_shapes(model: MoEModel) -> dict[str, tuple[int, ...]]:
 
 
 def whole_tensors(model: MoEModel) -> dict[str, Tensor]:
-    """Gates, shared tensors and scales, which every client has: the live parameters, not copies."""
-    return model.routers | model.shared | model.scales
+    """Gates, shared tensors, scales and own experts, which are not sent by rows: the live tensors, not copies."""
+    return model.routers | model.shared | model.scales | model.own
 
 
 def global_tensors(model: MoEModel) -> dict[str, Tensor]:

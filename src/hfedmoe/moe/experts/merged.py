@@ -58,19 +58,54 @@ class MixedSource:
         return mean
 
 
-def merged_of(
-    mixtures: Sequence[Mixture], num_experts: int, read: Read, shapes: dict[str, tuple[int, ...]], like: ExpertStore
-) -> Merged:
-    """Make the merged experts of a layer, held as the experts of `like` are.
+@dataclass(frozen=True)
+class Originals:
+    """The experts of a layer without what was trained: how to read one, and how they are held."""
+
+    read: Read
+    shapes: dict[str, tuple[int, ...]]
+    expert_dtype: str
+    """As of `ExpertStore`; `dtype` and `device` likewise."""
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of_store(cls, store: ExpertStore, layer: int) -> "Originals":
+        """Those of a layer that a store reads."""
+        source = store.source
+        return cls(
+            lambda expert: source.read(layer, expert),
+            source.shapes(layer),
+            store.expert_dtype,
+            store.dtype,
+            store.device,
+        )
+
+    @classmethod
+    def of_stacks(cls, stacks: dict[str, Tensor]) -> "Originals":
+        """Those in memory as stacks [E, ...]."""
+        shapes = {name: tuple(stack.shape[1:]) for name, stack in stacks.items()}
+        down = stacks["down"]
+        return cls(
+            lambda expert: {name: stack[expert] for name, stack in stacks.items()},
+            shapes,
+            "same",
+            down.dtype,
+            down.device,
+        )
+
+
+def merged_of(mixtures: Sequence[Mixture], num_experts: int, originals: Originals, read: Read | None = None) -> Merged:
+    """Make the merged experts of a layer, held as its experts are.
 
     Args:
         num_experts: E, of the layer.
-        read, shapes: of its experts.
+        read: reads the experts as they are now; None: the originals.
     """
-    source: ExpertSource = MixedSource(read, shapes, mixtures)
-    store = ExpertStore(source, [len(mixtures)], like.expert_dtype, like.dtype, like.device)
+    source: ExpertSource = MixedSource(read or originals.read, originals.shapes, mixtures)
+    store = ExpertStore(source, [len(mixtures)], originals.expert_dtype, originals.dtype, originals.device)
     store.reside([torch.ones(len(mixtures), dtype=torch.bool)])
     place = torch.full((num_experts + 1,), len(mixtures), dtype=torch.int64)
     for number, mixture in enumerate(mixtures):
         place[mixture.experts] = number
-    return Merged(store, place.to(like.device))
+    return Merged(store, place.to(originals.device))

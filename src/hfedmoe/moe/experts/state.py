@@ -11,8 +11,9 @@ from hfedmoe.moe.anatomy import MoELayer
 from hfedmoe.moe.experts.dispatch import redirect
 from hfedmoe.moe.experts.groups import Groups, group_pairs
 from hfedmoe.moe.experts.kernel import ExpertMath, experts_forward
-from hfedmoe.moe.experts.layouts import layout_of
-from hfedmoe.moe.experts.merged import Merged
+from hfedmoe.moe.experts.layouts import Held, layout_of
+from hfedmoe.moe.experts.merged import Merged, Mixture, Originals, merged_of
+from hfedmoe.moe.experts.own import OwnExperts
 from hfedmoe.moe.experts.store import ExpertStore
 from hfedmoe.moe.experts.trained import TrainedExperts
 
@@ -48,6 +49,8 @@ class ExpertState:
         """Experts that work on a token at most; None: all that the router chose."""
         self.merged: Merged | None = None
         """Frozen experts that stand in for those which are not resident; None: tokens only go to residents."""
+        self.own: OwnExperts | None = None
+        """A client's own experts beside these; None: there are none."""
         self.scale: Tensor | None = None
         """[1], trained: the output of the experts is multiplied by it; None: it is not."""
         self.off_budget = "frozen"
@@ -80,8 +83,11 @@ class ExpertState:
 
     def math(self) -> ExpertMath:
         """How the experts of this layer compute."""
-        scale = 1.0 if self.trained is None else self.trained.scale
-        return self.layout.math(scale, None if self.store is None else (self.store, self.layer.index))
+        return self.layout.math(1.0 if self.trained is None else self.trained.scale, self._held)
+
+    @property
+    def _held(self) -> Held | None:
+        return None if self.store is None else (self.store, self.layer.index)
 
     def expert_bytes(self) -> int:
         """Bytes of the base tensors of one expert, as they are held."""
@@ -92,6 +98,12 @@ class ExpertState:
     def tensors(self) -> dict[str, Tensor]:
         """The base tensors, stacked `[E, ...]`, under the names of kernel.FULL; empty if a store holds them."""
         return self.layout.tensors()
+
+    def originals(self) -> Originals:
+        """The base tensors of all experts, wherever they are, to read one by one."""
+        if self.store is not None:
+            return Originals.of_store(self.store, self.layer.index)
+        return Originals.of_stacks(self.tensors())
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Compute with these stacks from now on, as `Layout.set_tensors`."""
@@ -158,6 +170,8 @@ class ExpertState:
                 out = out + rest.sum_per_token(rows * flat[rest.pair, None].to(rows.dtype))
         if self.merged is not None:
             out = out + self._merged(self.merged, hidden, every, flat, top_k)
+        if self.own is not None and self.own.begun:
+            out = self.own.mixed(out, self._own(self.own, hidden, flat, groups), hidden)
         if inner is not None and out.requires_grad:
             self._report_gradients(out, inner.view(index.shape))
         return out if self.scale is None else out * self.scale.to(out.dtype)
@@ -167,12 +181,21 @@ class ExpertState:
         groups = self.grouping(merged.place[experts.clamp(0, self.layer.num_experts)], merged.number, top_k)
         return experts_forward(self.layout.math(1.0, (merged.store, 0)), hidden, flat, groups, {}, [])
 
+    def _own(self, own: OwnExperts, hidden: Tensor, flat: Tensor, groups: Groups) -> Tensor:
+        """What a client's own experts give each token [T, H]; groups: of the layer's experts."""
+        if own.kind == "copy":
+            return _computed(self.layout.math(own.trained.scale, self._held), hidden, flat, groups, own.trained)
+        base = own.grafted(lambda expert: merged_of([Mixture([expert], [1.0])], expert + 1, self.originals()))
+        tokens = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        if self.counted is not None:
+            tokens = tokens.masked_fill(~self.counted.repeat_interleave(len(hidden) // len(self.counted)), 1)
+        whole = self.grouping(tokens, 1, 1)
+        math = self.layout.math(own.trained.scale, (base.store, 0))
+        return _computed(math, hidden, hidden.new_ones(len(hidden)), whole, own.trained)
+
     def _grouped(self, math: ExpertMath, hidden: Tensor, flat: Tensor, groups: Groups, inner: Tensor | None) -> Tensor:
         """The output of every token [T, H]; writes the weighted norms of the inner activations to `inner` [T * K]."""
-        if self.trained is None:
-            return experts_forward(math, hidden, flat, groups, {}, [], inner)
-        leaves = self.trained.of([expert for expert, _, _ in groups.spans])
-        return experts_forward(math, hidden, flat, groups, self.trained.stacks, leaves, inner)
+        return _computed(math, hidden, flat, groups, self.trained, inner)
 
     def _pairs(self, math: ExpertMath, hidden: Tensor, flat: Tensor, groups: Groups, inner: Tensor | None) -> Tensor:
         """The unweighted output of every pair [S, H]: each pair is treated as its own token; `inner` as `_grouped`."""
@@ -197,6 +220,21 @@ class ExpertState:
         out.register_hook(
             lambda grad: report(torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32)[:, None] * inner)
         )
+
+
+def _computed(
+    math: ExpertMath,
+    hidden: Tensor,
+    flat: Tensor,
+    groups: Groups,
+    trained: TrainedExperts | None,
+    inner: Tensor | None = None,
+) -> Tensor:
+    """The output of every token [T, H] with the leaves of `trained` for the groups' experts."""
+    if trained is None:
+        return experts_forward(math, hidden, flat, groups, {}, [], inner)
+    leaves = trained.of([expert for expert, _, _ in groups.spans])
+    return experts_forward(math, hidden, flat, groups, trained.stacks, leaves, inner)
 
 
 def attach(model: Any, layers: list[MoELayer], store: ExpertStore | None = None) -> list[ExpertState]:

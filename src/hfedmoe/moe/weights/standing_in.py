@@ -8,7 +8,6 @@ from torch import Tensor
 from hfedmoe.moe.experts.kernel import FULL
 from hfedmoe.moe.experts.merged import Mixture, Read, merged_of
 from hfedmoe.moe.experts.state import ExpertState
-from hfedmoe.moe.experts.store import ExpertStore
 
 
 def stand_in(state: ExpertState, mixtures: Sequence[Mixture], rows: Mapping[str, Tensor]) -> None:
@@ -17,28 +16,9 @@ def stand_in(state: ExpertState, mixtures: Sequence[Mixture], rows: Mapping[str,
     Args:
         rows: the trained tensors [E, ...] of all experts of the layer, by name; they are part of what is merged.
     """
-    number, index, store = state.layer.num_experts, state.layer.index, state.store
-    device = next(state.layer.router.parameters()).device
-    if store is None:
-        tensors = state.tensors()
-        shapes = {name: tuple(stack.shape[1:]) for name, stack in tensors.items()}
-        like = ExpertStore(_NoSource(), [], "same", tensors["down"].dtype, device)
-        base: Read = lambda expert: {name: stack[expert] for name, stack in tensors.items()}  # noqa: E731
-    else:
-        shapes, like, source = store.source.shapes(index), store, store.source
-        base = lambda expert: source.read(index, expert)  # noqa: E731
-    read = _with_trained(state, base, rows)
-    state.merged = merged_of(mixtures, number, read, shapes, like)
-
-
-class _NoSource:
-    """Of a store that only says how experts are held."""
-
-    def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        raise AssertionError("this store has no experts")
-
-    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
-        raise AssertionError("this store has no experts")
+    originals = state.originals()
+    read = _with_trained(state, originals.read, rows)
+    state.merged = merged_of(mixtures, state.layer.num_experts, originals, read)
 
 
 def _with_trained(state: ExpertState, base: Read, rows: Mapping[str, Tensor]) -> Read:
