@@ -11,6 +11,7 @@ from hfedmoe.method.rivals.flex_moe import FLEX_MOE
 from hfedmoe.method.rivals.flux import FLUX
 from hfedmoe.method.rivals.personal import FLEX, PFL_MOE
 from hfedmoe.method.rivals.ranks import FLEXLORA, HETLORA
+from hfedmoe.method.rivals.recommend import FEDMOE_FULL
 from hfedmoe.method.row import Method
 
 METHODS: dict[str, Method] = {
@@ -21,6 +22,7 @@ METHODS: dict[str, Method] = {
     "random": RANDOM,
     "frequency": FREQUENCY,
     "fedmoe": FEDMOE,
+    "fedmoe_full": FEDMOE_FULL,
     "flame": FLAME,
     "hetlora": HETLORA,
     "flexlora": FLEXLORA,

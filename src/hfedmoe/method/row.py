@@ -4,7 +4,7 @@ They know no method by name. All functions take the section [method] of the conf
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -73,6 +73,19 @@ class Outlook:
     """How far the run is: 0 in the first round, 1 in the last."""
 
 
+Residents = list[Tensor]
+"""bool [E_l] per layer."""
+
+
+@dataclass
+class Past:
+    """What a server that plans remembers of a client's part in a round."""
+
+    loss: float
+    """Of its last step."""
+    held: Residents
+
+
 @dataclass
 class Wish:
     """What a server that plans knows of a client: as `Outlook`, with the scores that the client sent."""
@@ -82,10 +95,11 @@ class Wish:
     budget: int
     examples: int
     contribution: list[Tensor]
+    past: list[Past] = field(default_factory=list)
+    """Of the last rounds in which it took part (`PAST` at most), the latest last."""
 
 
-Residents = list[Tensor]
-"""bool [E_l] per layer."""
+PAST = 8
 
 Kind = Literal["router", "experts", "shared", "scale", "own"]
 """Kinds of trained tensors, as the names under which they are sent begin."""

@@ -1,5 +1,6 @@
 """Write a federation's progress to its run folder, and read it when the run is resumed."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -10,11 +11,13 @@ from torch import Tensor
 from hfedmoe.errors import UserError
 from hfedmoe.events import ClientRound, ClientTotals, Evaluation
 from hfedmoe.method.methods import METHODS
+from hfedmoe.method.row import PAST, Past
 from hfedmoe.method.usage import FederationUsage, HeldCounts
 from hfedmoe.runs.experts import of_round
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.records import RoundRecord
+from hfedmoe.wire.messages import pack_bits, unpack_bits
 
 SaveClients = Callable[[], dict[str, Tensor]]
 
@@ -47,6 +50,8 @@ class Keeper:
         """Of the federation, over all complete rounds."""
         self.held = HeldCounts()
         """How often clients held each expert, over all complete rounds."""
+        self._past: dict[int, deque[tuple[float, bytes]]] = {}
+        """Of each client's last rounds, its loss and the bits of what it held."""
         if folder is not None:
             self._recall(folder)
 
@@ -58,17 +63,28 @@ class Keeper:
             if "all" in line["evaluation"]:
                 self.scores.append(_evaluation(line["round"], line["evaluation"]["all"]))
             examples = {row["client"]: row["weight"] for row in line["clients"] if row["status"] == "ok"}
+            losses = {row["client"]: row.get("last_loss") for row in line["clients"]}
             if counted and examples and not line.get("failed"):
                 for client, usage, held in _rows_of(folder, rows, line["round"], examples):
                     self.usage.add(usage, examples[client])
                     self.held.add(held)
+                    self._note(client, losses[client], [held])
             for row in line["clients"] if "bytes_down" in line else ():
                 self._count(ClientRound.from_json(row))
 
-    def took(self, usage: list[Tensor], held: list[Tensor], weight: int) -> None:
-        """Count a client's valid update: its usage float32 [E] and what it held bool [E], per layer."""
+    def took(self, client: int, usage: list[Tensor], held: list[Tensor], weight: int, loss: float | None) -> None:
+        """Count a client's valid update: its usage float32 [E] and what it held bool [E], per layer; its last loss."""
         self.usage.add(torch.cat(usage), weight)
         self.held.add(torch.cat(held))
+        self._note(client, loss, held)
+
+    def past(self, client: int, num_experts: list[int]) -> list[Past]:
+        """A client's last rounds, the latest last."""
+        return [Past(loss, unpack_bits(bits, num_experts)) for loss, bits in self._past.get(client, ())]
+
+    def _note(self, client: int, loss: float | None, held: list[Tensor]) -> None:
+        if loss is not None:
+            self._past.setdefault(client, deque(maxlen=PAST)).append((loss, pack_bits(held)))
 
     @contextmanager
     def recording(self, round: int, num_experts: list[int], tau: float) -> Iterator[RoundRecord]:

@@ -146,7 +146,7 @@ class Server:
             done = log.received(
                 member.about.client, update, resident, size, member.weight, self._activation_wanted(resident)
             )
-            self.keeper.took(update.usage, resident, member.weight)
+            self.keeper.took(member.about.client, update.usage, resident, member.weight, update.work.last_loss)
             held, trained = (torch.cat(bits).tolist() for bits in (resident, update.trained))
             self.watcher.client_experts(log.round, member.position, held, trained)
             self.watcher.client_done(log.round, member.position, done)
@@ -190,7 +190,8 @@ class Server:
                 else:
                     scores = checks.contribution(reply, self.num_experts)
                     examples = member.about.examples
-                    wishes[member.about.client] = Wish(self.num_experts, self.top_k, budget, examples, scores)
+                    past = self.keeper.past(member.about.client, self.num_experts)
+                    wishes[member.about.client] = Wish(self.num_experts, self.top_k, budget, examples, scores, past)
                 log.bytes_up[member.about.client] = wire_bytes(reply.content)
                 planned.append(member)
             except InvalidReplyError as error:

@@ -1,7 +1,6 @@
 """FedMoE (arXiv 2408.11304): a sub-model per client, found by the activation probability of its experts.
 
-Its second stage is not here: when training stalls, the paper's server adds or drops experts as similar clients have
-them.
+This is its first stage. The second, in which the server recommends other sub-models, is `recommend.py`.
 """
 
 import torch
@@ -23,12 +22,16 @@ def hold_to_threshold(outlook: Outlook, settings: Settings) -> Residents:
     """
     if outlook.budget >= sum(outlook.num_experts):
         return every(outlook)
-    shares = [score / score.sum().clamp_min(1e-12) for score in outlook.contribution()]
-    least = max(outlook.top_k)
+    return to_threshold(outlook.contribution(), outlook.budget, max(outlook.top_k))
+
+
+def to_threshold(scores: list[Tensor], budget: int, least: int) -> Residents:
+    """The experts of `hold_to_threshold`, from scores [E_l] per layer; `least`: experts of every layer."""
+    shares = [score / score.sum().clamp_min(1e-12) for score in scores]
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         theta = (low + high) / 2
-        if sum(_number(share, theta, least) for share in shares) <= outlook.budget:
+        if sum(_number(share, theta, least) for share in shares) <= budget:
             low = theta
         else:
             high = theta
