@@ -196,3 +196,10 @@ def test_bad_requests_are_one_line(folder: Path, settings: RunConfig, tmp_path: 
         (tmp_path / "x.json").write_text(damaged)
         with pytest.raises(UserError, match="is not the result of a cell"):
             Result.read(tmp_path / "x.json")
+
+
+def test_a_limit_without_budgets_is_one_cell_for_all_budgets() -> None:
+    small, large = (tiny_config(f'clients.budgets=["{share}%"]') for share in (25, 50))
+    for name in ("unlimited", "pooled", "hfedmoe", "local", "flame", "hetlora"):
+        ((one,), (other,)) = (cells_of(config, [name], [0]) for config in (small, large))
+        assert (one.file == other.file) is (name in ("unlimited", "pooled"))

@@ -86,7 +86,11 @@ def test_methods_are_compared_on_the_seeds_that_both_have() -> None:
     assert "Target accuracy: 57.0%" in text
     # Only the last two seeds of ours (60 and 70 %) reach 57 %, in one round.
     assert "| 1.0 ± 0.0 (2 of 3) |" in text
-    assert len(as_csv([block], [0.5]).splitlines()) == 1 + 7 * len(COLUMNS)
+    lines = as_csv([block], "ours", [0.5]).splitlines()
+    assert len(lines) == 1 + 7 * len(COLUMNS) + 3
+    (p,) = (line for line in lines if ',"p, against ours",' in line)
+    assert float(p.split(",")[-1]) == found.p
+    assert "hfedmoe 0+1: ours 0, 1, 2; theirs 0, 1, 2, 3" in text
 
 
 def test_pairs_are_of_one_machine_where_there_are_such() -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import replacing
+from hfedmoe.method.methods import METHODS
 
 FORMAT = 1
 Kind = TypeVar("Kind", "Round", "Result")
@@ -32,8 +33,12 @@ class Cell:
         """Of everything in the configuration that decides the result.
 
         Settings at their defaults are left out, so that a cell keeps its name when a later version has more settings.
+        So are budgets that nothing depends on: a limit such as `unlimited` is computed once for all of them.
         """
         tree = self.config.model_dump(mode="json", exclude_defaults=True, exclude=UNIMPORTANT)
+        row = METHODS[self.method]
+        if row.unlimited and not row.limits_otherwise:
+            tree.get("clients", {}).pop("budgets", None)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

@@ -75,7 +75,7 @@ def compare(points: Sequence[Point], asked: Comparison) -> str:
     table = as_markdown(blocks, names[0], targets, asked.on)
     with disk_errors(asked.out, "choose another --out"):
         (asked.out / "table.md").write_text(table, encoding="utf-8")
-        (asked.out / "table.csv").write_text(as_csv(blocks, targets), encoding="utf-8")
+        (asked.out / "table.csv").write_text(as_csv(blocks, names[0], targets), encoding="utf-8")
         drawn = draw(blocks, asked.out, asked.on)
     if failed:
         raise UserError(

@@ -49,12 +49,21 @@ def as_markdown(blocks: Sequence[Block], reference: str, targets: Sequence[float
         lines += [f"## {block.point.label}", ""] if block.point.label else []
         lines += [*_table(block, target), "", *_tests(tests, reference)]
     results = [result for block in blocks for result in [*block.results, *block.others]]
-    versions = sorted({result.code for result in results})
+    versions = [f"hfedmoe {code}: {_by_method(results, code)}" for code in sorted({result.code for result in results})]
     machines = sorted({f"{result.machine['processor']}, {result.machine['threads']} thread(s)" for result in results})
     bases = sorted({(str(result.config.get("model")), result.base) for result in results if result.base})
     if len(bases) > len({name for name, _ in bases}):
         lines += [f"**Base models of one name differ**: {', '.join(digest[:12] for _, digest in bases)}.", ""]
-    return "\n".join([*lines, f"hfedmoe {', '.join(versions)}; {'; '.join(machines)}."]) + "\n"
+    return "\n".join([*lines, *(f"{line}  " for line in versions), f"{'; '.join(machines)}."]) + "\n"
+
+
+def _by_method(results: Sequence[Result], code: str) -> str:
+    """The cells that a version of the code computed: methods with their seeds."""
+    seeds: dict[str, set[int]] = {}
+    for result in results:
+        if result.code == code:
+            seeds.setdefault(result.method, set()).add(result.seed)
+    return "; ".join(f"{name} {', '.join(map(str, sorted(own)))}" for name, own in seeds.items())
 
 
 def _rows(blocks: Sequence[Block], on: str) -> str:
@@ -89,18 +98,26 @@ def _tests(group: Sequence[Comparison], reference: str) -> list[str]:
     return [*lines, ""]
 
 
-def as_csv(blocks: Sequence[Block], targets: Sequence[float]) -> str:
-    """One line per point, method, seed and column."""
+def as_csv(blocks: Sequence[Block], reference: str, targets: Sequence[float]) -> str:
+    """One line per point, method, seed and column; then, over all seeds, the tests against the reference."""
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["point", "method", "seed", "digest", "column", "value"])
+    writer.writerow(["point", "method", "seed", "digest", "code", "column", "value"])
     for block, target in zip(blocks, targets, strict=True):
+        label = block.point.label
         for result in block.results:
             for column, of in COLUMNS.items():
-                value = of(result, target)
-                text = "" if value is None else repr(value)
-                writer.writerow([block.point.label, result.method, result.seed, result.digest, column, text])
+                cell = (result.seed, result.digest, result.code)
+                writer.writerow([label, result.method, *cell, column, _exact(of(result, target))])
+        for found in compared([*block.results, *block.others], reference):
+            figures = {"difference": found.difference.mean, "half of its interval": found.difference.half, "p": found.p}
+            for column, value in figures.items():
+                writer.writerow([label, found.method, "", "", "", f"{column}, against {reference}", _exact(value)])
     return out.getvalue()
+
+
+def _exact(value: float | None) -> str:
+    return "" if value is None else repr(value)
 
 
 def _cell(column: str, found: Interval | None, seeds: int) -> str:
