@@ -47,7 +47,7 @@ def test_a_cell_is_the_run_with_that_method_and_seed(folder: Path, settings: Run
     assert [line.bytes_up for line in found.rounds[1:]] == [line["bytes_up"] for line in lines[1:]]
     assert [line.clients for line in found.rounds] == [0, 4, 4]
     assert sum(found.client_rows) == 160
-    assert len(found.client_accuracy) == 4
+    assert len(found.client_accuracy) == len(found.client_accuracy_prior) == 4
     watched = [line["evaluation"].get("watch", {}).get("accuracy") for line in lines]
     assert [line.watch_accuracy for line in found.rounds] == watched
     assert (found.test_rows, found.watch_rows) == (30, 6)

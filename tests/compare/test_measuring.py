@@ -48,8 +48,18 @@ def test_the_right_rows_are_those_that_count_in_the_accuracy() -> None:
     right = hits(found, prepared.task.test)
     assert len(right) == 30
     assert found.accuracy == pytest.approx(sum(right) / 30)
-    assert "predicted" not in found.figures()
+    assert not {"predicted", "scores"} & found.figures().keys()
     assert hits(Metrics(None, None, 1.0, 30, 2.0), prepared.task.test) == []
+
+
+def test_a_client_adds_the_logarithm_of_its_label_shares() -> None:
+    rows = [row(0), row(1), row(1)]
+    found = Metrics(1 / 3, 0.5, 1.0, 3, 2.0, predicted=(1, 1, 0), scores=((0.0, 0.5), (0.0, 2.0), (1.0, 0.0)))
+    assert hits(found, rows) == [False, True, False]
+    assert hits(found, rows, [5, 5]) == [False, True, False]
+    # Three rows and none, one more of each: log 4 = 1.39 for the first label turns the first row, not the second.
+    assert hits(found, rows, [3, 0]) == [True, True, False]
+    assert hits(found, rows, [0, 3]) == [False, True, True]
 
 
 def test_the_last_round_measures_every_client_on_all_rows_and_earlier_ones_together_once() -> None:
@@ -65,4 +75,4 @@ def test_the_last_round_measures_every_client_on_all_rows_and_earlier_ones_toget
             measuring(prepared.initial, kind)
     # Round 0: one model. Round 1: 6 watched and 30 test rows, each once. Round 2, the last: all rows by each of 4.
     assert seen == [30, 2, 2, 1, 1, 8, 8, 7, 7, 6, 6, 6, 6, 30, 30, 30, 30]
-    assert [len(right) for right in measuring.correct] == [30] * 4
+    assert [one.examples for one in measuring.last] == [30] * 4

@@ -91,6 +91,9 @@ class Result:
     client_rows: list[int] = field(default_factory=list)
     client_accuracy: list[float] = field(default_factory=list)
     """Of each client's model on test rows with the client's own mix of labels; empty if rows have no labels."""
+    client_accuracy_prior: list[float] = field(default_factory=list)
+    """The same where each client adds the logarithm of its own label shares to the scores (`measuring.hits`); as
+    above for models of the clients' own, which know them. Empty also in files of earlier versions."""
     client_peak_bytes: list[int] = field(default_factory=list)
     """Predicted peak of each client's sub-model in the last round; 0 for a client that was left out."""
     personal: bool = False
@@ -123,7 +126,7 @@ class Result:
             replace(line, accuracy=line.watch_accuracy, macro_f1=line.watch_macro_f1, loss=line.watch_loss)
             for line in self.rounds
         ]
-        return replace(self, rounds=rounds, client_accuracy=[])
+        return replace(self, rounds=rounds, client_accuracy=[], client_accuracy_prior=[])
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""

@@ -6,6 +6,7 @@ measured on every C-th row, each on other rows: together they cost one evaluatio
 on all rows.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -31,8 +32,8 @@ class Measuring:
     """Whether clients keep models of their own."""
     round: Callable[[], int]
     """The round that is running; 0 before the first."""
-    correct: list[list[bool]] = field(default_factory=list)
-    """Of each model measured on all test rows last (the shared one, or each client's): whether it was right."""
+    last: list[Metrics] = field(default_factory=list)
+    """Of each model measured on all test rows last (the shared one, or each client's)."""
 
     def __call__(self, tensors: dict[str, Tensor], kind: str) -> Metrics:
         """As `server.Evaluate`."""
@@ -48,7 +49,7 @@ class Measuring:
             ]
             metrics = mean(found, self.weights, whole=last)
         if kind == "all":
-            self.correct = [hits(one, rows) for one in found if one.examples == len(rows)]
+            self.last = [one for one in found if one.examples == len(rows)]
         return metrics
 
     def _model_of(self, client: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -64,11 +65,21 @@ def stripes(rows: Sequence[Example], clients: int) -> list[list[Example]]:
     return [list(rows[client % step :: step]) for client in range(clients)]
 
 
-def hits(metrics: Metrics, rows: Sequence[Example]) -> list[bool]:
-    """Whether the chosen answer of each row is the right one; empty for completions."""
-    if metrics.predicted is None:
+def hits(metrics: Metrics, rows: Sequence[Example], counts: Sequence[int] | None = None) -> list[bool]:
+    """Whether the chosen answer of each row is the right one; empty for completions.
+
+    Args:
+        counts: a client's rows with each label. The client knows which labels are frequent in its data, and adds the
+            logarithm of their shares to the scores: by Bayes' rule, this makes of a model for labels of equal
+            frequency one for its own. One row more of each label keeps all of them possible. None: it does not.
+    """
+    if metrics.predicted is None or metrics.scores is None:
         return []
-    return [chosen == row.answer for chosen, row in zip(metrics.predicted, rows, strict=True)]
+    if counts is None:
+        return [chosen == row.answer for chosen, row in zip(metrics.predicted, rows, strict=True)]
+    prior = [math.log(number + 1) for number in counts]  # a common factor changes no choice
+    best = [max(range(len(prior)), key=lambda label: own[label] + prior[label]) for own in metrics.scores]
+    return [chosen == row.answer for chosen, row in zip(best, rows, strict=True)]
 
 
 def mean(found: Sequence[Metrics], weights: Sequence[int], whole: bool) -> Metrics:

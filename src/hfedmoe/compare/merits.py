@@ -63,6 +63,10 @@ COLUMNS: dict[str, Callable[[Result, float], float | None]] = {
     "worst client": lambda result, target: min(result.client_accuracy, default=None),
     "median client": lambda result, target: median(result.client_accuracy) if result.client_accuracy else None,
     "best client": lambda result, target: max(result.client_accuracy, default=None),
+    "worst client, own prior": lambda result, target: min(result.client_accuracy_prior, default=None),
+    "median client, own prior": lambda result, target: (
+        median(result.client_accuracy_prior) if result.client_accuracy_prior else None
+    ),
     "rounds to target": lambda result, target: until(result, target, lambda line: 1),
     "bytes to target": lambda result, target: until(result, target, lambda line: line.bytes_up + line.bytes_down),
     "FLOPs to target": lambda result, target: until(result, target, lambda line: line.flops),

@@ -9,12 +9,22 @@ from hfedmoe.compare.cells import Result
 from hfedmoe.compare.merits import COLUMNS, Comparison, Interval, compared, final, interval
 from hfedmoe.compare.stored import Block
 
-PERCENT = {"accuracy", "best accuracy", "macro-F1", "worst client", "median client", "best client"}
+PERCENT = {
+    "accuracy",
+    "best accuracy",
+    "macro-F1",
+    "worst client",
+    "median client",
+    "best client",
+    "worst client, own prior",
+    "median client, own prior",
+}
 BYTES = {"bytes to target", "bytes per round", "peak memory"}
 NOTES = (
     "*(n of m)*: n of m seeds reached the target; the mean is over these. *peak memory*: predicted, of the largest "
-    "client. *bytes per round*: both ways, all clients. *clients*: valid updates per round. *difference*: of the final "
-    "accuracy, in points, the mean over seeds with its 95 % interval."
+    "client. *own prior*: each client adds the logarithm of its label shares to the scores. *bytes per round*: both "
+    "ways, all clients. *clients*: valid updates per round. *difference*: of the final accuracy, in points, the mean "
+    "over seeds with its 95 % interval."
 )
 
 

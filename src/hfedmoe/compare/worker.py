@@ -13,7 +13,7 @@ import torch
 
 import hfedmoe
 from hfedmoe.compare.cells import Cell, Result, Round
-from hfedmoe.compare.measuring import Measuring, own_mix
+from hfedmoe.compare.measuring import Measuring, hits, own_mix
 from hfedmoe.config import RunConfig
 from hfedmoe.data.partition import label_counts, partition
 from hfedmoe.device.peak import peak_process_bytes
@@ -120,7 +120,8 @@ def compute(cell: Cell) -> Result:
         peak_bytes=peak_process_bytes(),
         rounds=list(recorder.rounds.values()),
         client_rows=rows,
-        client_accuracy=_of_clients(measuring, prepared, parts),
+        client_accuracy=_of_clients(measuring, prepared, parts, with_prior=False),
+        client_accuracy_prior=_of_clients(measuring, prepared, parts, with_prior=not personal),
         client_peak_bytes=[done.peak_bytes if done.status == "ok" else 0 for _, done in sorted(recorder.last.items())],
         personal=personal,
         test_rows=len(prepared.task.test),
@@ -132,15 +133,16 @@ def compute(cell: Cell) -> Result:
     )
 
 
-def _of_clients(measuring: Measuring, prepared: Prepared, parts: list[list[int]]) -> list[float]:
+def _of_clients(measuring: Measuring, prepared: Prepared, parts: list[list[int]], *, with_prior: bool) -> list[float]:
     """Accuracy of each client's model under its own mix of labels; empty if rows have no labels."""
     task = prepared.task
     if not task.labels or not task.test:
         return []
-    return [
-        own_mix(measuring.correct[client if measuring.personal else 0], task.test, counts)
-        for client, counts in enumerate(label_counts(task, parts))
-    ]
+    found = []
+    for client, counts in enumerate(label_counts(task, parts)):
+        metrics = measuring.last[client if measuring.personal else 0]
+        found.append(own_mix(hits(metrics, task.test, counts if with_prior else None), task.test, counts))
+    return found
 
 
 def code_version() -> str:

@@ -46,9 +46,12 @@ class Metrics:
     predicted: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
     """The chosen answer of every example, as an index into its choices; None for completions."""
 
+    scores: tuple[tuple[float, ...], ...] | None = field(default=None, repr=False, compare=False)
+    """What was compared: of every example the logit or the log-probability of each of its choices; None likewise."""
+
     def figures(self) -> dict[str, Any]:
-        """All figures by name, without what was predicted for single rows."""
-        return {name: value for name, value in vars(self).items() if name != "predicted"}
+        """All figures by name, without those of single rows."""
+        return {name: value for name, value in vars(self).items() if name not in ("predicted", "scores")}
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def evaluate(
         perplexity=perplexity,
         accuracy_norm=normed,
         predicted=tuple(predicted),
+        scores=tuple(map(tuple, scores)),
     )
 
 
