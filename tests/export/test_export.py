@@ -412,6 +412,8 @@ def test_a_card_describes_the_method_of_its_run_and_no_other(tmp_path, name):
         "local": {*ranked, "lam", "beta"},
         "frequency": ranked,
         "fedmoe": ranked,
+        "fedmoe_full": ranked,
+        "flex": ranked,
         "flex_moe": ranked,
         "flux": ranked,
         "flame": set(),
@@ -420,6 +422,7 @@ def test_a_card_describes_the_method_of_its_run_and_no_other(tmp_path, name):
         "unlimited": set(),
         "pooled": set(),
     }.get(name, {"residency"})
+    assert ("on every expert" in text) == (name != "flex")
     for option in row.options:
         assert f"| {option.about} | {option.usual:g} |" in text
     assert ("budget | experts held" in text) == (name not in ("unlimited", "pooled"))

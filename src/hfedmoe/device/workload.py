@@ -7,6 +7,8 @@ import torch
 
 from hfedmoe.config import RunConfig
 from hfedmoe.data.known import known_set
+from hfedmoe.method.methods import METHODS
+from hfedmoe.method.scores import SCORES
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Workload:
         from hfedmoe.moe.compact import wants_float32
 
         train, model = config.train, config.model
+        score = METHODS[config.method.name].score(config.method)
         device = model.device.partition(":")[0] if model.device != "auto" else device
         compute = wants_float32(model.compute, torch.device(device), getattr(torch, model.dtype))
         named = known_set(config.data)
@@ -56,7 +59,7 @@ class Workload:
             length=config.data.max_tokens,
             answer_tokens=config.data.max_tokens if long else 1,
             steps=train.steps,
-            experts=train.experts,
+            experts=METHODS[config.method.name].trained_experts(train.experts),
             rank=train.rank,
             freeze_a=train.lora == "freeze_a",
             router=train.router,
@@ -66,7 +69,7 @@ class Workload:
             compute_float32=compute and model.dtype != "float32",
             expert_dtype=model.expert_dtype,
             device=device,
-            measures_activation=config.method.score == "activation",
+            measures_activation=score is not None and SCORES[score].needs == "activation",
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hfedmoe.config import MethodConfig, RunConfig, TrainConfig
+from hfedmoe.config import MethodConfig, RunConfig
 from hfedmoe.export.provenance import data_name, hub_data_set, is_local, origin
 from hfedmoe.export.snippet import Loading, loading_code, prompt_words
 from hfedmoe.method.copies import Copies
@@ -85,7 +85,7 @@ def _front_matter(config: RunConfig, export: Export) -> str:
 def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
     what = {
         "merged": "The fine-tuned model as a plain transformers checkpoint; the trained changes are in its weights.",
-        "adapter": f"The trained parts of the model ({', '.join(_trained(config.train))}) as a PEFT adapter.",
+        "adapter": f"The trained parts of the model ({', '.join(_trained(config))}) as a PEFT adapter.",
         "client": f"The personal sub-model of client {export.client}, with only its most valuable experts, as a plain "
         "transformers checkpoint.",
     }[export.form]
@@ -184,10 +184,11 @@ def _data(config: RunConfig, lines: list[dict[str, Any]]) -> str:
     return text + how + f"* Prompt: {prompt_words(data)}.\n"
 
 
-def _trained(train: TrainConfig) -> list[str]:
+def _trained(config: RunConfig) -> list[str]:
     """The trained parts of the model, in words."""
+    train, how = config.train, METHODS[config.method.name].trained_experts(config.train.experts)
     size = f"LoRA of rank {train.rank}, alpha {train.alpha:g}"
-    experts = {"lora": [f"{size}, on every expert"], "full": ["whole experts"], "frozen": []}[train.experts]
+    experts = {"lora": [f"{size}, on every expert"], "full": ["whole experts"], "frozen": []}[how]
     attention = [f"{size}, on the attention projections"] if train.attention else []
     return [*experts, *attention, *(["routers"] if train.router else [])]
 
@@ -265,11 +266,12 @@ def _method(config: RunConfig) -> str:
         "freeze_a": "A frozen, B averaged",
         "exact": "products B A averaged",
     }
-    lora = "exact" if METHODS[config.method.name].exact_lora(train.lora) else train.lora
+    row = METHODS[config.method.name]
+    lora = "exact" if row.exact_lora(train.lora) else train.lora
     settings = {
         **_method_rows(config),
-        "trained": "; ".join(_trained(train)),
-        **({"LoRA pairs": pairs[lora]} if train.attention or train.experts == "lora" else {}),
+        "trained": "; ".join(_trained(config)),
+        **({"LoRA pairs": pairs[lora]} if train.attention or row.trained_experts(train.experts) == "lora" else {}),
         "per client and round": f"{train.steps} steps of batch {train.batch_size}, AdamW, learning rate {train.lr:g}",
         "rounds": f"{config.federation.rounds} planned",
         **_unusual(config),

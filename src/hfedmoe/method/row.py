@@ -185,6 +185,10 @@ class Method:
         """Whether clients hold experts without regard to their budgets."""
         return self.unlimited or settings.residency == "all"
 
+    def trained_experts(self, experts: str) -> str:
+        """How experts are trained where `train.experts` is `experts`: "lora", "full" or "frozen"."""
+        return "frozen" if self.frozen_experts else experts
+
     def at_least(self, top_k: Sequence[int]) -> list[int]:
         """Experts that a client holds at least in every layer of a model with this top-k."""
         return list(top_k) if self.merged is None else [1] * len(top_k)

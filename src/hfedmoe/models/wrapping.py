@@ -24,7 +24,7 @@ def wrap(model: object, config: RunConfig, store: ExpertStore | None = None, mas
     """
     settings = config.train
     method = METHODS[config.method.name]
-    experts = "frozen" if method.frozen_experts else settings.experts
+    experts = method.trained_experts(settings.experts)
     if experts == "frozen" and not settings.router and not settings.attention:
         raise UserError("nothing would be trained: set train.experts, train.router or train.attention")
     if settings.experts == "full" and config.model.expert_dtype not in ("same", "float32"):
