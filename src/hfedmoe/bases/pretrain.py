@@ -73,7 +73,8 @@ def pretrain(out: Path, recipe: Recipe, report: Report, save_every: int = 250) -
         run = _Training(model, rows, recipe, state)
         run.go(report, save_every)
         with writing(out):
-            model.config.dtype = "float32"
+            model.to(torch.bfloat16)  # half the file; what was rounded away is below what training moves
+            model.config.dtype = "bfloat16"
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
             (scratch / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
