@@ -408,7 +408,7 @@ def test_a_card_describes_the_method_of_its_run_and_no_other(tmp_path, name):
     ranked = {"expert score", "residency"}
     assert read == {
         "hfedmoe": every,
-        "hfedmoe+": every - {"lam", "beta"},
+        "hfedmoe+": every - {"lam", "beta", "gate rule"},
         "local": {*ranked, "lam", "beta"},
         "frequency": ranked,
         "fedmoe": ranked,

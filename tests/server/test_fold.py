@@ -51,6 +51,20 @@ def test_experts_by_who_trained_them_gates_by_importance_the_rest_by_examples() 
     torch.testing.assert_close(new["shared.norm"], torch.tensor([2.5]))  # (1 * 1 + 3 * 3) / 4
 
 
+def test_a_step_of_the_server_goes_beyond_the_mean_only_where_somebody_trained() -> None:
+    plus = MethodConfig(name="hfedmoe+", options={"server_step": 1.5})
+    fold = Fold(start(), plus)
+    fold_in(fold, update([1.0, 2.0], [0, 1], gate=1.0, examples=1))
+    fold_in(fold, update([5.0, 6.0], [1, 2], gate=3.0, examples=3))
+    new = fold.result()
+    # expert 1: the mean is (1 * 2 + 3 * 5) / 4 = 4.25, and 9.2 + 1.5 (4.25 - 9.2) = 1.775; expert 3 keeps its bits
+    torch.testing.assert_close(new["experts.0.up_b"][:3, 0], torch.tensor([-3.05, 1.775, 4.35]))
+    assert new["experts.0.up_b"][3].equal(start()["experts.0.up_b"][3])
+    # rows of the gate likewise: row 1 has both clients, 2.0 in the mean; nobody trained expert 3
+    torch.testing.assert_close(new["router.0.weight"][:3, 0], torch.tensor([-2.35, -0.85, 0.65]))
+    assert new["router.0.weight"][3].equal(start()["router.0.weight"][3])
+
+
 def test_an_expert_below_the_usage_threshold_does_not_count_although_trained() -> None:
     fold = Fold(start(), MethodConfig(tau=0.5))  # threshold 0.5 / 4 = 0.125
     fold_in(fold, update([1.0, 2.0], [0, 1], gate=1.0, examples=1, usage=[0.125, 0.1, 0.4, 0.375]))

@@ -13,6 +13,9 @@ layers.
 A client whose rows have few labels would teach the shared model that there are no others. So the loss of classification
 adds the logarithm of the client's own label frequencies to the logits (logit adjustment, Menon et al., 2021; among
 clients, FedLC, Zhang et al., 2022): the model learns what distinguishes labels, not how often the client has them.
+
+A row of a gate belongs to its expert: it is averaged over the clients that trained the expert. The server then goes on
+beyond the clients' mean (a server learning rate, Reddi et al., 2021), because means of a few copies move too little.
 """
 
 from math import floor
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hfedmoe.method.gates import gate_mass, gate_row_weights
 from hfedmoe.method.hfedmoe import HFEDMOE
 from hfedmoe.method.holding import hold_most_used
 from hfedmoe.method.planning import best_plan
@@ -28,6 +32,7 @@ from hfedmoe.method.row import Method, Option, Residents, Settings, Wish
 from hfedmoe.method.selection import activation, even_shares
 
 COVER = Option("cover", 1.0, "clients that hold an expert at least, as far as budgets allow")
+STEP = Option("server_step", 1.5, "step of the server towards the clients' mean, as a multiple of the way", high=10.0)
 CORRECTION = Option("label_correction", 1.0, "strength of the correction for a client's label frequencies")
 
 
@@ -54,16 +59,18 @@ HFEDMOE_PLUS = Method(
     holds="what the server gives it: its own most used experts, so that all clients together hold every expert",
     trains=HFEDMOE.trains + ", with a loss that is corrected for its label frequencies",
     travels="what it trained, and how often its tokens use every expert",
-    server="assigns by a linear programme; " + HFEDMOE.server,
+    server="assigns by a linear programme; mean over those that trained and used the expert, and of its row of the "
+    "gate; then a step beyond the mean",
     source="-",
     status="own",
     hold=hold_most_used,
     train=activation,
     score=lambda settings: "frequency",
     label_correction=CORRECTION.of,
+    server_step=STEP.of,
     assign=assign,
     expert_weight=HFEDMOE.expert_weight,
-    gate_weight=HFEDMOE.gate_weight,
-    gate_rows=HFEDMOE.gate_rows,
-    options=(COVER, CORRECTION),
+    gate_weight=lambda copies, settings: gate_mass(copies, settings.tau),
+    gate_rows=lambda copies, settings: gate_row_weights(copies, settings.tau),
+    options=(COVER, CORRECTION, STEP),
 )

@@ -148,6 +148,8 @@ class Method:
     combine: Callable[[Tensor, Tensor, Settings], Tensor] | None = None
     """Makes one update of an expert from all of a round at once: (changes [C, N], weights [C], settings) -> change [N].
     Without it copies are averaged by weight, one client at a time."""
+    server_step: Callable[[Settings], float] = lambda settings: 1.0
+    """How far the server goes towards the clients' mean: new = old + step (mean - old); 1 takes the mean as it is."""
     begin: Callable[[Tensor, Tensor, Tensor, Settings], Tensor] | None = None
     """Where a client begins, if it keeps something back: (received [N], what it began with the last time that it held
     the expert [N], what it ended with [N], settings) -> [N]."""

@@ -130,7 +130,18 @@ class Fold:
         new |= self._gates.result(self._tensors)
         for name, mean in self._shared.items():
             new[name] = mean.result(self._tensors[name])
-        return new
+        return self._stepped(new)
+
+    def _stepped(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The method's step. Factors of averaged products are as they are: those of two rounds have other axes."""
+        step = self._method.server_step(self._settings)
+        if step == 1.0:
+            return new
+        factors = {name for pair in [*self._products, *self._shared_products] for name in pair}
+        return {
+            name: tensor if name in factors else torch.lerp(self._tensors[name], tensor, step)
+            for name, tensor in new.items()
+        }
 
 
 def _sizes(update: Update) -> list[Tensor]:
