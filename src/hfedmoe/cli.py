@@ -174,7 +174,9 @@ def plan(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A packaged model (smollm2, tiny), a hub id or a folder.")],
+    model: Annotated[
+        str, typer.Argument(help="A packaged model (smollm2, smollm2-domains, tiny), a hub id or a folder.")
+    ],
     upcycle_experts: Annotated[
         int | None, typer.Option(min=2, help="Show a dense model as if upcycled to this number of experts per layer.")
     ] = None,

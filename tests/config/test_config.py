@@ -146,14 +146,15 @@ def test_the_demo_is_what_it_says():
     assert set(config.clients.budgets) == {"25%", "50%", "100%"}
 
 
-def test_an_installed_package_brings_the_configs(tmp_path):
+def test_an_installed_package_brings_configs_rows_and_changes_of_experts(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "configs", source / "configs")
     package = source / "src" / "hfedmoe"
-    (package / "data" / "packaged").mkdir(parents=True)
+    for data in ("data/packaged", "models/shipped"):
+        shutil.copytree(ROOT / "src" / "hfedmoe" / data, package / data)
     shutil.copy(ROOT / "src" / "hfedmoe" / "__init__.py", package)
     build = f"import setuptools.build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
@@ -163,6 +164,9 @@ def test_an_installed_package_brings_the_configs(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     packed = zipfile.ZipFile(wheel).namelist()
     assert {f"hfedmoe/configs/{name}.toml" for name in NAMES} <= set(packed)
+    assert {"hfedmoe/data/packaged/reuters-r8.parquet", "hfedmoe/models/shipped/smollm2-domains.safetensors"} <= set(
+        packed
+    )
 
 
 # the docs

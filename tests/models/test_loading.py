@@ -82,7 +82,7 @@ def test_the_text_model_of_one_that_also_sees_loads_without_a_list_of_the_rest(t
 
 
 def test_names_that_are_nothing(tmp_path):
-    assert "neither packaged (smollm2, tiny) nor a local folder" in refused(name="nobody/nothing")
+    assert "neither packaged (smollm2, smollm2-domains, tiny) nor a local folder" in refused(name="nobody/nothing")
     assert "HF_HUB_OFFLINE is set" in refused(name="nobody/nothing")
     assert "no such folder" in refused(name=str(tmp_path / "missing"))
     assert "no such folder" in refused(name="./missing")

@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfedmoe.bases.branching import branched
-from hfedmoe.bases.lowrank import KINDS, Deltas, train_branch
+from hfedmoe.bases.lowrank import Deltas, train_branch
 from hfedmoe.bases.routers import fit_routers
 from hfedmoe.bases.stages import kept
 from hfedmoe.bases.texts import Piece
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import replacing
 from hfedmoe.files.whole import writing, written_whole
+from hfedmoe.models.domains import write_changes
+from hfedmoe.moe.branching import with_changes
 from hfedmoe.moe.compact import multiplies_16_bit
 
 DOMAINS: Mapping[str, tuple[str, ...]] = {
@@ -40,7 +41,7 @@ DOMAINS: Mapping[str, tuple[str, ...]] = {
     "resources": ("energy", "commodities"),
 }
 """The domains of `texts` that each branch learns from, experts 1, 2, ...; dialogue is nobody's."""
-DELTAS, RECIPE = "branches.safetensors", "recipe.json"
+CHANGES, RECIPE = "branches.safetensors", "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,16 @@ def build_branches(
         layers = range(dense.config.num_hidden_layers)[-recipe.layers :]
         hidden, deltas = _branches(dense, layers, rows, recipe, out, state, report)
         report(recipe.steps * len(DOMAINS), "routers", None)
-        model = _merged(dense, layers, deltas, recipe)
+        changes = _stacked(deltas)
+        model = with_changes(dense, changes, recipe.top_k)
         fitting = [text.float() for own in hidden for text in own[: recipe.fitted]]
         owners = [1 + branch for branch, own in enumerate(hidden) for _ in own[: recipe.fitted]]
         routers = fit_routers(model, layers, fitting, owners, recipe.temperature, recipe.general)
+        changes |= {f"layers.{layer}.router": router.cpu() for layer, router in routers.items()}
         with writing(out):
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
-            _write_deltas(scratch / DELTAS, deltas, routers)
+            write_changes(scratch / CHANGES, changes, recipe.top_k)
             (scratch / RECIPE).write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(state)
 
@@ -160,29 +163,9 @@ def _fast(dense: Any) -> Any:
     return copy.deepcopy(dense).bfloat16()
 
 
-def _merged(dense: Any, layers: range, deltas: Sequence[Deltas], recipe: Recipe) -> Any:
-    """The MoE model whose expert 1 + e is the dense block with the changes of branch e."""
-    model = branched(dense, layers, 1 + len(deltas), recipe.top_k)
-    for layer in layers:
-        experts = model.model.layers[layer].mlp.experts
-        for stack in ("gate_up_proj", "down_proj"):  # the experts' own memory
-            setattr(experts, stack, torch.nn.Parameter(getattr(experts, stack).detach().clone()))
-        for number, own in enumerate(deltas, start=1):
-            gate, up, down = (
-                (own[f"{layer}.{kind}.b"].float() @ own[f"{layer}.{kind}.a"].float()).to(dense.device) for kind in KINDS
-            )
-            experts.gate_up_proj.data[number] += torch.cat([gate, up])
-            experts.down_proj.data[number] += down
-    return model
-
-
-def _write_deltas(file: Path, deltas: Sequence[Deltas], routers: dict[int, Tensor]) -> None:
-    """`layers.{l}.{kind}.{a,b}` [E - 1, ., .] and `layers.{l}.router` [E, H], in bfloat16."""
-    from safetensors.torch import save_file
-
-    tensors = {f"layers.{key}": torch.stack([own[key] for own in deltas]).bfloat16() for key in deltas[0]}
-    tensors |= {f"layers.{layer}.router": router.bfloat16().cpu().contiguous() for layer, router in routers.items()}
-    save_file(tensors, file)
+def _stacked(deltas: Sequence[Deltas]) -> dict[str, Tensor]:
+    """The changes of all branches as `with_changes` takes them."""
+    return {f"layers.{key}": torch.stack([own[key] for own in deltas]) for key in deltas[0]}
 
 
 def _same_recipe(state: Path, recipe: Recipe) -> None:

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hfedmoe.bases.stages import only, stacked, through
 from hfedmoe.errors import UserError
+from hfedmoe.moe.branching import KINDS
 
-KINDS = ("gate", "up", "down")
 Deltas = dict[str, Tensor]
 """`{layer}.{kind}.a` [R, in] and `{layer}.{kind}.b` [out, R]."""
 IGNORED = -100

@@ -37,7 +37,9 @@ class _Recorder(nn.Module):
 def fit_routers(
     model: Any, layers: range, hidden: Sequence[Tensor], owners: Sequence[int], temperature: float, general: float
 ) -> dict[int, Tensor]:
-    """Fit and set the routers of a model's last layers; returns them by layer, [E, H].
+    """Fit and set the routers of a model's last layers; returns them by layer, [E, H], in bfloat16.
+
+    The model has the rounded numbers too, so that one made from a file of them is the same.
 
     Args:
         hidden: of each text, the states [S, H] that enter the first of these layers.
@@ -52,7 +54,8 @@ def fit_routers(
         before, inputs = _attended(model, number, states)
         x = torch.cat(inputs).float()
         gate = block.gate.weight
-        fitted[number] = ridge_router(x, of_tokens.to(x.device), len(gate), block.gate.top_k, temperature, general)
+        exact = ridge_router(x, of_tokens.to(x.device), len(gate), block.gate.top_k, temperature, general)
+        fitted[number] = exact.bfloat16()
         gate.copy_(fitted[number])
         with fast(x.device):  # all texts at once, so that the experts are converted once
             changes = block(x[None])[0].float().split([len(row) for row in states])

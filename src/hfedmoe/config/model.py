@@ -24,7 +24,9 @@ class UpcycleConfig(Section):
 class ModelConfig(Section):
     """Which model, and in what precision."""
 
-    name: Annotated[str, Field(description="`smollm2` (packaged), a hub id, or a local folder")] = "smollm2"
+    name: Annotated[
+        str, Field(description="`smollm2`, `smollm2-domains` or `tiny` (packaged), a hub id, or a local folder")
+    ] = "smollm2"
     revision: Annotated[str | None, Field(description="branch, tag or commit of a hub model")] = None
     upcycle: UpcycleConfig | None = None
     dtype: Annotated[

@@ -8,7 +8,8 @@ from hfedmoe.data.known import known_set
 from hfedmoe.data.sources import HUB_ID, IN_WHEEL, PACKAGED_ROWS, is_file
 from hfedmoe.models.names import PACKAGED_MODELS
 
-PACKAGED_ORIGIN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+_SMOLLM2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+PACKAGED_ORIGIN = {"smollm2": _SMOLLM2, "smollm2-domains": _SMOLLM2}
 """Packaged model -> hub id and licence."""
 
 

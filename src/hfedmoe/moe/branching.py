@@ -2,10 +2,10 @@
 
 The result is a Qwen2-MoE model, the family of transformers whose layers may be of both kinds. It computes what the
 dense model computes, whatever its routers choose: the experts are copies, the weights of the chosen ones sum to 1, and
-the shared expert that the family always has is zero.
+the shared expert that the family always has is zero. `with_changes` makes the experts differ.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from hfedmoe.moe.anatomy import UnsupportedModelError
 
+KINDS = ("gate", "up", "down")
+"""The matrices of a feed-forward block."""
 SHARED = 8
 """Width of the shared expert: small, because it is zero."""
 _COPIED = (
@@ -78,6 +80,34 @@ def branched(dense: Any, moe_layers: Collection[int], experts: int, top_k: int =
     model.model.rotary_emb = type(rotary)(config).to(dense.device)  # its tables are computed, not loaded
     model.generation_config = dense.generation_config
     return model.eval()
+
+
+def with_changes(dense: Any, changes: Mapping[str, Tensor], top_k: int) -> Any:
+    """A Qwen2-MoE model whose expert 0 is the dense block, and whose expert e is the block with the changes e - 1.
+
+    Args:
+        changes: `layers.{l}.{kind}.b` [E - 1, out, R] and `layers.{l}.{kind}.a` [E - 1, R, in] of each MoE layer and
+            kind: W + b a. With `layers.{l}.router` [E, H] the layer has this router, otherwise one of zeros.
+
+    Raises:
+        UnsupportedModelError, ValueError: as `branched`.
+    """
+    layers = sorted({int(name.split(".")[1]) for name in changes})
+    number = len(changes[f"layers.{layers[0]}.{KINDS[0]}.a"])
+    model = branched(dense, layers, 1 + number, top_k)
+    for layer in layers:
+        block = model.model.layers[layer].mlp
+        experts = block.experts
+        for stack in ("gate_up_proj", "down_proj"):  # the experts' own memory
+            setattr(experts, stack, torch.nn.Parameter(getattr(experts, stack).detach().clone()))
+        pairs = [[changes[f"layers.{layer}.{kind}.{part}"].float() for part in ("b", "a")] for kind in KINDS]
+        for expert in range(number):
+            gate, up, down = ((b[expert] @ a[expert]).to(dense.device) for b, a in pairs)
+            experts.gate_up_proj.data[1 + expert] += torch.cat([gate, up])
+            experts.down_proj.data[1 + expert] += down
+        if (router := changes.get(f"layers.{layer}.router")) is not None:
+            block.gate.weight.data.copy_(router)
+    return model
 
 
 def _weights(dense: Any, model: Any, experts: int) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hfedmoe.bases.branching import branched
 from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
+from hfedmoe.moe.branching import branched
 
 
 def tiny_llama(**changes: object) -> LlamaForCausalLM:
