@@ -141,7 +141,7 @@ def test_every_shipped_config_parses(path):
 
 def test_the_demo_is_what_it_says():
     config = load_config(shipped_config("demo"))
-    assert (config.model.name, config.model.upcycle.experts, config.model.upcycle.top_k) == ("smollm2", 8, 2)
+    assert (config.model.name, config.model.upcycle) == ("smollm2-domains", None)
     assert config.clients.count == len(config.clients.budgets) == 8
     assert set(config.clients.budgets) == {"25%", "50%", "100%"}
 
