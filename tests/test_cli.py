@@ -353,7 +353,7 @@ def test_plan(capsys, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(plan, "plan_for", once)
-    arguments = ["plan", "--model", "tiny", "--device", "16GiB", "--device", "5"]  # demo's model is upcycled, this not
+    arguments = ["plan", "--model", "tiny", "--device", "16GiB", "--device", "5"]
     assert hfedmoe(*arguments) == 0
     text = capsys.readouterr().out
     assert hfedmoe(*arguments, "--json") == 0

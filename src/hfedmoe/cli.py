@@ -257,7 +257,7 @@ def evaluate(
     with nullcontext(Silent()) if as_json else Live() as live:
         if elsewhere:
             if of_run or config is None:
-                # Without a config the model stays as it is: the demo would upcycle it.
+                # Without a config these are the defaults, not the settings of the demo.
                 settings = load_config(Path(target) / "config.toml" if of_run else None, overrides)
             else:
                 settings = _load(config, overrides)
