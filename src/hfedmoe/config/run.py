@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from hfedmoe.config.carrier import CarrierConfig
 from hfedmoe.config.clients import ClientsConfig
 from hfedmoe.config.data import DataConfig, PartitionConfig
 from hfedmoe.config.federation import EvaluationConfig, FederationConfig
@@ -33,6 +34,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    carrier: CarrierConfig = Field(default_factory=CarrierConfig)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "RunConfig":
