@@ -52,7 +52,8 @@ Three models need no download from the hub:
 In `smollm2-domains` it matters which experts a client holds: expert 0 is the block as it was, the others add low-rank
 changes that were learned from texts of different domains. The changes (7.2 MB) ship with hfedmoe; the whole model,
 1.3 GB in float32, is made at first use and kept in the cache. Reuters' training articles are among the texts, without
-their topics; four of the 2,189 test articles of R8 have the text of one of them. [Recipe and origin](../src/hfedmoe/models/shipped/README.md),
+their topics; four of the 2,189 test articles of R8 have the text of one of them.
+[Recipe and origin](../src/hfedmoe/models/shipped/README.md),
 [what such bases are for](comparing.md#base-models-with-experts-that-differ).
 
 *Router*: how logits become scores, whether the choice is limited to groups of experts, and whether it uses a correction
