@@ -16,7 +16,7 @@ from torch import Tensor
 from hfedmoe.client.app import history_of
 from hfedmoe.data.example import Example
 from hfedmoe.prepare import Prepared
-from hfedmoe.server.evaluation import Metrics
+from hfedmoe.server.evaluation import Metrics, best
 from hfedmoe.simulation import Simulation
 
 
@@ -78,8 +78,8 @@ def hits(metrics: Metrics, rows: Sequence[Example], counts: Sequence[int] | None
     if counts is None:
         return [chosen == row.answer for chosen, row in zip(metrics.predicted, rows, strict=True)]
     prior = [math.log(number + 1) for number in counts]  # a common factor changes no choice
-    best = [max(range(len(prior)), key=lambda label: own[label] + prior[label]) for own in metrics.scores]
-    return [chosen == row.answer for chosen, row in zip(best, rows, strict=True)]
+    chosen = [best([score + more for score, more in zip(own, prior, strict=True)]) for own in metrics.scores]
+    return [label == row.answer for label, row in zip(chosen, rows, strict=True)]
 
 
 def mean(found: Sequence[Metrics], weights: Sequence[int], whole: bool) -> Metrics:

@@ -13,30 +13,12 @@ from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from hfedmoe.moe.anatomy import UnsupportedModelError
+from hfedmoe.moe.upcycle import copied_weights, settings_of
 
 KINDS = ("gate", "up", "down")
 """The matrices of a feed-forward block."""
 SHARED = 8
 """Width of the shared expert: small, because it is zero."""
-_COPIED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "attention_dropout",
-)
 
 
 def branched(dense: Any, moe_layers: Collection[int], experts: int, top_k: int = 2) -> Any:
@@ -62,7 +44,7 @@ def branched(dense: Any, moe_layers: Collection[int], experts: int, top_k: int =
     if not 1 <= top_k <= experts or experts < 2:
         raise ValueError(f"expected experts >= 2 and 1 <= top_k <= experts, got {experts} and {top_k}")
     config = Qwen2MoeConfig(
-        **{key: getattr(source, key) for key in _COPIED},
+        **settings_of(dense),
         mlp_only_layers=[layer for layer in layers if layer not in moe_layers],
         num_experts=experts,
         num_experts_per_tok=top_k,
@@ -74,7 +56,11 @@ def branched(dense: Any, moe_layers: Collection[int], experts: int, top_k: int =
     )
     with torch.device("meta"):
         model: Any = Qwen2MoeForCausalLM(config)
-    model.load_state_dict(_weights(dense, model, experts), strict=True, assign=True)
+    # New are the routers and the shared expert.
+    weights = copied_weights(
+        dense, model, experts, lambda new: torch.zeros(new.shape, dtype=dense.dtype, device=dense.device)
+    )
+    model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config).to(dense.device)  # its tables are computed, not loaded
@@ -108,21 +94,3 @@ def with_changes(dense: Any, changes: Mapping[str, Tensor], top_k: int) -> Any:
         if (router := changes.get(f"layers.{layer}.router")) is not None:
             block.gate.weight.data.copy_(router)
     return model
-
-
-def _weights(dense: Any, model: Any, experts: int) -> dict[str, Tensor]:
-    have = dense.state_dict()
-    weights: dict[str, Tensor] = {}
-    for name, target in model.state_dict().items():
-        block = name.split(".mlp.")[0] + ".mlp."
-        if name in have:
-            weights[name] = have[name]
-        elif name.endswith("experts.gate_up_proj"):
-            one = torch.cat([have[f"{block}gate_proj.weight"], have[f"{block}up_proj.weight"]])
-            weights[name] = one.expand(experts, *one.shape)
-        elif name.endswith("experts.down_proj"):
-            one = have[f"{block}down_proj.weight"]
-            weights[name] = one.expand(experts, *one.shape)
-        else:  # the router and the shared expert
-            weights[name] = torch.zeros(target.shape, dtype=dense.dtype, device=dense.device)
-    return weights

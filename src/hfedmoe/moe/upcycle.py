@@ -4,6 +4,7 @@ The model's function is unchanged, because the experts are copies and the top-k 
 2022). In memory the copies are one tensor until they are trained or written.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from hfedmoe.moe.anatomy import UnsupportedModelError
 from hfedmoe.moe.families import DENSE
 
-_COPIED = (
+COPIED_SETTINGS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -55,14 +56,20 @@ def upcycle(dense: Any, experts: int, top_k: int, router_std: float, seed: int) 
         raise UnsupportedModelError(f"cannot upcycle this {source.model_type} model: Mixtral has no biases")
     if not 1 <= top_k <= experts or experts < 2:
         raise ValueError(f"expected experts >= 2 and 1 <= top_k <= experts, got {experts} and {top_k}")
-    known = {key: getattr(source, key) for key in _COPIED if hasattr(source, key)}
     config = MixtralConfig(
-        **known, num_local_experts=experts, num_experts_per_tok=top_k, router_jitter_noise=0.0, dtype=source.dtype
+        **settings_of(dense),
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
+        router_jitter_noise=0.0,
+        dtype=source.dtype,
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
-    weights = _mixtral_weights(dense, model, experts, router_std, generator)
+    like = next(iter(dense.state_dict().values()))
+    weights = copied_weights(
+        dense, model, experts, lambda router: (torch.randn(router.shape, generator=generator) * router_std).to(like)
+    )
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     _restore_buffers(model, dense)
@@ -70,25 +77,32 @@ def upcycle(dense: Any, experts: int, top_k: int, router_std: float, seed: int) 
     return model.eval()
 
 
-def _mixtral_weights(
-    dense: Any, model: Any, experts: int, router_std: float, generator: torch.Generator
-) -> dict[str, Tensor]:
+def settings_of(dense: Any) -> dict[str, Any]:
+    """The settings of a dense model that an MoE made of it keeps."""
+    return {key: getattr(dense.config, key) for key in COPIED_SETTINGS if hasattr(dense.config, key)}
+
+
+def copied_weights(dense: Any, model: Any, experts: int, new: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The weights of an MoE whose experts are copies of a dense model's blocks; copies share memory.
+
+    Args:
+        model: the MoE, whose parameters may be on the meta device; experts: E of its MoE layers.
+        new: makes a parameter that the dense model has none for, from the model's own, of which only the shape counts.
+    """
     have = dense.state_dict()
     weights: dict[str, Tensor] = {}
     for name, target in model.state_dict().items():
+        block = name.split(".mlp.")[0] + ".mlp."
         if name in have:
             weights[name] = have[name]
-            continue
-        layer = name.split(".mlp.")[0] + ".mlp."
-        if name.endswith("gate_up_proj"):
-            one = torch.cat([have[f"{layer}gate_proj.weight"], have[f"{layer}up_proj.weight"]])
+        elif name.endswith("experts.gate_up_proj"):
+            one = torch.cat([have[f"{block}gate_proj.weight"], have[f"{block}up_proj.weight"]])
             weights[name] = one.expand(experts, *one.shape)
-        elif name.endswith("down_proj"):
-            one = have[f"{layer}down_proj.weight"]
+        elif name.endswith("experts.down_proj"):
+            one = have[f"{block}down_proj.weight"]
             weights[name] = one.expand(experts, *one.shape)
         else:
-            like = next(iter(have.values()))
-            weights[name] = (torch.randn(target.shape, generator=generator) * router_std).to(like)
+            weights[name] = new(target)
     return weights
 
 

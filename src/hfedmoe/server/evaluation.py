@@ -148,7 +148,7 @@ def evaluate(
     if completions:
         return Metrics(None, None, loss, len(examples), perplexity)
     truth = [example.answer for example in examples]
-    predicted = [_best(row) for row in scores]
+    predicted = [best(row) for row in scores]
     same_choices = all(example.choices == examples[0].choices for example in examples)
     normed = None
     if not first_token:
@@ -157,7 +157,7 @@ def evaluate(
         shares = [
             [s / n if n else -math.inf for s, n in zip(*row, strict=True)] for row in zip(scores, lengths, strict=True)
         ]
-        normed = _hit_rate(truth, [_best(row) for row in shares])
+        normed = _hit_rate(truth, [best(row) for row in shares])
     return Metrics(
         accuracy=_hit_rate(truth, predicted),
         macro_f1=macro_f1(truth, predicted) if same_choices and not encoder.whole_prompts else None,
@@ -242,7 +242,7 @@ def _sums(logits: Tensor, targets: Tensor, chunk: Sequence[_Request], encoder: E
     return iter(answer_log_probs(logits, targets).tolist())
 
 
-def _best(scores: Sequence[float]) -> int:
+def best(scores: Sequence[float]) -> int:
     """The index of the highest score; ties go to the lower index."""
     return max(range(len(scores)), key=scores.__getitem__)
 
