@@ -39,6 +39,7 @@ def refused(tree) -> str:
         ({"model": {"upcycle": {"experts": 4, "top_k": 5}}}, "top_k=5 is more than experts=4"),
         ({"data": {"template": "no place"}}, "must contain {text} exactly once"),
         ({"data": {"format": "pica"}}, "'piqa', 'hellaswag', 'mmlu'"),
+        ({"method": {"expert_weight": "all"}, "train": {"lora": "exact"}}, 'set train.lora = "factors"'),
         ({"data": {"clients": ["a.csv"]}}, "data.clients names 1 files but clients.count is 8"),
         ({"clients": {"budgets": []}}, "clients.budgets: "),
         ({"clients": {"budgets": ["0%"]}}, '"0%"'),

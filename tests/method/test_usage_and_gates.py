@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hfedmoe.method.copies import Copies, over_layers
 from hfedmoe.method.gates import GateAverage, RoutingConsistency, gate_mass, gate_row_weights
-from hfedmoe.method.usage import EXPERT_WEIGHTS, ClientUsage, FederationUsage, expert_weights, passes
+from hfedmoe.method.usage import EXPERT_WEIGHTS, ClientUsage, FederationUsage, expert_weights, kept_weights, passes
 
 # Two clients, four experts, tau = 1/2: the threshold is 1/8. S_0 = {0, 1}, S_1 = {1, 2}, S = {0, 1, 2}.
 USAGE = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.1, 0.4, 0.5, 0.0]])
@@ -128,10 +128,18 @@ def test_the_order_of_experts_does_not_matter(data: tuple[Tensor, Tensor], tau: 
         assert torch.equal(permuted, expert_weights(rule, copies(*vectors, examples=9), tau)[order])
 
 
+def test_with_eq_17_off_a_client_counts_for_every_expert():
+    own = copies(USAGE[0], IMPORTANCE[0], trained=torch.tensor([True, False, True, True]), examples=50)
+    assert torch.equal(expert_weights("all", own, 4.5), torch.tensor([50.0, 0.0, 50.0, 50.0]))  # whatever the threshold
+    kept = kept_weights("all", own)
+    assert kept is not None and torch.equal(kept, torch.tensor([0.0, 50.0, 0.0, 0.0]))
+
+
 def test_expert_weights_hand_worked():
     tokens, trained = torch.tensor([40.0, 20, 9, 5]), torch.tensor([True, False, True, True])
     own = copies(USAGE[0], IMPORTANCE[0], tokens, trained, examples=50)
     # expert 1 was not trained; experts 2 and 3 are below the threshold
+    assert kept_weights("samples", own) is None
     for rule, expected in {"samples": 50.0, "tokens": 40.0, "importance": 50 * 0.7}.items():
         torch.testing.assert_close(expert_weights(rule, own, TAU), torch.tensor([expected, 0.0, 0.0, 0.0]))
     everyone = copies(USAGE[0], IMPORTANCE[0], examples=50)

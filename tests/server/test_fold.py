@@ -51,6 +51,16 @@ def test_experts_by_who_trained_them_gates_by_importance_the_rest_by_examples() 
     torch.testing.assert_close(new["shared.norm"], torch.tensor([2.5]))  # (1 * 1 + 3 * 3) / 4
 
 
+def test_with_eq_17_off_clients_that_did_not_train_an_expert_hold_it_back() -> None:
+    fold = Fold(start(), MethodConfig(tau=4.0, expert_weight="all"))
+    fold_in(fold, update([1.0, 2.0], [0, 1], gate=1.0, examples=1))
+    fold_in(fold, update([5.0, 6.0], [1, 2], gate=3.0, examples=3))
+    rows = fold.result()["experts.0.up_b"][:, 0]
+    # expert 0: (1 * 1 + 3 * 9.1) / 4; expert 1: both trained it; expert 2: (1 * 9.3 + 3 * 6) / 4; expert 3: nobody
+    torch.testing.assert_close(rows[:3], torch.tensor([7.075, 4.25, 6.825]))
+    assert rows[3].equal(start()["experts.0.up_b"][3, 0])
+
+
 def test_a_step_of_the_server_goes_beyond_the_mean_only_where_somebody_trained() -> None:
     plus = MethodConfig(name="hfedmoe+", options={"server_step": 1.5})
     fold = Fold(start(), plus)

@@ -40,6 +40,19 @@ def test_every_layer_has_its_own_alpha(rule: str, expected: list[float]) -> None
             torch.testing.assert_close(new[f"router.{layer}.weight"], torch.full((2, 1), value))
 
 
+def test_gates_as_printed_shrink() -> None:
+    start = {name: torch.full((2, 1), 7.0) for name in START}
+    fold = Fold(start, MethodConfig(gate="printed", tau=0.5))
+    fold.add(layered(1.0, 1, [(0.2, 0.9), (0.0, 0.0)]), BOTH, 1)
+    fold.add(layered(3.0, 2, [(0.6, 0.9), (0.0, 0.0)]), BOTH, 2)
+    new = fold.result()
+    # S = {0}, |S| = 1; alpha = 0.9 * 0.2 and 0.9 * 0.6: 0.18 * 1 + 0.54 * 3
+    torch.testing.assert_close(new["router.0.weight"], torch.full((2, 1), 1.8))
+    assert torch.equal(new["router.1.weight"], torch.zeros(2, 1))  # nothing is of importance
+    nobody = Fold(start, MethodConfig(gate="printed", tau=0.5)).result()
+    assert torch.equal(nobody["router.0.weight"], start["router.0.weight"])
+
+
 def test_rows_of_gates_are_weighted_by_their_own_layer_and_threshold() -> None:
     fold = Fold(START, MethodConfig(gate="rows", tau=0.5))
     fold.add(layered(1.0, 1, [(0.2, 0.9), (0.6, 0.9)]), BOTH, 1)

@@ -40,6 +40,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.clients names {len(self.data.clients)} files but clients.count is {self.clients.count}"
             )
+        if self.method.expert_weight == "all" and self.train.lora == "exact":
+            raise ValueError(
+                'method.expert_weight = "all" counts copies that were not sent, which train.lora = "exact" cannot; '
+                'set train.lora = "factors"'
+            )
         if self.method.name != MethodConfig.model_fields["name"].default:  # that one trains anything
             from hfedmoe.method.methods import METHODS  # imports torch
 

@@ -10,7 +10,7 @@ from hfedmoe.method.gates import gate_mass, gate_row_weights
 from hfedmoe.method.holding import gate_by_examples, hold_best
 from hfedmoe.method.row import Method, Settings
 from hfedmoe.method.selection import activation
-from hfedmoe.method.usage import expert_weights
+from hfedmoe.method.usage import expert_weights, kept_weights
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class GateRule:
     """(copies, settings) -> float32 [...]."""
     rows: Callable[[Copies, Settings], Tensor] | None = None
     """(copies, settings) -> float32 [..., E]; None: the whole gate counts the same."""
+    printed: bool = False
+    """Whether weights stay as printed in the paper, without being made to sum to 1."""
 
 
 def _mass(copies: Copies, settings: Settings) -> Tensor:
@@ -31,6 +33,7 @@ GATES: dict[str, GateRule] = {
     "importance": GateRule(_mass),
     "rows": GateRule(_mass, lambda copies, settings: gate_row_weights(copies, settings.tau)),
     "fedavg": GateRule(gate_by_examples),
+    "printed": GateRule(_mass, printed=True),
 }
 """The rules for gates by name (eq. 21 and its alternatives)."""
 
@@ -55,6 +58,8 @@ HFEDMOE = Method(
     train=activation,
     score=lambda settings: settings.score,
     expert_weight=_rule_for_experts,
+    kept_weight=lambda copies, settings: kept_weights(settings.expert_weight, copies),
     gate_weight=lambda copies, settings: GATES[settings.gate].weight(copies, settings),
+    gate_as_printed=lambda settings: GATES[settings.gate].printed,
     gate_rows=_rule_for_rows,
 )

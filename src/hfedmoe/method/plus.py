@@ -70,6 +70,7 @@ HFEDMOE_PLUS = Method(
     server_step=STEP.of,
     assign=assign,
     expert_weight=HFEDMOE.expert_weight,
+    kept_weight=HFEDMOE.kept_weight,
     gate_weight=lambda copies, settings: gate_mass(copies, settings.tau),
     gate_rows=lambda copies, settings: gate_row_weights(copies, settings.tau),
     options=(COVER, CORRECTION, STEP),

@@ -129,6 +129,11 @@ class Method:
     """What a client's gates count: float32 [...]; where all clients' are 0, gates count |D_c|."""
     gate_rows: Callable[[Copies, Settings], Tensor | None] = lambda copies, settings: None
     """What each row of its gates counts, where rows count by themselves: float32 [..., E]."""
+    kept_weight: Callable[[Copies, Settings], Tensor | None] = lambda copies, settings: None
+    """What a client counts for the experts as the round began: float32 [..., E], 0 where it sends a copy; None:
+    nothing. It is for copies that are averaged one client at a time, and not by their products."""
+    gate_as_printed: Callable[[Settings], bool] = lambda settings: False
+    """Whether gates are sum_c alpha(c) gate_c with alpha as in eq. 20, which does not sum to 1."""
     sends: Literal["trained", "held"] = "trained"
     """The experts whose rows a client sends back."""
     private: frozenset[Kind] = frozenset()

@@ -5,6 +5,10 @@ E_e(t+1) = sum_c w_c(e) E_e(c) / sum_c w_c(e)                                (17
 w_c(e)   = |D_c| * 1[u_c(e) >= tau / E] * 1[c trained e]      rule "samples", the paper's
            tokens_c(e) * (the same)                           rule "tokens"
            |D_c| * s_c(e) * (the same)                        rule "importance"
+           |D_c|                                              rule "all", eq. 17 off
+
+With "all", a client counts whether it trained the expert or not: one that did not counts with the value that the round
+began with, as the stale copies of plain federated averaging do.
 """
 
 from collections.abc import Callable
@@ -81,6 +85,7 @@ EXPERT_WEIGHTS: dict[str, Callable[[Copies], Tensor]] = {
     "samples": lambda copies: torch.full_like(copies.usage, copies.examples, dtype=torch.float32),
     "tokens": lambda copies: copies.tokens.detach().float(),
     "importance": lambda copies: copies.examples * copies.importance.detach().float(),
+    "all": lambda copies: torch.full_like(copies.usage, copies.examples, dtype=torch.float32),
 }
 """The rules for w_c(e) of eq. 17 by name, before the conditions: copies of [..., E] -> float32 [..., E]."""
 
@@ -102,4 +107,10 @@ def expert_weights(rule: str, copies: Copies, tau: float) -> Tensor:
     if rule not in EXPERT_WEIGHTS:
         raise ValueError(f'expert rule "{rule}" is unknown; known: {", ".join(EXPERT_WEIGHTS)}')
     # Decision: usage does not prove training, so a copy needs both. An expert without copies keeps its global value.
-    return torch.where(copies.trained & passes(copies.usage, tau), EXPERT_WEIGHTS[rule](copies), 0.0)
+    counts = copies.trained if rule == "all" else copies.trained & passes(copies.usage, tau)
+    return torch.where(counts, EXPERT_WEIGHTS[rule](copies), 0.0)
+
+
+def kept_weights(rule: str, copies: Copies) -> Tensor | None:
+    """What one client counts for the value that the round began with: float32 [..., E]; None: nothing."""
+    return torch.where(copies.trained, 0.0, EXPERT_WEIGHTS[rule](copies)) if rule == "all" else None

@@ -13,6 +13,7 @@ from hfedmoe.moe.payload import layer_of, lora_pairs, public
 from hfedmoe.moe.ranks import expert_pairs, padded
 from hfedmoe.server.components import Arrived
 from hfedmoe.server.gate_fold import GateFold
+from hfedmoe.server.kept import KeptRows
 from hfedmoe.wire.messages import Update
 
 
@@ -68,6 +69,7 @@ class Fold:
             self._experts = StacksAverage(stretches)
         else:
             self._experts = StacksCombined(stretches, lambda changes, weights: combine(changes, weights, settings))
+        self._kept = KeptRows(stretches)
         self._gates = GateFold(gates, settings)
         self._arrived = Arrived() if self._method.rank is not None and not exact_lora else None
         self.clients = 0
@@ -104,8 +106,11 @@ class Fold:
             tensors = padded(tensors, min(ranks, default=None), self._rank)
         if self._stacks:
             sent = torch.cat([update.sent[layer] for layer in self._layers]).nonzero()[:, 0]
-            weight = torch.cat([weights[layer] for layer in self._layers])[sent]
-            self._experts.add({name: tensors[name] for name in self._stacks}, sent, weight, checked=True)
+            weight = torch.cat([weights[layer] for layer in self._layers])
+            self._experts.add({name: tensors[name] for name in self._stacks}, sent, weight[sent], checked=True)
+            if self._method.kept_weight(layers[0], self._settings) is not None:
+                kept = over_layers(self._kept_weights, layers)
+                self._kept.add(weight, torch.cat([kept[layer] for layer in self._layers]))
         for (a, b), products in self._products.items():
             layer = layer_of(a)
             index = update.sent[layer].nonzero()[:, 0]
@@ -117,10 +122,16 @@ class Fold:
         for name, mean in self._shared.items():
             mean.add(tensors[name], examples, checked=True)
 
+    def _kept_weights(self, copies: Copies) -> Tensor:
+        weights = self._method.kept_weight(copies, self._settings)
+        assert weights is not None
+        return weights
+
     def result(self) -> dict[str, Tensor]:
         """The new global tensors; what no client trained keeps its value bit for bit."""
         new = dict(self._tensors)
-        new |= self._experts.result({name: self._tensors[name] for name in self._stacks})
+        stacks = {name: self._tensors[name] for name in self._stacks}
+        new |= self._kept.mixed(stacks, self._experts.result(stacks))
         if self._arrived is not None:
             self._arrived.keep_the_others(new, self._tensors)
         for (a, b), products in self._products.items():
