@@ -132,7 +132,8 @@ def test_with_eq_17_off_a_client_counts_for_every_expert():
     own = copies(USAGE[0], IMPORTANCE[0], trained=torch.tensor([True, False, True, True]), examples=50)
     assert torch.equal(expert_weights("all", own, 4.5), torch.tensor([50.0, 0.0, 50.0, 50.0]))  # whatever the threshold
     kept = kept_weights("all", own)
-    assert kept is not None and torch.equal(kept, torch.tensor([0.0, 50.0, 0.0, 0.0]))
+    assert kept is not None
+    assert torch.equal(kept, torch.tensor([0.0, 50.0, 0.0, 0.0]))
 
 
 def test_expert_weights_hand_worked():
