@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
 from hfedmoe.bases import pretrain as training
-from hfedmoe.bases.acceptance import check, mutual_information
+from hfedmoe.bases.acceptance import check, mutual_information, texts_read
 from hfedmoe.bases.pools import Pools
 from hfedmoe.bases.pretrain import Recipe, pretrain
 from hfedmoe.bases.texts import NEWSGROUPS, REUTERS, Piece, _domain, _parts
@@ -142,7 +142,10 @@ def test_checks_find_that_equal_experts_are_equal() -> None:
         return {"input_ids": [[2 + ord(letter) % 48 for letter in text] for text in texts]}
 
     pieces = [Piece(f"text number {number}", "abc"[number % 3], "x") for number in range(30)]
-    found = check(net, tokenizer, pieces[:15], pieces[15:])
+    read: list[int] = []
+    found = check(net, tokenizer, pieces[:15], pieces[15:], note=read.append)
+    assert read == sorted(read)
+    assert read[-1] == texts_read(pieces[:15], pieces[15:]) == 15 + 15 * 8
     assert found.random_routing == pytest.approx(found.loss, abs=1e-5)
     assert [kept.share for kept in found.kept] == [0.5, 0.25, 0.125]
     assert not found.passed

@@ -4,7 +4,7 @@ Everything is measured on held-out texts whose domains are known (`texts`), as t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -105,15 +105,32 @@ class Findings:
         return "\n".join(lines)
 
 
-def check(model: Any, tokenizer: Any, known: Sequence[Piece], held_out: Sequence[Piece], seed: int = 0) -> Findings:
+SHARES = (0.5, 0.25, 0.125)
+"""Of the experts that are kept."""
+
+
+def texts_read(known: Sequence[Piece], held_out: Sequence[Piece]) -> int:
+    """How many texts `check` passes through the model; a text counts as often as it is read."""
+    return len(known) + len(held_out) * (2 + 2 * len(SHARES))
+
+
+def check(
+    model: Any,
+    tokenizer: Any,
+    known: Sequence[Piece],
+    held_out: Sequence[Piece],
+    seed: int = 0,
+    note: Callable[[int], None] = lambda number: None,
+) -> Findings:
     """Measure a model with MoE layers.
 
     Args:
         known: texts to choose each domain's experts by; held_out: others, to measure on.
         seed: of random experts and random routing.
+        note: told after every batch how many texts have been read, of `texts_read`.
     """
     wrapped = MoEModel(model.eval(), experts="frozen", router=False)
-    probe = _Probe(wrapped, tokenizer)
+    probe = _Probe(wrapped, tokenizer, note)
     usage = {domain: probe.usage(_of(known, domain)) for domain in sorted({piece.domain for piece in held_out})}
     loss, shares, tops = probe.measured(held_out)
     generator = torch.Generator().manual_seed(seed)
@@ -121,7 +138,7 @@ def check(model: Any, tokenizer: Any, known: Sequence[Piece], held_out: Sequence
         random_routing, *_ = probe.measured(held_out)
     numbers, least = wrapped.num_experts, max(layer.top_k for layer in wrapped.layers)
     kept = []
-    for share in (0.5, 0.25, 0.125):
+    for share in SHARES:
         sizes = [max(least, round(number * share)) for number in numbers]
         chosen = {
             domain: [_top(layer, n) for layer, n in zip(own, sizes, strict=True)] for domain, own in usage.items()
@@ -145,8 +162,11 @@ def check(model: Any, tokenizer: Any, known: Sequence[Piece], held_out: Sequence
 class _Probe:
     """Passes of texts through a model, with what its routers do."""
 
-    def __init__(self, model: MoEModel, tokenizer: Any, batch: int = 32, longest: int = 128) -> None:
+    def __init__(
+        self, model: MoEModel, tokenizer: Any, note: Callable[[int], None], batch: int = 32, longest: int = 128
+    ) -> None:
         self.model, self.tokenizer, self.batch, self.longest = model, tokenizer, batch, longest
+        self._note, self._read = note, 0
 
     def usage(self, pieces: Sequence[Piece]) -> list[Tensor]:
         """Per layer [E], the mean routing probability over the texts."""
@@ -191,6 +211,8 @@ class _Probe:
             self.model.watch(TokenMasks(mask))
             logits = self.model.model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1][mask[:, 1:]]
             wanted = ids[:, 1:][mask[:, 1:]]
+            self._read += len(texts)
+            self._note(self._read)
             yield float(torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")), len(wanted)
         self.model.watch(None)
 

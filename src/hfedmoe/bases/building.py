@@ -2,11 +2,12 @@
 
 import json
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from hfedmoe.bases import branches
-from hfedmoe.bases.acceptance import check
+from hfedmoe.bases.acceptance import check, texts_read
 from hfedmoe.bases.pretrain import Recipe, pretrain
 from hfedmoe.bases.texts import Piece, pieces
 from hfedmoe.config import ModelConfig
@@ -43,7 +44,15 @@ def check_base(name: str, number: int, as_json: bool) -> tuple[str, bool]:
     known = [piece for piece in pieces("train", words) if piece.domain != "dialogue"]
     held_out = pieces("test", words)
     loaded = load(ModelConfig(name=name, device="cpu"), seed=0)
-    found = check(loaded.model, loaded.tokenizer, _some(known, number), _some(held_out, number))
+    known, held_out = _some(known, number), _some(held_out, number)
+    began = time.monotonic()
+    with counted(texts_read(known, held_out), "loss with all experts, then with some") as update:
+
+        def note(read: int) -> None:
+            left = (time.monotonic() - began) / read * (texts_read(known, held_out) - read)
+            update(read, "texts read", left)
+
+        found = check(loaded.model, loaded.tokenizer, known, held_out, note=note)
     return (json.dumps(found.to_json(), indent=2) if as_json else found.as_text()), found.passed
 
 
