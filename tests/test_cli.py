@@ -311,6 +311,23 @@ def test_help_marks_what_is_required(capsys):
     assert "\\[" not in out
 
 
+def test_a_run_ends_with_a_report_and_it_can_be_written_again(finished, tmp_path, capsys):
+    assert "<figure>" in (finished / "report.html").read_text(encoding="utf-8")
+    (finished / "report.html").unlink()
+    assert hfedmoe("report", finished, finished, "--out", tmp_path / "both.html") == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "both.html")
+    assert hfedmoe("report", finished) == 0
+    assert (finished / "report.html").is_file()
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_the_run(finished, capsys):
+    (finished / "report.html").unlink(missing_ok=True)
+    (finished / "report.html").mkdir()
+    assert hfedmoe("resume", finished) == 0
+    assert "warning: no report was written: " in capsys.readouterr().err
+    (finished / "report.html").rmdir()
+
+
 def test_evaluate_a_run(finished, capsys):
     shown = {}
     for which in ("best", "last", "1"):

@@ -113,7 +113,8 @@ def run(
     from hfedmoe.report.live import Live
 
     with _resumable(out, settings.name), Live() as live:
-        simulation.run(settings, out, live)
+        folder = simulation.run(settings, out, live)
+    _report_of(folder)
 
 
 @app.command()
@@ -125,6 +126,37 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folde
 
     with _resumable(folder, folder.name), Live() as live:
         simulation.resume(folder, live)
+    _report_of(folder)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="The folder of a run, or of several to compare.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; default: report.html in the folder of the (first) run.")
+    ] = None,
+) -> None:
+    """Write a page that shows what a run did: it opens in any browser, without a network.
+
+    With several runs, the page shows them beside each other.
+    """
+    for run in runs:
+        _run_at(run)
+    from hfedmoe.report.page.page import write_report
+
+    typer.echo(write_report(runs, out))
+
+
+def _report_of(folder: Path) -> None:
+    """Write the report of a run that has ended; if that fails, the run is good nevertheless."""
+    from hfedmoe.report.page.page import write_report
+
+    try:
+        typer.echo(f"report: {write_report([folder])}")
+    except UserError as error:
+        typer.echo(f"warning: no report was written: {error}", err=True)
 
 
 @app.command()

@@ -271,6 +271,7 @@ def _server(context: Context) -> Server:
     folder = RunFolder.create(Path(str(out)), prepared.settled) if out else None
     if folder is not None:
         write_identity(folder.path, identity_of(prepared.config, prepared.task, prepared.watch, DEPLOYED))
+        folder.describe(prepared.about(None))
     return server_for(prepared, Keeper(folder), watcher, base=base_digest(config))
 
 

@@ -17,11 +17,13 @@ from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.example import Example
 from hfedmoe.data.fits import check_task
 from hfedmoe.data.known import known_set
+from hfedmoe.data.partition import label_counts
 from hfedmoe.data.task import Task
 from hfedmoe.data.tasks import load_watched_task
 from hfedmoe.data.terms import Terms, own_task, terms_of
 from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, trim
 from hfedmoe.device.capacity import budgets_in_experts
+from hfedmoe.device.probe import processor_name
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
 from hfedmoe.method.methods import METHODS
@@ -30,6 +32,7 @@ from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import initial_tensors, load_all
+from hfedmoe.runs.about import TEXTS, About, Part, cut
 from hfedmoe.server.evaluation import Metrics, evaluate, room_of
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server
@@ -53,6 +56,25 @@ class Prepared:
     def initial(self) -> dict[str, Tensor]:
         """First values of the trained tensors (`payload.initial_tensors`). Read it before anything trains."""
         return initial_tensors(self.model)
+
+    def about(self, parts: list[list[int]] | None) -> About:
+        """What a report says of a run besides its figures; `parts`: every client's rows, None: only devices know."""
+        names = self.task.part_names
+        counts = label_counts(self.task, parts or [])
+        return About(
+            machine={
+                "processor": processor_name(),
+                "threads": torch.get_num_threads(),
+                "device": str(self.model.device),
+            },
+            labels=list(self.task.labels),
+            parts=[
+                Part(number, f"client {number}" if names is None else names[number], len(rows), counts[number])
+                for number, rows in enumerate(parts or [])
+            ],
+            truth=[row.answer for row in self.task.test] if self.task.test[0].choices else [],
+            texts=[cut(row.text) for row in self.task.test[:TEXTS]],
+        )
 
     @property
     def settled(self) -> RunConfig:

@@ -52,6 +52,7 @@ def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
         if prepared.settled is not config:
             folder.settle(prepared.settled)
         write_identity(folder.path, _identity(prepared))
+        folder.describe(prepared.about(parts))
         _run(folder, prepared, parts, None, watcher)
         return folder.path
 

@@ -154,7 +154,7 @@ def test_an_installed_package_brings_configs_rows_and_changes_of_experts(tmp_pat
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "configs", source / "configs")
     package = source / "src" / "hfedmoe"
-    for data in ("data/packaged", "models/shipped"):
+    for data in ("data/packaged", "models/shipped", "report/page"):
         shutil.copytree(ROOT / "src" / "hfedmoe" / data, package / data)
     shutil.copy(ROOT / "src" / "hfedmoe" / "__init__.py", package)
     build = f"import setuptools.build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
@@ -165,9 +165,12 @@ def test_an_installed_package_brings_configs_rows_and_changes_of_experts(tmp_pat
     (wheel,) = tmp_path.glob("*.whl")
     packed = zipfile.ZipFile(wheel).namelist()
     assert {f"hfedmoe/configs/{name}.toml" for name in NAMES} <= set(packed)
-    assert {"hfedmoe/data/packaged/reuters-r8.parquet", "hfedmoe/models/shipped/smollm2-domains.safetensors"} <= set(
-        packed
-    )
+    assert {
+        "hfedmoe/data/packaged/reuters-r8.parquet",
+        "hfedmoe/models/shipped/smollm2-domains.safetensors",
+        "hfedmoe/report/page/page.html.jinja",
+        "hfedmoe/report/page/page.css",
+    } <= set(packed)
 
 
 # the docs

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tests.families.table import CORE, build
 
 from hfedmoe.errors import UserError
 from hfedmoe.report.inspection import anatomy_of, as_text, to_json
+from tests.families.table import CORE, build
 
 
 def saved(family, folder, **changes):

@@ -3,6 +3,9 @@
 ```
 RUN/config.toml              the resolved config, with versions and seed: enough to run it again
 RUN/metrics.jsonl            one line per round
+RUN/about.json               machine, split and held-out rows, for the report
+RUN/answers.jsonl            what the model answered to the held-out rows, one line per evaluation
+RUN/report.html              the report (`hfedmoe report RUN`)
 RUN/experts.npy              usage, importance, resident, trained per round, client, layer, expert
 RUN/checkpoints/round-0003/  model.safetensors, clients.safetensors, state.json; written whole or not at all
 RUN/best.json                the best checkpoint, with metric and score

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import UNFINISHED, disk_errors, lock, replacing, resume_hint
-from hfedmoe.runs import checkpoints, experts, rounds
+from hfedmoe.runs import about, checkpoints, experts, rounds
 from hfedmoe.runs.settings import read_run_config, run_config_toml
 
 if TYPE_CHECKING:
@@ -151,6 +151,16 @@ class RunFolder:
         """The rows of experts.npy, one per round and client, memory-mapped; None before the first round."""
         return experts.rows(self.path / "experts.npy")
 
+    def describe(self, known: about.About) -> None:
+        """Write about.json: what is known when the run begins."""
+        with self._writing(about.NAME):
+            about.write(self.path, known)
+
+    def append_answers(self, round: int, predicted: Sequence[int]) -> None:
+        """Add what the model of a round answered to each held-out row to answers.jsonl."""
+        with self._writing(about.ANSWERS):
+            about.append_answers(self.path, round, predicted)
+
     # checkpoints
 
     def saved_rounds(self) -> list[int]:
@@ -198,6 +208,8 @@ class RunFolder:
             checkpoints.drop_after(root, round)
         self._note_best()
         with self._writing("metrics.jsonl") as path:
+            rounds.drop_after(path, round)
+        with self._writing(about.ANSWERS) as path:
             rounds.drop_after(path, round)
         with self._writing("experts.npy") as path:
             experts.drop_after(path, round)

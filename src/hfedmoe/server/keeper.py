@@ -125,6 +125,7 @@ class Keeper:
         }
         line |= {"evaluation": {"all": metrics.figures()}, "clients": [], "short": False}
         self._append(line)
+        self._note_answers(0, metrics)
         self.scores.append(_evaluation(0, metrics.figures()))
         self._checkpoint(0, tensors, None, None)
 
@@ -138,6 +139,7 @@ class Keeper:
         """Save a complete round. The checkpoint comes last: it shows that the rest is there."""
         self._append(log.line(watched, whole), self._counted(log))
         if whole is not None:
+            self._note_answers(log.round, whole)
             self.scores.append(_evaluation(log.round, whole.figures()))
         # Decision: the best checkpoint is chosen on the watched rows, which the final evaluation never uses.
         self._checkpoint(log.round, tensors, watched or whole, whole)
@@ -161,6 +163,10 @@ class Keeper:
         for done in log.clients():
             self._count(done)
             yield done.to_json()
+
+    def _note_answers(self, round: int, metrics: Metrics) -> None:
+        if self.folder is not None and metrics.predicted is not None:
+            self.folder.append_answers(round, metrics.predicted)
 
     def _append(self, line: dict[str, Any], clients: Iterator[dict[str, Any]] | None = None) -> None:
         if self.folder is not None:

@@ -1,0 +1,123 @@
+"""Write the page: figures and tables of one run, or of several beside each other, in one file."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hfedmoe.errors import UserError
+from hfedmoe.files.disk import disk_errors, replacing
+from hfedmoe.report.page.learned import confusion, curves, examples
+from hfedmoe.report.page.plots import Plot
+from hfedmoe.report.page.story import Story, read_story
+from hfedmoe.report.page.who import alarms, client_rows, expert_plots, split_plot
+
+NAME = "report.html"
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of a run, or of several runs; returns its path.
+
+    Args:
+        out: the file; None: report.html in the folder of the run, or of the first.
+
+    Raises:
+        UserError: a folder is not that of a run or is damaged, nothing was measured yet, or the file cannot be written.
+    """
+    stories = [read_story(path) for path in runs]
+    for story in stories:
+        if not story.points:
+            raise UserError(f"{story.path}: no round is complete yet; try again after the first one")
+    path = out or runs[0] / NAME
+    page = one_page(stories)
+    with disk_errors(path, "make room, or choose another --out"), replacing(path) as file:
+        file.write(page.encode())
+    return path
+
+
+def one_page(stories: Sequence[Story]) -> str:
+    """The whole page as HTML, with everything that it needs inside."""
+    from bokeh.embed import components
+    from bokeh.resources import Resources
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    names = _names(stories)
+    parts: dict[str, Any] = {"runs": [_head(story, name) for story, name in zip(stories, names, strict=True)]}
+    groups: dict[str, list[Plot]] = {"curves": curves(stories, names)}
+    if len(stories) == 1:
+        (story,) = stories
+        client_names = {client.number: client.name for client in story.clients}
+        groups["answers"] = confusion(story)
+        groups["experts"] = [] if story.experts is None else expert_plots(story.experts, client_names)
+        split = split_plot(story)
+        groups["split"] = [] if split is None else [split]
+        parts |= {
+            "examples": examples(story),
+            "clients": client_rows(story.clients),
+            "left_out": any(client.left_out for client in story.clients),
+            "measured": any(client.measured for client in story.clients),
+            "alarms": [] if story.experts is None else alarms(story.experts),
+            "machine": story.about.machine,
+            "short": story.short,
+            "failed": story.failed,
+        }
+    plots = [plot for group in groups.values() for plot in group]
+    script, divs = components([plot.figure for plot in plots]) if plots else ("", ())
+    drawn = {id(plot): div for plot, div in zip(plots, divs, strict=True)}
+    environment = Environment(
+        loader=PackageLoader("hfedmoe.report.page", "."), autoescape=select_autoescape(default=True), trim_blocks=True
+    )
+    environment.filters |= {"size": _size, "percent": _percent, "number": _number}
+    return environment.get_template("page.html.jinja").render(
+        **parts,
+        title=", ".join(names),
+        groups={key: [(plot, drawn[id(plot)]) for plot in group] for key, group in groups.items()},
+        style=files("hfedmoe.report.page").joinpath("page.css").read_text(encoding="utf-8"),
+        library=Resources(mode="inline", components=["bokeh"]).render_js() if plots else "",
+        script=script,
+    )
+
+
+def _names(stories: Sequence[Story]) -> list[str]:
+    """The names of the runs' folders; with their parents where two are alike."""
+    short = [story.path.resolve().name for story in stories]
+    return [
+        name if short.count(name) == 1 else "/".join(story.path.resolve().parts[-2:])
+        for name, story in zip(short, stories, strict=True)
+    ]
+
+
+def _head(story: Story, name: str) -> dict[str, Any]:
+    whole = story.whole
+    return {
+        "name": name,
+        "path": str(story.path),
+        "method": story.config.method.name,
+        "model": story.config.model.name,
+        "source": story.config.data.source,
+        "seed": story.config.seed,
+        "rounds": story.points[-1].round,
+        "asked": story.config.federation.rounds,
+        "clients": len(story.clients),
+        "before": whole[0].all if whole and whole[0].round == 0 else None,
+        "after": whole[-1].all if whole and whole[-1].round > 0 else None,
+        "bytes": story.points[-1].bytes,
+        "seconds": story.points[-1].seconds,
+        "settings": story.settings,
+    }
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable")
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
