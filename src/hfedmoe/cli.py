@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -96,6 +96,9 @@ def run(
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print all settings and stop.")] = False,
+    show_live: Annotated[
+        bool, typer.Option("--live", help="Serve the report on this machine while the run goes on; prints its address.")
+    ] = False,
 ) -> None:
     """Fine-tune a model in a federation of simulated clients."""
     settings = _load(config, overrides)
@@ -112,8 +115,15 @@ def run(
     from hfedmoe import simulation
     from hfedmoe.report.live import Live
 
-    with _resumable(out, settings.name), Live() as live:
-        folder = simulation.run(settings, out, live)
+    with ExitStack() as serving, _resumable(out, settings.name), Live() as live:
+
+        def begun(folder: Path) -> None:
+            if show_live:
+                from hfedmoe.report.page.watching import served
+
+                typer.echo(f"live report: {serving.enter_context(served(folder, '127.0.0.1', 0))}")
+
+        folder = simulation.run(settings, out, live, begun)
     _report_of(folder)
 
 
@@ -147,6 +157,26 @@ def report(
     from hfedmoe.report.page.page import write_report
 
     typer.echo(write_report(runs, out))
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, also of one that goes on.")],
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; others than loopback's need a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 0,
+) -> None:
+    """Serve the report of a run while it goes on: the page shows every new round by itself. Ctrl-C ends it."""
+    _run_at(folder)
+    import threading
+
+    from hfedmoe.report.page.watching import served
+
+    with served(folder, host, port) as address:
+        typer.echo(f"{address}  (Ctrl-C ends it)")
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
 
 
 def _report_of(folder: Path) -> None:

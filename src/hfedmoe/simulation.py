@@ -1,5 +1,6 @@
 """Run a federation of simulated clients in this process: what `hfedmoe run` does."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,14 +36,17 @@ from hfedmoe.server.server import Server, server_app
 from hfedmoe.wire.inprocess import InProcessGrid, changed_contexts, restore_contexts
 
 
-def run(config: RunConfig, out: Path | None, watcher: Watcher) -> Path:
-    """Run a federation from its first round; returns the run folder.
+def run(
+    config: RunConfig, out: Path | None, watcher: Watcher, begun: Callable[[Path], None] = lambda folder: None
+) -> Path:
+    """Run a federation from its first round; returns the run folder. `begun` is told the folder when it is there.
 
     Raises:
         UserError: the configuration, model, data or folder cannot be used, or too few clients gave a valid update.
     """
     config = with_absolute_paths(config)
     with RunFolder.create(out, config) as folder:
+        begun(folder.path)
         try:
             prepared = prepare(config, watcher)
             parts = _split(prepared, watcher)

@@ -1,9 +1,6 @@
 """The page itself: one file that needs nothing else."""
 
-import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +10,10 @@ from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.report.page.page import write_report
 from hfedmoe.runs.folder import RunFolder
+from tests.report.page.browser import browser, errors, needs_browser
 from tests.report.page.runs import entry, figures, small_run
 
 MB = 10**6
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def test_a_page_holds_everything_and_nothing_of_a_text_becomes_markup(tmp_path: Path) -> None:
@@ -70,31 +67,25 @@ def test_a_thousand_clients_and_a_hundred_rounds_fit(tmp_path: Path) -> None:
     assert write_report([tmp_path / "run"]).stat().st_size < 10 * MB
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt install chromium")
+@needs_browser
 def test_a_browser_shows_it_without_an_error_and_sorts_tables(tmp_path: Path) -> None:
-    assert CHROMIUM is not None
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
     path = write_report([small_run(tmp_path / "run")])
-    seen = """<script>addEventListener("load", () => setTimeout(() => {
-      const drawn = [...document.querySelectorAll("figure [data-root-id]")];
-      const button = [...document.querySelectorAll("th button")].find(b => b.textContent === "rounds");
-      const first = () => document.querySelector("table.sortable tbody tr").cells[0].textContent;
-      button.click(); const up = first(); button.click(); const down = first();
-      const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
-      document.title = JSON.stringify({drawn: drawn.filter(d => d.children.length).length, up, down, loaded});
-    }, 1000))</script></body>"""
-    page = path.read_text(encoding="utf-8")
-    assert page.count("</body>") == 1
-    path.write_text(page.replace("</body>", seen), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=10000"]
-    ran = subprocess.run(
-        [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert not [line for line in ran.stderr.splitlines() if re.search(r"(ERROR|WARNING):CONSOLE", line)]
-    title = re.search(r"<title>(.*?)</title>", ran.stdout)
-    assert title is not None
-    found = json.loads(title.group(1))
-    assert found == {"drawn": 14, "up": "south.csv", "down": "north.csv", "loaded": []}
+    drawn = "return [...document.querySelectorAll('figure [data-root-id]')].filter(d => d.children.length).length"
+    with browser(tmp_path) as driver:
+        driver.get(path.as_uri())
+        WebDriverWait(driver, 180).until(lambda driver: driver.execute_script(drawn) == 14)
+        head = next(b for b in driver.find_elements(By.CSS_SELECTOR, "th button") if b.text == "rounds")
+        shown = []
+        for _ in range(2):
+            head.click()
+            shown.append(driver.find_element(By.CSS_SELECTOR, "table.sortable tbody td").text)
+        assert shown == ["south.csv", "north.csv"]
+        assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+        assert errors(driver) == []
+        driver.set_window_size(400, 800)  # a phone
+        driver.get(path.as_uri())
+        wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        WebDriverWait(driver, 180).until(lambda driver: driver.execute_script(wide) <= 0)

@@ -35,8 +35,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     return path
 
 
-def one_page(stories: Sequence[Story]) -> str:
-    """The whole page as HTML, with everything that it needs inside."""
+def one_page(stories: Sequence[Story], live: bool = False) -> str:
+    """The whole page as HTML, with everything that it needs inside; `live`: it loads itself again after each round."""
     from bokeh.embed import components
     from bokeh.resources import Resources
     from jinja2 import Environment, PackageLoader, select_autoescape
@@ -71,6 +71,7 @@ def one_page(stories: Sequence[Story]) -> str:
     return environment.get_template("page.html.jinja").render(
         **parts,
         title=", ".join(names),
+        live=live,
         groups={key: [(plot, drawn[id(plot)]) for plot in group] for key, group in groups.items()},
         style=files("hfedmoe.report.page").joinpath("page.css").read_text(encoding="utf-8"),
         library=Resources(mode="inline", components=["bokeh"]).render_js() if plots else "",
