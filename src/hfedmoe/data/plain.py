@@ -16,16 +16,15 @@ from hfedmoe.errors import UserError
 def classification_examples(
     rows: Rows, config: DataConfig, labels: Sequence[str], words: tuple[str, ...]
 ) -> list[Example]:
-    """Rows of text and label. Raises UserError for a label that is not in `labels` (so in no training row)."""
+    """Rows of text and label. Raises UserError for a label that is not in `labels`: declared, or of training rows."""
     index = {label: i for i, label in enumerate(labels)}
     texts = _texts(rows, config)
     examples = []
     for i, label in enumerate(labels_of(rows, config)):
         own = among(label, index)
         if own is None:
-            raise UserError(
-                f'{rows.at(i)}: the label "{label}" is in no training row; training labels: {", ".join(labels)}'
-            )
+            reason = "is in no training row; training labels:" if config.labels is None else "is not in data.labels:"
+            raise UserError(f'{rows.at(i)}: the label "{label}" {reason} {", ".join(labels)}')
         examples.append(Example(texts[i], words, index[own], origin=rows.at(i)))
     return examples
 
