@@ -166,6 +166,18 @@ def load_rows(config: DataConfig, trained_labels: Callable[[], tuple[str, ...]] 
     return Task(config.source, kind, template_of(config, None, kind), labels, [], test)
 
 
+def labels_of_run(config: DataConfig, partition: PartitionConfig, seed: int) -> tuple[str, ...]:
+    """The labels of a run, sorted: those of its known data set, those that its config says, else those of its rows.
+
+    Raises:
+        UserError: the config does not say them, and the rows cannot be read.
+    """
+    known = known_set(config)
+    if known is not None:
+        return known.labels
+    return declared_labels(config, "classification") or load_task(config, partition, seed).labels
+
+
 def _labels(tables: list[Rows], config: DataConfig) -> tuple[str, ...]:
     """All labels, sorted. Raises UserError if there is only one."""
     labels = distinct({label for table in tables for label in labels_of(table, config)})
