@@ -23,6 +23,7 @@ PAPERS = (
     "docs/export.md",
     "docs/models.md",
     "docs/performance.md",
+    "docs/predict.md",
     "CHANGELOG.md",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ import typer.main
 
 from hfedmoe import __version__
 from hfedmoe.errors import UserError
+from hfedmoe.predict import cli as predicting
 
 if TYPE_CHECKING:
     from hfedmoe.config import RunConfig
@@ -289,6 +290,9 @@ def evaluate(
                 settings = with_labels(settings, read_task(Path(target).expanduser()))
             metrics = measure.evaluate_model(target, settings, live)
     typer.echo(to_json(metrics) if as_json else as_text(metrics))
+
+
+predicting.register(app)
 
 
 @app.command()

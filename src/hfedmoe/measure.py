@@ -99,25 +99,27 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
     watcher.phase("reading the data")
     # The run was trained to answer with the labels of its own rows; these rows may not have all of them.
     task = load_rows(data, lambda: labels_of_run(config.data, config.partition, config.seed))
-    return measure_run(path, which, task, data, watcher)
+    return measure_run(path, which, task, config.model_copy(update={"data": data}), watcher)
 
 
-def measure_run(path: Path, which: str, task: Task, data: DataConfig, watcher: Watcher) -> Metrics:
-    """Measure a checkpoint of a run on the held-out rows of a task, which were read with these settings.
+def measure_run(path: Path, which: str, task: Task, config: RunConfig, watcher: Watcher) -> Metrics:
+    """Measure a checkpoint of a run on the held-out rows of a task.
+
+    Args:
+        config: of the run, but `data` as the rows were read; device and precision may be others than the run's.
 
     Raises:
         UserError: not a run folder, no such checkpoint, its base model has changed, or the rows do not fit it.
     """
     with RunFolder.open(path) as folder:
         checkpoint = checkpoint_of(folder, which)
-        config = folder.config
         check_base(path, config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed)
     model = wrap(loaded.model, config, loaded.store)
-    encoder = encoder_of(loaded, task, data)
+    encoder = encoder_of(loaded, task, config.data)
     check_task(task, [], encoder, room_of(model.model, encoder.tokenizer))
     prepared = Prepared(_comparable(config, task), model, encoder, task, watch=[])
     return measure_checkpoint(prepared, checkpoint, watcher)

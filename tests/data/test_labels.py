@@ -73,5 +73,5 @@ def test_a_declaration_that_cannot_be_meant_is_one_line(tmp_path, settings, mess
 def test_declared_labels_are_written_and_read_again():
     for labels in (["yes", "no"], {"yes": "good", "no": "bad"}):
         config = config_from_tree({"data": {"labels": labels}}, "test")
-        assert f'{"labels = [" if isinstance(labels, list) else "[data.labels]"}' in config_toml(config)
+        assert f"{'labels = [' if isinstance(labels, list) else '[data.labels]'}" in config_toml(config)
     assert DataConfig().labels is None

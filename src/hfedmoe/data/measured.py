@@ -80,7 +80,9 @@ def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Co
         if not fits:
             format = "auto"
             # Labels, and words for labels, that these rows do not have would be errors.
-            changed |= {key: getattr(own, key) if key in given else None for key in ("labels", "label_words", "template")}
+            changed |= {
+                key: getattr(own, key) if key in given else None for key in ("labels", "label_words", "template")
+            }
     changed |= {"format": format, "test_rows": own.test_rows if limit is None and "test_rows" in given else limit}
     return own.model_copy(update=changed)
 

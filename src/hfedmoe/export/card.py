@@ -139,7 +139,9 @@ def _loading(config: RunConfig, export: Export) -> str:
     files = Loading(export.dtype, export.encoder_decoder, export.base, export.base == BASE, export.classifier)
     text = f"## How to load it\n\n```python\n{loading_code(config, files)}\n```\n"
     if export.classifier is not None:
-        text += "\nFor the rows of a file: `hfedmoe predict . FILE`. `hfedmoe.json` tells it the labels and the prompt.\n"
+        text += (
+            "\nFor the rows of a file: `hfedmoe predict . FILE`. `hfedmoe.json` tells it the labels and the prompt.\n"
+        )
     return text
 
 

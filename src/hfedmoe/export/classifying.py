@@ -67,8 +67,7 @@ def classifying_code(known: Classifier) -> list[str]:
     if not known.begins:  # some tokenizers mark the beginning of every text
         text = [
             f'    before, words = tokens("a"), tokens("a" + {lead} + text.strip())',
-            "    words = words[len(before) :] if words[: len(before)] == before else "
-            f"tokens({lead} + text.strip())",
+            f"    words = words[len(before) :] if words[: len(before)] == before else tokens({lead} + text.strip())",
         ]
     return [
         "",
