@@ -24,6 +24,7 @@ PAPERS = (
     "docs/models.md",
     "docs/performance.md",
     "docs/report.md",
+    "docs/predict.md",
     "CHANGELOG.md",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ import typer.main
 
 from hfedmoe import __version__
 from hfedmoe.errors import UserError
+from hfedmoe.predict import cli as predicting
 
 if TYPE_CHECKING:
     from hfedmoe.config import RunConfig
@@ -256,7 +257,10 @@ def inspect(
 @app.command()
 def evaluate(
     target: Annotated[
-        str, typer.Argument(metavar="DIR_OR_MODEL", help="A run folder, or a model (packaged, hub id, folder).")
+        str,
+        typer.Argument(
+            metavar="DIR_OR_MODEL", help="A run folder, an export of a run, or a model (packaged, hub id, folder)."
+        ),
     ],
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: best, last or the number of a round; default: best.")
@@ -309,20 +313,28 @@ def evaluate(
         _run_at(Path(target), checkpoint or "best")
     else:
         _require_target(target)
+        if config is None and not elsewhere and (Path(target).expanduser() / "hfedmoe.json").is_file():
+            raise UserError(f"{target}: an export has no rows; add --rows FILE, or --config with the rows of a config")
     from hfedmoe import measure
     from hfedmoe.config import load_config
     from hfedmoe.data.measured import rows_data, task_data
     from hfedmoe.events import Silent
+    from hfedmoe.export.task_file import is_export, read_task, with_labels
     from hfedmoe.report.live import Live
     from hfedmoe.report.metrics import as_text, to_json
 
     with nullcontext(Silent()) if as_json else Live() as live:
+        exported = not of_run and is_export(Path(target).expanduser())
         if elsewhere:
-            if of_run or config is None:
+            if exported and config is None:
+                settings = read_task(Path(target).expanduser(), overrides)
+            elif of_run or config is None:
                 # Without a config these are the defaults, not the settings of the demo.
                 settings = load_config(Path(target) / "config.toml" if of_run else None, overrides)
             else:
                 settings = _load(config, overrides)
+                if exported:
+                    settings = with_labels(settings, read_task(Path(target).expanduser()))
             given = {key.split(".")[1] for key in _keys(overrides) if key.startswith("data.")}
             if task is not None:
                 data = task_data(task, settings, limit, rows, given)
@@ -335,8 +347,14 @@ def evaluate(
         elif of_run:
             metrics = measure.evaluate_run(Path(target), checkpoint or "best", live)
         else:
-            metrics = measure.evaluate_model(target, _load(config, overrides), live)
+            settings = _load(config, overrides)
+            if exported:
+                settings = with_labels(settings, read_task(Path(target).expanduser()))
+            metrics = measure.evaluate_model(target, settings, live)
     typer.echo(to_json(metrics) if as_json else as_text(metrics))
+
+
+predicting.register(app)
 
 
 @app.command()
@@ -579,6 +597,8 @@ def _require_model(name: str) -> None:
 def _require_target(target: str) -> None:
     """As `_require_model`, for a target that may have been meant as a run."""
     path = Path(target).expanduser()
+    if (path / "hfedmoe.json").is_file():  # an export, perhaps of an adapter
+        return
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{target}: neither a run folder (no config.toml) nor a model (no config.json)")
     from hfedmoe.runs.existing import meant_as_run, require_run

@@ -14,9 +14,10 @@ from hfedmoe.config import DataConfig, ModelConfig, RunConfig
 from hfedmoe.data.encoding import Batch
 from hfedmoe.data.fits import check_task
 from hfedmoe.data.task import Task
-from hfedmoe.data.tasks import load_rows, load_task, load_watched_task
+from hfedmoe.data.tasks import labels_of_run, load_rows, load_watched_task
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
+from hfedmoe.models.adapted import is_adapter, load_adapted
 from hfedmoe.models.loaded import Loaded
 from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
@@ -74,10 +75,17 @@ def evaluate_model_on(name: str, data: DataConfig, config: RunConfig, watcher: W
     Raises:
         UserError: the model or the data cannot be loaded.
     """
-    settings = _settings_of(name, config.model)
     watcher.phase("reading the data")
-    task = load_rows(data)
-    return _evaluate(settings, task, _comparable(config, task), watcher)
+    return measure_model(name, load_rows(data), config, watcher)
+
+
+def measure_model(name: str, task: Task, config: RunConfig, watcher: Watcher) -> Metrics:
+    """Measure the model `name` on the held-out rows of a task, with the settings of a config.
+
+    Raises:
+        UserError: the model cannot be loaded, or the rows do not fit it.
+    """
+    return _evaluate(_settings_of(name, config.model), task, _comparable(config, task), watcher)
 
 
 def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) -> Metrics:
@@ -87,18 +95,31 @@ def evaluate_run_on(path: Path, which: str, data: DataConfig, watcher: Watcher) 
         UserError: not a run folder, no such checkpoint, or the data cannot be loaded.
     """
     with RunFolder.open(path) as folder:
-        checkpoint = checkpoint_of(folder, which)
         config = folder.config
+    watcher.phase("reading the data")
+    # The run was trained to answer with the labels of its own rows; these rows may not have all of them.
+    task = load_rows(data, lambda: labels_of_run(config.data, config.partition, config.seed))
+    return measure_run(path, which, task, config.model_copy(update={"data": data}), watcher)
+
+
+def measure_run(path: Path, which: str, task: Task, config: RunConfig, watcher: Watcher) -> Metrics:
+    """Measure a checkpoint of a run on the held-out rows of a task.
+
+    Args:
+        config: of the run, but `data` as the rows were read; device and precision may be others than the run's.
+
+    Raises:
+        UserError: not a run folder, no such checkpoint, its base model has changed, or the rows do not fit it.
+    """
+    with RunFolder.open(path) as folder:
+        checkpoint = checkpoint_of(folder, which)
         check_base(path, config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    watcher.phase("reading the data")
-    # The run was trained to answer with the labels of its own rows; these rows may not have all of them.
-    task = load_rows(data, lambda: load_task(config.data, config.partition, config.seed).labels)
     watcher.phase(f"loading {config.model.name}")
     loaded = load(config.model, config.seed)
     model = wrap(loaded.model, config, loaded.store)
-    encoder = encoder_of(loaded, task, data)
+    encoder = encoder_of(loaded, task, config.data)
     check_task(task, [], encoder, room_of(model.model, encoder.tokenizer))
     prepared = Prepared(_comparable(config, task), model, encoder, task, watch=[])
     return measure_checkpoint(prepared, checkpoint, watcher)
@@ -114,14 +135,15 @@ def _comparable(config: RunConfig, task: Task) -> RunConfig:
 
 def _settings_of(name: str, own: ModelConfig) -> ModelConfig:
     path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not (path / "config.json").is_file() and not is_adapter(path):
         raise UserError(f"{name}: neither a run folder (no config.toml) nor a model (no config.json)")
     return own if own.name == name else own.model_copy(update={"name": name, "upcycle": None, "revision": None})
 
 
 def _evaluate(settings: ModelConfig, task: Task, config: RunConfig, watcher: Watcher) -> Metrics:
     watcher.phase(f"loading {settings.name}")
-    loaded = load(settings, config.seed)
+    adapter = is_adapter(Path(settings.name).expanduser())
+    loaded = load_adapted(settings, config.seed) if adapter else load(settings, config.seed)
     encoder = encoder_of(loaded, task, config.data)
     check_task(task, [], encoder, room_of(loaded.model, encoder.tokenizer))
     return evaluate(

@@ -78,11 +78,17 @@ class Prepared:
 
     @property
     def settled(self) -> RunConfig:
-        """The configuration, with the kind of task found in the rows. An export needs it to describe the prompt."""
+        """The configuration, with the kind of task and the labels found in the rows.
+
+        An export needs them, and so does whoever measures or predicts where the rows of the run are not.
+        """
         data = self.config.data
-        if data.format != "auto" or known_set(data) is not None:
-            return self.config
-        return self.config.model_copy(update={"data": data.model_copy(update={"format": self.task.kind})})
+        found: dict[str, object] = {}
+        if known_set(data) is None and data.format == "auto":
+            found["format"] = self.task.kind
+        if known_set(data) is None and data.labels is None and self.task.labels:
+            found["labels"] = list(self.task.labels)
+        return self.config if not found else self.config.model_copy(update={"data": data.model_copy(update=found)})
 
     def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
         """Evaluate these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""

@@ -6,7 +6,6 @@ measured on every C-th row, each on other rows: together they cost one evaluatio
 on all rows.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from hfedmoe.client.app import history_of
 from hfedmoe.data.example import Example
 from hfedmoe.prepare import Prepared
 from hfedmoe.server.evaluation import Metrics, best
+from hfedmoe.server.prior import log_prior, with_prior
 from hfedmoe.simulation import Simulation
 
 
@@ -69,16 +69,15 @@ def hits(metrics: Metrics, rows: Sequence[Example], counts: Sequence[int] | None
     """Whether the chosen answer of each row is the right one; empty for completions.
 
     Args:
-        counts: a client's rows with each label. The client knows which labels are frequent in its data, and adds the
-            logarithm of their shares to the scores: by Bayes' rule, this makes of a model for labels of equal
-            frequency one for its own. One row more of each label keeps all of them possible. None: it does not.
+        counts: a client's rows with each label, whose logarithm it adds to the scores (`server.prior`); None: it does
+            not.
     """
     if metrics.predicted is None or metrics.scores is None:
         return []
     if counts is None:
         return [chosen == row.answer for chosen, row in zip(metrics.predicted, rows, strict=True)]
-    prior = [math.log(number + 1) for number in counts]  # a common factor changes no choice
-    chosen = [best([score + more for score, more in zip(own, prior, strict=True)]) for own in metrics.scores]
+    prior = log_prior(counts)
+    chosen = [best(with_prior(own, prior)) for own in metrics.scores]
     return [label == row.answer for label, row in zip(chosen, rows, strict=True)]
 
 

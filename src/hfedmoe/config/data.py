@@ -2,9 +2,9 @@
 
 import codecs
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from hfedmoe.config.section import Section
 
@@ -88,6 +88,13 @@ class DataConfig(Section):
         ),
     ] = "auto"
     completion: Annotated[str, Field(description="column with the completion")] = "completion"
+    labels: Annotated[
+        list[str] | dict[str, str] | None,
+        Field(
+            description="all labels that there are, so that rows that lack one are trained and measured among the same "
+            "choices: a list, or a table with what the model says for each; None: the labels of the rows"
+        ),
+    ] = None
     label_words: Annotated[dict[str, str] | None, Field(description="what the model says for each label")] = None
     template: Annotated[
         str | None,
@@ -137,6 +144,15 @@ class DataConfig(Section):
         except (LookupError, ValueError):
             raise ValueError("not an encoding of Python; use for example utf-8, utf-16, cp1252 or latin-1") from None
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names_labels(cls, value: Any) -> Any:
+        if isinstance(value, list):  # rows may have numbers as labels, or true and false
+            value = [_written(label) for label in value]
+        if isinstance(value, list | dict) and len(value) < 2:
+            raise ValueError("name at least two labels")
+        return value
+
     @field_validator("chat_date")
     @classmethod
     def _is_a_date(cls, value: str | None) -> str | None:
@@ -148,6 +164,19 @@ class DataConfig(Section):
         if value is not None and value.count("{text}") != 1:
             raise ValueError("must contain {text} exactly once")
         return value
+
+    @model_validator(mode="after")
+    def _words_are_in_one_place(self) -> "DataConfig":
+        if isinstance(self.labels, dict) and self.label_words is not None:
+            raise ValueError("labels says the words already; leave label_words out, or make labels a list")
+        return self
+
+
+def _written(label: Any) -> Any:
+    """A label as rows are read: 1 as 1, true as true."""
+    if isinstance(label, bool):
+        return str(label).lower()
+    return str(label) if isinstance(label, int) else label
 
 
 class PartitionConfig(Section):

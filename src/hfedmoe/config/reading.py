@@ -49,8 +49,14 @@ def config_from_text(text: str, origin: str, overrides: list[str] | None = None)
     return config_from_tree(tree, origin)
 
 
-def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
-    """Validate a plain tree; `origin` names it in errors. Raises UserError."""
+def config_from_tree(tree: dict[str, Any], origin: str, overrides: list[str] | None = None) -> RunConfig:
+    """Apply `section.key=value` overrides to a plain tree and validate it; `origin` names it in errors.
+
+    Raises:
+        UserError: a key is unknown, or a value is of the wrong type or range.
+    """
+    for override in overrides or []:
+        _apply_override(tree, override)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

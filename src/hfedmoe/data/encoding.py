@@ -59,6 +59,20 @@ class Batch:
         return inputs | {"position_ids": position_ids, "logits_to_keep": self.targets.shape[1]}
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What an encoder puts around a text: tokens before and after it, and at most `room` tokens of it between them.
+
+    `lead` is white space of the template that is tokenised with the text, which `begins` the prompt or does not.
+    """
+
+    head: list[int]
+    tail: list[int]
+    room: int
+    lead: str
+    begins: bool
+
+
 class Encoder:
     """Tokenises examples for one model and one template.
 
@@ -173,6 +187,11 @@ class Encoder:
         talks = iter(self._chats([example for example in examples if example.messages]))
         rest = iter(self._prompts([example for example in examples if not example.messages]))
         return [next(talks)[0] if example.messages else next(rest) for example in examples]
+
+    @property
+    def frame(self) -> Frame:
+        """What is around the text of every prompt; not for conversations."""
+        return Frame(self._head, self._tail, self._room, self._text_lead, self._starts_with_text)
 
     def without_limit(self) -> "Encoder":
         """The same encoder without a maximum length."""

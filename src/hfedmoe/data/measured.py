@@ -79,9 +79,10 @@ def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Co
         fits = has_columns_of(cast(Kind, format), table, own) if known is None else known.reads(table)
         if not fits:
             format = "auto"
-            # Words for labels that these rows do not have would be errors.
-            changed["label_words"] = own.label_words if "label_words" in given else None
-            changed["template"] = own.template if "template" in given else None
+            # Labels, and words for labels, that these rows do not have would be errors.
+            changed |= {
+                key: getattr(own, key) if key in given else None for key in ("labels", "label_words", "template")
+            }
     changed |= {"format": format, "test_rows": own.test_rows if limit is None and "test_rows" in given else limit}
     return own.model_copy(update=changed)
 

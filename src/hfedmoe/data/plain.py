@@ -16,23 +16,22 @@ from hfedmoe.errors import UserError
 def classification_examples(
     rows: Rows, config: DataConfig, labels: Sequence[str], words: tuple[str, ...]
 ) -> list[Example]:
-    """Rows of text and label. Raises UserError for a label that is not in `labels` (so in no training row)."""
+    """Rows of text and label. Raises UserError for a label that is not in `labels`: declared, or of training rows."""
     index = {label: i for i, label in enumerate(labels)}
-    texts = _texts(rows, config)
+    texts = texts_of(rows, config)
     examples = []
     for i, label in enumerate(labels_of(rows, config)):
         own = among(label, index)
         if own is None:
-            raise UserError(
-                f'{rows.at(i)}: the label "{label}" is in no training row; training labels: {", ".join(labels)}'
-            )
+            reason = "is in no training row; training labels:" if config.labels is None else "is not in data.labels:"
+            raise UserError(f'{rows.at(i)}: the label "{label}" {reason} {", ".join(labels)}')
         examples.append(Example(texts[i], words, index[own], origin=rows.at(i)))
     return examples
 
 
 def choice_examples(rows: Rows, config: DataConfig) -> list[Example]:
     """Rows of prompt, choices and answer; choices are a list, or a JSON list in a text cell."""
-    texts = _texts(rows, config)
+    texts = texts_of(rows, config)
     cells = rows.column(config.choices, "data.choices")
     choices = [_choices(cell, rows, i, config.choices) for i, cell in enumerate(cells)]
     answers = answer_indices(rows, choices, config)
@@ -44,7 +43,7 @@ def choice_examples(rows: Rows, config: DataConfig) -> list[Example]:
 
 def completion_examples(rows: Rows, config: DataConfig) -> list[Example]:
     """Rows of prompt and completion; the completion keeps its spaces."""
-    texts = _texts(rows, config)
+    texts = texts_of(rows, config)
     cells = rows.column(config.completion, "data.completion")
     return [
         Example(text, completion=text_of(cell, rows, i, config.completion), origin=rows.at(i))
@@ -58,7 +57,7 @@ READERS: dict[str, Callable[[Rows, DataConfig], list[Example]]] = {
 }
 
 
-def _texts(rows: Rows, config: DataConfig) -> list[str]:
+def texts_of(rows: Rows, config: DataConfig) -> list[str]:
     """The stripped texts; a table without the default column `text` may call it `prompt`."""
     name = config.text
     if name == "text" and name not in rows.columns and "prompt" in rows.columns:

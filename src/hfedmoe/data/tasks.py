@@ -10,7 +10,7 @@ from hfedmoe.data.example import Example
 from hfedmoe.data.kinds import kind_of, wanted_columns
 from hfedmoe.data.known import KNOWN, KnownSet, known_set
 from hfedmoe.data.known.known_set import Wording
-from hfedmoe.data.labels import label_words, labels_of
+from hfedmoe.data.labels import declared_labels, label_words, labels_of
 from hfedmoe.data.normal import distinct, key_of, shortest
 from hfedmoe.data.partition import natural_groups
 from hfedmoe.data.plain import READERS, classification_examples
@@ -43,8 +43,9 @@ def load_task(config: DataConfig, partition: PartitionConfig, seed: int) -> Task
     test_table = _read_test(config, known, wanted)
     kind = kind_of(tables[0], config) if known is None else known.kind
 
-    labels: tuple[str, ...] = () if known is None else known.labels
-    if kind == "classification" and known is None:
+    declared = declared_labels(config, kind, None if known is None else known.name)
+    labels: tuple[str, ...] = declared if known is None else known.labels
+    if kind == "classification" and not labels:
         labels = _labels(tables, config)
     words = label_words(labels, config) if known is None else ()
     wording = None if known is None else known.wording(config)
@@ -142,7 +143,8 @@ def load_rows(config: DataConfig, trained_labels: Callable[[], tuple[str, ...]] 
 
     Args:
         config: its source is a file, or a folder whose test split is read.
-        trained_labels: returns the labels that the model was trained on; None: use the labels of these rows.
+        trained_labels: returns the labels that the model was trained on, if `data.labels` does not say them; None: use
+            the labels of these rows.
 
     Raises:
         UserError: the rows are missing or malformed.
@@ -152,8 +154,8 @@ def load_rows(config: DataConfig, trained_labels: Callable[[], tuple[str, ...]] 
         return load_test(config)
     table = read(config.source, _wanted(config, None, None), config.split or "test", form=Form.of(config))
     kind = kind_of(table, config)
-    labels: tuple[str, ...] = ()
-    if kind == "classification":
+    labels = declared_labels(config, kind)
+    if kind == "classification" and not labels:
         labels = _labels([table], config) if trained_labels is None else trained_labels()
     words = label_words(labels, config) if kind == "classification" else ()
     table = table.first(config.test_rows)
@@ -162,6 +164,18 @@ def load_rows(config: DataConfig, trained_labels: Callable[[], tuple[str, ...]] 
     else:
         test = READERS[kind](table, config)
     return Task(config.source, kind, template_of(config, None, kind), labels, [], test)
+
+
+def labels_of_run(config: DataConfig, partition: PartitionConfig, seed: int) -> tuple[str, ...]:
+    """The labels of a run, sorted: those of its known data set, those that its config says, else those of its rows.
+
+    Raises:
+        UserError: the config does not say them, and the rows cannot be read.
+    """
+    known = known_set(config)
+    if known is not None:
+        return known.labels
+    return declared_labels(config, "classification") or load_task(config, partition, seed).labels
 
 
 def _labels(tables: list[Rows], config: DataConfig) -> tuple[str, ...]:

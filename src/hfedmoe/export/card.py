@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hfedmoe.config import MethodConfig, RunConfig
+from hfedmoe.export.classifying import Classifier
 from hfedmoe.export.provenance import data_name, hub_data_set, is_local, origin
 from hfedmoe.export.snippet import Loading, loading_code, prompt_words
 from hfedmoe.method.copies import Copies
@@ -46,6 +47,8 @@ class Export:
     scores_round: int | None = None
     prediction_layers: int = 0
     """Layers for multi-token prediction that the base's config declares; the export does not have them."""
+    classifier: Classifier | None = None
+    """Of a task with labels: how the model says each."""
 
 
 def card(run: RunFolder, checkpoint: Checkpoint, export: Export) -> str:
@@ -133,8 +136,13 @@ def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
 
 
 def _loading(config: RunConfig, export: Export) -> str:
-    files = Loading(export.dtype, export.encoder_decoder, export.base, base_inside=export.base == BASE)
-    return f"## How to load it\n\n```python\n{loading_code(config, files)}\n```\n"
+    files = Loading(export.dtype, export.encoder_decoder, export.base, export.base == BASE, export.classifier)
+    text = f"## How to load it\n\n```python\n{loading_code(config, files)}\n```\n"
+    if export.classifier is not None:
+        text += (
+            "\nFor the rows of a file: `hfedmoe predict . FILE`. `hfedmoe.json` tells it the labels and the prompt.\n"
+        )
+    return text
 
 
 def _experts(export: Export) -> str:

@@ -10,13 +10,17 @@ from typing import Any
 import torch
 
 from hfedmoe.config import ModelConfig, RunConfig
+from hfedmoe.data.known import known_set
+from hfedmoe.data.tasks import labels_of_run
 from hfedmoe.errors import UserError
 from hfedmoe.export.adapter import check_adaptable, save_adapter
 from hfedmoe.export.card import BASE, Export, card
+from hfedmoe.export.classifying import classifier_of
 from hfedmoe.export.merged import merge, save
 from hfedmoe.export.mixtral import write_mixtral
 from hfedmoe.export.options import check_fits, check_options, check_outside
 from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuable, router_groups, shrink
+from hfedmoe.export.task_file import NAME, task_json
 from hfedmoe.export.written import check_written
 from hfedmoe.files.whole import check_free, writing, written_whole
 from hfedmoe.models.carved import quantisation_of
@@ -80,12 +84,18 @@ def export_run(
                 encoder_decoder=loaded.encoder_decoder,
                 client=client,
             )
+            labels = _labels(path, config)
+            if labels:
+                about = replace(about, classifier=classifier_of(config, labels, loaded))
             write = {"merged": _merged, "adapter": _adapter, "client": _client}[form]
             about = write(_Job(run, config, loaded, chosen, out), scratch, about)
             text = card(run, chosen, about)
             with writing(out):
                 loaded.tokenizer.save_pretrained(scratch)
                 (scratch / "README.md").write_text(text, encoding="utf-8")
+                # An adapter's base is read in float32: PEFT would round the adapter to the base's precision.
+                stated = task_json(_saying(config, labels), "float32" if form == "adapter" else about.dtype)
+                (scratch / NAME).write_text(stated, encoding="utf-8")
     return _told(out, chosen, about)
 
 
@@ -98,6 +108,30 @@ class _Job:
     loaded: Loaded
     checkpoint: Checkpoint
     out: Path
+
+
+def _labels(path: Path, config: RunConfig) -> tuple[str, ...]:
+    """The labels of a run; empty if its task has none. Raises UserError if they are not known any more."""
+    known = known_set(config.data)
+    if (config.data.format if known is None else known.kind) != "classification":
+        return ()
+    try:
+        return labels_of_run(config.data, config.partition, config.seed)
+    except UserError as error:
+        raise UserError(
+            f"{path}: its config.toml does not say its labels, and its rows cannot be read to find them ({error}); "
+            "write data.labels into it"
+        ) from None
+
+
+def _saying(config: RunConfig, labels: tuple[str, ...]) -> RunConfig:
+    """The configuration with the format of the rows and the run's labels, where it does not say them."""
+    known, found = known_set(config.data), dict[str, object]()
+    if known is not None:
+        found["format"] = known.name
+    elif labels and config.data.labels is None:
+        found["labels"] = list(labels)
+    return config.model_copy(update={"data": config.data.model_copy(update=found)})
 
 
 def _check_not_quantised(model: ModelConfig, form: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hfedmoe.config import DataConfig, RunConfig
 from hfedmoe.data.known import known_set
 from hfedmoe.data.templates import template_of
+from hfedmoe.export.classifying import Classifier, classifying_code
 
 ANSWER_TOKENS, TURN_TOKENS = 4, 64
 """Tokens that the code generates: for a label or choice, and for the beginning of a conversation turn."""
@@ -20,14 +21,17 @@ class Loading:
     """Of an adapter: its base model, as a hub id or a path, relative to the adapter's folder."""
     base_inside: bool = False
     """Whether the base is a folder in the export."""
+    classifier: Classifier | None = None
+    """Of a task with labels: how the model says each."""
 
 
 def loading_code(config: RunConfig, files: Loading) -> str:
-    """Code that loads the export from the current folder and prints the model's output."""
+    """Code that loads the export from the current folder, and prints the labels of a text or the model's output."""
     auto = "AutoModelForSeq2SeqLM" if files.encoder_decoder else "AutoModelForCausalLM"
     trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     peft = ["from peft import PeftModel"] if files.base is not None else []
-    code = [*peft, f"from transformers import {auto}, AutoTokenizer", "", 'folder = "."  # where this file is']
+    torch = ["import torch"] if files.classifier is not None else []
+    code = [*torch, *peft, f"from transformers import {auto}, AutoTokenizer", "", 'folder = "."  # where this file is']
     if files.base is None:
         code += [f'model = {auto}.from_pretrained(folder, dtype="{files.dtype}"{trust})']
     else:
@@ -37,8 +41,10 @@ def loading_code(config: RunConfig, files: Loading) -> str:
             code += ["# With a 16-bit base, PEFT would round the adapter to 16 bit."]
         code += [f'base = {auto}.from_pretrained({where}{revision}, dtype="float32"{trust})']
         code += ["model = PeftModel.from_pretrained(base, folder)"]
-    code += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})", *_prompting(config.data)]
-    return "\n".join([*code, "print(tokenizer.decode(output[0]))"])
+    code += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"]
+    if files.classifier is not None:
+        return "\n".join([*code, *classifying_code(files.classifier)])
+    return "\n".join([*code, *_prompting(config.data), "print(tokenizer.decode(output[0]))"])
 
 
 def prompt_words(data: DataConfig) -> str:

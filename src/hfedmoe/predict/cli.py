@@ -1,0 +1,88 @@
+"""The command `hfedmoe predict`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hfedmoe.errors import UserError
+
+ALLOWED = (
+    "data.text",
+    "data.label",
+    "data.encoding",
+    "data.delimiter",
+    "evaluation.batch_size",
+    "model.device",
+    "model.dtype",
+    "model.trust_remote_code",
+    "threads",
+)
+"""Settings that say how the file is written and where the model runs. All others are the run's."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(predict)
+
+
+def predict(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="TARGET", help="A run folder, or the folder of an export: merged, adapter or client."),
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Rows without labels: CSV, JSONL, Parquet and others.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Result: a .csv, .jsonl or .parquet file; default: FILE's name with .predicted in it."),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Of a run: best, last or the number of a round; default: best.")
+    ] = None,
+    label_shares: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|LIST",
+            help="How frequent labels are where the rows come from: a labelled file of that site, or shares such as "
+            "spam=0.2,ham=0.8. Default: all equally.",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A column's name, the device, ...; may be repeated."),
+    ] = None,
+) -> None:
+    """Write the label of every row of a file, with probabilities."""
+    from hfedmoe.predict.written import output_for
+
+    for text in overrides or []:
+        key = text.partition("=")[0].strip()
+        if key not in ALLOWED:
+            raise UserError(f"--set {key}: a run keeps its own settings; these can change: {', '.join(ALLOWED)}")
+    place = target.expanduser()
+    of_run = (place / "config.toml").is_file()
+    if not of_run and not (place / "hfedmoe.json").is_file():
+        raise UserError(
+            f"{target}: neither a run folder (no config.toml) nor an export (no hfedmoe.json); `hfedmoe export` "
+            "writes one of a run"
+        )
+    if not of_run and checkpoint is not None:
+        raise UserError(f"--checkpoint: {target} is an export, which has only one; leave the option out")
+    if not file.expanduser().is_file():
+        raise UserError(f"{file}: no such file")
+    goal = output_for(file.expanduser(), None if out is None else out.expanduser())
+    if of_run:
+        from hfedmoe.runs.choice import which_of
+        from hfedmoe.runs.folder import RunFolder
+
+        RunFolder.open(place).require_checkpoint(which_of(checkpoint or "best"))
+    from hfedmoe.predict.predicting import Asked
+    from hfedmoe.predict.predicting import predict as predict_rows
+    from hfedmoe.predict.shares import check_shares
+    from hfedmoe.report.live import Live
+
+    if label_shares is not None:
+        check_shares(label_shares)
+    with Live() as live:
+        told = predict_rows(Asked(place, file.expanduser(), goal, checkpoint or "best", label_shares, overrides), live)
+    typer.echo(told)
