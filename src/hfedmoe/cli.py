@@ -181,13 +181,9 @@ def watch(
 
 
 def _report_of(folder: Path) -> None:
-    """Write the report of a run that has ended; if that fails, the run is good nevertheless."""
-    from hfedmoe.report.page.page import write_report
+    from hfedmoe.report.page.ended import report_of
 
-    try:
-        typer.echo(f"report: {write_report([folder])}")
-    except UserError as error:
-        typer.echo(f"warning: no report was written: {error}", err=True)
+    report_of(folder)
 
 
 @app.command()

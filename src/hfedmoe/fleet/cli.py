@@ -96,7 +96,10 @@ def serve_run(
         if resume is not None:
             serving.resume(folder, resume, listen, live)
         else:
-            serving.serve(folder, settings, out, listen, live)
+            resume = serving.serve(folder, settings, out, listen, live)
+    from hfedmoe.report.page.ended import report_of
+
+    report_of(resume)
 
 
 def invite(

@@ -42,8 +42,8 @@ KEY = "fleet.json"
 """In a run's folder: the key under which devices remember the run."""
 
 
-def serve(fleet: Folder, config: RunConfig, out: Path | None, address: str, watcher: Watcher) -> None:
-    """Run a federation with the devices on a fleet's roster, from its first round.
+def serve(fleet: Folder, config: RunConfig, out: Path | None, address: str, watcher: Watcher) -> Path:
+    """Run a federation with the devices on a fleet's roster, from its first round; returns the run folder.
 
     Raises:
         UserError: the configuration, model, data or folder cannot be used, no device is invited, or too few of them
@@ -59,8 +59,10 @@ def serve(fleet: Folder, config: RunConfig, out: Path | None, address: str, watc
                 raise
             folder.settle(prepared.settled)
             write_identity(folder.path, _identity(prepared))
+            folder.describe(prepared.about(None))
             _write_key(folder.path)
             _serve(fleet, folder, prepared, None, address, watcher)
+            return folder.path
 
 
 def resume(fleet: Folder, path: Path, address: str, watcher: Watcher) -> None:
