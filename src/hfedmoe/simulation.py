@@ -73,7 +73,7 @@ def resume(path: Path, watcher: Watcher) -> Path:
             raise UserError(
                 f"{path}: this run used real devices, which keep their own memory, so it cannot continue here; "
                 f"`hfedmoe serve --resume {path}` continues a run of `hfedmoe serve`; one of `flwr run` continues by "
-                "itself while its SuperLink runs"
+                "itself while its SuperLink runs, else start again with `flwr run` and its config.toml"
             )
         prepared = prepare(folder.config, watcher)
         check_identity(path, _identity(prepared))
