@@ -56,7 +56,8 @@ def test_commands_and_options_exist(paper):
         if words[1:2] == ["COMMAND"] or words[1].startswith("--"):
             continue
         assert words[1] in COMMANDS, line
-        known = {option for parameter in COMMANDS[words[1]].params for option in parameter.opts} | {"--help"}
+        parts = getattr(COMMANDS[words[1]], "commands", {"": COMMANDS[words[1]]}).values()  # of a group, any command
+        known = {option for part in parts for parameter in part.params for option in parameter.opts} | {"--help"}
         assert {word for word in words if word.startswith("--")} <= known, line
 
 

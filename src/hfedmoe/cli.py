@@ -16,6 +16,7 @@ import typer.main
 
 from hfedmoe import __version__
 from hfedmoe.errors import UserError
+from hfedmoe.fleet import cli as fleet
 from hfedmoe.predict import cli as predicting
 
 if TYPE_CHECKING:
@@ -181,13 +182,9 @@ def watch(
 
 
 def _report_of(folder: Path) -> None:
-    """Write the report of a run that has ended; if that fails, the run is good nevertheless."""
-    from hfedmoe.report.page.page import write_report
+    from hfedmoe.report.page.ended import report_of
 
-    try:
-        typer.echo(f"report: {write_report([folder])}")
-    except UserError as error:
-        typer.echo(f"warning: no report was written: {error}", err=True)
+    report_of(folder)
 
 
 @app.command()
@@ -539,6 +536,9 @@ def base_check(
         raise typer.Exit(1)
 
 
+fleet.register(app)
+
+
 @app.command()
 def doctor(
     hub: Annotated[bool, typer.Option("--hub", help="Also try to reach the model hub.")] = False,
@@ -553,15 +553,9 @@ def doctor(
 
 
 def _load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
-    """The settings of a config file, of a shipped config by name, or of the built-in example."""
-    from hfedmoe.config import load_config
-    from hfedmoe.config.builtin import NAMES, shipped_config
+    from hfedmoe.config.builtin import load_named
 
-    if config is None:
-        config = shipped_config("demo")
-    elif str(config) in NAMES and not config.exists():
-        config = shipped_config(str(config))
-    return load_config(config, overrides)
+    return load_named(config, overrides)
 
 
 def _require(settings: "RunConfig") -> None:

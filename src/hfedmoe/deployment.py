@@ -138,7 +138,8 @@ def _config(context: Context) -> RunConfig:
     return config
 
 
-def _device(message: Message, context: Context) -> Device:
+def open_device(message: Message, context: Context) -> Device:
+    """The device of a node, ready to train. Raises UserError or InvalidRequestError."""
     config = _config(context)
     number = _number(context, config)
     budget = _budget(context, config, number)
@@ -187,7 +188,7 @@ def _device(message: Message, context: Context) -> Device:
     return device
 
 
-def _place(context: Context) -> Place | None:
+def known_place(context: Context) -> Place | None:
     """What is known about the device from an earlier message of this run, so that planning opens no model."""
     kept = context.state.config_records.get(PLACE)
     config = _config(context)
@@ -275,5 +276,5 @@ def _server(context: Context) -> Server:
     return server_for(prepared, Keeper(folder), watcher, base=base_digest(config))
 
 
-client = client_app(_device, _place, private=True)
+client = client_app(open_device, known_place, private=True)
 server = server_app(_server)

@@ -172,6 +172,9 @@ class Watcher:
     ) -> None:
         """The run begins; with `history` and a later `first_round` it continues."""
 
+    def cannot_join(self, name: str, reason: str) -> None:
+        """A client that is known by name takes no part in the run; a warning says it too."""
+
     def phase(self, text: str) -> None:
         """Something other than a client's work begins, such as loading."""
 

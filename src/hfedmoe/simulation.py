@@ -71,8 +71,9 @@ def resume(path: Path, watcher: Watcher) -> Path:
         was = read_identity(path)
         if was is not None and was.carrier == DEPLOYED:
             raise UserError(
-                f"{path}: this run used real devices, which keep their own memory, so it cannot continue here; while "
-                "its SuperLink runs, it continues by itself, else start again with `flwr run` and its config.toml"
+                f"{path}: this run used real devices, which keep their own memory, so it cannot continue here; "
+                f"`hfedmoe serve --resume {path}` continues a run of `hfedmoe serve`; one of `flwr run` continues by "
+                "itself while its SuperLink runs, else start again with `flwr run` and its config.toml"
             )
         prepared = prepare(folder.config, watcher)
         check_identity(path, _identity(prepared))

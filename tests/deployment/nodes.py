@@ -38,7 +38,7 @@ class Node:
 
     def device(self) -> Device:
         """As a later message opens it."""
-        return deployment._device(_message(PLAN, plan_request(1)), self.context)
+        return deployment.open_device(_message(PLAN, plan_request(1)), self.context)
 
     def describe(self, terms: Terms) -> Message:
         return self.ask(DESCRIBE, describe_request(terms.to_json()))

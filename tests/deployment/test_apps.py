@@ -31,7 +31,7 @@ def opened(context: Context) -> Device:
     terms = Terms("reuters-r8", "classification", R8, True)
     metadata = Metadata(1, "1", 0, 1, "", "", 0.0, 60.0, DESCRIBE)
     message = Message(describe_request(terms.to_json()), metadata=metadata)  # type: ignore[call-overload]
-    return apps._device(message, context)
+    return apps.open_device(message, context)
 
 
 @pytest.mark.parametrize(

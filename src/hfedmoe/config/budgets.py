@@ -46,6 +46,14 @@ def check_budget(budget: Budget) -> None:
         )
 
 
+def budget_of(text: str) -> Budget:
+    """A budget from the command line; digits become a number of experts. Raises ValueError."""
+    digits = text.strip()
+    budget: Budget = int(digits) if digits.removeprefix("-").isdecimal() else text
+    check_budget(budget)
+    return budget
+
+
 def in_experts(budget: Budget, total: int) -> int:
     """A count or share as experts out of `total`; a share is rounded to the nearest expert, at least one.
 

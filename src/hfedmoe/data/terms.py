@@ -114,7 +114,16 @@ def _plain_examples(table: Rows, config: DataConfig, terms: Terms) -> list[Examp
     if strangers:
         raise OwnDataError(
             f'{table.at(strangers[0])}: the label "{labels_of(table, config)[strangers[0]]}" is not among the run\'s '
-            f"({', '.join(terms.labels[:20])}); {len(strangers)} rows have such a label: correct or remove them",
+            f"({', '.join(terms.labels[:20])}); {len(strangers)} rows have such a label"
+            f"{_lines(table, strangers)}: correct or remove them",
             len(strangers),
         )
     return classification_examples(table, config, terms.labels, label_words(terms.labels, config))
+
+
+def _lines(table: Rows, indices: list[int]) -> str:
+    """The lines of rows, at most 20 of them; empty where the file has none."""
+    if not table.lines or len(indices) < 2:
+        return ""
+    more = ", ..." if len(indices) > 20 else ""
+    return f" (lines {', '.join(str(table.lines[index]) for index in indices[:20])}{more})"

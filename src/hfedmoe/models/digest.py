@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
@@ -113,3 +114,15 @@ def _remembered(files: list[Path], compute: Callable[[], str]) -> str:
     except OSError:  # not cached: computed again next time
         return digest
     return digest
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of what a tokenizer does: its vocabulary, its special tokens, its chat template, and some texts."""
+    tried = ["Hello, world!  Two  spaces\n\tand naïve café 12345", "def f(x):\n    return x ** 2", "東京 🙂"]
+    known = [
+        sorted(tokenizer.get_vocab().items()),
+        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+        str(getattr(tokenizer, "chat_template", None)),
+        [tokenizer(text)["input_ids"] for text in tried],
+    ]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]

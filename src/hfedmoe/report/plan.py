@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hfedmoe.config import RunConfig
-from hfedmoe.config.budgets import AUTO, Budget, check_budget, in_bytes, in_experts, is_count
+from hfedmoe.config.budgets import AUTO, Budget, budget_of, in_bytes, in_experts, is_count
 from hfedmoe.config.presets import PRESETS
 from hfedmoe.device.capacity import workload_for
 from hfedmoe.device.forecast import Change, Forecast
@@ -156,14 +156,11 @@ def _asked(config: RunConfig, devices: list[str]) -> list[AskedBudget]:
 
 
 def _budget(text: str) -> Budget:
-    """Parse a budget from the command line; digits become an int."""
-    digits = text.strip()
-    budget: Budget = int(digits) if digits.removeprefix("-").isdecimal() else text
+    """A budget from the command line. Raises UserError."""
     try:
-        check_budget(budget)
+        return budget_of(text)
     except ValueError as error:
         raise UserError(f"--device {error}") from None
-    return budget
 
 
 def _configured(config: RunConfig) -> list[AskedBudget]:

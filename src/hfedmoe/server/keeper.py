@@ -30,16 +30,22 @@ class Keeper:
         save_clients: returns what the clients of this process remember, if it changed since the last call; saved with
             each checkpoint. None: the clients are in other processes.
         from_round: round of the checkpoint from which the run continues.
+        continued_by: the command that continues the run; None: `hfedmoe resume`, if its clients are in this process.
 
     Raises:
         UserError: experts.npy is damaged, or lacks rows that method.bootstrap = "prior" needs.
     """
 
     def __init__(
-        self, folder: RunFolder | None, save_clients: SaveClients | None = None, from_round: int | None = None
+        self,
+        folder: RunFolder | None,
+        save_clients: SaveClients | None = None,
+        from_round: int | None = None,
+        continued_by: str | None = None,
     ) -> None:
         self.folder = folder
-        self._in_process = save_clients is not None
+        # A run can only be continued with its clients' memory: in its checkpoint, or on the devices.
+        self._continued_by = continued_by or ("hfedmoe resume" if save_clients is not None else None)
         self._save_clients = save_clients or (dict)
         self._last_saved = from_round
         self.scores: list[Evaluation] = []
@@ -104,16 +110,17 @@ class Keeper:
     @property
     def resume_hint(self) -> str:
         """The end of an error message: how to continue the run; empty if that is not possible."""
-        # A run can only be continued with its clients' memory, which is then in the checkpoint.
-        return (
-            ""
-            if self.folder is None or not self._in_process
-            else f"; `hfedmoe resume {self.folder.path}` continues from there"
-        )
+        if self.folder is None or self._continued_by is None:
+            return ""
+        return f"; `{self._continued_by} {self.folder.path}` continues from there"
 
     def name_clients(self, names: dict[int, str]) -> None:
         """Remember the clients' names for the last table."""
         self._names = dict(names)
+
+    def name_of(self, client: int) -> str:
+        """A client's name."""
+        return self._names.get(client, f"client {client}")
 
     def save_start(self, tensors: dict[str, Tensor], metrics: Metrics) -> None:
         """Round 0: the model before any training."""

@@ -21,7 +21,7 @@ from hfedmoe.moe.ranks import cut
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.fold import Fold
 from hfedmoe.server.keeper import Keeper
-from hfedmoe.server.members import Member, gather, reply_of, sample
+from hfedmoe.server.members import Member, Roll, gather, reply_of, sample
 from hfedmoe.server.records import RoundRecord
 from hfedmoe.wire import checks
 from hfedmoe.wire.exchange import Answer, Request, clean, exchange
@@ -60,6 +60,10 @@ class Server:
     watches: bool = True
     """Whether there are held-out rows to measure after every round."""
     round: int = 0
+    roll: Roll | None = None
+    """Who the clients are, if that is known by their keys."""
+    ends_early: Callable[[], bool] = lambda: False
+    """Asked after every round: whether the run ends here, to be continued later."""
 
     def __post_init__(self) -> None:
         self._asked = checks.Asked.of(self.config, self.top_k)
@@ -72,7 +76,7 @@ class Server:
         Raises:
             UserError: too few clients connect, or too few give a valid update; the last checkpoint is intact.
         """
-        members = gather(grid, self.config, self.num_experts, self.terms, self.base, self.watcher)
+        members = gather(grid, self.config, self.num_experts, self.terms, self.base, self.watcher, self.roll)
         self._announce(members)
         last = self.config.federation.rounds
         if self.round == 0 and not self.keeper.scores:
@@ -81,6 +85,8 @@ class Server:
         while self.round < last:
             self._one_round(grid, members, self.round + 1)
             self.round += 1
+            if self.ends_early():
+                return
 
     def _announce(self, members: dict[int, Member]) -> None:
         total = sum(self.num_experts)
@@ -246,7 +252,7 @@ class Server:
         needed = self.config.federation.min_clients
         if valid < needed:
             self.keeper.failed(log)
-            missing = "; ".join(f"client {client} {reason}" for client, reason in log.missing.items())
+            missing = "; ".join(f"{self.keeper.name_of(client)} {reason}" for client, reason in log.missing.items())
             if log.num_missing > len(log.missing):
                 missing += f"; and {log.num_missing - len(log.missing)} more"
             raise UserError(

@@ -1,0 +1,84 @@
+"""What the owner of a device allows. No server overrides it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfedmoe.config.budgets import AUTO, Budget
+from hfedmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from hfedmoe.config import RunConfig
+    from hfedmoe.data.decoding import Form
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A device's own rows, model and limits."""
+
+    data: Path
+    budget: Budget = AUTO
+    model: str | None = None
+    """Of the device, instead of the one that the server names: a folder or hub id. None: only packaged models."""
+    encoding: str | None = None
+    delimiter: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a tree for JSON."""
+        return asdict(self) | {"data": str(self.data.expanduser().absolute())}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "Allowed":
+        """The inverse of `to_json`."""
+        return cls(**tree | {"data": Path(tree["data"])})
+
+    def node_config(self, number: int) -> dict[str, bool | int | float | str]:
+        """As `hfedmoe.deployment` reads it; `number` is the client's."""
+        found: dict[str, bool | int | float | str] = {
+            "partition-id": number,
+            "data": str(self.data.expanduser().absolute()),
+            "budget": self.budget,
+        }
+        written = {"encoding": self.encoding, "delimiter": self.delimiter}
+        return found | {key: value for key, value in written.items() if value is not None}
+
+    def form(self) -> "Form":
+        """How the file of rows is written. Raises UserError if there is no such encoding."""
+        from pydantic import ValidationError
+
+        from hfedmoe.config import DataConfig
+        from hfedmoe.data.decoding import Form
+
+        written = {"encoding": self.encoding, "delimiter": self.delimiter}
+        try:
+            return Form.of(DataConfig.model_validate({k: v for k, v in written.items() if v is not None}))
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise UserError(f"--{found['loc'][-1]}: {found['msg'].removeprefix('Value error, ')}") from None
+
+    def config_of(self, text: str) -> "RunConfig":
+        """The server's configuration with the device's own model.
+
+        Raises:
+            UserError: it is not valid, asks for too much, names a model that the device does not allow, or wants to
+                execute code that is shipped with one.
+        """
+        from hfedmoe.config import config_from_text
+        from hfedmoe.models.names import PACKAGED_MODELS
+        from hfedmoe.wire.requests import InvalidRequestError, check_settings
+
+        config = config_from_text(text, "the server's configuration")
+        try:
+            check_settings(config)
+        except InvalidRequestError as error:
+            raise UserError(f"the server's configuration: {error}") from None
+        model = config.model
+        if model.trust_remote_code:
+            raise UserError(f"the run wants to execute code that is shipped with {model.name}, which devices refuse")
+        if self.model is None and model.name not in PACKAGED_MODELS:
+            raise UserError(f"the run's model is {model.name}; say with --model where this device has it")
+        if self.model is not None and model.name not in PACKAGED_MODELS:
+            path = Path(self.model).expanduser()
+            local = {"name": str(path.absolute()), "revision": None} if path.exists() else {"name": self.model}
+            model = model.model_copy(update=local)
+        return config.model_copy(update={"model": model})

@@ -1,0 +1,172 @@
+"""The only part of a server that is reachable from outside: it passes what devices may send, and nothing else.
+
+Flower's SuperLink has one port for everything, and checks keys only in the calls of devices. So it listens on
+loopback, and this front, with TLS, hands it the calls of devices on the roster. Runs are started, nodes registered and
+logs read on the server's own machine only.
+"""
+
+import contextlib
+import ipaddress
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from hfedmoe.errors import UserError
+from hfedmoe.fleet.certificates import LOOPBACK
+from hfedmoe.fleet.folder import Folder
+from hfedmoe.fleet.keys import sender
+from hfedmoe.fleet.offer import PATH, VERSION_HEADER, Offer
+from hfedmoe.fleet.roster import Invited, Roster
+
+CALLS = (
+    "activate-node",
+    "deactivate-node",
+    "send-node-heartbeat",
+    "pull-messages",
+    "push-messages",
+    "get-run",
+    "get-fab",
+    "push-object",
+    "pull-object",
+    "confirm-message-received",
+)
+"""What a SuperNode with a key calls. `register-node` is not among them: the roster says who is registered."""
+_OF_ONE_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host", "server", "date"}
+TIMEOUT_S = 60.0
+START_S = 15.0
+
+
+@dataclass
+class Seen:
+    """What the front knows of a device."""
+
+    at: float
+    """Seconds since the epoch of its last call."""
+    versions: str = ""
+    """What it says it runs; empty: it has not said."""
+
+
+@dataclass
+class Board:
+    """What the front reads, and what it writes down."""
+
+    folder: Folder
+    upstream: int | None = None
+    """The SuperLink's port on loopback."""
+    offer: Offer | None = None
+    """The run that is served; None: none."""
+    seen: dict[str, Seen] = field(default_factory=dict)
+    """By the device's name."""
+    _read: tuple[int, dict[bytes, Invited]] = (-1, {})
+
+    def invited(self) -> dict[bytes, Invited]:
+        """The devices on the roster by key; it is read again when its file changed."""
+        changed = self.folder.roster.stat().st_mtime_ns
+        if changed != self._read[0]:
+            self._read = changed, Roster.read(self.folder.roster).by_key()
+        return self._read[1]
+
+    def caller(self, request: Request) -> Invited | None:
+        """The device that signed a request; None: nobody on the roster did."""
+        key = sender(request.headers)
+        device = None if key is None else self.invited().get(key)
+        if device is not None:
+            seen = self.seen.setdefault(device.name, Seen(0.0))
+            seen.at = time.time()
+            seen.versions = request.headers.get(VERSION_HEADER, seen.versions)[:80]
+        return device
+
+
+def front_app(board: Board) -> Starlette:
+    """The front as an ASGI app."""
+    trust = ssl.create_default_context(cafile=board.folder.ca)
+    client = httpx.AsyncClient(verify=trust, timeout=TIMEOUT_S, trust_env=False)
+
+    async def offer(request: Request) -> Response:
+        if await run_in_threadpool(board.caller, request) is None:
+            return _unknown()
+        if board.offer is None:
+            return PlainTextResponse("no run is served now", 503)
+        return Response(board.offer.to_json(), media_type="application/json")
+
+    async def call(request: Request) -> Response:
+        if await run_in_threadpool(board.caller, request) is None:
+            return _unknown()
+        headers = [(name, value) for name, value in request.headers.raw if name.decode("latin-1") not in _OF_ONE_HOP]
+        url = f"https://{LOOPBACK}:{board.upstream}{request.url.path}"
+        try:
+            if board.upstream is None:
+                raise httpx.ConnectError("no SuperLink")
+            passed = client.build_request("POST", url, headers=headers, content=request.stream())
+            answer = await client.send(passed, stream=True)
+        except httpx.TransportError:
+            return PlainTextResponse("the server is not ready", 503)
+        kept = {name: value for name, value in answer.headers.items() if name not in _OF_ONE_HOP}
+        return StreamingResponse(_body(answer), answer.status_code, kept)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with client:
+            yield
+
+    routes = [Route(f"/v1/fleet/{name}", call, methods=["POST"]) for name in CALLS]
+    return Starlette(routes=[Route(PATH, offer, methods=["GET"]), *routes], lifespan=lifespan)
+
+
+async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    finally:
+        await answer.aclose()
+
+
+def _unknown() -> Response:
+    return PlainTextResponse("the key is not on the roster", 401)
+
+
+@contextlib.contextmanager
+def front(board: Board, address: str, port: int) -> Iterator[None]:
+    """Serve the front in a thread of its own. Raises UserError if the address cannot be used."""
+    try:
+        kind = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+        listening = socket.create_server((address, port), family=kind, backlog=1024)
+    except (OSError, ValueError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "not an IP address here"
+        raise UserError(
+            f"{address} port {port}: cannot be used ({reason}); is another `hfedmoe serve` running?"
+        ) from None
+    config = uvicorn.Config(
+        front_app(board),
+        ssl_certfile=board.folder.certificate,
+        ssl_keyfile=str(board.folder.key),
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="front", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + START_S
+    while not server.started:
+        if not thread.is_alive() or time.monotonic() > deadline:
+            raise UserError(f"{board.folder.path}: the front did not start; its certificates may be damaged")
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()

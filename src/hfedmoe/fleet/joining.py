@@ -1,0 +1,215 @@
+"""`hfedmoe join`: a device that takes part until it is told to leave.
+
+It starts Flower's SuperNode, which talks to the server, and a worker, which trains. It starts them again when they
+end, and shows what the worker says.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from hfedmoe.errors import UserError
+from hfedmoe.files.disk import disk_errors
+from hfedmoe.files.locks import HeldError, claim
+from hfedmoe.fleet.allowed import Allowed
+from hfedmoe.fleet.certificates import LOOPBACK
+from hfedmoe.fleet.children import free_port, program, quiet, start, stop
+from hfedmoe.fleet.device import DOES_NOT_FIT, DeviceFolder
+from hfedmoe.fleet.invite import Invitation, key_of, read_invitation
+from hfedmoe.fleet.reach import NoAnswerError, ask
+from hfedmoe.fleet.secret import write_secret
+
+LOOK_S, AGAIN_S = 0.3, 5.0
+
+
+class LeaveError(Exception):
+    """The device's owner wants to leave."""
+
+
+def join(path: Path, key: Path | None, allowed: Allowed, place: Path) -> int:
+    """Take part until Ctrl-C or SIGTERM; returns the exit code.
+
+    Args:
+        path: the invitation.
+        key: the device's own private key, if the invitation has none.
+        place: the folder for log files and memory.
+
+    Raises:
+        UserError: the invitation is not valid, the server does not know this device, or the folder cannot be used.
+    """
+    invitation = read_invitation(path)
+    private = key_of(invitation, key)
+    folder = DeviceFolder(place)
+    with _alone(folder), _leaving(), folder.log.open("a", encoding="utf-8") as log:
+        device = _Joined(folder, invitation, private, _Voice(log))
+        try:
+            device.prepare(path, key, allowed)
+            return device.stay()
+        except LeaveError:
+            device.voice.say(f"{invitation.name} leaves")
+            return 0
+        finally:
+            device.close()
+
+
+class _Voice:
+    """Shows lines, and writes them to the log with their time. Used from two threads."""
+
+    def __init__(self, log: IO[str]) -> None:
+        self._log = log
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+
+
+class _Joined:
+    """A device with its two processes."""
+
+    def __init__(
+        self, folder: DeviceFolder, invitation: Invitation, key: ec.EllipticCurvePrivateKey, voice: _Voice
+    ) -> None:
+        self.folder, self.invitation, self.key, self.voice = folder, invitation, key, voice
+        self._port = free_port()
+        self._node: subprocess.Popen[bytes] | None = None
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
+
+    def prepare(self, invitation: Path, key: Path | None, allowed: Allowed) -> None:
+        """Write the files that the two processes read."""
+        folder = self.folder
+        for file in (folder.key, folder.ca, folder.secret, folder.settings, folder.ready):
+            file.unlink(missing_ok=True)
+        private = self.key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+        write_secret(folder.key, private)
+        write_secret(folder.ca, self.invitation.ca.encode())
+        write_secret(folder.secret, secrets.token_hex(32).encode())
+        settings = {
+            "invitation": str(invitation.absolute()),
+            "key": None if key is None else str(key.absolute()),
+            "allowed": allowed.to_json(),
+            "port": self._port,
+        }
+        write_secret(folder.settings, json.dumps(settings).encode())
+
+    def stay(self) -> int:
+        """Keep both processes running; returns the exit code if the device does not fit."""
+        self._await_server()
+        self._start_worker()
+        while True:
+            time.sleep(LOOK_S)
+            assert self._worker is not None
+            code = self._worker.poll()
+            if code == DOES_NOT_FIT:
+                return 1
+            if code is not None:
+                self.voice.say(f"the worker ended ({_words(code)}) and is started again")
+                time.sleep(AGAIN_S)
+                self._await_server()
+                self._start_worker()
+            if self._node is not None and self._node.poll() is not None:
+                # After a crash the server takes the same key for a while as still connected.
+                self.voice.say(f"the connection ended ({_words(self._node.poll())}); trying again")
+                self._node = None
+                time.sleep(AGAIN_S)
+                self._await_server()
+            if self._node is None and self.folder.ready.exists():
+                self._start_node()
+
+    def _await_server(self) -> None:
+        """Wait until the server serves a run. Raises UserError if it does not know this device."""
+        said = ""
+        while True:
+            try:
+                ask(self.invitation, self.key)
+                return
+            except NoAnswerError as error:
+                if str(error) != said:
+                    said = str(error)
+                    self.voice.say(f"waiting: {said}")
+                time.sleep(AGAIN_S)
+
+    def _start_worker(self) -> None:
+        self.folder.ready.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "hfedmoe.fleet.worker", str(self.folder.path)]
+        self._worker = start(command, None, quiet(self.folder.path / "flwr"))
+        self._reader = threading.Thread(target=self._relay, args=(self._worker.stdout,), daemon=True)
+        self._reader.start()
+
+    def _relay(self, lines: IO[bytes]) -> None:
+        for line in lines:
+            self.voice.say(line.decode("utf-8", "replace").rstrip())
+
+    def _start_node(self) -> None:
+        folder = self.folder
+        command = [program("flower-supernode"), "--superlink", self.invitation.address]
+        command += ["--root-certificates", str(folder.ca), "--auth-supernode-private-key", str(folder.key)]
+        command += ["--isolation", "process", "--superexec-auth-secret-file", str(folder.secret)]
+        command += ["--host", LOOPBACK, "--port", str(self._port)]
+        command += ["--node-config", f"partition-id={self.invitation.number}"]
+        self._node = start(command, folder.node_log, quiet(folder.path / "flwr"))
+        self.voice.say(f"{self.invitation.name} is connected to {self.invitation.address}")
+
+    def close(self) -> None:
+        """End both processes; the SuperNode tells the server that it leaves."""
+        for process in (self._node, self._worker):
+            if process is not None:
+                stop(process)
+        if self._reader is not None:
+            self._reader.join()
+        for file in (self.folder.ready, self.folder.key, self.folder.secret):
+            file.unlink(missing_ok=True)
+
+
+def _words(code: int | None) -> str:
+    if code is None:
+        return "running"
+    if code == -signal.SIGKILL:
+        return "killed, perhaps because the memory was full"
+    return f"signal {-code}" if code < 0 else f"code {code}"
+
+
+@contextlib.contextmanager
+def _alone(folder: DeviceFolder) -> Iterator[None]:
+    """Use the folder in this process only. Raises UserError if another one does, or it cannot be written."""
+    with disk_errors(folder.path, "join again"):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        os.chmod(folder.path, 0o700)
+        lock = (folder.path / "lock").open("ab")
+    with lock:
+        try:
+            claim(lock.fileno())
+        except HeldError:
+            raise UserError(f"{folder.path}: this device has joined already, in another process") from None
+        yield
+
+
+@contextlib.contextmanager
+def _leaving() -> Iterator[None]:
+    """During the block, Ctrl-C and SIGTERM raise LeaveError, once."""
+
+    def leave(_: int, __: FrameType | None) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise LeaveError
+
+    before = [(number, signal.signal(number, leave)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)

@@ -1,0 +1,199 @@
+"""Flower's SuperLink on loopback: started, looked after, and told who is on the roster and what runs."""
+
+import contextlib
+import hashlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import Popen
+
+import httpx
+from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from hfedmoe.errors import UserError
+from hfedmoe.fleet.bundle import bundle
+from hfedmoe.fleet.certificates import LOOPBACK
+from hfedmoe.fleet.children import free_port, listens, program, quiet, start, stop
+from hfedmoe.fleet.folder import Folder
+from hfedmoe.fleet.roster import Invited
+from hfedmoe.fleet.secret import write_secret
+
+logger = logging.getLogger(__name__)
+
+ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+START_S, LOOK_S, AGAIN_S = 60.0, 0.5, 2.0
+
+
+class SuperLink:
+    """A running SuperLink. Made by `superlink`."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.address = f"{LOOPBACK}:{self.port}"
+        self.ca = folder.ca.read_bytes()
+        self.secret = folder.path / "superexec.secret"
+        self.secret.unlink(missing_ok=True)
+        write_secret(self.secret, secrets.token_hex(32).encode())
+        self.control = ControlHttpClient.from_server_address(
+            self.address,
+            insecure=False,
+            root_certificates=self.ca,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="hfedmoe")],
+        )  # without retries: they would keep the caretaker from starting the SuperLink again
+
+    def launch(self) -> "Popen[bytes]":
+        """Start the process. It keeps nodes and runs in the fleet's database, so it can be started again."""
+        command = [program("flower-superlink"), "--host", LOOPBACK, "--port", str(self.port)]
+        command += ["--ssl-ca-certfile", str(self.folder.ca), "--ssl-certfile", str(self.folder.certificate)]
+        command += ["--ssl-keyfile", str(self.folder.key), "--enable-supernode-auth"]
+        command += ["--database", str(self.folder.database), "--disable-runtime-dependency-installation"]
+        command += ["--isolation", "process", "--superexec-auth-secret-file", str(self.secret)]
+        return start(command, self.folder.logs / "superlink.log", quiet(self.folder.path / "flwr"))
+
+    def register(self, invited: dict[bytes, Invited]) -> None:
+        """Make Flower know exactly the keys on the roster."""
+        nodes = self.control.ListNodes(ListNodesRequest()).nodes_info
+        known = {node.public_key: node.node_id for node in nodes if not node.HasField("unregistered_at")}
+        for key, device in invited.items():
+            if key not in known:
+                self.control.RegisterNode(RegisterNodeRequest(public_key=key, name=device.name))
+        for key, node in known.items():
+            if key not in invited:
+                self.control.UnregisterNode(UnregisterNodeRequest(node_id=node))
+
+    def stop_old_runs(self) -> None:
+        """End the runs of a server that was killed."""
+        for run in self.control.ListRuns(ListRunsRequest(limit=1000)).run_dict.values():
+            if run.status.status != "finished":
+                self.control.StopRun(StopRunRequest(run_id=run.run_id))
+
+    def start_run(self, settings: dict[str, bool | int | float | str]) -> int:
+        """Start a run with these entries of Flower's run config; returns its id."""
+        app = bundle()
+        fab = fab_to_proto(Fab(hashlib.sha256(app).hexdigest(), app, {}))
+        request = StartRunRequest(fab=fab, override_config=user_config_to_proto(settings), federation="")
+        return int(self.control.StartRun(request).run_id)
+
+    @contextlib.contextmanager
+    def serving(self, run_id: int) -> Iterator[HttpGrid]:
+        """Be the server app of a run: the grid to its devices. At the end Flower is told how it ended."""
+        token = self._acquire(run_id)
+        client = self._runtime(RuntimeTokenHttpInterceptor(token))
+        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat.start()
+        grid = HttpGrid(self.address, insecure=False, root_certificates=self.ca, token=token)
+        status, details = "failed", "ended early"
+        try:
+            task = client.PullTaskInput(PullTaskInputRequest())
+            TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
+            TaskIdentity.node_id = task.context.node_id
+            grid.set_run(run_from_proto(task.run))
+            yield grid
+            status, details = "completed", ""
+        finally:
+            heartbeat.stop()
+            try:
+                client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
+            except httpx.HTTPError as error:
+                logger.warning("Flower could not be told that the run ended: %s", error)
+            grid.close()
+            client.close()
+
+    def _acquire(self, run_id: int) -> str:
+        """The token of the run's server app. Raises UserError if there is none in time."""
+        client = self._runtime(
+            SuperExecAuthHttpInterceptor(master_secret=self.secret.read_bytes(), protected_methods={ACQUIRE})
+        )
+        deadline = time.monotonic() + START_S
+        with client:
+            while time.monotonic() < deadline:
+                found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+                if found.HasField("task") and found.token and found.task.run_id == run_id:
+                    return str(found.token)
+                time.sleep(LOOK_S)
+        raise UserError(f"Flower did not start the run; see {self.folder.logs / 'superlink.log'}")
+
+    def _runtime(self, identity: RuntimeTokenHttpInterceptor | SuperExecAuthHttpInterceptor) -> RuntimeHttpClient:
+        return RuntimeHttpClient.from_server_address(
+            self.address,
+            insecure=False,
+            root_certificates=self.ca,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"), identity],
+            retry_invoker=make_simple_http_retry_invoker(),
+        )
+
+
+@contextlib.contextmanager
+def superlink(folder: Folder, look: Callable[[], None]) -> Iterator[SuperLink]:
+    """Run a SuperLink for the block, and start it again if it dies.
+
+    Args:
+        look: called about twice a second, in another thread.
+
+    Raises:
+        UserError: it does not start.
+    """
+    link = SuperLink(folder)
+    process = link.launch()
+    closing = threading.Event()
+
+    def look_after() -> None:
+        nonlocal process
+        while not closing.wait(LOOK_S):
+            if process.poll() is not None:
+                logger.warning("the SuperLink ended (code %s) and is started again", process.returncode)
+                process = link.launch()
+                closing.wait(AGAIN_S)
+            try:
+                look()
+            except Exception:  # of any kind: the next look may work, and the run goes on
+                logger.exception("looking after the fleet failed")
+
+    caretaker = threading.Thread(target=look_after, name="caretaker", daemon=True)
+    try:
+        _await(link, process, folder.logs / "superlink.log")
+        caretaker.start()
+        yield link
+    finally:
+        closing.set()
+        if caretaker.ident is not None:
+            caretaker.join()
+        stop(process)
+        link.control.close()
+        link.secret.unlink(missing_ok=True)
+
+
+def _await(link: SuperLink, process: "Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while not listens(link.port):
+        if process.poll() is not None:
+            raise UserError(f"Flower's SuperLink ended with code {process.returncode}; see {log}")
+        if time.monotonic() > deadline:
+            raise UserError(f"Flower's SuperLink did not start within {START_S:.0f} s; see {log}")
+        time.sleep(0.1)

@@ -1,0 +1,181 @@
+"""The process of a device that answers the server: it stays, so that the model is opened once.
+
+    python -m hfedmoe.fleet.worker FOLDER
+
+`hfedmoe join` starts it. It asks the SuperNode beside it for messages and answers them with the installed client app;
+the app that the server ships is never unpacked.
+"""
+
+import json
+import logging
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+from flwr.app import Context, Message
+from flwr.common.constant import SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from hfedmoe.client.app import client_app
+from hfedmoe.client.device import Device
+from hfedmoe.deployment import known_place, open_device
+from hfedmoe.errors import UserError
+from hfedmoe.fleet.allowed import Allowed
+from hfedmoe.fleet.certificates import LOOPBACK
+from hfedmoe.fleet.check import check
+from hfedmoe.fleet.device import DOES_NOT_FIT, DeviceFolder
+from hfedmoe.fleet.invite import read_invitation
+from hfedmoe.fleet.memory import RunMemory
+from hfedmoe.fleet.superlink import ACQUIRE
+from hfedmoe.runs.settings import run_config_toml
+from hfedmoe.wire.messages import PLAN, TRAIN, InvalidReplyError, facts_of, trouble_reply
+from hfedmoe.wire.trouble import REFUSED, SETTINGS, Trouble
+
+logger = logging.getLogger("hfedmoe.fleet.worker")
+
+POLL_S = 0.2
+SAY_S = 5.0
+"""Seconds between two lines about steps."""
+
+
+class Worker:
+    """A device that answers the messages of its SuperNode.
+
+    Args:
+        allowed: what the device's owner allows.
+        number: of the client, from the invitation.
+        memory: the folder of what it remembers.
+    """
+
+    def __init__(self, allowed: Allowed, number: int, memory: Path) -> None:
+        self._allowed, self._number, self._memory = allowed, number, memory
+        self._round = 0
+        self._said = 0.0
+        self._app = client_app(self._open, known_place, private=True)
+
+    def _open(self, message: Message, context: Context) -> Device:
+        device = open_device(message, context)
+        steps = device.config.train.steps
+
+        def on_step(_: int, step: int, loss: float) -> None:
+            if step == steps or time.monotonic() - self._said >= SAY_S:
+                self._said = time.monotonic()
+                say(f"round {self._round}: step {step}/{steps}, loss {loss:.3f}")
+
+        return replace(device, on_step=on_step)
+
+    def answer(self, message: Message, context: Context) -> Message:
+        """The reply to a message; what the device remembers is on its disk then.
+
+        Only the run's configuration is taken from the server, within what the owner allows. Number, data and budget
+        are the device's own.
+        """
+        try:
+            memory = RunMemory(self._memory, str(context.run_config.get("run")))
+            config = self._allowed.config_of(str(context.run_config.get("config")))
+            kind = message.metadata.message_type
+            if kind in (PLAN, TRAIN):
+                self._round = _round_of(message)
+            if kind == PLAN:
+                say(f"round {self._round}")
+            # A context of its own: Flower's would give what is written into it back with the next message.
+            own = Context(
+                run_id=context.run_id,
+                node_id=context.node_id,
+                node_config=self._allowed.node_config(self._number),
+                state=memory.recall(self._round if kind == PLAN else None),
+                run_config={"config": run_config_toml(config).decode()},
+            )
+            reply = self._app(message, own)
+            memory.keep(own.state)
+        except (UserError, InvalidReplyError) as error:
+            logger.error("%s", error)
+            return Message(trouble_reply(Trouble(REFUSED, "", SETTINGS), private=True), reply_to=message)
+        if message.metadata.message_type == TRAIN:
+            say(f"round {self._round}: answered")
+        return reply
+
+
+def _round_of(message: Message) -> int:
+    round: Any = facts_of(message).get("round")
+    return round if isinstance(round, int) and round >= 0 else 0
+
+
+def say(text: str) -> None:
+    """Write a line for the device's owner."""
+    print(text, flush=True)
+
+
+def work(worker: Worker, port: int, secret: bytes) -> None:
+    """Answer messages until the process is ended. The SuperNode may start later, and be started again."""
+    address = f"{LOOPBACK}:{port}"
+    version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
+    executor = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})
+    wanted = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    with RuntimeHttpClient.from_server_address(address, True, None, [version, executor]) as client:
+        while True:
+            try:
+                found = client.AcquireTask(wanted)
+                if found.HasField("task") and found.token:
+                    token = RuntimeTokenHttpInterceptor(found.token)
+                    with RuntimeHttpClient.from_server_address(address, True, None, [version, token]) as one:
+                        _one_task(worker, one)
+                    continue
+            except httpx.HTTPError as error:
+                logger.debug("the SuperNode does not answer: %s", error)
+            time.sleep(POLL_S)
+
+
+def _one_task(worker: Worker, client: RuntimeHttpClient) -> None:
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat.start()
+    try:
+        message, context, _, _ = pull_task_input(client)
+        reply = worker.answer(message, context)
+        push_message(client, reply, context)
+        push_task_output(client, context, SubStatus.COMPLETED, "")
+    finally:
+        heartbeat.stop()
+
+
+def _ended(_: int, __: FrameType | None) -> None:
+    raise SystemExit(0)  # so that a note of what it attempts is deleted: this is no kill for memory
+
+
+def main(path: Path) -> int:
+    """Check, then work; returns the exit code."""
+    signal.signal(signal.SIGTERM, _ended)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    folder = DeviceFolder(path)
+    asked = json.loads(folder.settings.read_text(encoding="utf-8"))
+    allowed = Allowed.from_json(asked["allowed"])
+    invitation = read_invitation(Path(asked["invitation"]))
+    key = None if asked["key"] is None else Path(asked["key"])
+    failed = False
+    for finding in check(invitation, key, allowed):
+        failed |= not finding.fits
+        say(finding.line)
+    if failed:
+        return DOES_NOT_FIT
+    folder.ready.touch()
+    work(Worker(allowed, invitation.number, folder.memory), int(asked["port"]), folder.secret.read_bytes())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,123 @@
+"""What `hfedmoe serve` refuses, whom it knows, and what it notes."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hfedmoe.events import ClientRound, Participant, Silent
+from hfedmoe.files.locks import claim
+from hfedmoe.fleet.folder import opened
+from hfedmoe.fleet.front import Board, Seen
+from hfedmoe.fleet.keys import as_flower_has_it, new_key, private_key, public_of
+from hfedmoe.fleet.notes import Notes
+from hfedmoe.fleet.serving import FleetRoll, ending
+from hfedmoe.runs.identity import DEPLOYED, SIMULATED, Identity, write_identity
+from tests.fleet.places import hfedmoe, new_fleet
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert hfedmoe(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_what_cannot_be_served_is_one_line_and_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new_fleet(here)
+    assert "no device is invited" in refused(capsys, "serve", "tiny", "--out", "run")
+    hfedmoe("invite", "north")
+    assert "pools the rows" in refused(capsys, "serve", "tiny", "--out", "run", "--set", "method.name=pooled")
+    assert "give a config" in refused(capsys, "serve", "--out", "run")
+    assert "leave --out and --set out" in refused(capsys, "serve", "--resume", "run", "--out", "run")
+    assert "no such run folder" in refused(capsys, "serve", "--resume", "run")
+    assert "no fleet here" in refused(capsys, "serve", "tiny", "--fleet", "elsewhere")
+    assert not (here / "run").exists()
+
+
+def test_a_run_of_one_machine_is_never_continued_with_devices(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new_fleet(here, "north")
+    assert hfedmoe("run", "tiny", "--out", "run", "--set", "federation.rounds=1") == 0
+    assert "not a run of `hfedmoe serve`; `hfedmoe resume run`" in refused(capsys, "serve", "--resume", "run")
+    identity = json.loads((here / "run" / "run.json").read_text())
+    assert identity["carrier"] == SIMULATED
+    write_identity(here / "run", Identity(**identity | {"carrier": DEPLOYED}))
+    assert "`hfedmoe serve --resume run` continues a run of `hfedmoe serve`" in refused(capsys, "resume", "run")
+
+
+def test_a_fleet_is_served_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new_fleet(here, "north")
+    with (here / "fleet" / "serve.lock").open("ab") as lock:
+        claim(lock.fileno())
+        assert "is served by another process" in refused(capsys, "serve", "tiny")
+
+
+def test_devices_are_known_by_their_keys(here: Path) -> None:
+    new_fleet(here, "north", "south")
+    hfedmoe("invite", "east", "--max-examples", "7")
+    board = Board(opened(here / "fleet"))
+    keys = {device.name: key for key, device in board.invited().items()}
+    stranger = as_flower_has_it(public_of(private_key(new_key(), "test")))
+    nodes = {11: keys["east"], 12: stranger, 13: keys["north"]}
+    grid: Any = SimpleNamespace(
+        get_nodes=lambda: [SimpleNamespace(node_id=node, public_key=key) for node, key in nodes.items()]
+    )
+    roll = FleetRoll(board)
+    found = {node: (one.client, one.name, one.most) for node, one in roll.here(grid).items()}
+    assert found == {11: (2, "east", 7), 13: (0, "north", None)}
+    assert roll.expected() == ["north", "south", "east"]
+    hfedmoe("remove", "north")
+    assert list(roll.here(grid)) == [11]
+    assert roll.expected() == ["south", "east"]
+
+
+def test_status_shows_what_the_server_notes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new_fleet(here, "north", "south", "east")
+    board = Board(opened(here / "fleet"))
+    board.seen["north"] = Seen(time.time() - 3, "hfedmoe 0.1.0")
+    board.seen["south"] = Seen(time.time() - 300)
+    with (here / "fleet" / "serve.lock").open("ab") as lock, Notes(Silent(), board, here / "run") as notes:
+        claim(lock.fileno())
+        notes.cannot_join("east", "its own rows do not fit")
+        notes.start("run", 5, 1, [Participant("north", 90, 16, 0.5), Participant("south", 80, 8, 0.25)])
+        notes.round_started(2)
+        notes.client_done(2, 1, ClientRound(client=1, status="late", reason="no reply"))
+        capsys.readouterr()
+        assert hfedmoe("status") == 0
+        first, head, north, south, east = capsys.readouterr().out.splitlines()
+    assert first == f"{here / 'run'}: round 2 of 5, training"
+    assert head.split()[:3] == ["device", "here", "last"]
+    assert north.split() == ["north", "yes", "3", "s", "ago", "90", "16", "hfedmoe", "0.1.0", "-"]
+    assert south.split()[:4] == ["south", "no", "300", "s"]
+    assert south.endswith("round 2: late: no reply")
+    assert east.split()[:3] == ["east", "no", "never"]
+    assert east.endswith("its own rows do not fit")
+    assert not (here / "fleet" / "serving.json").exists()
+    assert "nothing is served" in refused(capsys, "stop")
+
+
+def test_a_round_ends_before_the_run_does(here: Path) -> None:
+    new_fleet(here, "north")
+    with Notes(Silent(), Board(opened(here / "fleet")), here / "run") as notes, ending(notes) as asked:
+        with pytest.raises(KeyboardInterrupt):  # nothing is lost outside of a round
+            os.kill(os.getpid(), signal.SIGINT)
+        notes.round_started(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with Notes(Silent(), Board(opened(here / "fleet")), here / "run") as notes, ending(notes):
+        notes.round_started(1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
