@@ -177,7 +177,7 @@ def test_control_c_in_a_real_run_is_one_line(here):
     assert hfedmoe("resume", "run", "--help") == 0
 
 
-def interrupted(config, out, watcher):
+def interrupted(config, out, watcher, begun):
     from hfedmoe.runs.folder import RunFolder
 
     with RunFolder.create(out, config):
