@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,31 @@ def test_a_page_holds_everything_and_nothing_of_a_text_becomes_markup(tmp_path: 
     assert "an abacus" in body
     assert "hfedmoe run" in body
     assert body.count("data:text/csv;base64,") == body.count("<figure>") == 14
+
+
+def site(client: int, **other: Any) -> dict[str, Any]:
+    """What a site gained, as in metrics.jsonl."""
+    score = {"accuracy": 0.5, "macro_f1": 0.4, "loss": 1.0, "interval": [0.25, 0.75]}
+    found = {"client": client, "name": f"site {client}", "trained_rows": 18, "own_rows": 2, "labels": {"acq": 20}}
+    found |= {"num_labels": 2, "before": score | {"accuracy": 0.125}, "federated": score, "alone": None}
+    return found | {"gain": 0.375, "gain_interval": [0.1, 0.6]} | other
+
+
+def test_what_each_site_gained(tmp_path: Path) -> None:
+    path = small_run(tmp_path / "run")
+    with RunFolder.open(path, to_write=True) as folder:
+        words = {"accuracy": None, "macro_f1": None, "loss": 2.5, "interval": None}
+        other = site(1, before=words, federated=words, num_labels=0, gain=None, gain_interval=None)
+        folder.append_round({"round": 3, "evaluation": {}, "clients": [], "sites": [site(0), other]})
+    page = write_report([path]).read_text(encoding="utf-8")
+    assert "What did each site gain?" in page
+    assert ">site 0</td><td>18</td><td>2</td>\n<td>1 of 2</td>" in page
+    assert "<td>12.5 %</td>" in page
+    assert "25.0 % to 75.0 %" in page
+    assert 'class="good">+38 (+10 to +60)</td>' in page
+    assert "<td>loss 2.5</td>" in page
+    assert "federated less\nbefore." in page
+    assert "What did each site gain?" not in write_report([small_run(tmp_path / "other")]).read_text(encoding="utf-8")
 
 
 def test_several_runs_are_beside_each_other(tmp_path: Path) -> None:

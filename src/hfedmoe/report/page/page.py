@@ -53,6 +53,8 @@ def one_page(stories: Sequence[Story], live: bool = False) -> str:
         groups["split"] = [] if split is None else [split]
         parts |= {
             "examples": examples(story),
+            "sites": story.sites,
+            "alone": any(site["alone"] for site in story.sites),
             "clients": client_rows(story.clients),
             "left_out": any(client.left_out for client in story.clients),
             "measured": any(client.measured for client in story.clients),
@@ -67,7 +69,7 @@ def one_page(stories: Sequence[Story], live: bool = False) -> str:
     environment = Environment(
         loader=PackageLoader("hfedmoe.report.page", "."), autoescape=select_autoescape(default=True), trim_blocks=True
     )
-    environment.filters |= {"size": _size, "percent": _percent, "number": _number}
+    environment.filters |= {"size": _size, "percent": _percent, "number": _number, "points": _points}
     return environment.get_template("page.html.jinja").render(
         **parts,
         title=", ".join(names),
@@ -118,6 +120,10 @@ def _size(number: float) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _points(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:+.0f}"
 
 
 def _number(value: float | None) -> str:

@@ -109,6 +109,8 @@ class Story:
     failed: list[int]
     experts: Experts | None
     answers: list[tuple[int, list[int]]]
+    sites: list[dict[str, Any]]
+    """What each site gained, as in metrics.jsonl; empty: not measured, or the run goes on."""
 
     @property
     def whole(self) -> list[Point]:
@@ -124,12 +126,14 @@ def read_story(path: Path) -> Story:
     points: list[Point] = []
     clients: dict[int, Client] = {part.client: Client(part.client, part.name, part.rows) for part in known.parts}
     short, failed = [], []
+    sites: list[dict[str, Any]] = []
     sent, seconds = 0, 0.0
     for line in folder.iter_rounds():
         sent += line.get("bytes_down", 0) + line.get("bytes_up", 0)
         seconds += line.get("seconds") or 0.0
         found = line["evaluation"]
         points.append(Point(line["round"], sent, seconds, found.get("watch"), found.get("all")))
+        sites = line.get("sites", sites)
         if line.get("short"):
             short.append(line["round"])
         if line.get("failed"):
@@ -149,6 +153,7 @@ def read_story(path: Path) -> Story:
         failed,
         experts,
         about.answers(path),
+        sites,
     )
 
 
