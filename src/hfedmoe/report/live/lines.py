@@ -97,6 +97,9 @@ class Lines(Tracker):
     def warning(self, text: str) -> None:
         self.write(f"warning: {text}")
 
+    def note(self, text: str) -> None:
+        self.write(text)
+
     def finish(self, text: str) -> None:
         self.write(text)
 

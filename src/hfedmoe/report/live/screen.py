@@ -78,6 +78,9 @@ class OnScreen(Tracker):
     def warning(self, text: str) -> None:
         self.write(f"warning: {text}", "yellow")
 
+    def note(self, text: str) -> None:
+        self.write(text)
+
     def finish(self, text: str) -> None:
         self.doing, self.current = "", None
         self.__exit__()

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, Watcher
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, SiteGain, Watcher
+from hfedmoe.report.live.gains import explained, gains_table
 from hfedmoe.report.live.words import activation, describe, human_bytes, human_seconds, steps
 
 MOST_SHOWN = 50
@@ -133,6 +134,13 @@ class Tracker(Watcher):
         for when, score in (("before", before), ("after", after)):
             if score is not None:
                 self.write(f"{when:<6} (round {score.round}): {describe(score)} ({score.rows} rows)")
+
+    def site_gains(self, gains: Sequence[SiteGain]) -> None:
+        shown = gains[:MOST_SHOWN]
+        self.console.print(gains_table(shown))
+        if len(gains) > len(shown):
+            self.write(f"and {len(gains) - len(shown)} more sites; what each gained is in metrics.jsonl")
+        self.write(explained(gains))
 
     def write(self, line: str, style: str | None = None) -> None:
         """Print one line without markup and wrapping; characters that the console lacks are replaced."""
