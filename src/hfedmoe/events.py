@@ -21,6 +21,8 @@ class Work:
     steps_wanted: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    mean_loss: float | None = None
+    """Over its steps."""
     seconds: float = 0.0
     """Of training."""
     peak_bytes: int = 0
@@ -146,6 +148,13 @@ class Evaluation:
     rows: int
     kind: Literal["all", "watch"] = "all"
     """On all held-out rows, or on the watched ones."""
+    choice_loss: float | None = None
+    """Among the choices, if the run trains that (`train.loss = "choices"`)."""
+
+    @property
+    def trained_loss(self) -> float | None:
+        """The loss that the clients train: among the choices, or else over the vocabulary."""
+        return self.loss if self.choice_loss is None else self.choice_loss
 
 
 @dataclass(frozen=True, slots=True)

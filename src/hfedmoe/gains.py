@@ -73,7 +73,8 @@ def _score(metrics: Metrics) -> Score:
     interval = None
     if metrics.accuracy is not None:
         interval = share_interval(round(metrics.accuracy * metrics.examples), metrics.examples)
-    return Score(metrics.accuracy, metrics.macro_f1, metrics.loss, interval)
+    loss = metrics.loss if metrics.choice_loss is None else metrics.choice_loss
+    return Score(metrics.accuracy, metrics.macro_f1, loss, interval)
 
 
 def _gain(rows: Sequence[Example], after: Metrics, before: Metrics) -> tuple[float | None, tuple[float, float] | None]:

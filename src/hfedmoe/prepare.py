@@ -121,6 +121,7 @@ class Prepared:
                 settings.scoring,
                 on_batch,
                 before_pass=lambda batch: self.model.count(tokens_of(batch)),
+                among_choices=self.config.train.loss == "choices",
             )
         finally:
             self.model.count(None)

@@ -1,5 +1,6 @@
 """Run a federation of simulated clients in this process: what `hfedmoe run` does."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hfedmoe.config import RunConfig
 from hfedmoe.data.kept import keep_back
 from hfedmoe.data.partition import partition
 from hfedmoe.data.sites import site_names
+from hfedmoe.device.predicted import peaks_of
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent, SiteGain, Watcher
 from hfedmoe.files.disk import require_room
@@ -21,6 +23,7 @@ from hfedmoe.gains import Sites, site_gains
 from hfedmoe.method.methods import METHODS
 from hfedmoe.moe.payload import load_all
 from hfedmoe.prepare import Prepared, prepare, server_for
+from hfedmoe.report.told import held_out_words, loss_words
 from hfedmoe.runs.choice import fitting
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import (
@@ -121,7 +124,11 @@ def _run(folder: RunFolder, prepared: Prepared, sites: Sites, from_round: int | 
     # The checkpoints that are kept, the best one, and the one that is being written.
     size = sum(tensor.nbytes for tensor in prepared.initial.values())
     require_room(folder.path, size * (prepared.config.keep_checkpoints + 2))
+    config, task = prepared.config, prepared.task
+    watcher.note(held_out_words(task, len(prepared.watch), config.evaluation))
+    watcher.note(loss_words(task, config.train.loss))
     simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names)
+    _predict_peaks(simulation, prepared, watcher)
     with logging_to(folder.path):
         simulation.run()
         gains = _gains(folder, prepared, sites, simulation, alone, watcher)
@@ -131,6 +138,19 @@ def _run(folder: RunFolder, prepared: Prepared, sites: Sites, from_round: int | 
     watcher.final_table(keeper.final_totals(), before, after)
     if gains:
         watcher.site_gains(gains)
+
+
+def _predict_peaks(simulation: "Simulation", prepared: Prepared, watcher: Watcher) -> None:
+    """Let every device say the peak that `hfedmoe plan` predicts for what it holds."""
+    if simulation.server.round >= prepared.config.federation.rounds:
+        return  # nobody trains any more
+    try:
+        peaks = peaks_of(prepared.config, str(prepared.model.device))
+    except UserError as error:
+        watcher.warning(f"peaks count only weights, gradients and the optimizer's state: {error}")
+        return
+    for device in simulation.devices:
+        device.forecast = functools.partial(peaks, device.number)
 
 
 def _gains(

@@ -34,8 +34,8 @@ class EvaluationConfig(Section):
         int,
         Field(
             ge=0,
-            description="held-out rows measured after every round, not used for the final figures; at most a fifth of "
-            "the held-out rows if these are few; 0: none",
+            description="held-out rows measured after every round, not used for the final figures; 50 or more decide "
+            "which checkpoint is best; at most a fifth of the held-out rows if these are few; 0: none",
         ),
     ] = 64
     own_share: Annotated[

@@ -119,7 +119,7 @@ class OnScreen(Tracker):
             if not scores:
                 continue
             if scores[-1].accuracy is None:
-                steps = [f"round {score.round} loss {decimal(score.loss)}" for score in scores]
+                steps = [f"round {score.round} loss {decimal(score.trained_loss)}" for score in scores]
             else:
                 steps = [f"round {score.round} {percent(score.accuracy)}" for score in scores]
             path = " → ".join(steps[:1] + ["…"] * (len(steps) > 3) + steps[1:][-2:])
