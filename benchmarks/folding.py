@@ -47,7 +47,9 @@ def update_with(tensors: dict[str, Tensor], trained: list[Tensor], draws: torch.
         sent[name] = torch.empty(rows, *tensor.shape[1:]).uniform_(-1, 1, generator=draws)
     uniform = [torch.full((len(flags),), 1 / len(flags)) for flags in trained]
     tokens = [torch.full((len(flags),), 100.0) for flags in trained]
-    work = Work(examples=100, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0, seconds=1.0, peak_bytes=1)
+    work = Work(
+        examples=100, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0, mean_loss=1.0, seconds=1.0, peak_bytes=1
+    )
     return Update(sent, trained, trained, uniform, uniform, tokens, work)
 
 

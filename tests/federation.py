@@ -33,7 +33,7 @@ class Federation:
         watcher = watcher or Silent()
         self.prepared: Prepared = prepare(config, watcher)
         parts = partition(self.prepared.task, config.partition, config.clients.count, config.seed)
-        simulation = assemble(self.prepared, parts, folder, watcher)
+        self.simulation = simulation = assemble(self.prepared, parts, folder, watcher)
         self.devices, self.grid, self.server = simulation.devices, simulation.grid, simulation.server
 
     def run(self) -> None:

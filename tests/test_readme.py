@@ -21,6 +21,7 @@ PAPERS = (
     "docs/data.md",
     "docs/deployment.md",
     "docs/export.md",
+    "docs/gains.md",
     "docs/models.md",
     "docs/performance.md",
     "docs/report.md",

@@ -21,6 +21,8 @@ class Work:
     steps_wanted: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    mean_loss: float | None = None
+    """Over its steps."""
     seconds: float = 0.0
     """Of training."""
     peak_bytes: int = 0
@@ -146,6 +148,64 @@ class Evaluation:
     rows: int
     kind: Literal["all", "watch"] = "all"
     """On all held-out rows, or on the watched ones."""
+    choice_loss: float | None = None
+    """Among the choices, if the run trains that (`train.loss = "choices"`)."""
+
+    @property
+    def trained_loss(self) -> float | None:
+        """The loss that the clients train: among the choices, or else over the vocabulary."""
+        return self.loss if self.choice_loss is None else self.choice_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One model on the rows that a site kept back; accuracy and macro-F1 are shares, None for tasks without choices."""
+
+    accuracy: float | None
+    macro_f1: float | None
+    loss: float
+    interval: tuple[float, float] | None = None
+    """Of the accuracy, with 95 % confidence."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteGain:
+    """What the federation gave to one site, on rows of its own that nobody trained on."""
+
+    client: int
+    name: str
+    trained_rows: int
+    own_rows: int
+    """Kept back: the rows of the scores."""
+    labels: dict[str, int]
+    """Of all its rows, how many have each label that occurs; empty for tasks without labels."""
+    num_labels: int
+    """Of the task."""
+    before: Score
+    federated: Score
+    alone: Score | None = None
+    """Of a model that the site trained by itself, with as many steps; None: not measured."""
+    gain: float | None = None
+    """Accuracy of the federation less that alone, or less that before where that was not measured."""
+    gain_interval: tuple[float, float] | None = None
+    """With 95 % confidence."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Its entry in metrics.jsonl."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+
+        def pair(value: Any) -> Any:
+            return None if value is None else tuple(value)
+
+        def score(value: Any) -> Any:
+            return None if value is None else Score(**(value | {"interval": pair(value["interval"])}))
+
+        scores = {name: score(entry[name]) for name in ("before", "federated", "alone")}
+        return cls(**(entry | scores | {"gain_interval": pair(entry["gain_interval"])}))
 
 
 class Watcher:
@@ -205,11 +265,17 @@ class Watcher:
     def warning(self, text: str) -> None:
         """Something that the user should know, but that does not stop the run."""
 
+    def note(self, text: str) -> None:
+        """Something worth knowing that is no trouble."""
+
     def finish(self, text: str) -> None:
         """The run is over."""
 
     def final_table(self, clients: Sequence[ClientTotals], before: Evaluation | None, after: Evaluation | None) -> None:
         """The totals of every client, and the evaluations before and after the run."""
+
+    def site_gains(self, gains: Sequence[SiteGain]) -> None:
+        """What each site gained, at the end of a run."""
 
 
 class Silent(Watcher):

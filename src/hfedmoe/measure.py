@@ -154,6 +154,7 @@ def _evaluate(settings: ModelConfig, task: Task, config: RunConfig, watcher: Wat
         config.evaluation.scoring,
         on_batch=watcher.evaluating,
         before_pass=_skip_padding(loaded),
+        among_choices=config.train.loss == "choices",
     )
 
 

@@ -1,7 +1,7 @@
 """Make a configuration ready to run: load the model and the data, and check that they fit each other."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -57,9 +57,14 @@ class Prepared:
         """First values of the trained tensors (`payload.initial_tensors`). Read it before anything trains."""
         return initial_tensors(self.model)
 
-    def about(self, parts: list[list[int]] | None) -> About:
-        """What a report says of a run besides its figures; `parts`: every client's rows, None: only devices know."""
-        names = self.task.part_names
+    def about(self, parts: list[list[int]] | None, names: list[str] | None = None) -> About:
+        """What a report says of a run besides its figures.
+
+        Args:
+            parts: the rows that every client trains on; None: only devices know.
+            names: of the clients; None: those of the task, or numbers.
+        """
+        names = self.task.part_names if names is None else names
         counts = label_counts(self.task, parts or [])
         return About(
             machine={
@@ -90,6 +95,12 @@ class Prepared:
             found["labels"] = list(self.task.labels)
         return self.config if not found else self.config.model_copy(update={"data": data.model_copy(update=found)})
 
+    def with_config(self, config: RunConfig) -> "Prepared":
+        """The same model and rows with other settings; also after training, `initial` is what it was before."""
+        other = replace(self, config=config)
+        other.initial = self.initial
+        return other
+
     def measure(self, tensors: dict[str, Tensor], kind: str, on_batch: Callable[[int, int], None] | None) -> Metrics:
         """Evaluate these trained tensors on all held-out rows ("all") or on the watched ones ("watch")."""
         return self.measure_on(self.task.test if kind == "all" else self.watch, tensors, on_batch)
@@ -110,6 +121,7 @@ class Prepared:
                 settings.scoring,
                 on_batch,
                 before_pass=lambda batch: self.model.count(tokens_of(batch)),
+                among_choices=self.config.train.loss == "choices",
             )
         finally:
             self.model.count(None)

@@ -1,5 +1,6 @@
 """Run a federation of simulated clients in this process: what `hfedmoe run` does."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,16 +9,21 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
-from hfedmoe.client.app import client_app
+from hfedmoe.client.app import client_app, history_of
 from hfedmoe.client.device import Device
 from hfedmoe.config import RunConfig
+from hfedmoe.data.kept import keep_back
 from hfedmoe.data.partition import partition
+from hfedmoe.data.sites import site_names
+from hfedmoe.device.predicted import peaks_of
 from hfedmoe.errors import UserError
-from hfedmoe.events import Watcher
+from hfedmoe.events import Silent, SiteGain, Watcher
 from hfedmoe.files.disk import require_room
+from hfedmoe.gains import Sites, site_gains
 from hfedmoe.method.methods import METHODS
 from hfedmoe.moe.payload import load_all
 from hfedmoe.prepare import Prepared, prepare, server_for
+from hfedmoe.report.told import held_out_words, loss_words
 from hfedmoe.runs.choice import fitting
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import (
@@ -31,6 +37,7 @@ from hfedmoe.runs.identity import (
 )
 from hfedmoe.runs.log import logging_to
 from hfedmoe.runs.paths import with_absolute_paths
+from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
 from hfedmoe.wire.inprocess import InProcessGrid, changed_contexts, restore_contexts
@@ -49,15 +56,15 @@ def run(
         begun(folder.path)
         try:
             prepared = prepare(config, watcher)
-            parts = _split(prepared, watcher)
+            sites = _split(prepared, watcher, keeping=True)
         except UserError:
             folder.discard()  # nothing has run: the same folder can be used again
             raise
         if prepared.settled is not config:
             folder.settle(prepared.settled)
-        write_identity(folder.path, _identity(prepared))
-        folder.describe(prepared.about(parts))
-        _run(folder, prepared, parts, None, watcher)
+        write_identity(folder.path, _identity(prepared, sites))
+        folder.describe(prepared.about(sites.trained, sites.names))
+        _run(folder, prepared, sites, None, watcher)
         return folder.path
 
 
@@ -77,41 +84,118 @@ def resume(path: Path, watcher: Watcher) -> Path:
             )
         prepared = prepare(folder.config, watcher)
         check_identity(path, _identity(prepared))
+        # What was trained on before must not be measured now: an earlier version kept no rows back.
+        sites = _split(prepared, watcher, keeping=was is None or was.own_rows > 0)
         if was is None:
-            write_identity(path, _identity(prepared))
+            write_identity(path, _identity(prepared, sites))
         round = None
         if folder.saved_rounds():
             round = folder.load_checkpoint("last").round
         folder.rewind(-1 if round is None else round)
-        _run(folder, prepared, _split(prepared, watcher), round, watcher)
+        _run(folder, prepared, sites, round, watcher)
         return folder.path
 
 
-def _identity(prepared: Prepared) -> Identity:
-    return identity_of(prepared.config, prepared.task, prepared.watch, SIMULATED)
+def _identity(prepared: Prepared, sites: Sites | None = None) -> Identity:
+    own = 0 if sites is None else sum(map(len, sites.kept))
+    return identity_of(prepared.config, prepared.task, prepared.watch, SIMULATED, own)
 
 
-def _split(prepared: Prepared, watcher: Watcher) -> list[list[int]]:
+def _split(prepared: Prepared, watcher: Watcher, keeping: bool) -> Sites:
+    """Who trains on which rows; with `keeping`, clients keep some of theirs back."""
     watcher.phase("splitting the data over the clients")
-    config = prepared.config
-    return partition(prepared.task, config.partition, config.clients.count, config.seed)
+    config, task = prepared.config, prepared.task
+    parts = partition(task, config.partition, config.clients.count, config.seed)
+    names = site_names(task, config.data, len(parts))
+    if not keeping:
+        return Sites(names, parts, [[] for _ in parts])
+    return Sites(names, *keep_back(task, parts, config.evaluation, config.seed))
 
 
-def _run(
-    folder: RunFolder, prepared: Prepared, parts: list[list[int]], from_round: int | None, watcher: Watcher
-) -> None:
+def _run(folder: RunFolder, prepared: Prepared, sites: Sites, from_round: int | None, watcher: Watcher) -> None:
     for text in prepared.warnings:
         watcher.warning(text)
+    alone = prepared.config.evaluation.alone and sites.measurable
+    if alone:
+        watcher.note(
+            f"evaluation.alone: after the run the {len(sites.names)} sites train again, each by itself, with as many "
+            "steps; this takes about as long as the run"
+        )
     # The checkpoints that are kept, the best one, and the one that is being written.
     size = sum(tensor.nbytes for tensor in prepared.initial.values())
     require_room(folder.path, size * (prepared.config.keep_checkpoints + 2))
-    simulation = assemble(prepared, parts, folder, watcher, from_round)
+    config, task = prepared.config, prepared.task
+    watcher.note(held_out_words(task, len(prepared.watch), config.evaluation))
+    watcher.note(loss_words(task, config.train.loss))
+    simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names)
+    _predict_peaks(simulation, prepared, watcher)
     with logging_to(folder.path):
         simulation.run()
+        gains = _gains(folder, prepared, sites, simulation, alone, watcher)
     keeper = simulation.server.keeper
     watcher.finish(f"done: {folder.path}")
     before, after = (keeper.scores[0], keeper.scores[-1]) if keeper.scores else (None, None)
     watcher.final_table(keeper.final_totals(), before, after)
+    if gains:
+        watcher.site_gains(gains)
+
+
+def _predict_peaks(simulation: "Simulation", prepared: Prepared, watcher: Watcher) -> None:
+    """Let every device say the peak that `hfedmoe plan` predicts for what it holds."""
+    if simulation.server.round >= prepared.config.federation.rounds:
+        return  # nobody trains any more
+    try:
+        peaks = peaks_of(prepared.config, str(prepared.model.device))
+    except UserError as error:
+        watcher.warning(f"peaks count only weights, gradients and the optimizer's state: {error}")
+        return
+    for device in simulation.devices:
+        device.forecast = functools.partial(peaks, device.number)
+
+
+def _gains(
+    folder: RunFolder, prepared: Prepared, sites: Sites, simulation: "Simulation", alone: bool, watcher: Watcher
+) -> list[SiteGain]:
+    """What each site gained: from the run folder, or measured and written there."""
+    last = prepared.config.federation.rounds
+    known = next((line["sites"] for line in folder.iter_rounds() if line["round"] == last and "sites" in line), None)
+    if known is not None:
+        return [SiteGain.from_json(entry) for entry in known]
+    if not sites.measurable:
+        return []
+    by_itself = _trained_alone(prepared, sites, watcher).model_of if alone else None
+    gains = site_gains(prepared, sites, simulation.model_of, by_itself, watcher)
+    folder.amend_round(last, {"sites": [gain.to_json() for gain in gains]})
+    return gains
+
+
+def _trained_alone(prepared: Prepared, sites: Sites, watcher: Watcher) -> "Simulation":
+    """A run in which every site keeps its model to itself; nothing is measured in it."""
+    config = prepared.config
+    limited = not METHODS[config.method.name].ignores_budgets(config.method)
+    changes = {"name": "local", "options": {}, "residency": "budget" if limited else "all"}
+    method = config.method.model_copy(update=changes)
+    one = prepared.with_config(config.model_copy(update={"method": method}))
+    simulation = assemble(one, sites.trained, None, Alone(watcher, config.federation.rounds))
+    simulation.server.evaluate = lambda tensors, kind: Metrics(None, None, 0.0, 0, 1.0)
+    simulation.server.watches = False
+    simulation.run()
+    return simulation
+
+
+class Alone(Silent):
+    """Says how far the training of the sites by themselves is."""
+
+    def __init__(self, watcher: Watcher, rounds: int) -> None:
+        self._watcher, self._rounds = watcher, rounds
+
+    def round_started(self, round: int) -> None:
+        """As `events.Watcher`."""
+        self._watcher.phase(f"training every site by itself: round {round}/{self._rounds}")
+
+    def warning(self, text: str) -> None:
+        """As `events.Watcher`."""
+        self._watcher.warning(f"training by itself: {text}")
 
 
 @dataclass
@@ -121,6 +205,19 @@ class Simulation:
     server: Server
     devices: list[Device]
     grid: InProcessGrid
+
+    def model_of(self, client: int, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The trained tensors of a client's model: those of the server, under what the client keeps of its own.
+
+        Args:
+            tensors: of the server; None: as they are now.
+        """
+        if len(self.devices) == 1:  # one client with the rows of all
+            client = 0
+        history = history_of(self.grid.context(client + 1), self.devices[client].place)
+        everything = [torch.ones(number, dtype=torch.bool) for number in self.server.num_experts]
+        tensors = self.server.tensors if tensors is None else tensors
+        return tensors if history.private is None else history.private.over(tensors, everything)
 
     def run(self) -> None:
         """Run all remaining rounds. Raises UserError like `Server.run`."""
@@ -134,6 +231,7 @@ def assemble(
     folder: RunFolder | None,
     watcher: Watcher,
     from_round: int | None = None,
+    names: list[str] | None = None,
 ) -> Simulation:
     """Put a federation together.
 
@@ -141,13 +239,14 @@ def assemble(
         parts: the rows of every client, as indices into `prepared.task.train`.
         folder: where the run is kept; None: nowhere.
         from_round: round of the checkpoint from which the run continues; None: it begins.
+        names: of the clients; None: by number.
 
     Raises:
         UserError: the checkpoint is damaged or does not fit the model.
     """
     if METHODS[prepared.config.method.name].pooled:
-        prepared, parts = pooled(prepared, parts)
-    devices = _devices(prepared, parts, watcher)
+        (prepared, parts), names = pooled(prepared, parts), None
+    devices = _devices(prepared, parts, watcher, names or [f"client {number}" for number in range(len(parts))])
     grid = InProcessGrid(client_app(lambda _, context: devices[int(context.node_config["partition-id"])]), len(devices))
     keeper = Keeper(folder, lambda: _to_tensors(changed_contexts(grid)), from_round)
     tensors = None
@@ -174,7 +273,7 @@ def pooled(prepared: Prepared, parts: list[list[int]]) -> tuple[Prepared, list[l
     return one, [sorted(row for part in parts for row in part)]
 
 
-def _devices(prepared: Prepared, parts: list[list[int]], watcher: Watcher) -> list[Device]:
+def _devices(prepared: Prepared, parts: list[list[int]], watcher: Watcher, names: list[str]) -> list[Device]:
     """Simulated clients. They share one model in memory; a client's sub-model is a mask over it."""
     steps = prepared.config.train.steps
 
@@ -184,7 +283,7 @@ def _devices(prepared: Prepared, parts: list[list[int]], watcher: Watcher) -> li
     return [
         Device(
             number=number,
-            name=f"client {number}",
+            name=names[number],
             model=prepared.model,
             encoder=prepared.encoder,
             examples=[prepared.task.train[i] for i in indices],

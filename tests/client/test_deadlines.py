@@ -135,7 +135,16 @@ def test_what_a_client_says_of_its_work_is_checked() -> None:
     resident = [torch.ones(number, dtype=torch.bool) for number in numbers]
     vectors = [torch.full((number,), 1 / number) for number in numbers]
     asked = checks.Asked(3, [20, 20])
-    work = Work(examples=10, steps=3, steps_wanted=3, first_loss=1.0, last_loss=1.0, activation=2.5, deadline_s=4.0)
+    work = Work(
+        examples=10,
+        steps=3,
+        steps_wanted=3,
+        first_loss=1.0,
+        last_loss=1.0,
+        mean_loss=1.0,
+        activation=2.5,
+        deadline_s=4.0,
+    )
     honest = Update({}, resident, resident, vectors, vectors, vectors, work)
 
     def checked(update: Update) -> Update:

@@ -68,7 +68,7 @@ def test_the_last_round_measures_every_client_on_all_rows_and_earlier_ones_toget
     measured = prepared.measure_on
     prepared.measure_on = lambda rows, *rest: (seen.append(len(rows)), measured(rows, *rest))[1]  # type: ignore
     now = [0]
-    measuring = Measuring(prepared, federation, [40] * 4, True, lambda: now[0])  # type: ignore[arg-type]
+    measuring = Measuring(prepared, federation.simulation, [40] * 4, True, lambda: now[0])
     measuring(prepared.initial, "all")
     for now[0] in (1, 2):
         for kind in ("watch", "all"):

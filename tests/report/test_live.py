@@ -27,6 +27,7 @@ OK = ClientRound(
     bytes_down=3 * MIB,
     bytes_up=MIB,
     last_loss=1.5,
+    mean_loss=1.7,
     seconds=4.0,
     peak_bytes=700 * MIB,
 )
@@ -82,8 +83,9 @@ r8-hfedmoe: rounds 1 to 5, 2 clients
 loading the model
   after round 0: accuracy 21.8 %, macro-F1 0.100, loss 2.000 (400 held-out rows)
 round 1/5
-  client 0: step 2/2, loss 1.500
-  client 0: held 14/56 experts, trained 12, received 3.0 MiB, sent 1.0 MiB, loss 1.500, 4.0 s, peak 700.0 MiB
+  client 0: step 2/2, loss 1.700
+  client 0: held 14/56 experts, trained 12, received 3.0 MiB, sent 1.0 MiB, loss 1.700, 4.0 s, \
+peak 700.0 MiB (predicted)
   client 1: late: no reply after 30 s
   after round 1: accuracy 50.0 %, macro-F1 0.400, loss 1.400 (64 watched rows)
 round 1/5 done in 1:01: 3.0 MiB down, 1.0 MiB up, about 4:04 left
@@ -128,7 +130,9 @@ def test_plain_lines_say_what_a_deadline_cost_and_why_memory_was_short():
         live.client_done(1, 1, ClientRound(status="out of memory", reason="with 16 experts; it holds 14 next round"))
         live.final_table([replace(FINAL[0], **PACE), FINAL[1]], None, None)
     lines = out.getvalue().splitlines()
-    assert lines[3].endswith("peak 700.0 MiB; 2 of 3 steps in 4.0 s (deadline 4 s), 3 of 8 experts per layer trained")
+    assert lines[3].endswith(
+        "peak 700.0 MiB (predicted); 2 of 3 steps in 4.0 s (deadline 4 s), 3 of 8 experts per layer trained"
+    )
     assert lines[4] == "  client 1: out of memory: with 16 experts; it holds 14 next round"
     columns = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines[6:]]
     assert [column[-3:] for column in columns if column[0].startswith("client")] == [

@@ -282,7 +282,10 @@ def test_figures_as_text_and_json():
         "examples": 4,
         "perplexity": None,
         "accuracy_norm": None,
+        "choice_loss": None,
     }
+    trained = Metrics(0.5, 0.3, 9.9, 4, math.exp(9.9), choice_loss=0.6112)
+    assert as_text(trained) == "accuracy 50.0 %, macro-F1 0.300, loss 0.6112 among the choices on 4 rows"
 
 
 def test_padding_runs_no_experts(monkeypatch):

@@ -84,13 +84,17 @@ def lie(name: str, *values: float) -> dict[str, list[Tensor]]:
         ({"work": {"seconds": -1.0}}, "training time"),
         ({"work": {"first_loss": math.nan}}, "first_loss is not a finite number"),
         ({"work": {"last_loss": math.inf}}, "last_loss is not a finite number"),
+        ({"work": {"mean_loss": math.nan}}, "mean_loss is not a finite number"),
+        ({"work": {"mean_loss": None}}, "does not say the losses of its steps"),
         ({"work": {"steps": 2}}, "steps is not a whole number"),
         ({"work": {"deadline_s": 3.0}}, "does not say how many experts its steps trained"),
     ],
 )
 def test_updates_are_checked(lie: dict[str, Any], reason: str) -> None:
     halves, flags = [torch.full((2,), 0.5)], [torch.ones(2, dtype=torch.bool)]
-    work = Work(examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0, seconds=2.0, peak_bytes=5)
+    work = Work(
+        examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0, mean_loss=1.0, seconds=2.0, peak_bytes=5
+    )
     honest = Update({"shared.x": torch.ones(1)}, flags, flags, halves, halves, halves, work)
 
     def checked(update: Update) -> Update:
@@ -118,7 +122,7 @@ def test_headers_are_bounded_before_they_are_parsed() -> None:
 
 def test_an_update_has_room_for_the_names_it_must_have_and_no_more() -> None:
     halves, flags = [torch.full((2,), 0.5)], [torch.ones(2, dtype=torch.bool)]
-    work = Work(examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0)
+    work = Work(examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0, mean_loss=1.0)
     many = {f"shared.{number}": torch.zeros(0) for number in range(2000)}
     update = Update(many, flags, flags, halves, halves, halves, work)
     with pytest.raises(InvalidReplyError, match="its header has"):
@@ -135,7 +139,7 @@ def test_products_that_would_lock_everybody_out_are_refused() -> None:
     """A of the next round keeps its norm, so B holds the whole product: 1e6 x 1e6 must not pass."""
     like = {"experts.0.up_a": torch.full((2, 1, 4), 0.5), "experts.0.up_b": torch.zeros(2, 3, 1)}
     flags, halves = [torch.tensor([True, False])], [torch.full((2,), 0.5)]
-    work = Work(examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0)
+    work = Work(examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0, mean_loss=1.0)
 
     def checked(a: float, b: float, exact: bool = True) -> Update:
         tensors = {"experts.0.up_a": torch.full((1, 1, 4), a), "experts.0.up_b": torch.full((1, 3, 1), b)}

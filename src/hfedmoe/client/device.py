@@ -46,6 +46,9 @@ class Device:
     """Digest of its base model (`models.digest`); empty for simulated clients, which share the server's model."""
     simulated: bool = False
     """Whether clients of one process share one model in memory. Memory peaks can then only be predicted."""
+    forecast: Callable[[int], int] | None = None
+    """Of a simulated client: experts that it holds -> peak bytes of a device with them, as `hfedmoe plan` says; None:
+    only weights, gradients and the optimizer's state are counted."""
     on_step: Callable[[int, int, float], None] | None = None
     """Called with (client, step, loss) after every local step."""
     budget_experts: int | None = None
@@ -189,7 +192,12 @@ class Device:
                 pace=self.pace(history, resident),
             )
         self._remember(history, resident, local.usage)
-        peak = sub_model_bytes(self.model, resident) if self.simulated else peak_bytes(self.model.device)
+        if not self.simulated:
+            peak = peak_bytes(self.model.device)
+        elif self.forecast is not None:
+            peak = self.forecast(sum(int(keep.sum()) for keep in resident))
+        else:
+            peak = sub_model_bytes(self.model, resident)
         sent = local.trained if method.sends == "trained" else resident
         return Update(
             tensors=cut(public(extract(self.model, sent), method.private), rank),
@@ -198,5 +206,10 @@ class Device:
             usage=local.usage,
             importance=local.importance,
             tokens=local.tokens,
-            work=replace(local.work, peak_bytes=peak, peak_is_measured=not self.simulated, deadline_s=self.deadline_s),
+            work=replace(
+                local.work,
+                peak_bytes=peak,
+                peak_is_measured=not self.simulated,
+                deadline_s=self.deadline_s,
+            ),
         )

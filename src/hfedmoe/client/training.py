@@ -139,6 +139,7 @@ def train(
             steps_wanted=settings.steps,
             first_loss=losses[0] if losses else None,
             last_loss=losses[-1] if losses else None,
+            mean_loss=math.fsum(losses) / len(losses) if losses else None,
             seconds=clock() - started,
             activation=_mean_activation(activation_budget) if pace is None else pace.mean_level,
         ),

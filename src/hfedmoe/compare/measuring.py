@@ -9,10 +9,8 @@ on all rows.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from hfedmoe.client.app import history_of
 from hfedmoe.data.example import Example
 from hfedmoe.prepare import Prepared
 from hfedmoe.server.evaluation import Metrics, best
@@ -45,18 +43,13 @@ class Measuring:
             last = self.round() == self.prepared.config.federation.rounds
             parts = [rows] * len(self.weights) if last else stripes(rows, len(self.weights))
             found = [
-                self.prepared.measure_on(part, self._model_of(client, tensors)) for client, part in enumerate(parts)
+                self.prepared.measure_on(part, self.simulation.model_of(client, tensors))
+                for client, part in enumerate(parts)
             ]
             metrics = mean(found, self.weights, whole=last)
         if kind == "all":
             self.last = [one for one in found if one.examples == len(rows)]
         return metrics
-
-    def _model_of(self, client: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A client's own tensors over those of the server."""
-        history = history_of(self.simulation.grid.context(client + 1), self.simulation.devices[client].place)
-        everything = [torch.ones(number, dtype=torch.bool) for number in self.simulation.server.num_experts]
-        return tensors if history.private is None else history.private.over(tensors, everything)
 
 
 def stripes(rows: Sequence[Example], clients: int) -> list[list[Example]]:

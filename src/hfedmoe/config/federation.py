@@ -34,10 +34,27 @@ class EvaluationConfig(Section):
         int,
         Field(
             ge=0,
-            description="held-out rows measured after every round, not used for the final figures; at most a fifth of "
-            "the held-out rows if these are few; 0: none",
+            description="held-out rows measured after every round, not used for the final figures; 50 or more decide "
+            "which checkpoint is best; at most a fifth of the held-out rows if these are few; 0: none",
         ),
     ] = 64
+    own_share: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of each simulated client's rows that it keeps back: never trained on, they measure what "
+            "it gained (docs/gains.md); in runs of up to 100 clients; 0: none",
+        ),
+    ] = 0.1
+    own_rows: Annotated[int, Field(ge=1, description="most rows that a client keeps back")] = 50
+    alone: Annotated[
+        bool,
+        Field(
+            description="after the run, also train every client by itself, with its own rows and budget and as many "
+            "steps, to measure what the federation is worth to it; takes about as long as the run"
+        ),
+    ] = False
     batch_size: Annotated[int, Field(ge=1, description="rows per forward pass")] = 32
     scoring: Annotated[
         Literal["auto", "first_token", "loglikelihood"],

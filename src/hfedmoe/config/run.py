@@ -51,6 +51,11 @@ class RunConfig(Section):
             problem = METHODS[self.method.name].problem_with(self.train.experts, self.train.lora)
             if problem is not None:
                 raise ValueError(f'method.name = "{self.method.name}": {problem}')
+            if self.evaluation.alone and METHODS[self.method.name].changes_model:
+                raise ValueError(
+                    f'evaluation.alone: a client of the method "{self.method.name}" trains parts that no other method '
+                    "has; use `hfedmoe compare --methods` with local"
+                )
         sampled = self.federation.clients_per_round or self.clients.count
         if sampled > self.clients.count:
             raise ValueError(f"federation.clients_per_round={sampled} is more than clients.count={self.clients.count}")

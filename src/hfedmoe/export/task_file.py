@@ -47,6 +47,7 @@ def task_json(config: RunConfig, dtype: str) -> str:
         "data": {key: getattr(config.data, key) for key in OF_DATA},
         "evaluation": {key: getattr(config.evaluation, key) for key in OF_EVALUATION},
         "model": {"dtype": dtype, "compute": config.model.compute},
+        "train": {"loss": config.train.loss},
     }
     known = {
         name: {key: value for key, value in section.items() if value is not None} for name, section in sections.items()
@@ -76,8 +77,9 @@ def read_task(folder: Path, overrides: list[str] | None = None) -> RunConfig:
         raise UserError(f"{path}: is damaged ({error}); export the run again") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise UserError(f"{path}: is of another version of hfedmoe; export the run again")
-    sections = {name: dict(_section(tree, name, path)) for name in ("data", "evaluation", "model")}
-    for name, allowed in (("data", OF_DATA), ("evaluation", OF_EVALUATION), ("model", ("dtype", "compute"))):
+    known = {"data": OF_DATA, "evaluation": OF_EVALUATION, "model": ("dtype", "compute"), "train": ("loss",)}
+    sections = {name: dict(_section(tree, name, path)) for name in known}
+    for name, allowed in known.items():
         strangers = sorted(sections[name].keys() - set(allowed))
         if strangers:
             raise UserError(f"{path}: {name}.{strangers[0]} has no place in it; export the run again")

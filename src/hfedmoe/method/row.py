@@ -201,6 +201,11 @@ class Method:
         return list(top_k) if self.merged is None else [1] * len(top_k)
 
     @property
+    def changes_model(self) -> bool:
+        """Whether clients train a model with other parts than with most methods."""
+        return self.own is not None or self.frozen_experts or self.experts_per_token is not None
+
+    @property
     def limits_otherwise(self) -> bool:
         """Whether budgets limit something else than the experts that clients hold."""
         return self.experts_per_token is not None or self.rank is not None

@@ -117,6 +117,11 @@ class RunFolder:
         with self._writing("metrics.jsonl") as path:
             rounds.append(path, record, clients)
 
+    def amend_round(self, round: int, more: dict[str, Any]) -> None:
+        """Add entries to the line of a round."""
+        with self._writing("metrics.jsonl") as path:
+            rounds.amend(path, round, more)
+
     def read_rounds(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; an incomplete last line is left out."""
         return rounds.read(self.path / "metrics.jsonl")

@@ -32,16 +32,18 @@ class Identity:
     test_rows: int
     base: str
     """Digest of the base model's stored weights (`models.digest.weights_digest`)."""
+    own_rows: int = 0
+    """Rows that clients keep back from training (`data.kept`); 0 also in files of earlier versions, which had none."""
 
 
-def identity_of(config: RunConfig, task: Task, watch: list[Example], carrier: str) -> Identity:
+def identity_of(config: RunConfig, task: Task, watch: list[Example], carrier: str, own_rows: int = 0) -> Identity:
     """The current identity of a run, from its configuration, model and rows. Raises UserError without the model."""
     found = hashlib.sha256()
     for part in (task.train, task.test, watch):
         _add(found, part)
     if task.parts is not None:  # otherwise the seed decides who holds a row
         found.update(repr([list(part) for part in task.parts]).encode())
-    return Identity(carrier, found.hexdigest()[:32], len(task.train), len(task.test), weights_digest(config))
+    return Identity(carrier, found.hexdigest()[:32], len(task.train), len(task.test), weights_digest(config), own_rows)
 
 
 def _add(found: "hashlib._Hash", examples: Iterable[Example]) -> None:
@@ -68,7 +70,7 @@ def read_identity(folder: Path) -> Identity | None:
     path = folder / NAME
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        return Identity(**{field.name: tree[field.name] for field in fields(Identity)})
+        return Identity(**{field.name: tree[field.name] for field in fields(Identity) if field.name in tree})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:

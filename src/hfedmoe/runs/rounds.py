@@ -70,6 +70,18 @@ def drop_after(path: Path, round: int) -> None:
             file.write(b"".join(_line(record) for record in kept))
 
 
+def amend(path: Path, round: int, more: dict[str, Any]) -> None:
+    """Add entries to the last line of a round; the file is replaced as a whole. Nothing happens without such a line."""
+    lines = list(_whole_lines(path))
+    for number in reversed(range(len(lines))):
+        record = json.loads(lines[number])
+        if record["round"] == round:
+            lines[number] = _line(record | more)[:-1]
+            with replacing(path) as file:
+                file.writelines(line + b"\n" for line in lines)
+            return
+
+
 def _line(record: dict[str, Any]) -> bytes:
     return json.dumps(_finite(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
 

@@ -45,8 +45,21 @@ def config_toml(config: RunConfig) -> str:
 
 
 def run_config_toml(config: RunConfig) -> bytes:
-    """The content of config.toml: all settings, and the installed versions."""
-    return (_dumps(_tree(config) | {"versions": versions_here()}) + END + "\n").encode()
+    """The content of config.toml: all settings that the run uses, and the installed versions."""
+    tree = _tree(config)
+    for section, keys in _unused(config).items():
+        for key in keys:
+            tree[section].pop(key, None)
+    return (_dumps(tree | {"versions": versions_here()}) + END + "\n").encode()
+
+
+def _unused(config: RunConfig) -> dict[str, set[str]]:
+    """Settings of the data's source and split that others replace: a reader would take them for what was used."""
+    if config.data.clients is not None:  # every client has a file of its own
+        of_split = {"scheme", "alpha", "shards_per_client", "column"}
+        return {"data": {"source"}, "partition": of_split}
+    own = {"dirichlet": "alpha", "shards": "shards_per_client"}
+    return {"partition": {key for scheme, key in own.items() if scheme != config.partition.scheme}}
 
 
 def _tree(config: RunConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Whole choices are scored like in EleutherAI's lm-evaluation-harness, so that res
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from hfedmoe.data.example import Example
 from hfedmoe.data.fits import Room
 from hfedmoe.data.pairs import fit
 from hfedmoe.errors import UserError
+from hfedmoe.server.prior import probabilities
 
 Scoring = Literal["auto", "first_token", "loglikelihood"]
 
@@ -33,6 +35,8 @@ class Metrics:
     first tokens with first-token scoring, else of all tokens. `perplexity` is its exponential. Both may be infinite or
     NaN if the model is broken. `accuracy` is None for completions. `macro_f1` is None unless all examples have the same
     choices, which are labels (classification); its mean leaves out labels that are never true and never predicted.
+    `choice_loss` is the mean negative log-probability of the right choice among all of its row, as trained with
+    `train.loss = "choices"`; None unless it was asked for.
     `accuracy_norm` divides the log-probability of a choice by its length in characters; None unless whole choices are
     compared.
     """
@@ -43,6 +47,7 @@ class Metrics:
     examples: int
     perplexity: float
     accuracy_norm: float | None = None
+    choice_loss: float | None = None
     predicted: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
     """The chosen answer of every example, as an index into its choices; None for completions."""
 
@@ -80,6 +85,7 @@ def evaluate(
     scoring: Scoring = "auto",
     on_batch: Callable[[int, int], None] | None = None,
     before_pass: Callable[[Batch], None] | None = None,
+    among_choices: bool = False,
 ) -> Metrics:
     """Score every example; the order of the examples does not change the result.
 
@@ -95,6 +101,7 @@ def evaluate(
             whole choices. Prompts of whole choices are cut at the start to fit. Completions are never compared.
         on_batch: called after every batch with the number of sequences done and of all sequences.
         before_pass: called with every batch before its forward pass, for example so that experts skip its padding.
+        among_choices: also compute `choice_loss`, because that is what was trained.
 
     Raises:
         UserError: there are no examples, an answer is too long, or choices do not differ in their first token.
@@ -165,6 +172,7 @@ def evaluate(
         examples=len(examples),
         perplexity=perplexity,
         accuracy_norm=normed,
+        choice_loss=_choice_loss(truth, scores) if among_choices else None,
         predicted=tuple(predicted),
         scores=tuple(map(tuple, scores)),
     )
@@ -245,6 +253,14 @@ def _sums(logits: Tensor, targets: Tensor, chunk: Sequence[_Request], encoder: E
 def best(scores: Sequence[float]) -> int:
     """The index of the highest score; ties go to the lower index."""
     return max(range(len(scores)), key=scores.__getitem__)
+
+
+def _choice_loss(truth: Sequence[int], scores: Sequence[Sequence[float]]) -> float:
+    """Mean cross entropy of the right choice among all of its row, from logits or log-probabilities."""
+    losses = (
+        -math.log(max(probabilities(row)[right], sys.float_info.min)) for right, row in zip(truth, scores, strict=True)
+    )
+    return math.fsum(losses) / len(truth)
 
 
 def _hit_rate(truth: Sequence[int], predicted: Sequence[int]) -> float:

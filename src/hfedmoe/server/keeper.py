@@ -16,9 +16,11 @@ from hfedmoe.method.usage import FederationUsage, HeldCounts
 from hfedmoe.runs.experts import of_round
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.evaluation import Metrics
-from hfedmoe.server.records import RoundRecord
+from hfedmoe.server.records import RoundRecord, trained_loss
 from hfedmoe.wire.messages import pack_bits, unpack_bits
 
+DECIDING = 50
+"""Fewest rows that decide which checkpoint is best."""
 SaveClients = Callable[[], dict[str, Tensor]]
 
 
@@ -126,7 +128,7 @@ class Keeper:
         """Round 0: the model before any training."""
         line: dict[str, Any] = {
             "round": 0,
-            "loss": metrics.loss,
+            **trained_loss(metrics),
             "accuracy": metrics.accuracy,
             "macro_f1": metrics.macro_f1,
         }
@@ -148,7 +150,8 @@ class Keeper:
         if whole is not None:
             self._note_answers(log.round, whole)
             self.scores.append(_evaluation(log.round, whole.figures()))
-        # Decision: the best checkpoint is chosen on the watched rows, which the final evaluation never uses.
+        # Decision: the best checkpoint is chosen on the watched rows, which the final evaluation never uses. Few rows
+        # decide nothing: with 24 the accuracy of a round is known to 20 points, and the last round counts as best.
         self._checkpoint(log.round, tensors, watched or whole, whole)
 
     def failed(self, log: RoundRecord) -> None:
@@ -187,7 +190,9 @@ class Keeper:
         if self.folder is None:
             return
         score, metric = None, "accuracy"
-        if judged is not None:
+        if judged is not None and judged.examples < DECIDING:
+            score, metric = float(round), "round"
+        elif judged is not None:
             score, metric = (judged.accuracy, "accuracy") if judged.accuracy is not None else (-judged.loss, "-loss")
         state = {"evaluation": None if whole is None else whole.figures()}
         self.folder.save_checkpoint(round, tensors, state, self._save_clients(), score, metric, self._last_saved)
@@ -214,4 +219,11 @@ def _rows_of(folder: RunFolder, rows: Any, round: int, clients: dict[int, int]) 
 
 
 def _evaluation(round: int, metrics: dict[str, Any]) -> Evaluation:
-    return Evaluation(round, metrics["accuracy"], metrics["macro_f1"], metrics["loss"], metrics["examples"])
+    return Evaluation(
+        round,
+        metrics["accuracy"],
+        metrics["macro_f1"],
+        metrics["loss"],
+        metrics["examples"],
+        choice_loss=metrics.get("choice_loss"),
+    )

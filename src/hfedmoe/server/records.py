@@ -23,6 +23,15 @@ REASONS = 5
 """How many reasons of clients left out of a round are kept for the error message."""
 
 
+def trained_loss(metrics: Metrics | None) -> dict[str, Any]:
+    """The loss in a line of metrics.jsonl, as the clients train it, and what it compares the right answer with."""
+    if metrics is None:
+        return {"loss": None}
+    if metrics.choice_loss is None:
+        return {"loss": metrics.loss, "loss_among": "vocabulary"}
+    return {"loss": metrics.choice_loss, "loss_among": "choices"}
+
+
 class RoundRecord:
     """One round in progress. Client records may move to a file; bytes received and sent always stay in memory.
 
@@ -106,7 +115,7 @@ class RoundRecord:
         shown = whole or watched
         return {
             "round": self.round,
-            "loss": None if shown is None else shown.loss,
+            **trained_loss(shown),
             "accuracy": None if shown is None else shown.accuracy,
             "macro_f1": None if shown is None else shown.macro_f1,
             "evaluation": {name: m.figures() for name, m in (("watch", watched), ("all", whole)) if m is not None},

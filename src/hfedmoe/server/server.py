@@ -100,7 +100,15 @@ class Server:
     def _measure(self, kind: Literal["all", "watch"], round: int) -> Metrics:
         metrics = self.evaluate(self.tensors, kind)
         self.watcher.evaluated(
-            Evaluation(round, metrics.accuracy, metrics.macro_f1, metrics.loss, metrics.examples, kind)
+            Evaluation(
+                round,
+                metrics.accuracy,
+                metrics.macro_f1,
+                metrics.loss,
+                metrics.examples,
+                kind,
+                metrics.choice_loss,
+            )
         )
         return metrics
 

@@ -16,6 +16,7 @@ from hfedmoe.moe.payload import layer_of, lora_pairs, public
 from hfedmoe.moe.ranks import cut
 from hfedmoe.wire.messages import (
     CONTRIBUTION,
+    LOSSES,
     MAX_VALUE,
     VECTORS,
     Description,
@@ -213,8 +214,7 @@ def _work(facts: ConfigRecord, asked: Asked, most_experts: int) -> Work:
         examples=_whole(facts, "examples", 1, MAX_EXAMPLES),
         steps=_whole(facts, "steps", 1, steps_wanted),
         steps_wanted=steps_wanted,
-        first_loss=_finite(facts, "first_loss"),
-        last_loss=_finite(facts, "last_loss"),
+        **_losses(facts),
         seconds=_seconds(facts),
         peak_bytes=_whole(facts, "peak_bytes", 0, 1 << 60),
         peak_is_measured=facts.get("peak_is_measured") is True,
@@ -259,11 +259,15 @@ def _positive(facts: ConfigRecord, key: str, high: float) -> float | None:
     return value
 
 
-def _finite(facts: ConfigRecord, key: str) -> float:
-    value: Any = facts.get(key)
-    if not isinstance(value, float) or not math.isfinite(value):
-        raise InvalidReplyError(f"{key} is not a finite number")
-    return value
+def _losses(facts: ConfigRecord) -> dict[str, float]:
+    """The losses of a client's steps by name."""
+    values: Any = facts.get("step_losses")
+    if not isinstance(values, list) or len(values) != len(LOSSES):
+        raise InvalidReplyError("it does not say the losses of its steps")
+    for name, value in zip(LOSSES, values, strict=True):
+        if not isinstance(value, float) or not math.isfinite(value):
+            raise InvalidReplyError(f"{name} is not a finite number")
+    return dict(zip(LOSSES, values, strict=True))
 
 
 def _seconds(facts: ConfigRecord) -> float:

@@ -74,6 +74,8 @@ class Update:
 
 
 VECTORS = ("usage", "importance", "tokens")
+LOSSES = ("first_loss", "last_loss", "mean_loss")
+"""Losses of a client's steps, in the order in which they are sent."""
 USAGE, CONTRIBUTION = "usage", "contribution"
 
 
@@ -234,4 +236,7 @@ def train_reply(update: Update) -> RecordDict:
     vectors = {name: torch.cat(getattr(update, name)).float() for name in VECTORS}
     # A record cannot hold None.
     work = {name: value for name, value in asdict(update.work).items() if value is not None}
+    losses = [work.pop(name) for name in LOSSES if name in work]
+    if len(losses) == len(LOSSES):
+        work["step_losses"] = losses  # in one fact, to save bytes
     return record({"trained": pack_bits(update.trained), **work}, update.tensors | vectors)

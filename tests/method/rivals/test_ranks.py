@@ -110,7 +110,7 @@ def test_they_need_lora_pairs_whose_factors_both_change(name: str) -> None:
 
 def test_the_server_takes_a_client_s_own_rank_and_no_other() -> None:
     halves, flags = [torch.full((2,), 0.5)], [torch.tensor([True, False])]
-    work = Work(examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0)
+    work = Work(examples=10, steps=1, steps_wanted=1, first_loss=1.0, last_loss=1.0, mean_loss=1.0)
     pair = {A: torch.ones(1, 2, 2), B: torch.ones(1, 2, 2)}
 
     def checked(tensors: dict[str, Tensor], rank: int) -> Update:

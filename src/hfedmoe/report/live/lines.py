@@ -6,7 +6,16 @@ from rich.console import Console
 
 from hfedmoe.events import ClientRound, Evaluation, Participant
 from hfedmoe.report.live.tracker import Tracker
-from hfedmoe.report.live.words import budget, deadline_cost, decimal, describe, human_bytes, human_seconds
+from hfedmoe.report.live.words import (
+    budget,
+    deadline_cost,
+    decimal,
+    describe,
+    human_bytes,
+    human_seconds,
+    mean_loss,
+    peak,
+)
 
 HEARTBEAT_S = 60.0  # long work writes a line this often
 MANY = 50  # clients; with more, only failed ones have lines of their own
@@ -58,7 +67,8 @@ class Lines(Tracker):
 
     def step(self, client: int, step: int, steps: int, loss: float) -> None:
         super().step(client, step, steps, loss)
-        self._heartbeat(f"  {self.rows[client].line.name}: step {step}/{steps}, loss {decimal(loss)}")
+        row = self.rows[client]
+        self._heartbeat(f"  {row.line.name}: step {step}/{steps}, loss {decimal(row.loss)}")
 
     def client_done(self, round: int, client: int, done: ClientRound) -> None:
         super().client_done(round, client, done)
@@ -73,7 +83,7 @@ class Lines(Tracker):
         self.write(
             f"  {name}: held {done.resident}/{done.total_experts} experts, trained {done.trained}, "
             f"received {human_bytes(done.bytes_down)}, sent {human_bytes(done.bytes_up)}, "
-            f"loss {decimal(done.last_loss)}, {human_seconds(done.seconds)}, peak {human_bytes(done.peak_bytes)}"
+            f"loss {decimal(mean_loss(done))}, {human_seconds(done.seconds)}, {peak(done)}"
             + ("" if done.deadline_s is None else f"; {deadline_cost(done)}")
         )
 
@@ -96,6 +106,9 @@ class Lines(Tracker):
 
     def warning(self, text: str) -> None:
         self.write(f"warning: {text}")
+
+    def note(self, text: str) -> None:
+        self.write(text)
 
     def finish(self, text: str) -> None:
         self.write(text)

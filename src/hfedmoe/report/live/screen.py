@@ -78,6 +78,9 @@ class OnScreen(Tracker):
     def warning(self, text: str) -> None:
         self.write(f"warning: {text}", "yellow")
 
+    def note(self, text: str) -> None:
+        self.write(text)
+
     def finish(self, text: str) -> None:
         self.doing, self.current = "", None
         self.__exit__()
@@ -116,7 +119,7 @@ class OnScreen(Tracker):
             if not scores:
                 continue
             if scores[-1].accuracy is None:
-                steps = [f"round {score.round} loss {decimal(score.loss)}" for score in scores]
+                steps = [f"round {score.round} loss {decimal(score.trained_loss)}" for score in scores]
             else:
                 steps = [f"round {score.round} {percent(score.accuracy)}" for score in scores]
             path = " → ".join(steps[:1] + ["…"] * (len(steps) > 3) + steps[1:][-2:])

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, Watcher
-from hfedmoe.report.live.words import activation, describe, human_bytes, human_seconds, steps
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, SiteGain, Watcher
+from hfedmoe.report.live.gains import explained, gains_table
+from hfedmoe.report.live.words import activation, describe, human_bytes, human_seconds, mean_loss, steps
 
 MOST_SHOWN = 50
 """Clients in the final table."""
@@ -21,6 +22,7 @@ class ClientLine:
     line: Participant
     done: ClientRound | None = None
     loss: float | None = None
+    """The mean over the steps of its round so far."""
     step: int = 0
     steps: int = 0
     status: str = "waiting"
@@ -74,14 +76,15 @@ class Tracker(Watcher):
 
     def step(self, client: int, step: int, steps: int, loss: float) -> None:
         row = self.rows[client]
-        row.step, row.steps, row.loss, row.status = step, steps, loss, "training"
+        before = 0.0 if row.loss is None or step == 1 else row.loss * (step - 1)
+        row.step, row.steps, row.loss, row.status = step, steps, (before + loss) / step, "training"
         self.doing, self.current = "", client
 
     def client_done(self, round: int, client: int, done: ClientRound) -> None:
         row = self.rows[client]
         row.status = done.status
         if done.status == "ok":
-            row.done, row.loss = done, done.last_loss
+            row.done, row.loss = done, mean_loss(done)
         if self.current == client:
             self.current = None
 
@@ -109,30 +112,26 @@ class Tracker(Watcher):
     def final_table(self, clients: Sequence[ClientTotals], before: Evaluation | None, after: Evaluation | None) -> None:
         table = Table(title="What each client held, did and used", title_justify="left", title_style="bold")
         table.add_column("client", overflow="fold")
-        for heading in ("held", "predicted", "trained", "received", "sent", "peak", "time"):
-            table.add_column(heading, justify="right", overflow="fold")
-        deadlines = any(line.deadline_s is not None for line in clients)
         shown = clients[:MOST_SHOWN]
-        for heading in ("deadline", "steps", "per layer") if deadlines else ():
+        columns = {heading: [show(line) for line in shown] for heading, show in TOTALS.items()}
+        columns = {heading: cells for heading, cells in columns.items() if not shown or set(cells) != {"-"}}
+        for heading in columns:
             table.add_column(heading, justify="right", overflow="fold")
-        for line in shown:
-            table.add_row(
-                escape(line.name),
-                f"{line.resident}/{line.total_experts}",
-                human_bytes(line.predicted_bytes),
-                str(line.trained),
-                human_bytes(line.bytes_down),
-                human_bytes(line.bytes_up),
-                human_bytes(line.measured_bytes),
-                human_seconds(line.seconds),
-                *(_pace_cells(line) if deadlines else ()),
-            )
+        for number, line in enumerate(shown):
+            table.add_row(escape(line.name), *(cells[number] for cells in columns.values()))
         self.console.print(table)
         if len(clients) > len(shown):
             self.write(f"and {len(clients) - len(shown)} more clients; what each did is in metrics.jsonl")
         for when, score in (("before", before), ("after", after)):
             if score is not None:
                 self.write(f"{when:<6} (round {score.round}): {describe(score)} ({score.rows} rows)")
+
+    def site_gains(self, gains: Sequence[SiteGain]) -> None:
+        shown = gains[:MOST_SHOWN]
+        self.console.print(gains_table(shown))
+        if len(gains) > len(shown):
+            self.write(f"and {len(gains) - len(shown)} more sites; what each gained is in metrics.jsonl")
+        self.write(explained(gains))
 
     def write(self, line: str, style: str | None = None) -> None:
         """Print one line without markup and wrapping; characters that the console lacks are replaced."""
@@ -141,5 +140,16 @@ class Tracker(Watcher):
         self.console.print(line, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
-def _pace_cells(line: ClientTotals) -> tuple[str, str, str]:
-    return ("-" if line.deadline_s is None else f"{line.deadline_s:g} s", steps(line), activation(line))
+TOTALS: dict[str, Callable[[ClientTotals], str]] = {
+    "held": lambda line: f"{line.resident}/{line.total_experts}",
+    "trained": lambda line: str(line.trained),
+    "received": lambda line: human_bytes(line.bytes_down),
+    "sent": lambda line: human_bytes(line.bytes_up),
+    "peak (predicted)": lambda line: human_bytes(line.predicted_bytes),
+    "peak": lambda line: human_bytes(line.measured_bytes),
+    "time": lambda line: human_seconds(line.seconds),
+    "deadline": lambda line: "-" if line.deadline_s is None else f"{line.deadline_s:g} s",
+    "steps": steps,
+    "per layer": activation,
+}
+"""Columns of the final table; one of which no client has a value is left out."""

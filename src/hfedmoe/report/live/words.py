@@ -36,6 +36,16 @@ def decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def mean_loss(done: ClientRound) -> float | None:
+    """A client's loss: the mean over its steps; of an earlier version, the last."""
+    return done.last_loss if done.mean_loss is None else done.mean_loss
+
+
+def peak(done: ClientRound) -> str:
+    """A client's memory peak, and whether it was measured."""
+    return f"peak {human_bytes(done.peak_bytes)}" + ("" if done.peak_is_measured else " (predicted)")
+
+
 def budget(line: Participant) -> str:
     """A budget as experts and share."""
     return f"{line.budget} ({100 * line.budget_share:.0f} %)"
@@ -68,6 +78,6 @@ def describe(score: Evaluation) -> str:
         parts.append(f"accuracy {percent(score.accuracy)}")
     if score.macro_f1 is not None:
         parts.append(f"macro-F1 {decimal(score.macro_f1)}")
-    if score.loss is not None:
-        parts.append(f"loss {decimal(score.loss)}")
+    if score.trained_loss is not None:
+        parts.append(f"loss {decimal(score.trained_loss)}")
     return ", ".join(parts)

@@ -1,0 +1,110 @@
+"""What did each site gain? Its own rows, which nobody trained on, before the federation, after it, and alone."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hfedmoe.data.example import Example
+from hfedmoe.data.kept import class_counts
+from hfedmoe.events import Score, SiteGain, Watcher
+from hfedmoe.prepare import Prepared
+from hfedmoe.server.evaluation import Metrics
+
+Z = 1.959963984540054
+"""Of an interval with 95 % confidence."""
+TensorsOf = Callable[[int], dict[str, Tensor]]
+"""A client's number -> the trained tensors of its model."""
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The sites of a run: their names, and of each the rows that it trains on and keeps back, as indices."""
+
+    names: list[str]
+    trained: list[list[int]]
+    kept: list[list[int]]
+
+    @property
+    def measurable(self) -> bool:
+        """Whether any site kept rows back."""
+        return any(self.kept)
+
+
+def site_gains(
+    prepared: Prepared, sites: Sites, federated: TensorsOf, alone: TensorsOf | None, watcher: Watcher
+) -> list[SiteGain]:
+    """Measure every site that kept rows back.
+
+    Args:
+        federated: the models after the federation.
+        alone: the models that the sites trained by themselves; None: they did not.
+    """
+    task, found = prepared.task, []
+    for client, kept in enumerate(sites.kept):
+        if not kept:
+            continue
+        watcher.phase(f"measuring what {sites.names[client]} gained")
+        rows = [task.train[row] for row in kept]
+        before = prepared.measure_on(rows, prepared.initial)
+        after = prepared.measure_on(rows, federated(client))
+        by_itself = None if alone is None else prepared.measure_on(rows, alone(client))
+        gain, interval = _gain(rows, after, by_itself or before)
+        found.append(
+            SiteGain(
+                client=client,
+                name=sites.names[client],
+                trained_rows=len(sites.trained[client]),
+                own_rows=len(rows),
+                labels=class_counts(task, [*sites.trained[client], *kept]),
+                num_labels=len(task.labels),
+                before=_score(before),
+                federated=_score(after),
+                alone=None if by_itself is None else _score(by_itself),
+                gain=gain,
+                gain_interval=interval,
+            )
+        )
+    return found
+
+
+def _score(metrics: Metrics) -> Score:
+    interval = None
+    if metrics.accuracy is not None:
+        interval = share_interval(round(metrics.accuracy * metrics.examples), metrics.examples)
+    loss = metrics.loss if metrics.choice_loss is None else metrics.choice_loss
+    return Score(metrics.accuracy, metrics.macro_f1, loss, interval)
+
+
+def _gain(rows: Sequence[Example], after: Metrics, before: Metrics) -> tuple[float | None, tuple[float, float] | None]:
+    """The difference of two accuracies on the same rows, and its interval; None for tasks without choices."""
+    if after.predicted is None or before.predicted is None:
+        return None, None
+    won = lost = 0
+    for row, now, then in zip(rows, after.predicted, before.predicted, strict=True):
+        won += now == row.answer != then
+        lost += then == row.answer != now
+    return (won - lost) / len(rows), difference_interval(won, lost, len(rows))
+
+
+def share_interval(hits: int, rows: int) -> tuple[float, float]:
+    """Wilson's interval of a share, with 95 % confidence; it is honest for few rows, too."""
+    from scipy.stats import binomtest
+
+    found = binomtest(hits, rows).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def difference_interval(won: int, lost: int, rows: int) -> tuple[float, float]:
+    """The interval of the difference of two shares of the same rows, with 95 % confidence.
+
+    Bonett and Price (2012): one row more that only the one, and one that only the other gets right. So it does not
+    vanish where few rows happen to agree.
+
+    Args:
+        won: rows that only the one gets right; `lost`: only the other.
+    """
+    one, other = (won + 1) / (rows + 2), (lost + 1) / (rows + 2)
+    width = Z * math.sqrt((one + other - (one - other) ** 2) / (rows + 2))
+    return max(-1.0, one - other - width), min(1.0, one - other + width)

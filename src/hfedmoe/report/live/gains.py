@@ -1,0 +1,69 @@
+"""The table of what each site gained."""
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from hfedmoe.events import Score, SiteGain
+from hfedmoe.report.live.words import decimal, percent
+
+
+def gains_table(gains: Sequence[SiteGain]) -> Table:
+    """One line per site; columns that no site has are left out."""
+    alone = any(gain.alone is not None for gain in gains)
+    labelled = any(gain.labels for gain in gains)
+    choices = any(gain.federated.accuracy is not None for gain in gains)
+    models = ("before", "alone", "federated") if alone else ("before", "federated")
+    table = Table(title="What each site gained", title_justify="left", title_style="bold")
+    table.add_column("site", overflow="fold")
+    headings = ["trained on", "kept back", *(["classes"] if labelled else []), *models]
+    for heading in headings + (["95 %", "gain (95 %)"] if choices else []):
+        table.add_column(heading, justify="right", overflow="fold")
+    for gain in gains:
+        table.add_row(
+            escape(gain.name),
+            str(gain.trained_rows),
+            str(gain.own_rows),
+            *([f"{len(gain.labels)} of {gain.num_labels}"] if labelled else []),
+            *(_shown(getattr(gain, model)) for model in models),
+            *([_between(gain.federated), _gained(gain)] if choices else []),
+        )
+    return table
+
+
+def _shown(score: Score | None) -> str:
+    """Accuracy and macro-F1; the loss for tasks without choices."""
+    if score is None:
+        return "-"
+    if score.accuracy is None:
+        return decimal(score.loss)
+    return percent(score.accuracy) + ("" if score.macro_f1 is None else f", {score.macro_f1:.2f}")
+
+
+def explained(gains: Sequence[SiteGain]) -> str:
+    """What the table's figures are, in one line."""
+    than = "alone" if any(gain.alone is not None for gain in gains) else "before"
+    choices, f1 = (
+        any(getattr(gain.federated, figure) is not None for gain in gains) for figure in ("accuracy", "macro_f1")
+    )
+    what = "accuracy, macro-F1" if f1 else "accuracy" if choices else "loss"
+    text = f"{what} on rows that each site kept back: nobody trained on them, and they decide nothing"
+    text += f"; gain: points of accuracy, federated less {than}." if choices else "."
+    if than == "before":
+        text += " evaluation.alone = true adds what each would have reached by itself."
+    return text
+
+
+def _between(score: Score) -> str:
+    if score.interval is None:
+        return "-"
+    low, high = score.interval
+    return f"{100 * low:.0f} to {100 * high:.0f} %"
+
+
+def _gained(gain: SiteGain) -> str:
+    if gain.gain is None or gain.gain_interval is None:
+        return "-"
+    low, high = gain.gain_interval
+    return f"{100 * gain.gain:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"

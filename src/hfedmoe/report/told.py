@@ -1,0 +1,34 @@
+"""What a run says before its first round: which rows measure what, and what its loss means."""
+
+import math
+
+from hfedmoe.config import EvaluationConfig
+from hfedmoe.data.task import Task
+from hfedmoe.server.keeper import DECIDING
+
+
+def held_out_words(task: Task, watched: int, settings: EvaluationConfig) -> str:
+    """Which held-out rows are measured when, and which decide the best checkpoint."""
+    when = f", every {settings.every} rounds," if settings.every else ""
+    text = f"held out: {len(task.test)} rows measure the model before{when} and after the run"
+    others = f"{watched} others are watched after every round"
+    if watched >= DECIDING:
+        return f"{text}; {others} and decide which checkpoint is best"
+    last = "so the last checkpoint counts as best"
+    if watched:
+        return f"{text}; {others}, too few to decide anything (that takes {DECIDING}), {last}"
+    return f"{text}; no others are watched, {last}"
+
+
+def loss_words(task: Task, trained: str) -> str:
+    """What the loss compares, which is the same for clients and for the model of all.
+
+    Args:
+        trained: `train.loss`.
+    """
+    among, guess = "all words", ""
+    if trained == "choices":
+        among = "the choices"
+        guess = f", {math.log(len(task.labels)):.2f} is guessing" if task.labels else ""
+    setting = f'train.loss = "{trained}"'
+    return f"loss: of the right answer among {among} ({setting}), a mean over rows; 0 is best{guess}"
