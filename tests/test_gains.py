@@ -147,7 +147,13 @@ def test_alone_is_refused_where_clients_train_other_parts() -> None:
 def test_tasks_without_choices_are_measured_by_their_loss(tmp_path: Path) -> None:
     rows = [{"prompt": f"the bank said {n}", "completion": "oil prices rose"} for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = (f"data.source={tmp_path}/rows.jsonl", "partition.scheme=iid", "federation.rounds=1", "clients.count=2")
+    own = (
+        f"data.source={tmp_path}/rows.jsonl",
+        "partition.scheme=iid",
+        "federation.rounds=1",
+        "clients.count=2",
+        "evaluation.own_share=0.1",
+    )
     seen = Seen()
     simulation.run(tiny_config(*own), tmp_path / "run", seen)
     assert [gain.name for gain in seen.gains] == ["client 0", "client 1"]
