@@ -1,17 +1,17 @@
-"""Run a federation of simulated clients in this process: what `hfedmoe run` does."""
+"""Run a federation of simulated clients: what `hfedmoe run` does."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
-from hfedmoe.client.app import client_app
 from hfedmoe.client.device import Device
 from hfedmoe.config import RunConfig
-from hfedmoe.data.partition import partition
+from hfedmoe.device.probe import usable_cores
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
 from hfedmoe.files.disk import require_room
@@ -20,20 +20,16 @@ from hfedmoe.moe.payload import load_all
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.runs.choice import fitting
 from hfedmoe.runs.folder import RunFolder
-from hfedmoe.runs.identity import (
-    DEPLOYED,
-    SIMULATED,
-    Identity,
-    check_identity,
-    identity_of,
-    read_identity,
-    write_identity,
-)
+from hfedmoe.runs.identity import DEPLOYED, check_identity, read_identity, write_identity
 from hfedmoe.runs.log import logging_to
 from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
-from hfedmoe.wire.inprocess import InProcessGrid, changed_contexts, restore_contexts
+from hfedmoe.simulated import WorkerApp, app_of, as_trained, devices_of, identity, split
+from hfedmoe.wire.cluster import Cluster, connected
+from hfedmoe.wire.inprocess import InProcessGrid
+from hfedmoe.wire.local import LocalGrid, changed_contexts, restore_contexts
+from hfedmoe.wire.rayed import RayGrid
 
 
 def run(
@@ -45,9 +41,10 @@ def run(
         UserError: the configuration, model, data or folder cannot be used, or too few clients gave a valid update.
     """
     config = with_absolute_paths(config)
-    with RunFolder.create(out, config) as folder:
+    with RunFolder.create(out, config) as folder, ExitStack() as stack:
         begun(folder.path)
         try:
+            cluster = stack.enter_context(_cluster(config, watcher))
             prepared = prepare(config, watcher)
             parts = _split(prepared, watcher)
         except UserError:
@@ -55,9 +52,9 @@ def run(
             raise
         if prepared.settled is not config:
             folder.settle(prepared.settled)
-        write_identity(folder.path, _identity(prepared))
+        write_identity(folder.path, identity(prepared))
         folder.describe(prepared.about(parts))
-        _run(folder, prepared, parts, None, watcher)
+        _run(folder, prepared, parts, None, watcher, cluster)
         return folder.path
 
 
@@ -67,7 +64,7 @@ def resume(path: Path, watcher: Watcher) -> Path:
     Raises:
         UserError: not a run folder, in use by another process, or as `run`.
     """
-    with RunFolder.open(path, to_write=True) as folder:
+    with RunFolder.open(path, to_write=True) as folder, ExitStack() as stack:
         was = read_identity(path)
         if was is not None and was.carrier == DEPLOYED:
             raise UserError(
@@ -75,38 +72,54 @@ def resume(path: Path, watcher: Watcher) -> Path:
                 f"`hfedmoe serve --resume {path}` continues a run of `hfedmoe serve`; one of `flwr run` continues by "
                 "itself while its SuperLink runs, else start again with `flwr run` and its config.toml"
             )
+        cluster = stack.enter_context(_cluster(folder.config, watcher))
         prepared = prepare(folder.config, watcher)
-        check_identity(path, _identity(prepared))
+        check_identity(path, identity(prepared))
         if was is None:
-            write_identity(path, _identity(prepared))
+            write_identity(path, identity(prepared))
         round = None
         if folder.saved_rounds():
             round = folder.load_checkpoint("last").round
         folder.rewind(-1 if round is None else round)
-        _run(folder, prepared, _split(prepared, watcher), round, watcher)
+        _run(folder, prepared, _split(prepared, watcher), round, watcher, cluster)
         return folder.path
 
 
-def _identity(prepared: Prepared) -> Identity:
-    return identity_of(prepared.config, prepared.task, prepared.watch, SIMULATED)
+@contextmanager
+def _cluster(config: RunConfig, watcher: Watcher) -> Iterator[Cluster | None]:
+    """Ray during the block, if the clients work there. Raises UserError if it cannot be used."""
+    if config.carrier.kind == "process":
+        yield None
+        return
+    address = config.carrier.address
+    watcher.phase("starting Ray" if address is None else f"connecting to Ray at {address}")
+    clients = config.federation.clients_per_round or config.clients.count
+    if METHODS[config.method.name].pooled:
+        clients = 1
+    with connected(config.carrier, clients, usable_cores()) as cluster:
+        yield cluster
 
 
 def _split(prepared: Prepared, watcher: Watcher) -> list[list[int]]:
     watcher.phase("splitting the data over the clients")
-    config = prepared.config
-    return partition(prepared.task, config.partition, config.clients.count, config.seed)
+    return split(prepared)
 
 
 def _run(
-    folder: RunFolder, prepared: Prepared, parts: list[list[int]], from_round: int | None, watcher: Watcher
+    folder: RunFolder,
+    prepared: Prepared,
+    parts: list[list[int]],
+    from_round: int | None,
+    watcher: Watcher,
+    cluster: Cluster | None,
 ) -> None:
     for text in prepared.warnings:
         watcher.warning(text)
     # The checkpoints that are kept, the best one, and the one that is being written.
     size = sum(tensor.nbytes for tensor in prepared.initial.values())
     require_room(folder.path, size * (prepared.config.keep_checkpoints + 2))
-    simulation = assemble(prepared, parts, folder, watcher, from_round)
     with logging_to(folder.path):
+        simulation = assemble(prepared, parts, folder, watcher, from_round, cluster)
         simulation.run()
     keeper = simulation.server.keeper
     watcher.finish(f"done: {folder.path}")
@@ -116,11 +129,12 @@ def _run(
 
 @dataclass
 class Simulation:
-    """A server and its clients in one process."""
+    """A server and its clients."""
 
     server: Server
     devices: list[Device]
-    grid: InProcessGrid
+    """Empty if they are in workers of Ray."""
+    grid: LocalGrid
 
     def run(self) -> None:
         """Run all remaining rounds. Raises UserError like `Server.run`."""
@@ -134,6 +148,7 @@ def assemble(
     folder: RunFolder | None,
     watcher: Watcher,
     from_round: int | None = None,
+    cluster: Cluster | None = None,
 ) -> Simulation:
     """Put a federation together.
 
@@ -141,14 +156,21 @@ def assemble(
         parts: the rows of every client, as indices into `prepared.task.train`.
         folder: where the run is kept; None: nowhere.
         from_round: round of the checkpoint from which the run continues; None: it begins.
+        cluster: where the clients work; None: in this process.
 
     Raises:
         UserError: the checkpoint is damaged or does not fit the model.
     """
-    if METHODS[prepared.config.method.name].pooled:
-        prepared, parts = pooled(prepared, parts)
-    devices = _devices(prepared, parts, watcher)
-    grid = InProcessGrid(client_app(lambda _, context: devices[int(context.node_config["partition-id"])]), len(devices))
+    whole = prepared
+    prepared, parts = as_trained(prepared, parts)
+    steps = prepared.config.train.steps
+    devices: list[Device] = []
+    if cluster is None:
+        devices = devices_of(prepared, parts, lambda client, step, loss: watcher.step(client, step, steps, loss))
+        grid: LocalGrid = InProcessGrid(app_of(devices), len(devices))
+    else:
+        watcher.phase(f"{cluster.at_once} workers load {prepared.config.model.name}")
+        grid = RayGrid(WorkerApp.of(whole), len(parts), cluster, watcher, steps)
     keeper = Keeper(folder, lambda: _to_tensors(changed_contexts(grid)), from_round)
     tensors = None
     if folder is not None and from_round is not None:
@@ -158,44 +180,6 @@ def assemble(
             load_all(prepared.model, tensors)
         restore_contexts(grid, _to_bytes(checkpoint.clients or {}))
     return Simulation(server_for(prepared, keeper, watcher, tensors, from_round or 0), devices, grid)
-
-
-def pooled(prepared: Prepared, parts: list[list[int]]) -> tuple[Prepared, list[list[int]]]:
-    """One client with the rows of all, without limits, that takes as many steps in a round as they would together."""
-    config = prepared.config
-    asked = config.federation.clients_per_round or config.clients.count
-    changes = {
-        "clients": config.clients.model_copy(update={"count": 1, "budgets": ["100%"], "deadlines_s": None}),
-        "federation": config.federation.model_copy(update={"clients_per_round": None, "min_clients": 1}),
-        "train": config.train.model_copy(update={"steps": config.train.steps * asked}),
-        "data": config.data.model_copy(update={"clients": None}),
-    }
-    one = replace(prepared, config=config.model_copy(update=changes), budgets=None)
-    return one, [sorted(row for part in parts for row in part)]
-
-
-def _devices(prepared: Prepared, parts: list[list[int]], watcher: Watcher) -> list[Device]:
-    """Simulated clients. They share one model in memory; a client's sub-model is a mask over it."""
-    steps = prepared.config.train.steps
-
-    def on_step(client: int, step: int, loss: float) -> None:
-        watcher.step(client, step, steps, loss)
-
-    return [
-        Device(
-            number=number,
-            name=f"client {number}",
-            model=prepared.model,
-            encoder=prepared.encoder,
-            examples=[prepared.task.train[i] for i in indices],
-            config=prepared.config,
-            initial=prepared.initial,
-            simulated=True,
-            on_step=on_step,
-            budget_experts=None if prepared.budgets is None else prepared.budgets[number],
-        )
-        for number, indices in enumerate(parts)
-    ]
 
 
 def _to_tensors(saved: dict[str, bytes]) -> dict[str, Tensor]:
