@@ -44,7 +44,7 @@ class RayGrid(LocalGrid):
 
     A worker that dies costs the reply of the client that it worked for, and so does a client that takes longer than its
     message's time to live: the reply is an error, and a new worker takes the place. A worker that dies while it
-    loads the model is not replaced, because there is probably no memory for it.
+    loads the model, or because its machine ran out of memory, is not replaced: there is no memory for so many.
 
     Args:
         make_app: makes the clients' app in a worker.
@@ -168,7 +168,11 @@ class RayGrid(LocalGrid):
         except ray.exceptions.RayError as error:
             log.error("client %d: no reply from its worker in %s", client, kind, exc_info=True)
             call.reply = failure(call.message, _why(error))
-            self._replace(call.worker)
+            if isinstance(error, ray.exceptions.OutOfMemoryError) and self._left():  # another one would have to go soon
+                ray.kill(call.worker)
+                self._give_up(_why(error))
+            else:
+                self._replace(call.worker)
         else:
             self.keep(context, kept(self.context(client + 1)))
             self._idle.append(call.worker)
@@ -181,13 +185,16 @@ class RayGrid(LocalGrid):
 
     def _give_up(self, reason: str) -> None:
         """Go on with one worker less. Raises UserError if it was the last one."""
-        left = len(self._starting) + len(self._idle) + len(self._busy)
-        if not left:
+        if not self._left():
             raise UserError(
                 f"no worker of Ray could load the model: {reason}; its machine may have too little memory, or other "
                 "work (`ray status` shows it)"
             )
-        self._watcher.warning(f"a worker could not load the model ({reason}); the run goes on with {left}")
+        self._watcher.warning(f"a worker is given up ({reason}); the run goes on with {self._left()}")
+
+    def _left(self) -> int:
+        """Workers that work, wait or start."""
+        return len(self._starting) + len(self._idle) + len(self._busy)
 
     def _listen(self) -> None:
         import ray
