@@ -350,8 +350,8 @@ def deployment(
 
     ``env`` reaches every process, ServerApp and ClientApps included. With ``client_command`` the SuperNodes run with
     ``--isolation process``, and for each of them this command is started to answer its messages, with the arguments
-    ``--insecure --runtime-api-address HOST:PORT`` of ``flower-superexec``. With ``simulated`` the SuperLink simulates so
-    many nodes itself, on Ray. A start that fails because another process took a port in between is tried again,
+    ``--insecure --runtime-api-address HOST:PORT`` of ``flower-superexec``. With ``simulated`` the SuperLink simulates
+    so many nodes itself, on Ray. A start that fails because another process took a port in between is tried again,
     ``attempts`` times in all. Raises :class:`DeploymentError` with log tails if the deployment does not come up
     within ``start_timeout`` seconds.
     """
