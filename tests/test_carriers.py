@@ -16,12 +16,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from hfedmoe import simulation
+from hfedmoe.compare.cells import Cell
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
 from hfedmoe.events import ClientRound, Silent
-from hfedmoe.prepare import prepare
+from hfedmoe.prepare import prepare, server_for
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import read_identity
+from hfedmoe.server.keeper import Keeper
 from hfedmoe.simulated import WorkerApp
 from hfedmoe.simulation import resume, run
 from hfedmoe.wire.messages import TRAIN
@@ -225,6 +227,19 @@ def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest
 def test_settings_that_contradict_each_other_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny_config(*settings)
+
+
+def test_a_server_of_devices_says_that_it_ignores_the_carrier() -> None:
+    prepared = prepare(tiny_config(*RAY), Silent())
+    for base, warnings in (("", []), ("digest", ['carrier.kind = "ray" is ignored: the clients are devices'])):
+        notes = Notes()
+        server_for(prepared, Keeper(None), notes, base=base)
+        assert notes.warnings == warnings
+
+
+def test_the_carrier_does_not_make_another_cell_of_a_comparison() -> None:
+    here, there = (Cell("hfedmoe", 0, tiny_config(*more)) for more in ((), RAY))
+    assert here.digest == there.digest
 
 
 def test_a_share_of_a_gpu_is_a_valid_setting() -> None:

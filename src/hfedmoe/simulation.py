@@ -169,6 +169,11 @@ def assemble(
         devices = devices_of(prepared, parts, lambda client, step, loss: watcher.step(client, step, steps, loss))
         grid: LocalGrid = InProcessGrid(app_of(devices), len(devices))
     else:
+        if prepared.model.device.type != "cpu" and not prepared.config.carrier.gpus_per_client:
+            watcher.warning(
+                f"this machine has {prepared.model.device}, but its clients work on CPUs; carrier.gpus_per_client "
+                "gives them GPUs"
+            )
         watcher.phase(f"{cluster.at_once} workers load {prepared.config.model.name}")
         grid = RayGrid(WorkerApp.of(whole), len(parts), cluster, watcher, steps)
     keeper = Keeper(folder, lambda: _to_tensors(changed_contexts(grid)), from_round)

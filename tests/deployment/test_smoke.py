@@ -37,7 +37,7 @@ def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Pa
         document = run_config_toml(config).decode()
         result = flower.run({"config": document, "out": str(tmp_path / "deployed")}, timeout=400)
         assert result.exit_code == 0, result.log + "\n".join(flower.logs().values())
-    # One carves its model, the other masks it: sums differ by rounding, which Adam magnifies where gradients are almost 0.
+    # Carved and masked models differ by rounding, which Adam magnifies where a gradient is almost 0.
     check_close(tmp_path / "inprocess", tmp_path / "deployed", atol=1e-5, rtol=1e-4)
     ours, theirs = (RunFolder.open(tmp_path / name) for name in ("inprocess", "deployed"))
     one, other = (folder.read_rounds()[1]["clients"] for folder in (ours, theirs))
