@@ -19,7 +19,7 @@ FORMS = ("run", "merged", "adapter", "client")
 SETTINGS = [
     "data.clients=CLIENTS",
     "data.label_words={acq='merger', earn='profit'}",
-    "data.template='Wire: {text}\\nIt is about'",
+    'data.template="Wire: {text}\\nIt is about"',
     "partition.min_rows=4",
     "data.test_share=0.2",
     "clients.count=2",
@@ -48,7 +48,7 @@ def place(tmp_path_factory):
     task = load_task(DataConfig(train_rows=800), PartitionConfig(), seed=0)
     rows = [{"text": e.text, "label": task.labels[e.answer]} for e in task.train if task.labels[e.answer] in LABELS]
     sites = [written(root / f"{name}.jsonl", rows[n::3][:60]) for n, name in enumerate(("north", "south"))]
-    few = [row for row in rows[2::3] if row["label"] in ("acq", "crude")][:40]
+    few = [row for row in rows[2::3] if row["label"] in ("crude", "grain")]
     written(root / "few.jsonl", few)
     written(root / "new.jsonl", [{"id": n, "text": row["text"]} for n, row in enumerate(few)])
     settings = [text.replace("CLIENTS", json.dumps([str(site) for site in sites])) for text in SETTINGS]
@@ -78,7 +78,7 @@ def test_the_same_weights_have_the_same_score_from_the_run_and_from_its_exports(
         assert found[form]["loss"] == pytest.approx(found["run"]["loss"], abs=1e-4)
     # Among the two labels of these rows alone the score is another: that is what went wrong silently.
     few = ("evaluate", place / "merged", "--rows", place / "few.jsonl", "--json")
-    two = ("--set", 'data.labels=["acq","crude"]', "--set", 'data.label_words={acq="merger"}')
+    two = ("--set", 'data.labels=["crude","grain"]', "--set", 'unset=["data.label_words"]')
     assert hfedmoe(*few, *two) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] > found["run"]["accuracy"]
     # Another config's settings do not change the labels either.
@@ -98,7 +98,7 @@ def test_rows_get_labels_and_probabilities_in_every_format(place, tmp_path, caps
         for row, own in zip(predicted(place, form, tmp_path / f"{form}.jsonl"), of_run, strict=True):
             assert row["predicted"] == own["predicted"]
             assert row["p_grain"] == pytest.approx(own["p_grain"], abs=1e-5)
-    assert f"{tmp_path / 'merged.jsonl'}: 40 rows (" in capsys.readouterr().out
+    assert f"{tmp_path / 'merged.jsonl'}: {len(of_run)} rows (" in capsys.readouterr().out
     texts = [json.loads(line)["text"] for line in (place / "new.jsonl").read_text().splitlines()]
     assert [row["text"] for row in of_run] == texts
     for number, row in enumerate(of_run):
@@ -126,7 +126,7 @@ def test_rows_get_labels_and_probabilities_in_every_format(place, tmp_path, caps
 
 def test_a_site_adds_its_own_label_shares(place, tmp_path):
     plain = predicted(place, "merged", tmp_path / "plain.jsonl")
-    counts = {"acq": 5, "crude": 0, "earn": 1, "grain": 0}
+    counts = {"acq": 0, "crude": 0, "earn": 1, "grain": 200}
     site = written(
         tmp_path / "site.jsonl", [{"text": "t", "label": label} for label, n in counts.items() for _ in range(n)]
     )
@@ -138,7 +138,7 @@ def test_a_site_adds_its_own_label_shares(place, tmp_path):
         for label in LABELS:
             assert with_prior[f"p_{label}"] == pytest.approx(weighted[label] / sum(weighted.values()), abs=1e-4)
             assert same[f"p_{label}"] == pytest.approx(with_prior[f"p_{label}"], abs=1e-5)
-    assert sum(row["predicted"] == "acq" for row in own) > sum(row["predicted"] == "acq" for row in plain)
+    assert sum(row["predicted"] == "grain" for row in own) > sum(row["predicted"] == "grain" for row in plain)
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])

@@ -43,10 +43,7 @@ def config_from_text(text: str, origin: str, overrides: list[str] | None = None)
         reason = IS_POINTER if is_pointer(text.encode("utf-8", "replace")) else f"not valid TOML: {error}"
         raise UserError(f"{origin}: {reason}") from None
     tree.pop("versions", None)
-    for override in overrides or []:
-        _apply_override(tree, override)
-    apply_unset(tree, origin)
-    return config_from_tree(tree, origin)
+    return config_from_tree(tree, origin, overrides)
 
 
 def config_from_tree(tree: dict[str, Any], origin: str, overrides: list[str] | None = None) -> RunConfig:
@@ -57,6 +54,7 @@ def config_from_tree(tree: dict[str, Any], origin: str, overrides: list[str] | N
     """
     for override in overrides or []:
         _apply_override(tree, override)
+    apply_unset(tree, origin)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
