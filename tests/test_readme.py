@@ -25,6 +25,7 @@ PAPERS = (
     "docs/models.md",
     "docs/performance.md",
     "docs/report.md",
+    "docs/simulations.md",
     "docs/predict.md",
     "CHANGELOG.md",
 )

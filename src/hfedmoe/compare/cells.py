@@ -13,7 +13,7 @@ from hfedmoe.method.methods import METHODS
 
 FORMAT = 1
 Kind = TypeVar("Kind", "Round", "Result")
-UNIMPORTANT = {"name", "keep_checkpoints"}
+UNIMPORTANT = {"name", "keep_checkpoints", "carrier"}
 """Settings that do not change a result."""
 
 
