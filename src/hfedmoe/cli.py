@@ -369,7 +369,10 @@ def compare(
     ] = None,
     methods: Annotated[
         str,
-        typer.Option(help="Names from `hfedmoe methods`, with commas; others are tested against the first."),
+        typer.Option(
+            help="Names from `hfedmoe methods`, with commas; others are tested against the first. A row may have a "
+            "setting of its own: hfedmoe@method.layers=even."
+        ),
     ] = "hfedmoe,fedavg,random,local,unlimited",
     seeds: Annotated[str, typer.Option(help="For example 0-4, or 0,2,5.")] = "0-4",
     out: Annotated[Path, typer.Option(help="Folder for the result; cells that are there are kept.")] = Path(

@@ -11,6 +11,7 @@ from hfedmoe.compare.cells import Result
 from hfedmoe.compare.comparing import Comparison, compare
 from hfedmoe.compare.computing import cells_of
 from hfedmoe.compare.grid import Point
+from hfedmoe.compare.rows import rows_of
 from hfedmoe.compare.stored import Stored
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
@@ -38,7 +39,7 @@ def folder(settings: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_a_cell_is_the_run_with_that_method_and_seed(folder: Path, settings: RunConfig, tmp_path: Path) -> None:
-    (cell,) = cells_of(settings, ["hfedmoe"], [1])
+    (cell,) = cells_of(settings, rows_of("hfedmoe"), [1])
     found = Result.read(folder / "cells" / cell.file)
     assert (found.method, found.seed, found.digest, found.personal) == ("hfedmoe", 1, cell.digest, False)
     # A comparison measures clients in its own way; they keep no rows back.
@@ -67,7 +68,7 @@ def test_a_cell_is_the_run_with_that_method_and_seed(folder: Path, settings: Run
 
 
 def test_a_cell_answers_for_later_versions_with_the_same_settings(folder: Path, settings: RunConfig) -> None:
-    (cell,) = cells_of(settings, ["hfedmoe"], [1])
+    (cell,) = cells_of(settings, rows_of("hfedmoe"), [1])
     found = Result.read(folder / "cells" / cell.file)
 
     def answers(train: dict[str, object]) -> bool:
@@ -147,7 +148,7 @@ def test_tables_of_stored_cells_need_no_computing(
 def test_settings_are_not_chosen_on_figures_that_a_cell_lacks(
     folder: Path, settings: RunConfig, tmp_path: Path
 ) -> None:
-    (cell,) = cells_of(settings, ["local"], [0])
+    (cell,) = cells_of(settings, rows_of("local"), [0])
     found = Result.read(folder / "cells" / cell.file)
     (tmp_path / "cells").mkdir()
     replace(found, watch_rows=0).write(tmp_path / "cells" / cell.file)  # as from a version that measured another model
@@ -157,13 +158,13 @@ def test_settings_are_not_chosen_on_figures_that_a_cell_lacks(
 
 def test_another_setting_is_another_cell(settings: RunConfig) -> None:
     (one,), (other,) = (
-        cells_of(config, ["hfedmoe"], [0]) for config in (settings, tiny_config(*QUICK, "train.lr=1e-4"))
+        cells_of(config, rows_of("hfedmoe"), [0]) for config in (settings, tiny_config(*QUICK, "train.lr=1e-4"))
     )
     assert one.file != other.file
     (named,) = cells_of(settings.model_copy(update={"name": "another"}), ["hfedmoe"], [0])
     assert named.file == one.file
     with_option = tiny_config(*QUICK, "method.name=fedprox", "method.options.mu=0.5")
-    prox, plain = cells_of(with_option, ["fedprox", "fedavg"], [0])
+    prox, plain = cells_of(with_option, rows_of("fedprox,fedavg"), [0])
     assert prox.config.method.options == {"mu": 0.5}
     assert plain.config.method.options == {}
 
@@ -203,5 +204,5 @@ def test_bad_requests_are_one_line(folder: Path, settings: RunConfig, tmp_path: 
 def test_a_limit_without_budgets_is_one_cell_for_all_budgets() -> None:
     small, large = (tiny_config(f'clients.budgets=["{share}%"]') for share in (25, 50))
     for name in ("unlimited", "pooled", "hfedmoe", "local", "flame", "hetlora"):
-        ((one,), (other,)) = (cells_of(config, [name], [0]) for config in (small, large))
+        ((one,), (other,)) = (cells_of(config, rows_of(name), [0]) for config in (small, large))
         assert (one.file == other.file) is (name in ("unlimited", "pooled"))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from hfedmoe.compare.cells import Cell, Result
 from hfedmoe.compare.computing import cells_of
 from hfedmoe.compare.grid import Point
+from hfedmoe.compare.rows import rows_of
 from hfedmoe.compare.stored import Stored, block_of
 from tests.compare.test_merits import result
 from tests.federation import tiny_config
@@ -18,7 +19,7 @@ def of(cell: Cell, processor: str) -> Result:
 
 
 def test_the_table_takes_the_origin_that_has_most_methods_of_a_seed() -> None:
-    cells = cells_of(POINT.config, ["hfedmoe", "random", "local"], [0, 1])
+    cells = cells_of(POINT.config, rows_of("hfedmoe,random,local"), [0, 1])
     ours, random, local = (
         next(c for c in cells if c.method == m and c.seed == 0) for m in ("hfedmoe", "random", "local")
     )

@@ -27,6 +27,13 @@ class Cell:
     """With this method and seed."""
     label: str = ""
     """What else tells it from other cells, for people (`grid.Point.label`)."""
+    row: str = ""
+    """The row of the table that it belongs to (`rows.Row.name`); empty: that of its method."""
+
+    @property
+    def shown(self) -> str:
+        """The name of its row."""
+        return self.row or self.method
 
     @property
     def digest(self) -> str:

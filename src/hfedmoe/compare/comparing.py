@@ -10,11 +10,11 @@ from hfedmoe.compare.cells import Cell, Result
 from hfedmoe.compare.computing import cells_of, compute
 from hfedmoe.compare.figures import draw
 from hfedmoe.compare.grid import Point
+from hfedmoe.compare.rows import all_differ, rows_of
 from hfedmoe.compare.stored import CELLS, Stored, block_of, merged
 from hfedmoe.compare.summary import as_csv, as_markdown, target_of
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import disk_errors
-from hfedmoe.method.methods import METHODS
 from hfedmoe.report.progress import counted
 
 
@@ -23,7 +23,7 @@ class Comparison:
     """What to compare, and how."""
 
     methods: str
-    """Names with commas; the first is the reference of the tests."""
+    """Rows with commas (`rows.rows_of`); the first is the reference of the tests."""
     seeds: str
     """Numbers with commas, or a range such as 0-4."""
     out: Path
@@ -46,11 +46,14 @@ def compare(points: Sequence[Point], asked: Comparison) -> str:
         points: the configurations; one, or those of a grid.
 
     Raises:
-        UserError: an unknown method, seeds that are none, a cell that cannot be read, nothing to show. Or cells cannot
-            be computed: then tables and figures of the others are written first.
+        UserError: an unknown method or setting, seeds that are none, a cell that cannot be read, nothing to show. Or
+            cells cannot be computed: then tables and figures of the others are written first.
     """
-    names, numbers = _names(asked.methods), _numbers(asked.seeds)
-    cells = [cells_of(point.config, names, numbers, point.label) for point in points]
+    rows, numbers = rows_of(asked.methods), _numbers(asked.seeds)
+    for point in points:
+        all_differ(rows, point.config)
+    cells = [cells_of(point.config, rows, numbers, point.label) for point in points]
+    reference = rows[0].name
     folder = asked.out / CELLS
     with disk_errors(asked.out, "choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,11 +74,11 @@ def compare(points: Sequence[Point], asked: Comparison) -> str:
         raise UserError(f"no cell can be computed; {failed[0]}")
     if not blocks:
         raise UserError(f"--only-stored: none of the cells is stored in {folder} or in a folder of --from")
-    targets = [target_of(block.results, names[0]) if asked.target is None else asked.target for block in blocks]
-    table = as_markdown(blocks, names[0], targets, asked.on)
+    targets = [target_of(block.results, reference) if asked.target is None else asked.target for block in blocks]
+    table = as_markdown(blocks, reference, targets, asked.on)
     with disk_errors(asked.out, "choose another --out"):
         (asked.out / "table.md").write_text(table, encoding="utf-8")
-        (asked.out / "table.csv").write_text(as_csv(blocks, names[0], targets), encoding="utf-8")
+        (asked.out / "table.csv").write_text(as_csv(blocks, reference, targets), encoding="utf-8")
         drawn = draw(blocks, asked.out, asked.on)
     if failed:
         raise UserError(
@@ -103,18 +106,9 @@ def _compute(cells: list[list[Cell]], stored: Stored, folder: Path, jobs: int | 
     reasons: dict[str, list[str]] = {}
     for cell in missing:
         if cell.file in failed:
-            name = f"{cell.method} with seed {cell.seed}{f' ({cell.label})' if cell.label else ''}"
+            name = f"{cell.shown} with seed {cell.seed}{f' ({cell.label})' if cell.label else ''}"
             reasons.setdefault(failed[cell.file], []).append(name)
     return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        wrong = unknown[0] if unknown else "nothing"
-        raise UserError(f"--methods {text}: {wrong} is no method; `hfedmoe methods` lists them")
-    return list(dict.fromkeys(names))
 
 
 def _numbers(text: str) -> list[int]:

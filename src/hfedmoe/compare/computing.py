@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfedmoe.compare.cells import Cell, Result
+from hfedmoe.compare.rows import Row
 from hfedmoe.config import RunConfig
 from hfedmoe.device.probe import available_memory, usable_cores
 from hfedmoe.report.progress import Update
@@ -18,24 +19,22 @@ ROOM = 0.8
 POLL_S = 0.2
 
 
-def cells_of(config: RunConfig, methods: Iterable[str], seeds: Iterable[int], label: str = "") -> list[Cell]:
-    """Every method with every seed, all seeds of the first method first.
+def cells_of(config: RunConfig, rows: Iterable[Row], seeds: Iterable[int], label: str = "") -> list[Cell]:
+    """Every row with every seed, all seeds of the first row first.
 
     All cells have the same number of threads, so that they have the same bits whatever runs beside them.
+
+    Raises:
+        UserError: a setting of a row is unknown, or has an invalid value.
     """
     evaluation = config.evaluation.model_copy(update={"every": 1})
     fixed = config.model_copy(update={"evaluation": evaluation, "threads": config.threads or 1})
     return [
-        Cell(name, seed, _with_method(fixed, name).model_copy(update={"seed": seed}), label)
-        for name in methods
+        Cell(row.method, seed, own.model_copy(update={"seed": seed}), label, row.name)
+        for row in rows
+        for own in [row.config(fixed)]
         for seed in seeds
     ]
-
-
-def _with_method(config: RunConfig, name: str) -> RunConfig:
-    """The configuration with another method; options go with the method that the configuration names."""
-    options = config.method.options if name == config.method.name else {}
-    return config.model_copy(update={"method": config.method.model_copy(update={"name": name, "options": options})})
 
 
 def compute(cells: list[Cell], folder: Path, jobs: int | None, progress: Update) -> dict[str, str]:
@@ -117,5 +116,5 @@ class _Runs:
             mean, now = sum(self.seconds) / len(self.seconds), time.monotonic()
             left = sum(max(0.0, mean - (now - run.started)) for run in running) + mean * waiting
             left /= max(1, len(running))
-        names = ", ".join(f"{run.cell.method} {run.cell.seed}" for run in running)
+        names = ", ".join(f"{run.cell.shown} {run.cell.seed}" for run in running)
         self.progress(self.done, names or "cells", left)

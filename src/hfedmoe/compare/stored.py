@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hfedmoe.compare.cells import Cell, Result
@@ -63,7 +63,7 @@ class Block:
 
     point: Point
     results: list[Result]
-    """One for each method and seed, method after method."""
+    """One for each row and seed, row after row; `method` is the name of the row."""
     others: list[Result] = field(default_factory=list)
     """More results of the same cells, of another machine, code or base model."""
     missing: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Block:
 
 
 def block_of(point: Point, cells: Sequence[Cell], stored: Stored) -> Block:
-    """Of several results of a cell the table takes the one whose origin has most methods of that seed."""
+    """Of several results of a cell the table takes the one whose origin has most rows of that seed."""
     chosen: dict[str, Result] = {}
     for seed in dict.fromkeys(cell.seed for cell in cells):
         row = {cell.file: stored.of(cell) for cell in cells if cell.seed == seed}
@@ -79,13 +79,16 @@ def block_of(point: Point, cells: Sequence[Cell], stored: Stored) -> Block:
         for file, results in row.items():
             if results:
                 chosen[file] = max(results, key=lambda result: common[result.origin])  # the first of equals
-    every = [result for cell in cells for result in stored.of(cell)]
-    taken = {id(result) for result in chosen.values()}
     return Block(
         point,
-        [chosen[cell.file] for cell in cells if cell.file in chosen],
-        [result for result in every if id(result) not in taken],
-        [f"{cell.method} {cell.seed}" for cell in cells if cell.file not in chosen],
+        [replace(chosen[cell.file], method=cell.shown) for cell in cells if cell.file in chosen],
+        [
+            replace(result, method=cell.shown)
+            for cell in cells
+            for result in stored.of(cell)
+            if result is not chosen[cell.file]
+        ],
+        [f"{cell.shown} {cell.seed}" for cell in cells if cell.file not in chosen],
     )
 
 
