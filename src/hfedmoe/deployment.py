@@ -267,9 +267,8 @@ def _server(context: Context) -> Server:
     watcher: Watcher = Live()
     out = context.run_config.get("out")
     prepared = prepare(config, watcher)
-    for text in prepared.warnings:
-        watcher.warning(text)
     folder = RunFolder.create(Path(str(out)), prepared.settled) if out else None
+    prepared.announce(watcher, folder)
     if folder is not None:
         write_identity(folder.path, identity_of(prepared.config, prepared.task, prepared.watch, DEPLOYED))
         folder.describe(prepared.about(None))

@@ -5,7 +5,7 @@ report read it. A new figure is one new field here, set where it is measured. A 
 field of `Work`, with a limit in `wire.checks`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -280,3 +280,24 @@ class Watcher:
 
 class Silent(Watcher):
     """Shows nothing."""
+
+
+class Forwarding(Watcher):
+    """Passes every event on to another watcher; a subclass overrides those that it treats otherwise."""
+
+    def __init__(self, inner: Watcher) -> None:
+        self.inner = inner
+
+
+def _passed_on(name: str) -> Callable[..., None]:
+    def event(self: Forwarding, *args: Any, **named: Any) -> None:
+        getattr(self.inner, name)(*args, **named)
+
+    event.__doc__ = getattr(Watcher, name).__doc__
+    return event
+
+
+EVENTS = tuple(name for name in vars(Watcher) if not name.startswith("_"))
+"""The names of all events."""
+for _name in EVENTS:  # none can be forgotten, also none of a later version
+    setattr(Forwarding, _name, _passed_on(_name))

@@ -26,13 +26,18 @@ from hfedmoe.device.capacity import budgets_in_experts
 from hfedmoe.device.probe import processor_name
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
+from hfedmoe.files.disk import require_room
 from hfedmoe.method.methods import METHODS
 from hfedmoe.models.loaded import Loaded
 from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import initial_tensors, load_all
+from hfedmoe.report.told import held_out_words, loss_words
 from hfedmoe.runs.about import TEXTS, About, Part, cut
+from hfedmoe.runs.checkpoints import Checkpoint
+from hfedmoe.runs.choice import fitting
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.evaluation import Metrics, evaluate, room_of
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server
@@ -94,6 +99,31 @@ class Prepared:
         if known_set(data) is None and data.labels is None and self.task.labels:
             found["labels"] = list(self.task.labels)
         return self.config if not found else self.config.model_copy(update={"data": data.model_copy(update=found)})
+
+    def announce(self, watcher: Watcher, folder: RunFolder | None) -> None:
+        """Say, before the first round, what a user should know of the rows and figures, and look for room on the disk.
+
+        Args:
+            folder: where the run is kept; None: nowhere.
+
+        Raises:
+            UserError: the disk has no room for the checkpoints.
+        """
+        for text in self.warnings:
+            watcher.warning(text)
+        if folder is not None:
+            # The checkpoints that are kept, the best one, and the one that is being written.
+            size = sum(tensor.nbytes for tensor in self.initial.values())
+            require_room(folder.path, size * (self.config.keep_checkpoints + 2))
+        watcher.note(held_out_words(self.task, len(self.watch), self.config.evaluation))
+        watcher.note(loss_words(self.task, self.config.train.loss))
+
+    def restore(self, folder: RunFolder, round: int) -> Checkpoint:
+        """Put the trained tensors of a round's checkpoint into the model. Raises UserError if it does not fit."""
+        checkpoint = folder.load_checkpoint(round)
+        with fitting(checkpoint):
+            load_all(self.model, checkpoint.tensors)
+        return checkpoint
 
     def with_config(self, config: RunConfig) -> "Prepared":
         """The same model and rows with other settings; also after training, `initial` is what it was before."""

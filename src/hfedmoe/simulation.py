@@ -18,13 +18,9 @@ from hfedmoe.data.sites import site_names
 from hfedmoe.device.predicted import peaks_of
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent, SiteGain, Watcher
-from hfedmoe.files.disk import require_room
 from hfedmoe.gains import Sites, site_gains
 from hfedmoe.method.methods import METHODS
-from hfedmoe.moe.payload import load_all
 from hfedmoe.prepare import Prepared, prepare, server_for
-from hfedmoe.report.told import held_out_words, loss_words
-from hfedmoe.runs.choice import fitting
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import (
     DEPLOYED,
@@ -113,29 +109,20 @@ def _split(prepared: Prepared, watcher: Watcher, keeping: bool) -> Sites:
 
 
 def _run(folder: RunFolder, prepared: Prepared, sites: Sites, from_round: int | None, watcher: Watcher) -> None:
-    for text in prepared.warnings:
-        watcher.warning(text)
+    prepared.announce(watcher, folder)
     alone = prepared.config.evaluation.alone and sites.measurable
     if alone:
         watcher.note(
             f"evaluation.alone: after the run the {len(sites.names)} sites train again, each by itself, with as many "
             "steps; this takes about as long as the run"
         )
-    # The checkpoints that are kept, the best one, and the one that is being written.
-    size = sum(tensor.nbytes for tensor in prepared.initial.values())
-    require_room(folder.path, size * (prepared.config.keep_checkpoints + 2))
-    config, task = prepared.config, prepared.task
-    watcher.note(held_out_words(task, len(prepared.watch), config.evaluation))
-    watcher.note(loss_words(task, config.train.loss))
     simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names)
     _predict_peaks(simulation, prepared, watcher)
     with logging_to(folder.path):
         simulation.run()
         gains = _gains(folder, prepared, sites, simulation, alone, watcher)
-    keeper = simulation.server.keeper
     watcher.finish(f"done: {folder.path}")
-    before, after = (keeper.scores[0], keeper.scores[-1]) if keeper.scores else (None, None)
-    watcher.final_table(keeper.final_totals(), before, after)
+    simulation.server.keeper.show_totals(watcher)
     if gains:
         watcher.site_gains(gains)
 
@@ -251,10 +238,8 @@ def assemble(
     keeper = Keeper(folder, lambda: _to_tensors(changed_contexts(grid)), from_round)
     tensors = None
     if folder is not None and from_round is not None:
-        checkpoint = folder.load_checkpoint(from_round)
+        checkpoint = prepared.restore(folder, from_round)
         tensors = checkpoint.tensors
-        with fitting(checkpoint):
-            load_all(prepared.model, tensors)
         restore_contexts(grid, _to_bytes(checkpoint.clients or {}))
     return Simulation(server_for(prepared, keeper, watcher, tensors, from_round or 0), devices, grid)
 

@@ -6,29 +6,24 @@ logs read on the server's own machine only.
 """
 
 import contextlib
-import ipaddress
-import os
-import socket
 import ssl
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 import httpx
-import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hfedmoe.errors import UserError
 from hfedmoe.fleet.certificates import LOOPBACK
 from hfedmoe.fleet.folder import Folder
 from hfedmoe.fleet.keys import sender
 from hfedmoe.fleet.offer import PATH, VERSION_HEADER, Offer
 from hfedmoe.fleet.roster import Invited, Roster
+from hfedmoe.wire.web import listen, served
 
 CALLS = (
     "activate-node",
@@ -45,7 +40,6 @@ CALLS = (
 """What a SuperNode with a key calls. `register-node` is not among them: the roster says who is registered."""
 _OF_ONE_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host", "server", "date"}
 TIMEOUT_S = 60.0
-START_S = 15.0
 
 
 @dataclass
@@ -140,33 +134,13 @@ def _unknown() -> Response:
 @contextlib.contextmanager
 def front(board: Board, address: str, port: int) -> Iterator[None]:
     """Serve the front in a thread of its own. Raises UserError if the address cannot be used."""
-    try:
-        kind = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
-        listening = socket.create_server((address, port), family=kind, backlog=1024)
-    except (OSError, ValueError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "not an IP address here"
-        raise UserError(
-            f"{address} port {port}: cannot be used ({reason}); is another `hfedmoe serve` running?"
-        ) from None
-    config = uvicorn.Config(
+    listening = listen(address, port, "is another `hfedmoe serve` running?")
+    with served(
         front_app(board),
+        listening,
+        f"{board.folder.path}: the front did not start; its certificates may be damaged",
         ssl_certfile=board.folder.certificate,
         ssl_keyfile=str(board.folder.key),
-        log_level="error",
-        access_log=False,
         timeout_graceful_shutdown=5,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="front", daemon=True)
-    thread.start()
-    deadline = time.monotonic() + START_S
-    while not server.started:
-        if not thread.is_alive() or time.monotonic() > deadline:
-            raise UserError(f"{board.folder.path}: the front did not start; its certificates may be damaged")
-        time.sleep(0.02)
-    try:
+    ):
         yield
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()

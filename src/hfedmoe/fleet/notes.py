@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, Watcher
+from hfedmoe.events import ClientRound, Evaluation, Forwarding, Participant, Watcher
 from hfedmoe.files.disk import replacing
 from hfedmoe.fleet.front import Board
 
 
-class Notes(Watcher):
+class Notes(Forwarding):
     """Passes events on to another watcher, and notes what `status` shows."""
 
     def __init__(self, inner: Watcher, board: Board, run: Path) -> None:
-        self._inner, self._board = inner, board
+        super().__init__(inner)
+        self._board = board
         self._lock = threading.Lock()
         self._names: list[str] = []
         self._facts: dict[str, Any] = {
@@ -61,55 +62,31 @@ class Notes(Watcher):
         for client in clients:
             self._devices[client.name] = {"rows": client.examples, "budget": client.budget}
         self._note(rounds=num_rounds, doing="training")
-        self._inner.start(title, num_rounds, first_round, clients, history)
+        super().start(title, num_rounds, first_round, clients, history)
 
     def cannot_join(self, name: str, reason: str) -> None:
         self._devices[name] = {"left_out": reason}
         self.write()
-        self._inner.cannot_join(name, reason)
+        super().cannot_join(name, reason)
 
     def phase(self, text: str) -> None:
         self._note(doing=text)
-        self._inner.phase(text)
+        super().phase(text)
 
     def round_started(self, round: int) -> None:
         self.in_round = True
         self._note(round=round, doing="training")
-        self._inner.round_started(round)
-
-    def client_started(self, round: int, client: int, steps: int) -> None:
-        self._inner.client_started(round, client, steps)
-
-    def step(self, client: int, step: int, steps: int, loss: float) -> None:
-        self._inner.step(client, step, steps, loss)
-
-    def client_experts(self, round: int, client: int, held: Sequence[bool], trained: Sequence[bool]) -> None:
-        self._inner.client_experts(round, client, held, trained)
+        super().round_started(round)
 
     def client_done(self, round: int, client: int, done: ClientRound) -> None:
         left_out = "" if done.status == "ok" else f"round {round}: {done.status}: {done.reason}"
         self._devices.setdefault(self._names[client], {})["left_out"] = left_out
         self.write()
-        self._inner.client_done(round, client, done)
-
-    def evaluating(self, done: int, total: int) -> None:
-        self._inner.evaluating(done, total)
-
-    def evaluated(self, evaluation: Evaluation) -> None:
-        self._inner.evaluated(evaluation)
+        super().client_done(round, client, done)
 
     def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
         self.in_round = False
-        self._inner.round_done(round, seconds, bytes_down, bytes_up)
-
-    def warning(self, text: str) -> None:
-        self._inner.warning(text)
-
-    def finish(self, text: str) -> None:
-        self._inner.finish(text)
-
-    def final_table(self, clients: Sequence[ClientTotals], before: Evaluation | None, after: Evaluation | None) -> None:
-        self._inner.final_table(clients, before, after)
+        super().round_done(round, seconds, bytes_down, bytes_up)
 
     def __enter__(self) -> Self:
         self.write()

@@ -12,13 +12,12 @@ from types import FrameType
 from typing import IO, Any
 
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from hfedmoe.config import RunConfig
 from hfedmoe.data.terms import terms_of
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
-from hfedmoe.files.disk import replacing, require_room
+from hfedmoe.files.disk import replacing
 from hfedmoe.files.locks import HeldError, claim
 from hfedmoe.fleet.folder import Folder
 from hfedmoe.fleet.front import Board, front
@@ -27,9 +26,7 @@ from hfedmoe.fleet.offer import offer_of
 from hfedmoe.fleet.roster import Roster
 from hfedmoe.fleet.superlink import superlink
 from hfedmoe.method.methods import METHODS
-from hfedmoe.moe.payload import load_all
 from hfedmoe.prepare import Prepared, prepare, server_for
-from hfedmoe.runs.choice import fitting
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import DEPLOYED, check_identity, identity_of, read_identity, write_identity
 from hfedmoe.runs.log import logging_to
@@ -106,10 +103,7 @@ def _write_key(path: Path) -> None:
 def _serve(
     fleet: Folder, folder: RunFolder, prepared: Prepared, from_round: int | None, address: str, watcher: Watcher
 ) -> None:
-    for text in prepared.warnings:
-        watcher.warning(text)
-    size = sum(tensor.nbytes for tensor in prepared.initial.values())
-    require_room(folder.path, size * (prepared.config.keep_checkpoints + 2))
+    prepared.announce(watcher, folder)
     key = str(json.loads((folder.path / KEY).read_text())["run"])
     board = Board(fleet)
     with contextlib.ExitStack() as stack:
@@ -117,7 +111,7 @@ def _serve(
         _quieten_flower()
         notes = stack.enter_context(Notes(watcher, board, folder.path))
         keeper = Keeper(folder, from_round=from_round, continued_by=CONTINUED_BY)
-        tensors = _tensors(folder, prepared, from_round)
+        tensors = None if from_round is None else prepared.restore(folder, from_round).tensors
         terms = terms_of(prepared.task, prepared.config.data, prepared.encoder.first_token_only)
         offer = offer_of(prepared, terms, key)
         server = server_for(prepared, keeper, notes, tensors, from_round or 0, offer.base)
@@ -148,18 +142,7 @@ def _serve(
         watcher.finish(f"ended after round {server.round}; `{CONTINUED_BY} {folder.path}` continues")
         return
     watcher.finish(f"done: {folder.path}")
-    before, after = (keeper.scores[0], keeper.scores[-1]) if keeper.scores else (None, None)
-    watcher.final_table(keeper.final_totals(), before, after)
-
-
-def _tensors(folder: RunFolder, prepared: Prepared, round: int | None) -> dict[str, Tensor] | None:
-    """The global tensors after a round. Raises UserError if its checkpoint does not fit the model."""
-    if round is None:
-        return None
-    checkpoint = folder.load_checkpoint(round)
-    with fitting(checkpoint):
-        load_all(prepared.model, checkpoint.tensors)
-    return checkpoint.tensors
+    keeper.show_totals(watcher)
 
 
 @dataclass

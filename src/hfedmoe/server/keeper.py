@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.errors import UserError
-from hfedmoe.events import ClientRound, ClientTotals, Evaluation
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Watcher
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import PAST, Past
 from hfedmoe.method.usage import FederationUsage, HeldCounts
@@ -164,6 +164,11 @@ class Keeper:
         for client, done in known:
             done.name = self._names[client]
         return [done for _, done in known if done.rounds]
+
+    def show_totals(self, watcher: Watcher) -> None:
+        """The last table: what every client did, and the first and last evaluation on all held-out rows."""
+        before, after = (self.scores[0], self.scores[-1]) if self.scores else (None, None)
+        watcher.final_table(self.final_totals(), before, after)
 
     def _count(self, done: ClientRound) -> None:
         self.totals.setdefault(done.client, ClientTotals()).add(done)

@@ -75,7 +75,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with served(path, "127.0.0.1", 0) as address:
         port = int(address.rstrip("/").rpartition(":")[2])
         with (
-            pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}: cannot listen there"),
+            pytest.raises(UserError, match=rf"127\.0\.0\.1, port {port}: cannot listen there"),
             served(path, "127.0.0.1", port),
         ):
             pass

@@ -8,18 +8,20 @@ import asyncio
 import hmac
 import ipaddress
 import secrets
-import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hfedmoe.errors import UserError
 from hfedmoe.report.page.page import one_page
 from hfedmoe.report.page.story import read_story
+from hfedmoe.wire import web
+from hfedmoe.wire.web import listen
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -123,32 +125,15 @@ def served(run: Path, host: str, port: int) -> Iterator[str]:
     Raises:
         UserError: the address or port cannot be used, or the extra `live` is not installed.
     """
-    try:
-        import uvicorn
-    except ImportError:
-        raise UserError('the live page needs uvicorn and starlette: pip install "hfedmoe[live]"') from None
-
+    if find_spec("uvicorn") is None or find_spec("starlette") is None:
+        raise UserError('the live page needs uvicorn and starlette: pip install "hfedmoe[live]"')
     token = None if _is_loopback(host) else secrets.token_urlsafe(16)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen()
-    except OSError as error:
-        listening.close()
-        raise UserError(f"{host}:{port}: cannot listen there ({error.strerror or error}); try --port 0") from None
-    settings: Any = uvicorn.Config(app_for(run, token), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
+    listening = listen(host, port, "try --port 0")
     shown = f"[{host}]" if ":" in host else host
-    try:
-        yield f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    finally:
-        server.should_exit = True
-        thread.join(timeout=5)
-        listening.close()
+    address = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    app = app_for(run, token)
+    with web.served(app, listening, "the live page did not start", lifespan="off", timeout_graceful_shutdown=1):
+        yield address
 
 
 def _is_loopback(host: str) -> bool:
