@@ -109,7 +109,7 @@ def _machine(report: Report) -> None:
     import psutil
 
     from hfedmoe.device.probe import usable_cores
-    from hfedmoe.report.live.words import human_bytes
+    from hfedmoe.report.words import human_bytes
 
     memory = psutil.virtual_memory()
     report.machine["system"] = f"{platform.system()} {platform.machine()}"
@@ -121,7 +121,7 @@ def _devices(report: Report) -> bool:
     """Note the devices that torch sees; return whether one of them is an accelerator."""
     import torch
 
-    from hfedmoe.report.live.words import human_bytes
+    from hfedmoe.report.words import human_bytes
 
     threads = torch.get_num_threads()
     report.machine["cpu"] = f"{threads} threads, {torch.backends.cpu.get_cpu_capability()}"
@@ -154,7 +154,7 @@ def _packaged_model(report: Report) -> bool:
 
 def _cache(report: Report) -> None:
     """Note the cache folder, and whether it can be written and has room."""
-    from hfedmoe.report.live.words import human_bytes
+    from hfedmoe.report.words import human_bytes
 
     folder = cache_folder()
     existing = next(place for place in [folder, *folder.absolute().parents] if place.exists())

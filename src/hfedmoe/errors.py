@@ -1,5 +1,8 @@
 """Expected errors: bad input that the user can correct, and training that fails."""
 
+INTERRUPTED = 2
+"""The exit code after Ctrl-C."""
+
 
 class UserError(Exception):
     """Bad input: a config, data set, checkpoint, folder or network address that the user can correct.

@@ -83,7 +83,8 @@ def test_the_same_weights_have_the_same_score_from_the_run_and_from_its_exports(
     assert json.loads(capsys.readouterr().out)["accuracy"] > found["run"]["accuracy"]
     # Another config's settings do not change the labels either.
     other = place / "other.toml"
-    other.write_text('[data]\nsource = "few.jsonl"\nmax_tokens = 48\ntemplate = "Wire: {text}\\nIt is about"\n')
+    # A literal string, as that of the run: it has a backslash and an n, and no new line.
+    other.write_text('[data]\nsource = "few.jsonl"\nmax_tokens = 48\n' + "template = 'Wire: {text}\\nIt is about'\n")
     assert hfedmoe(*few, "--config", other) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == found["run"]["accuracy"]
     tree = json.loads((place / "merged" / "hfedmoe.json").read_text())

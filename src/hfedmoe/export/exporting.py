@@ -20,7 +20,7 @@ from hfedmoe.export.merged import merge, save
 from hfedmoe.export.mixtral import write_mixtral
 from hfedmoe.export.options import check_fits, check_options, check_outside
 from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuable, router_groups, shrink
-from hfedmoe.export.task_file import NAME, task_json
+from hfedmoe.export.task_file import task_json
 from hfedmoe.export.written import check_written
 from hfedmoe.files.whole import check_free, writing, written_whole
 from hfedmoe.models.carved import quantisation_of
@@ -34,6 +34,7 @@ from hfedmoe.moe.payload import load_all
 from hfedmoe.moe.prediction import withdraw
 from hfedmoe.runs.checkpoints import Checkpoint
 from hfedmoe.runs.choice import checkpoint_of, fitting
+from hfedmoe.runs.existing import EXPORT
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import check_base
 
@@ -95,7 +96,7 @@ def export_run(
                 (scratch / "README.md").write_text(text, encoding="utf-8")
                 # An adapter's base is read in float32: PEFT would round the adapter to the base's precision.
                 stated = task_json(_saying(config, labels), "float32" if form == "adapter" else about.dtype)
-                (scratch / NAME).write_text(stated, encoding="utf-8")
+                (scratch / EXPORT).write_text(stated, encoding="utf-8")
     return _told(out, chosen, about)
 
 

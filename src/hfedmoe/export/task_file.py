@@ -12,8 +12,8 @@ from typing import Any
 from hfedmoe.config import RunConfig, config_from_tree
 from hfedmoe.data.known import known_set
 from hfedmoe.errors import UserError
+from hfedmoe.runs.existing import EXPORT
 
-NAME = "hfedmoe.json"
 FORMAT = 1
 OF_DATA = (
     "format",
@@ -55,11 +55,6 @@ def task_json(config: RunConfig, dtype: str) -> str:
     return json.dumps({"format": FORMAT, "hfedmoe": version("hfedmoe"), **known}, indent=2, ensure_ascii=False) + "\n"
 
 
-def is_export(folder: Path) -> bool:
-    """Whether a folder was written by `hfedmoe export`."""
-    return (folder / NAME).is_file()
-
-
 def read_task(folder: Path, overrides: list[str] | None = None) -> RunConfig:
     """The settings of an export: those of its task, with its folder as the model, and with `--set` overrides.
 
@@ -68,7 +63,7 @@ def read_task(folder: Path, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         UserError: there is no such file, or it is damaged.
     """
-    path = folder / NAME
+    path = folder / EXPORT
     try:
         tree: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hfedmoe.errors import UserError
+from hfedmoe.runs.existing import is_export, run_at
 
 ALLOWED = (
     "data.text",
@@ -61,7 +62,7 @@ def predict(
             raise UserError(f"--set {key}: a run keeps its own settings; these can change: {', '.join(ALLOWED)}")
     place = target.expanduser()
     of_run = (place / "config.toml").is_file()
-    if not of_run and not (place / "hfedmoe.json").is_file():
+    if not of_run and not is_export(place):
         raise UserError(
             f"{target}: neither a run folder (no config.toml) nor an export (no hfedmoe.json); `hfedmoe export` "
             "writes one of a run"
@@ -72,10 +73,7 @@ def predict(
         raise UserError(f"{file}: no such file")
     goal = output_for(file.expanduser(), None if out is None else out.expanduser())
     if of_run:
-        from hfedmoe.runs.choice import which_of
-        from hfedmoe.runs.folder import RunFolder
-
-        RunFolder.open(place).require_checkpoint(which_of(checkpoint or "best"))
+        run_at(place, checkpoint or "best")
     from hfedmoe.predict.predicting import Asked
     from hfedmoe.predict.predicting import predict as predict_rows
     from hfedmoe.predict.shares import check_shares

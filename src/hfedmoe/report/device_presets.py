@@ -5,8 +5,8 @@ import textwrap
 from dataclasses import asdict
 
 from hfedmoe.config.presets import PRESETS, SUSTAINED_SHARE
-from hfedmoe.report.live.words import human_bytes
 from hfedmoe.report.table import WIDTH, table
+from hfedmoe.report.words import human_bytes
 
 
 def as_text() -> str:

@@ -15,8 +15,8 @@ from hfedmoe.moe.anatomy import DenseModelError, MoELayer, UnsupportedModelError
 from hfedmoe.moe.attention import is_attention
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.prediction import promised
-from hfedmoe.report.live.words import human_bytes, percent
 from hfedmoe.report.table import table
+from hfedmoe.report.words import human_bytes, percent
 
 LORA_RANK = 8
 KINDS = ("embeddings, head", "attention", "routers", "experts", "shared experts", "other")

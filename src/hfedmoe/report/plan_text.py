@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from hfedmoe.device.planner import MARGIN
 from hfedmoe.device.workload import Workload
 from hfedmoe.report.device_presets import human_flops
-from hfedmoe.report.live.words import human_bytes, human_seconds
 from hfedmoe.report.plan import DevicePlan, Plan
 from hfedmoe.report.table import WIDTH, table, tables
+from hfedmoe.report.words import human_bytes, human_seconds
 
 NAMES = {
     "framework": "framework (Python, torch)",

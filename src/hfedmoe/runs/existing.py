@@ -1,8 +1,32 @@
 """Whether there is a run folder at a path; needs nothing that takes time to import."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hfedmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from hfedmoe.runs.folder import RunFolder
+
+EXPORT = "hfedmoe.json"
+"""The file that tells an export from another checkpoint (`export.task_file`)."""
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export of a run that says what its task is."""
+    return (folder / EXPORT).is_file()
+
+
+def run_at(folder: Path, checkpoint: str | None = None) -> "RunFolder":
+    """The run in a folder. Raises UserError at once if there is none, it is damaged, or has no such checkpoint."""
+    require_run(folder)
+    from hfedmoe.runs.choice import which_of
+    from hfedmoe.runs.folder import RunFolder
+
+    found = RunFolder.open(folder)
+    if checkpoint is not None:
+        found.require_checkpoint(which_of(checkpoint))
+    return found
 
 
 def require_run(folder: Path) -> None:

@@ -56,7 +56,7 @@ def test_what_each_site_gained(tmp_path: Path) -> None:
     assert "<td>12.5 %</td>" in page
     assert "25.0 % to 75.0 %" in page
     assert 'class="good">+38 (+10 to +60)</td>' in page
-    assert "<td>loss 2.5</td>" in page
+    assert "<td>loss 2.500</td>" in page
     assert "federated less\nbefore." in page
     assert "What did each site gain?" not in write_report([small_run(tmp_path / "other")]).read_text(encoding="utf-8")
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from hfedmoe.report.live.lines import Lines
 from hfedmoe.report.live.screen import OnScreen
-from hfedmoe.report.live.words import human_bytes, human_seconds
+from hfedmoe.report.words import human_bytes, human_seconds
 
 __all__ = ["Live", "human_bytes", "human_seconds"]
 

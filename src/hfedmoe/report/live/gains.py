@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hfedmoe.events import Score, SiteGain
-from hfedmoe.report.live.words import decimal, percent
+from hfedmoe.report.words import decimal, percent, points
 
 
 def gains_table(gains: Sequence[SiteGain]) -> Table:
@@ -66,4 +66,4 @@ def _gained(gain: SiteGain) -> str:
     if gain.gain is None or gain.gain_interval is None:
         return "-"
     low, high = gain.gain_interval
-    return f"{100 * gain.gain:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
+    return f"{points(gain.gain)} ({points(low)} to {points(high)})"

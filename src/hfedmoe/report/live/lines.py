@@ -6,7 +6,7 @@ from rich.console import Console
 
 from hfedmoe.events import ClientRound, Evaluation, Participant
 from hfedmoe.report.live.tracker import Tracker
-from hfedmoe.report.live.words import (
+from hfedmoe.report.words import (
     budget,
     deadline_cost,
     decimal,

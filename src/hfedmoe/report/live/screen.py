@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hfedmoe.events import ClientRound
 from hfedmoe.report.live.tracker import ClientLine, Tracker
-from hfedmoe.report.live.words import activation, budget, decimal, human_bytes, human_seconds, percent, steps
+from hfedmoe.report.words import activation, budget, decimal, human_bytes, human_seconds, percent, steps
 
 Cell = Callable[[ClientLine], str]
 

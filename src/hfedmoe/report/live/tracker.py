@@ -9,7 +9,7 @@ from rich.table import Table
 
 from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, SiteGain, Watcher
 from hfedmoe.report.live.gains import explained, gains_table
-from hfedmoe.report.live.words import activation, describe, human_bytes, human_seconds, mean_loss, steps
+from hfedmoe.report.words import activation, describe, human_bytes, human_seconds, mean_loss, steps
 
 MOST_SHOWN = 50
 """Clients in the final table."""

@@ -11,6 +11,7 @@ from hfedmoe.report.page.learned import confusion, curves, examples
 from hfedmoe.report.page.plots import Plot
 from hfedmoe.report.page.story import Story, read_story
 from hfedmoe.report.page.who import alarms, client_rows, expert_plots, split_plot
+from hfedmoe.report.words import decimal, human_bytes, human_seconds, percent, points
 
 NAME = "report.html"
 
@@ -69,7 +70,13 @@ def one_page(stories: Sequence[Story], live: bool = False) -> str:
     environment = Environment(
         loader=PackageLoader("hfedmoe.report.page", "."), autoescape=select_autoescape(default=True), trim_blocks=True
     )
-    environment.filters |= {"size": _size, "percent": _percent, "number": _number, "points": _points}
+    environment.filters |= {
+        "size": human_bytes,
+        "percent": percent,
+        "number": decimal,
+        "points": points,
+        "time": human_seconds,
+    }
     return environment.get_template("page.html.jinja").render(
         **parts,
         title=", ".join(names),
@@ -108,23 +115,3 @@ def _head(story: Story, name: str) -> dict[str, Any]:
         "seconds": story.points[-1].seconds,
         "settings": story.settings,
     }
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024 or unit == "GiB":
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    raise AssertionError("unreachable")
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def _points(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:+.0f}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"

@@ -3,14 +3,14 @@
 from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant
 
 
-def human_bytes(count: int | None) -> str:
+def human_bytes(count: float | None) -> str:
     """Bytes with the largest unit that keeps the number at 1 or more: `512 B`, `1.5 KiB`, `2.0 GiB`."""
     if count is None:
         return "-"
     value, power = float(count), 0
     while value >= 1023.95 and power < 4:  # show 1.0 of the next unit instead of 1024.0
         value, power = value / 1024, power + 1
-    return f"{value:.1f} {'KMGT'[power - 1]}iB" if power else f"{count} B"
+    return f"{value:.1f} {'KMGT'[power - 1]}iB" if power else f"{count:.0f} B"
 
 
 def human_seconds(seconds: float | None) -> str:
@@ -34,6 +34,11 @@ def percent(share: float | None) -> str:
 def decimal(value: float | None) -> str:
     """A loss or an F1."""
     return "-" if value is None else f"{value:.3f}"
+
+
+def points(share: float | None) -> str:
+    """A difference of two shares, in points."""
+    return "-" if share is None else f"{100 * share:+.0f}"
 
 
 def mean_loss(done: ClientRound) -> float | None:
