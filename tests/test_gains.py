@@ -9,16 +9,16 @@ import pytest
 from hfedmoe import simulation
 from hfedmoe.config import EvaluationConfig
 from hfedmoe.data.example import Example
-from hfedmoe.data.kept import MOST_CLIENTS, class_counts, keep_back
+from hfedmoe.data.kept import MOST_CLIENTS, class_counts, keep_back, kept_by
 from hfedmoe.data.sites import site_names
 from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
 from hfedmoe.events import ClientTotals, Evaluation, Score, Silent, SiteGain
-from hfedmoe.gains import difference_interval, share_interval
 from hfedmoe.prepare import Prepared
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import NAME, read_identity
 from hfedmoe.server.evaluation import Metrics
+from hfedmoe.server.intervals import difference_interval, share_interval
 from tests.deployment.nodes import rows_file
 from tests.federation import tiny_config
 
@@ -43,9 +43,9 @@ class Seen(Silent):
 
 def files(folder: Path) -> str:
     """Three files of sites; the last lacks a class."""
-    rows_file(folder / "north.csv", "earn", "acq", rows=60)
-    rows_file(folder / "south.csv", "acq", "earn", rows=40)
-    rows_file(folder / "west.csv", "earn", "earn", rows=20)
+    rows_file(folder / "north.csv", "earn", "acq", rows=120)
+    rows_file(folder / "south.csv", "acq", "earn", rows=80)
+    rows_file(folder / "west.csv", "earn", "earn", rows=60)
     return json.dumps([str(folder / f"{name}.csv") for name in ("north", "south", "west")])
 
 
@@ -53,6 +53,7 @@ def settings(folder: Path, *more: str) -> list[str]:
     return [
         f"data.clients={files(folder)}",
         "clients.count=3",
+        "data.train_rows=300",
         "partition.min_rows=1",
         "train.steps=3",
         "train.lr=1e-2",
@@ -74,7 +75,7 @@ def test_every_run_ends_with_what_each_site_gained(tmp_path: Path, monkeypatch: 
     folder = simulation.run(tiny_config(*settings(tmp_path, "evaluation.alone=true")), tmp_path / "run", seen)
     assert seen.names == [gain.name for gain in seen.gains] == ["north", "south", "west"]
     assert any("evaluation.alone: after the run the 3 sites train again" in note for note in seen.notes)
-    for gain, rows, classes in zip(seen.gains, (54, 36, 18), (2, 2, 1), strict=True):
+    for gain, rows, classes in zip(seen.gains, (108, 72, 54), (2, 2, 1), strict=True):
         assert gain.trained_rows + gain.own_rows == rows == sum(gain.labels.values())
         assert gain.own_rows == round(0.2 * rows)
         assert (len(gain.labels), gain.num_labels) == (classes, 2)
@@ -145,7 +146,7 @@ def test_alone_is_refused_where_clients_train_other_parts() -> None:
 
 
 def test_tasks_without_choices_are_measured_by_their_loss(tmp_path: Path) -> None:
-    rows = [{"prompt": f"the bank said {n}", "completion": "oil prices rose"} for n in range(60)]
+    rows = [{"prompt": f"the bank said {n}", "completion": "oil prices rose"} for n in range(140)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = (
         f"data.source={tmp_path}/rows.jsonl",
@@ -168,27 +169,28 @@ def task(texts: int, **more: object) -> Task:
 
 
 def test_rows_are_kept_back_once_and_by_nobody_else_s_rows() -> None:
-    config = EvaluationConfig(own_share=0.25, own_rows=4)
-    parts = [list(range(8)), list(range(8, 10)), [10], list(range(11, 40))]
-    trained, kept = keep_back(task(40), parts, config, seed=0)
-    assert [len(part) for part in kept] == [2, 1, 0, 4]
+    config = EvaluationConfig(own_share=0.125, own_rows=16)
+    parts = [list(range(40)), list(range(40, 79)), list(range(80, 184)), list(range(200, 400))]
+    trained, kept = keep_back(task(400), parts, config, seed=0)
+    assert [len(part) for part in kept] == [10, 0, 13, 16]  # at least ten, too few, an eighth, at most 16
     assert [sorted(a + b) for a, b in zip(trained, kept, strict=True)] == parts
-    again, _ = keep_back(task(40), [parts[0], [], parts[2], [20, 21]], config, seed=0)
+    again, _ = keep_back(task(400), [parts[0], [], parts[2], [20, 21]], config, seed=0)
     assert (again[0], again[1]) == (trained[0], [])
-    assert keep_back(task(40), parts, config, seed=1)[1] != kept
-    assert keep_back(task(40), parts, EvaluationConfig(own_share=0), seed=0) == (parts, [[]] * 4)
-    many = [[n] for n in range(MOST_CLIENTS + 1)]
-    assert keep_back(task(200), many, config, seed=0)[1] == [[]] * len(many)
+    assert keep_back(task(400), parts, config, seed=1)[1] != kept
+    assert kept_by(task(400), parts[2], 2, 4, config, seed=0) == (trained[2], kept[2])
+    assert keep_back(task(400), parts, EvaluationConfig(own_share=0), seed=0) == (parts, [[]] * 4)
+    many = [list(range(40)) for _ in range(MOST_CLIENTS + 1)]
+    assert keep_back(task(40), many, config, seed=0)[1] == [[]] * len(many)
     assert class_counts(task(40), [0, 2, 4]) == {"a": 3}
 
 
 def test_a_conversation_is_not_half_kept_back() -> None:
     rows = [
-        Example("", completion="x", messages=(("user", "hi"),), origin=f"line {n // 3}") for n in range(30)
-    ]  # ten conversations of three answers
+        Example("", completion="x", messages=(("user", "hi"),), origin=f"line {n // 3}") for n in range(150)
+    ]  # fifty conversations of three answers
     talks = Task("t", "completion", "{text}", (), rows, [])
-    trained, kept = keep_back(talks, [list(range(30))], EvaluationConfig(own_share=0.2), seed=0)
-    assert len(kept[0]) == 6
+    trained, kept = keep_back(talks, [list(range(150))], EvaluationConfig(own_share=0.2), seed=0)
+    assert len(kept[0]) == 30
     assert {row // 3 for row in kept[0]}.isdisjoint({row // 3 for row in trained[0]})
 
 

@@ -26,6 +26,7 @@ from hfedmoe.client.place import Place
 from hfedmoe.config import DataConfig, RunConfig, config_from_text
 from hfedmoe.config.budgets import AUTO, Budget, check_budget
 from hfedmoe.data.decoding import PLAIN, Form
+from hfedmoe.data.kept import kept_by
 from hfedmoe.data.partition import partition
 from hfedmoe.data.sources import is_path
 from hfedmoe.data.terms import Terms
@@ -53,6 +54,8 @@ TRUST = "trust-remote-code"
 """Key of the node config that lets the run's configuration turn on `model.trust_remote_code`."""
 SHARED = "shared-data"
 """Key of the node config that lets the device read the file that the run's configuration names."""
+MEASURES = "measure"
+"""Key of the node config; false: the device trains on all its rows, and says nothing of what it gained."""
 
 
 def config_of(context: Context) -> RunConfig:
@@ -159,17 +162,22 @@ def open_device(message: Message, context: Context) -> Device:
             "of it; use a folder or hub id with a safetensors checkpoint (`hfedmoe upcycle` writes one), or give the "
             "budget in experts"
         )
-    examples = prepared.task.train
+    task = prepared.task
+    trained, kept = list(range(len(task.train))), list[int]()
     if own is None:
-        parts = partition(prepared.task, config.partition, config.clients.count, config.seed)
-        examples = [examples[i] for i in parts[number]]
+        trained = partition(task, config.partition, config.clients.count, config.seed)[number]
+    measures = context.node_config.get(MEASURES) is not False
+    if measures:
+        trained, kept = kept_by(task, trained, number, config.clients.count, config.evaluation, config.seed)
     device = Device(
         number,
         f"client {number}",
         model,
         prepared.encoder,
-        examples,
+        [task.train[row] for row in trained],
         config,
+        kept=[task.train[row] for row in kept],
+        judge=prepared.measure_now if measures else None,
         initial=prepared.initial,
         base=base_digest(config),
         budget_experts=_experts(context, config, budget, prepared, str(place)),
@@ -272,7 +280,9 @@ def _server(context: Context) -> Server:
     if folder is not None:
         write_identity(folder.path, identity_of(prepared.config, prepared.task, prepared.watch, DEPLOYED))
         folder.describe(prepared.about(None))
-    return server_for(prepared, Keeper(folder), watcher, base=base_digest(config))
+    server = server_for(prepared, Keeper(folder), watcher, base=base_digest(config))
+    server.asks_sites = True
+    return server
 
 
 client = client_app(open_device, known_place, private=True)

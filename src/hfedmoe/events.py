@@ -168,6 +168,27 @@ class Score:
     """Of the accuracy, with 95 % confidence."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnResult:
+    """What a device says of its sub-model on rows that it kept back, before the federation and after: only numbers.
+
+    Accuracies are counts of right answers; they and macro-F1 are None for tasks without choices.
+    """
+
+    trained_rows: int
+    own_rows: int
+    """Kept back: the rows of the other figures; 0: too few to be told, and nothing else is set."""
+    right_before: int | None = None
+    won: int | None = None
+    """Rows that are right only after."""
+    lost: int | None = None
+    """Rows that are right only before."""
+    f1_before: float | None = None
+    f1_after: float | None = None
+    loss_before: float = 0.0
+    loss_after: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class SiteGain:
     """What the federation gave to one site, on rows of its own that nobody trained on."""

@@ -1,6 +1,5 @@
 """What did each site gain? Its own rows, which nobody trained on, before the federation, after it, and alone."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +10,8 @@ from hfedmoe.data.kept import class_counts
 from hfedmoe.events import Score, SiteGain, Watcher
 from hfedmoe.prepare import Prepared
 from hfedmoe.server.evaluation import Metrics
+from hfedmoe.server.intervals import difference_interval, share_interval
 
-Z = 1.959963984540054
-"""Of an interval with 95 % confidence."""
 TensorsOf = Callable[[int], dict[str, Tensor]]
 """A client's number -> the trained tensors of its model."""
 
@@ -86,25 +84,3 @@ def _gain(rows: Sequence[Example], after: Metrics, before: Metrics) -> tuple[flo
         won += now == row.answer != then
         lost += then == row.answer != now
     return (won - lost) / len(rows), difference_interval(won, lost, len(rows))
-
-
-def share_interval(hits: int, rows: int) -> tuple[float, float]:
-    """Wilson's interval of a share, with 95 % confidence; it is honest for few rows, too."""
-    from scipy.stats import binomtest
-
-    found = binomtest(hits, rows).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)
-
-
-def difference_interval(won: int, lost: int, rows: int) -> tuple[float, float]:
-    """The interval of the difference of two shares of the same rows, with 95 % confidence.
-
-    Bonett and Price (2012): one row more that only the one, and one that only the other gets right. So it does not
-    vanish where few rows happen to agree.
-
-    Args:
-        won: rows that only the one gets right; `lost`: only the other.
-    """
-    one, other = (won + 1) / (rows + 2), (lost + 1) / (rows + 2)
-    width = Z * math.sqrt((one + other - (one - other) ** 2) / (rows + 2))
-    return max(-1.0, one - other - width), min(1.0, one - other + width)

@@ -141,6 +141,10 @@ class Prepared:
         """Evaluate these trained tensors on these rows."""
         self.model.set_resident(None)
         load_all(self.model, tensors)
+        return self.measure_now(rows, on_batch)
+
+    def measure_now(self, rows: list[Example], on_batch: Callable[[int, int], None] | None = None) -> Metrics:
+        """Evaluate the model as it is on these rows; of a device, with the experts that are resident."""
         settings = self.config.evaluation
         try:
             return evaluate(

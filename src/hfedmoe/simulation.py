@@ -12,12 +12,12 @@ from torch import Tensor
 from hfedmoe.client.app import client_app, history_of
 from hfedmoe.client.device import Device
 from hfedmoe.config import RunConfig
-from hfedmoe.data.kept import keep_back
+from hfedmoe.data.kept import FEWEST, keep_back
 from hfedmoe.data.partition import partition
 from hfedmoe.data.sites import site_names
 from hfedmoe.device.predicted import peaks_of
 from hfedmoe.errors import UserError
-from hfedmoe.events import Silent, SiteGain, Watcher
+from hfedmoe.events import Silent, Watcher
 from hfedmoe.gains import Sites, site_gains
 from hfedmoe.method.methods import METHODS
 from hfedmoe.prepare import Prepared, prepare, server_for
@@ -116,15 +116,17 @@ def _run(folder: RunFolder, prepared: Prepared, sites: Sites, from_round: int | 
             f"evaluation.alone: after the run the {len(sites.names)} sites train again, each by itself, with as many "
             "steps; this takes about as long as the run"
         )
+    small = [name for name, kept in zip(sites.names, sites.kept, strict=True) if not kept]
+    if sites.measurable and small:
+        shown = ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
+        watcher.note(f"too few rows to keep some back, so not measured at the end: {shown} ({FEWEST} are needed)")
     simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names)
     _predict_peaks(simulation, prepared, watcher)
     with logging_to(folder.path):
         simulation.run()
-        gains = _gains(folder, prepared, sites, simulation, alone, watcher)
+        _measure_gains(prepared, sites, simulation, alone, watcher)
     watcher.finish(f"done: {folder.path}")
     simulation.server.keeper.show_totals(watcher)
-    if gains:
-        watcher.site_gains(gains)
 
 
 def _predict_peaks(simulation: "Simulation", prepared: Prepared, watcher: Watcher) -> None:
@@ -140,20 +142,13 @@ def _predict_peaks(simulation: "Simulation", prepared: Prepared, watcher: Watche
         device.forecast = functools.partial(peaks, device.number)
 
 
-def _gains(
-    folder: RunFolder, prepared: Prepared, sites: Sites, simulation: "Simulation", alone: bool, watcher: Watcher
-) -> list[SiteGain]:
-    """What each site gained: from the run folder, or measured and written there."""
-    last = prepared.config.federation.rounds
-    known = next((line["sites"] for line in folder.iter_rounds() if line["round"] == last and "sites" in line), None)
-    if known is not None:
-        return [SiteGain.from_json(entry) for entry in known]
-    if not sites.measurable:
-        return []
+def _measure_gains(prepared: Prepared, sites: Sites, simulation: "Simulation", alone: bool, watcher: Watcher) -> None:
+    """What each site gained: in the run folder already, or measured and written there."""
+    last, keeper = prepared.config.federation.rounds, simulation.server.keeper
+    if keeper.knows_sites(last) or not sites.measurable:
+        return
     by_itself = _trained_alone(prepared, sites, watcher).model_of if alone else None
-    gains = site_gains(prepared, sites, simulation.model_of, by_itself, watcher)
-    folder.amend_round(last, {"sites": [gain.to_json() for gain in gains]})
-    return gains
+    keeper.save_sites(last, site_gains(prepared, sites, simulation.model_of, by_itself, watcher))
 
 
 def _trained_alone(prepared: Prepared, sites: Sites, watcher: Watcher) -> "Simulation":

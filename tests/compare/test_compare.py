@@ -161,7 +161,7 @@ def test_another_setting_is_another_cell(settings: RunConfig) -> None:
         cells_of(config, rows_of("hfedmoe"), [0]) for config in (settings, tiny_config(*QUICK, "train.lr=1e-4"))
     )
     assert one.file != other.file
-    (named,) = cells_of(settings.model_copy(update={"name": "another"}), ["hfedmoe"], [0])
+    (named,) = cells_of(settings.model_copy(update={"name": "another"}), rows_of("hfedmoe"), [0])
     assert named.file == one.file
     with_option = tiny_config(*QUICK, "method.name=fedprox", "method.options.mu=0.5")
     prox, plain = cells_of(with_option, rows_of("fedprox,fedavg"), [0])

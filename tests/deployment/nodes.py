@@ -9,7 +9,7 @@ from flwr.app import Context, Message, Metadata, RecordDict
 from hfedmoe import deployment
 from hfedmoe.client.device import Device
 from hfedmoe.data.terms import Terms
-from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, describe_request, plan_request
+from hfedmoe.wire.messages import DESCRIBE, MEASURE, PLAN, TRAIN, describe_request, plan_request
 
 
 @dataclass
@@ -48,6 +48,9 @@ class Node:
 
     def train(self, content: RecordDict) -> Message:
         return self.ask(TRAIN, content)
+
+    def measure(self, content: RecordDict) -> Message:
+        return self.ask(MEASURE, content)
 
 
 def _message(kind: str, content: RecordDict) -> Message:

@@ -1,6 +1,7 @@
 """Devices with data of their own, and what leaves them: the real ClientApp, without a network."""
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,45 @@ def test_one_process_that_serves_two_clients_gives_each_what_a_process_of_its_ow
         assert after[0] == alone[0]
         assert set(after[1]) == set(alone[1])
         assert all(torch.equal(tensor, alone[1][name]) for name, tensor in after[1].items())
+
+
+def test_a_device_measures_rows_of_its_own_that_it_never_trained_on(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    for part in (tiny_model(len(tokenizer), 0), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    source = rows_file(tmp_path / "server.csv", "earn", "acq", "crude", rows=24)
+    own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=60)
+    deployment._prepared.cache_clear()
+    told = []
+    for model in (tmp_path / "model", "tiny"):  # carved from a checkpoint, and masked
+        config = CONFIG.format(model=model, source=source).replace("[evaluation]", "[evaluation]\nown_share = 0.2")
+        ready = prepared(config)
+        terms = Terms.from_json(server_for(ready, Keeper(None), Silent()).terms)
+        node = Node(config, 1, {"data": str(own)})
+        assert facts_of(node.describe(terms))["examples"] == 48
+        content = asked_to_train(config, node.plan(), ready)
+        assert trouble(node.measure(content)) == "refuses what the server asked; its log says why"  # not trained yet
+        assert "status" not in facts_of(node.train(content))
+        device = node.device()
+        resident = unpack_bits(content.config_records["facts"]["resident"], ready.model.num_experts)
+        lifted = pack({name: tensor + 0.05 for name, tensor in ready.initial.items()}, resident)
+        reply = node.measure(train_request(1, resident, lifted))
+        result = checks.own_result(reply, 50, choices=True)
+        assert (result.trained_rows, result.own_rows) == (48, 12)
+        assert result.loss_before != result.loss_after
+        assert set(facts_of(reply)) == {field.name for field in fields(result)}
+        assert {row.origin for row in device.examples}.isdisjoint({row.origin for row in device.kept})
+        told.append(result)
+        assert trouble(node.measure(train_request(1, resident, lifted)))  # once is enough
+        quiet = Node(config, 1, {"data": str(own), "measure": False})
+        assert facts_of(quiet.describe(terms))["examples"] == 60
+        quiet.plan()
+        quiet.train(content)
+        assert checks.own_result(quiet.measure(content), 50, choices=True).own_rows == 0
+    carved, masked = told
+    assert carved.right_before == masked.right_before
+    assert carved.loss_before == pytest.approx(masked.loss_before, abs=1e-5)
+    assert carved.loss_after == pytest.approx(masked.loss_after, abs=1e-5)
 
 
 def test_a_plan_opens_no_model_where_scores_are_known(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

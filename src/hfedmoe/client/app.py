@@ -1,4 +1,4 @@
-"""The Flower ClientApp of a client: it answers describe, plan and train requests."""
+"""The Flower ClientApp of a client: it answers describe, plan, train and measure requests."""
 
 import logging
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from hfedmoe.wire.messages import (
     Description,
     InvalidReplyError,
     describe_reply,
+    measure_reply,
     plan_reply,
     train_reply,
     trouble_reply,
@@ -28,7 +29,7 @@ from hfedmoe.wire.messages import (
 )
 from hfedmoe.wire.trouble import FAILED, FAULT, OUT_OF_MEMORY, OWN_DATA, REFUSED, REQUEST, SETTINGS, TOO_SMALL, Trouble
 
-HISTORY = "history"
+HISTORY, TRAINED, MEASURED = "history", "trained", "measured"
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[Message, Context], RecordDict]
@@ -136,10 +137,32 @@ def client_app(
         resident = requests.residents_of(message, place.num_experts, place.at_least, place.allowed(history))
 
         def work() -> RecordDict:
-            return train_reply(device.train(history, resident, requests.trainables_of(message), round))
+            reply = train_reply(device.train(history, resident, requests.trainables_of(message), round))
+            context.state[TRAINED] = ConfigRecord({"round": round})
+            return reply
 
         held = sum(int(keep.sum()) for keep in resident)
         return tried(context, device, history, "train", held, work)
+
+    def measure(message: Message, context: Context) -> RecordDict:
+        device = open_device(message, context)
+        if isinstance(device, Trouble):
+            return refuse(device)
+        place = device.place
+        history = _remember(context, place)
+        if TRAINED not in context.state:
+            raise requests.InvalidRequestError("to measure comes after training")
+        if MEASURED in context.state:
+            raise requests.InvalidRequestError("it has measured in this run already")
+        resident = requests.residents_of(message, place.num_experts, place.at_least, place.allowed(history))
+
+        def work() -> RecordDict:
+            return measure_reply(device.measure(history, resident, requests.trainables_of(message)))
+
+        held = sum(int(keep.sum()) for keep in resident)
+        done = tried(context, device, history, "measure", held, work)
+        context.state[MEASURED] = ConfigRecord({"once": True})
+        return done
 
     def tried(
         context: Context, device: Device, history: ClientHistory, doing: str, held: int, work: Callable[[], RecordDict]
@@ -160,6 +183,7 @@ def client_app(
 
     app.query("describe")(answering(describe))
     app.query("plan")(answering(plan))
+    app.query("measure")(answering(measure))
     app.train()(answering(train_round))
     return app
 

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hfedmoe.client.history import ClientHistory
+from hfedmoe.client.judging import Judged, compared
 from hfedmoe.client.kept import Memory
 from hfedmoe.client.learner import Learner
 from hfedmoe.client.merging import mixtures
@@ -21,8 +22,10 @@ from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import in_experts
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.example import Example
+from hfedmoe.data.kept import LEAST
 from hfedmoe.device.memory import peak_bytes, sub_model_bytes
 from hfedmoe.device.pace import Clock, Pace
+from hfedmoe.events import OwnResult
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import MismatchError, check, extract, kind_of, load, pack, public, reset, restore
 from hfedmoe.moe.ranks import cut, padded
@@ -55,6 +58,10 @@ class Device:
     """The budget in experts over all layers if clients.budgets gives memory or a device; None if it gives experts."""
     notes: Path | None = None
     """File in which a real device notes what it attempts. It shows later that the system killed the process."""
+    kept: list[Example] = field(default_factory=list)
+    """Rows of its own that it never trains on (`data.kept`); simulated clients leave it empty."""
+    judge: Callable[[list[Example]], Judged] | None = None
+    """Measures the model as it is on rows; None: the device does not measure."""
     clock: Clock = time.perf_counter
     """Measures training against the deadline."""
 
@@ -115,6 +122,22 @@ class Device:
         least = [min(number, layer.top_k) for number, layer in zip(most, self.model.layers, strict=True)]
         return Pace(history.step_times, self.deadline_s, self.config.train.steps, most, least, self.clock)
 
+    def _with_own(
+        self, history: ClientHistory, resident: list[Tensor], received: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What was received, and what the client keeps of its own. Raises MismatchError if it was sent that."""
+        private = self.learner.method.private
+        for name in received:
+            if kind_of(name) in private:
+                raise MismatchError(f"{name} is the client's own: a server must not send it")
+        if not private:
+            return received
+        reset(self.model, self.initial)
+        own = extract(self.model, resident)
+        if history.private is not None:
+            own = history.private.over(own, resident)
+        return received | {name: tensor for name, tensor in own.items() if kind_of(name) in private}
+
     def _begin(self, history: ClientHistory, resident: list[Tensor], received: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the round begins with: what was received, what the client keeps of its own, and what it adds.
 
@@ -122,15 +145,7 @@ class Device:
             MismatchError: among what was received is something that the client keeps.
         """
         method, numbers = self.learner.method, self.model.num_experts
-        for name in received:
-            if kind_of(name) in method.private:
-                raise MismatchError(f"{name} is the client's own: a server must not send it")
-        if method.private:
-            reset(self.model, self.initial)
-            own = extract(self.model, resident)
-            if history.private is not None:
-                own = history.private.over(own, resident)
-            received = received | {name: tensor for name, tensor in own.items() if kind_of(name) in method.private}
+        received = self._with_own(history, resident, received)
         if method.own is not None:
             begin_own(received, history.contribution())
         if method.begin is None:
@@ -164,21 +179,46 @@ class Device:
         if method.begin is not None:
             history.ended = (history.ended or Memory.nothing(numbers)).updated(now, resident)
 
+    def _hold(
+        self,
+        history: ClientHistory,
+        resident: list[Tensor],
+        tensors: dict[str, Tensor],
+        start: Callable[[ClientHistory, list[Tensor], dict[str, Tensor]], dict[str, Tensor]],
+    ) -> None:
+        """Make experts resident, and put in what was received and what `start` adds. Raises MismatchError."""
+        method = self.learner.method
+        self.model.set_resident(resident, self.place.at_least)
+        tensors = padded(tensors, self.place.rank, self.config.train.rank)
+        own = tensors
+        if method.merged is not None:
+            check(self.model, tensors, [torch.ones_like(keep) for keep in resident])
+            own = pack(tensors, resident)
+        load(self.model, start(history, resident, own), resident)
+        if method.merged is not None:
+            room = method.merged(self.model.num_experts, self.place.allowed(history), self.config.method)
+            self.model.stand_in(mixtures(self.model, resident, room, history.usage), tensors)
+
+    def measure(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor]) -> OwnResult:
+        """Measure its sub-model on the rows that it kept back: as it was before any training, and with these tensors.
+
+        Fewer than `kept.LEAST` rows are not measured: a right answer of one row would say too much about that row.
+        """
+        trained = len(self.examples)
+        if self.judge is None or len(self.kept) < LEAST:
+            return OwnResult(trained_rows=trained, own_rows=0)
+        restore(self.model, self.initial)
+        self.model.set_resident(resident, self.place.at_least)
+        before = self.judge(self.kept)
+        self._hold(history, resident, tensors, self._with_own)
+        return compared(trained, self.kept, before, self.judge(self.kept))
+
     def train(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor], round: int) -> Update:
         """Train the resident experts and return what changed."""
         method, rank = self.learner.method, self.place.rank
         if method.own == "graft" and history.private is None and not history.observed:
             self.first_pass(history)  # shows which experts are worth most to the client
-        self.model.set_resident(resident, self.place.at_least)
-        tensors = padded(tensors, rank, self.config.train.rank)
-        own = tensors
-        if method.merged is not None:
-            check(self.model, tensors, [torch.ones_like(keep) for keep in resident])
-            own = pack(tensors, resident)
-        load(self.model, self._begin(history, resident, own), resident)
-        if method.merged is not None:
-            room = method.merged(self.model.num_experts, self.place.allowed(history), self.config.method)
-            self.model.stand_in(mixtures(self.model, resident, room, history.usage), tensors)
+        self._hold(history, resident, tensors, self._begin)
         per_token = method.experts_per_token
         most = None if per_token is None else per_token(self.place.share, self.place.top_k[0])
         on_step = self.on_step

@@ -13,8 +13,12 @@ from hfedmoe.method.methods import METHODS
 
 FORMAT = 1
 Kind = TypeVar("Kind", "Round", "Result")
-UNIMPORTANT = {"name", "keep_checkpoints"}
-"""Settings that do not change a result."""
+UNIMPORTANT: dict[str, Any] = {
+    "name": True,
+    "keep_checkpoints": True,
+    "evaluation": {"own_share": True, "own_rows": True, "alone": True},
+}
+"""Settings that do not change a result; in a cell clients keep no rows back."""
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,12 @@ class EvaluationConfig(Section):
         float,
         Field(
             ge=0,
-            lt=1,
-            description="share of each simulated client's rows that it keeps back: never trained on, they measure what "
-            "it gained (docs/gains.md); in runs of up to 100 clients; 0: none, as on real devices",
+            le=0.25,
+            description="share of each client's rows that it keeps back: never trained on, they measure what it gained "
+            "(docs/gains.md); ten or more, of clients with forty or more, in runs of up to 100 clients; 0: none",
         ),
-    ] = 0.0
-    own_rows: Annotated[int, Field(ge=1, description="most rows that a client keeps back")] = 50
+    ] = 0.1
+    own_rows: Annotated[int, Field(ge=10, description="most rows that a client keeps back")] = 50
     alone: Annotated[
         bool,
         Field(

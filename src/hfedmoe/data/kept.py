@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from hfedmoe.config import EvaluationConfig
 from hfedmoe.data.task import Task
 
+LEAST = 10
+"""Fewest rows that are kept back: fewer say nothing about a model, and too much about the rows."""
+FEWEST = 4 * LEAST
+"""Fewest rows of a client that keeps any back."""
 MOST_CLIENTS = 100
 """With more clients nothing is kept back: measuring would take longer than training, and nobody reads the table."""
 
@@ -15,8 +19,9 @@ def keep_back(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Split the rows of every client into those that it trains on and those that it keeps back.
 
-    A client with two rows or more keeps at least one back, and trains on at least one. All answers of one conversation
-    are on the same side. A client's draw does not depend on the rows of others.
+    A client keeps back `LEAST` rows or more, and at most a quarter of its rows; one with too few rows for that keeps
+    none back. All answers of one conversation are on the same side and count as one row. A client's draw does not
+    depend on the rows of others.
 
     Args:
         parts: of each client, indices into `task.train`.
@@ -24,16 +29,25 @@ def keep_back(
     Returns:
         The same indices, sorted: trained on, and kept back.
     """
-    if not config.own_share or len(parts) > MOST_CLIENTS:
-        return [list(part) for part in parts], [[] for _ in parts]
-    trained, kept = [], []
-    for client, part in enumerate(parts):
-        wholes = _wholes(task, part)
-        count = max(0, min(max(1, round(config.own_share * len(wholes))), config.own_rows, len(wholes) - 1))
-        chosen = set(random.Random(f"{seed}/own rows/{client}").sample(range(len(wholes)), count))
-        trained.append(sorted(row for number, whole in enumerate(wholes) if number not in chosen for row in whole))
-        kept.append(sorted(row for number in chosen for row in wholes[number]))
-    return trained, kept
+    split = [kept_by(task, part, client, len(parts), config, seed) for client, part in enumerate(parts)]
+    return [trained for trained, _ in split], [kept for _, kept in split]
+
+
+def kept_by(
+    task: Task, part: Sequence[int], client: int, clients: int, config: EvaluationConfig, seed: int
+) -> tuple[list[int], list[int]]:
+    """As `keep_back`, of one client of so many."""
+    if not config.own_share or clients > MOST_CLIENTS:
+        return list(part), []
+    wholes = _wholes(task, part)
+    if len(wholes) < FEWEST:
+        return list(part), []
+    count = min(max(LEAST, round(config.own_share * len(wholes))), config.own_rows)
+    chosen = set(random.Random(f"{seed}/own rows/{client}").sample(range(len(wholes)), count))
+    return (
+        sorted(row for number, whole in enumerate(wholes) if number not in chosen for row in whole),
+        sorted(row for number in chosen for row in wholes[number]),
+    )
 
 
 def _wholes(task: Task, part: Sequence[int]) -> list[list[int]]:

@@ -129,7 +129,7 @@ def _serve(
         link.stop_old_runs()
         board.upstream, board.offer = link.port, offer
         stack.enter_context(front(board, address, fleet.address()[1]))
-        server.roll = FleetRoll(board)
+        server.roll, server.asks_sites = FleetRoll(board), True
         wish = stack.enter_context(ending(notes))
         server.ends_early = lambda: wish.asked
         try:

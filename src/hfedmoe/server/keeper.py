@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.errors import UserError
-from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Watcher
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation, SiteGain, Watcher
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import PAST, Past
 from hfedmoe.method.usage import FederationUsage, HeldCounts
@@ -54,6 +54,8 @@ class Keeper:
         self.totals: dict[int, ClientTotals] = {}
         """Of the clients that took part so far."""
         self._names: dict[int, str] = {}
+        self.gains: list[SiteGain] = []
+        """What each site gained, at the end of the run."""
         self.usage = FederationUsage()
         """Of the federation, over all complete rounds."""
         self.held = HeldCounts()
@@ -166,9 +168,24 @@ class Keeper:
         return [done for _, done in known if done.rounds]
 
     def show_totals(self, watcher: Watcher) -> None:
-        """The last table: what every client did, and the first and last evaluation on all held-out rows."""
+        """The last tables: what every client did, the first and last evaluation, and what each site gained."""
         before, after = (self.scores[0], self.scores[-1]) if self.scores else (None, None)
         watcher.final_table(self.final_totals(), before, after)
+        if self.gains:
+            watcher.site_gains(self.gains)
+
+    def knows_sites(self, round: int) -> bool:
+        """Whether it is written down already what each site had gained after a round; then `gains` has it."""
+        lines = () if self.folder is None else self.folder.iter_rounds()
+        known = next((line["sites"] for line in lines if line["round"] == round and "sites" in line), None)
+        self.gains = self.gains if known is None else [SiteGain.from_json(entry) for entry in known]
+        return known is not None
+
+    def save_sites(self, round: int, gains: list[SiteGain]) -> None:
+        """Write down what each site had gained after a round."""
+        self.gains = gains
+        if self.folder is not None:
+            self.folder.amend_round(round, {"sites": [gain.to_json() for gain in gains]})
 
     def _count(self, done: ClientRound) -> None:
         self.totals.setdefault(done.client, ClientTotals()).add(done)

@@ -23,9 +23,11 @@ from hfedmoe.server.fold import Fold
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.members import Member, Roll, gather, reply_of, sample
 from hfedmoe.server.records import RoundRecord
+from hfedmoe.server.sites import ask_sites
 from hfedmoe.wire import checks
 from hfedmoe.wire.exchange import Answer, Request, clean, exchange
 from hfedmoe.wire.messages import (
+    MEASURE,
     PLAN,
     TRAIN,
     InvalidReplyError,
@@ -62,6 +64,8 @@ class Server:
     round: int = 0
     roll: Roll | None = None
     """Who the clients are, if that is known by their keys."""
+    asks_sites: bool = False
+    """Whether real devices measure, at the end, what they gained."""
     ends_early: Callable[[], bool] = lambda: False
     """Asked after every round: whether the run ends here, to be continued later."""
 
@@ -87,6 +91,27 @@ class Server:
             self.round += 1
             if self.ends_early():
                 return
+        if self.asks_sites and self.config.evaluation.own_share and self._method.merged is None:
+            self._ask_sites(grid, members)
+
+    def _ask_sites(self, grid: Grid, members: dict[int, Member]) -> None:
+        """Let the devices measure what the federation gave to them, once in a run."""
+        if self.keeper.knows_sites(self.round):
+            return
+        self.watcher.phase("the devices measure what they gained")
+        asked = [member for member in members.values() if member.resident_bits]
+        requests = (
+            Request(m.node, MEASURE, train_request(self.round, m.resident, self._tensors_for(m))) for m in asked
+        )
+        choices = bool(self.keeper.scores) and self.keeper.scores[0].accuracy is not None
+        gains = ask_sites(grid, requests, {m.node: m for m in asked}, self.config, choices, self.watcher)
+        self.keeper.save_sites(self.round, gains)
+
+    def _tensors_for(self, member: Member) -> dict[str, Tensor]:
+        """The global tensors that a client gets for what it planned to hold."""
+        tensors = cut(public(self.tensors, self._method.private), self._rank(member))
+        # Experts that are merged on the device are all sent.
+        return tensors if self._method.merged is not None else pack(tensors, member.resident)
 
     def _announce(self, members: dict[int, Member]) -> None:
         total = sum(self.num_experts)
@@ -226,10 +251,7 @@ class Server:
 
     def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
         with log.phases("pack"):
-            tensors = cut(public(self.tensors, self._method.private), self._rank(member))
-            if self._method.merged is None:  # else they are merged on the device
-                tensors = pack(tensors, member.resident)
-            content = train_request(round, member.resident, tensors)
+            content = train_request(round, member.resident, self._tensors_for(member))
         log.sent(member.about.client, wire_bytes(content))
         self.watcher.client_started(round, member.position, self.config.train.steps)
         return Request(member.node, TRAIN, content)

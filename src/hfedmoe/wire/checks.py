@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message
 from torch import Tensor
 
 from hfedmoe.config import RunConfig
-from hfedmoe.events import Work
+from hfedmoe.events import OwnResult, Work
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Kind
 from hfedmoe.moe.payload import layer_of, lora_pairs, public
@@ -30,6 +30,8 @@ from hfedmoe.wire.trouble import CODES, STATUSES
 
 MAX_EXAMPLES = 10**9
 MAX_NAME = 80
+MOST_TURNS = 1000
+"""Rows of one conversation that is kept back as a whole."""
 ROUNDING = 1e-3
 """Allowed error of sums of float32 shares over the experts of a layer."""
 HEADER_ROOM = 1 << 20
@@ -187,6 +189,40 @@ def update(
     return Update(tensors=tensors, sent=sent, trained=trained, work=work, **vectors)
 
 
+def own_result(message: Message, most_rows: int, choices: bool) -> OwnResult:
+    """What a client measured on rows of its own, if the figures are possible.
+
+    Args:
+        most_rows: that it may keep back (`evaluation.own_rows`; a conversation counts as one, so rows may be more).
+        choices: whether the task has choices.
+
+    Raises:
+        InvalidReplyError: a figure is missing or out of range.
+    """
+    facts = facts_of(message)
+    rows = _whole(facts, "own_rows", 0, most_rows * MOST_TURNS)
+    trained = _whole(facts, "trained_rows", 1, MAX_EXAMPLES)
+    if not rows:
+        return OwnResult(trained_rows=trained, own_rows=0)
+    counts: dict[str, int] = {}
+    if choices:
+        before = _whole(facts, "right_before", 0, rows)
+        counts = {
+            "right_before": before,
+            "won": _whole(facts, "won", 0, rows - before),
+            "lost": _whole(facts, "lost", 0, before),
+        }
+    return OwnResult(
+        trained_rows=trained,
+        own_rows=rows,
+        **counts,
+        f1_before=_share(facts, "f1_before") if choices else None,
+        f1_after=_share(facts, "f1_after") if choices else None,
+        loss_before=_loss(facts, "loss_before"),
+        loss_after=_loss(facts, "loss_after"),
+    )
+
+
 def _check_products(tensors: dict[str, Tensor], like: dict[str, Tensor], sent: list[Tensor]) -> None:
     """Check that no factor of the mean of LoRA products can exceed MAX_VALUE (`method.products`).
 
@@ -256,6 +292,22 @@ def _positive(facts: ConfigRecord, key: str, high: float) -> float | None:
         return None
     if not isinstance(value, float) or not 0 < value <= high:
         raise InvalidReplyError(f"{key} is not a number in (0, {high:g}]")
+    return value
+
+
+def _share(facts: ConfigRecord, key: str) -> float | None:
+    value: Any = facts.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, float) or not 0 <= value <= 1:
+        raise InvalidReplyError(f"{key} is not a number in [0, 1]")
+    return value
+
+
+def _loss(facts: ConfigRecord, key: str) -> float:
+    value: Any = facts.get(key)
+    if not isinstance(value, float) or not math.isfinite(value):
+        raise InvalidReplyError(f"{key} is not a finite number")
     return value
 
 

@@ -8,7 +8,10 @@ plan (query)      down: round; with method.bootstrap = "prior" the federation's 
 train             down: round, resident bits; gates, shared tensors, rows of the resident experts
                   up:   trained bits [sum E_l]; gates, shared tensors, rows of the trained experts (or of all held
                         ones, depending on the method); usage, importance, tokens float32 [sum E_l]; `events.Work`
-plan and train    up:   if the client cannot do it, a status and the reason instead (`trouble.py`)
+measure (query)   down: as train, after the last round
+                  up:   `events.OwnResult`: counts and means on rows that the client kept back
+plan, train and measure
+                  up:   if the client cannot do it, a status and the reason instead (`trouble.py`)
 
 All tensors of a message are sent as one safetensors blob (`TENSORS`): no pickle, and Flower moves one object instead of
 hundreds. Everything else is scalars and bytes in one record (`FACTS`).
@@ -22,11 +25,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from hfedmoe.events import Work
+from hfedmoe.events import OwnResult, Work
 from hfedmoe.files.blob import dumps, loads
 from hfedmoe.wire.trouble import FAULT, Trouble
 
-DESCRIBE, PLAN, TRAIN = "query.describe", "query.plan", "train"
+DESCRIBE, PLAN, TRAIN, MEASURE = "query.describe", "query.plan", "train", "query.measure"
 TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
 
 
@@ -240,3 +243,8 @@ def train_reply(update: Update) -> RecordDict:
     if len(losses) == len(LOSSES):
         work["step_losses"] = losses  # in one fact, to save bytes
     return record({"trained": pack_bits(update.trained), **work}, update.tensors | vectors)
+
+
+def measure_reply(result: OwnResult) -> RecordDict:
+    """What a client measured on its own rows; the server reads it with `checks.own_result`."""
+    return record({name: value for name, value in asdict(result).items() if value is not None})
