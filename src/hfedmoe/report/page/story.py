@@ -82,7 +82,8 @@ class Experts:
     def never(self) -> np.ndarray:
         """[T], experts that nobody has trained up to each round."""
         exists = ~np.isnan(self.usage[0])
-        return np.array([(exists & ~(self.trained[: t + 1] > 0).any(0)).sum() for t in range(len(self.rounds))])
+        so_far = np.logical_or.accumulate(self.trained > 0, axis=0)
+        return (exists & ~so_far).reshape(len(self.rounds), -1).sum(-1)
 
     @property
     def effective(self) -> np.ndarray:
