@@ -168,6 +168,7 @@ def prepare(
     own: str | None = None,
     terms: Terms | None = None,
     form: Form = PLAIN,
+    budgets: list[int] | None = None,
 ) -> Prepared:
     """Load the model and the data of a configuration and make them ready.
 
@@ -177,6 +178,7 @@ def prepare(
         own: a file with a device's own rows, instead of the configured data.
         terms: the run's task, which a device received from the server; None: found from the rows.
         form: how the device's own file is written.
+        budgets: every client's, as they were planned elsewhere (`Prepared.budgets`); None: planned here.
 
     Raises:
         UserError: the model or the data cannot be used, or a budget is below what the model needs.
@@ -203,9 +205,8 @@ def prepare(
     problem = model.router_gradient_problem()
     if problem is not None:
         raise UserError(problem)
-    budgets = None
     method = METHODS[config.method.name]
-    if not carve and (not method.ignores_budgets(config.method) or method.limits_otherwise):
+    if not carve and budgets is None and (not method.ignores_budgets(config.method) or method.limits_otherwise):
         top_k = [layer.top_k for layer in model.layers]
         budgets = budgets_in_experts(config, model.num_experts, top_k, str(model.device))
     if (config.train.loss == "choices" or config.train.logit_adjustment) and not encoder.first_token_only:
@@ -270,6 +271,8 @@ def server_for(
         base: digest of the base model, if clients have copies of their own.
     """
     model = prepared.model
+    if base and prepared.config.carrier.kind != "process":
+        watcher.warning(f'carrier.kind = "{prepared.config.carrier.kind}" is ignored: the clients are devices')
     return Server(
         config=prepared.config,
         tensors=dict(prepared.initial) if tensors is None else tensors,

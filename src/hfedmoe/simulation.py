@@ -1,42 +1,36 @@
-"""Run a federation of simulated clients in this process: what `hfedmoe run` does."""
+"""Run a federation of simulated clients: what `hfedmoe run` does."""
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
-from hfedmoe.client.app import client_app, history_of
+from hfedmoe.client.app import history_of
 from hfedmoe.client.device import Device
 from hfedmoe.config import RunConfig
-from hfedmoe.data.kept import FEWEST, keep_back
-from hfedmoe.data.partition import partition
-from hfedmoe.data.sites import site_names
-from hfedmoe.device.predicted import peaks_of
+from hfedmoe.data.kept import FEWEST
+from hfedmoe.device.probe import usable_cores
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent, Watcher
 from hfedmoe.gains import Sites, site_gains
 from hfedmoe.method.methods import METHODS
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.runs.folder import RunFolder
-from hfedmoe.runs.identity import (
-    DEPLOYED,
-    SIMULATED,
-    Identity,
-    check_identity,
-    identity_of,
-    read_identity,
-    write_identity,
-)
+from hfedmoe.runs.identity import DEPLOYED, Identity, check_identity, read_identity, write_identity
 from hfedmoe.runs.log import logging_to
 from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
-from hfedmoe.wire.inprocess import InProcessGrid, changed_contexts, restore_contexts
+from hfedmoe.simulated import WorkerApp, app_of, devices_of, identity, predict_peaks, split
+from hfedmoe.wire.cluster import Cluster, connected
+from hfedmoe.wire.inprocess import InProcessGrid
+from hfedmoe.wire.local import LocalGrid, changed_contexts, restore_contexts
+from hfedmoe.wire.rayed import RayGrid
 
 
 def run(
@@ -48,9 +42,10 @@ def run(
         UserError: the configuration, model, data or folder cannot be used, or too few clients gave a valid update.
     """
     config = with_absolute_paths(config)
-    with RunFolder.create(out, config) as folder:
+    with RunFolder.create(out, config) as folder, ExitStack() as stack:
         begun(folder.path)
         try:
+            cluster = stack.enter_context(_cluster(config, watcher))
             prepared = prepare(config, watcher)
             sites = _split(prepared, watcher, keeping=True)
         except UserError:
@@ -58,9 +53,9 @@ def run(
             raise
         if prepared.settled is not config:
             folder.settle(prepared.settled)
-        write_identity(folder.path, _identity(prepared, sites))
+        write_identity(folder.path, identity(prepared, sites))
         folder.describe(prepared.about(sites.trained, sites.names))
-        _run(folder, prepared, sites, None, watcher)
+        _run(folder, prepared, sites, None, watcher, cluster)
         return folder.path
 
 
@@ -70,7 +65,7 @@ def resume(path: Path, watcher: Watcher) -> Path:
     Raises:
         UserError: not a run folder, in use by another process, or as `run`.
     """
-    with RunFolder.open(path, to_write=True) as folder:
+    with RunFolder.open(path, to_write=True) as folder, ExitStack() as stack:
         was = read_identity(path)
         if was is not None and was.carrier == DEPLOYED:
             raise UserError(
@@ -78,37 +73,57 @@ def resume(path: Path, watcher: Watcher) -> Path:
                 f"`hfedmoe serve --resume {path}` continues a run of `hfedmoe serve`; one of `flwr run` continues by "
                 "itself while its SuperLink runs, else start again with `flwr run` and its config.toml"
             )
+        cluster = stack.enter_context(_cluster(folder.config, watcher))
         prepared = prepare(folder.config, watcher)
-        check_identity(path, _identity(prepared))
+        check_identity(path, identity(prepared))
         # What was trained on before must not be measured now: an earlier version kept no rows back.
         sites = _split(prepared, watcher, keeping=was is None or was.own_rows > 0)
         if was is None:
-            write_identity(path, _identity(prepared, sites))
+            write_identity(path, identity(prepared, sites))
         round = None
         if folder.saved_rounds():
             round = folder.load_checkpoint("last").round
         folder.rewind(-1 if round is None else round)
-        _run(folder, prepared, sites, round, watcher)
+        _run(folder, prepared, sites, round, watcher, cluster)
         return folder.path
 
 
-def _identity(prepared: Prepared, sites: Sites | None = None) -> Identity:
-    own = 0 if sites is None else sum(map(len, sites.kept))
-    return identity_of(prepared.config, prepared.task, prepared.watch, SIMULATED, own)
+@contextmanager
+def _cluster(config: RunConfig, watcher: Watcher) -> Iterator[Cluster | None]:
+    """Ray during the block, if the clients work there. Raises UserError if it cannot be used."""
+    if config.carrier.kind == "process":
+        yield None
+        return
+    address = config.carrier.address
+    watcher.phase("starting Ray" if address is None else f"connecting to Ray at {address}")
+    clients = config.federation.clients_per_round or config.clients.count
+    if METHODS[config.method.name].pooled:
+        clients = 1
+    with connected(config.carrier, clients, usable_cores()) as cluster:
+        yield cluster
 
 
 def _split(prepared: Prepared, watcher: Watcher, keeping: bool) -> Sites:
-    """Who trains on which rows; with `keeping`, clients keep some of theirs back."""
     watcher.phase("splitting the data over the clients")
-    config, task = prepared.config, prepared.task
-    parts = partition(task, config.partition, config.clients.count, config.seed)
-    names = site_names(task, config.data, len(parts))
-    if not keeping:
-        return Sites(names, parts, [[] for _ in parts])
-    return Sites(names, *keep_back(task, parts, config.evaluation, config.seed))
+    return split(prepared, keeping)
 
 
-def _run(folder: RunFolder, prepared: Prepared, sites: Sites, from_round: int | None, watcher: Watcher) -> None:
+@dataclass(frozen=True)
+class Workers:
+    """Where clients work if not in this process: Ray, and the identity that the workers check."""
+
+    cluster: Cluster
+    identity: Identity
+
+
+def _run(
+    folder: RunFolder,
+    prepared: Prepared,
+    sites: Sites,
+    from_round: int | None,
+    watcher: Watcher,
+    cluster: Cluster | None,
+) -> None:
     prepared.announce(watcher, folder)
     alone = prepared.config.evaluation.alone and sites.measurable
     if alone:
@@ -120,11 +135,12 @@ def _run(folder: RunFolder, prepared: Prepared, sites: Sites, from_round: int | 
     if sites.measurable and small:
         shown = ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
         watcher.note(f"too few rows to keep some back, so not measured at the end: {shown} ({FEWEST} are needed)")
-    simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names)
-    _predict_peaks(simulation, prepared, watcher)
+    workers = None if cluster is None else Workers(cluster, identity(prepared, sites))
     with logging_to(folder.path):
+        simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names, workers)
+        _predict_peaks(simulation, prepared, watcher)
         simulation.run()
-        _measure_gains(prepared, sites, simulation, alone, watcher)
+        _measure_gains(prepared, sites, simulation, alone, watcher, workers)
     watcher.finish(f"done: {folder.path}")
     simulation.server.keeper.show_totals(watcher)
 
@@ -134,34 +150,40 @@ def _predict_peaks(simulation: "Simulation", prepared: Prepared, watcher: Watche
     if simulation.server.round >= prepared.config.federation.rounds:
         return  # nobody trains any more
     try:
-        peaks = peaks_of(prepared.config, str(prepared.model.device))
+        predict_peaks(prepared, simulation.devices)
     except UserError as error:
         watcher.warning(f"peaks count only weights, gradients and the optimizer's state: {error}")
-        return
-    for device in simulation.devices:
-        device.forecast = functools.partial(peaks, device.number)
 
 
-def _measure_gains(prepared: Prepared, sites: Sites, simulation: "Simulation", alone: bool, watcher: Watcher) -> None:
+def _measure_gains(
+    prepared: Prepared,
+    sites: Sites,
+    simulation: "Simulation",
+    alone: bool,
+    watcher: Watcher,
+    workers: Workers | None,
+) -> None:
     """What each site gained: in the run folder already, or measured and written there."""
     last, keeper = prepared.config.federation.rounds, simulation.server.keeper
     if keeper.knows_sites(last) or not sites.measurable:
         return
-    by_itself = _trained_alone(prepared, sites, watcher).model_of if alone else None
+    simulation.grid.close()
+    by_itself = _trained_alone(prepared, sites, watcher, workers).model_of if alone else None
     keeper.save_sites(last, site_gains(prepared, sites, simulation.model_of, by_itself, watcher))
 
 
-def _trained_alone(prepared: Prepared, sites: Sites, watcher: Watcher) -> "Simulation":
+def _trained_alone(prepared: Prepared, sites: Sites, watcher: Watcher, workers: Workers | None) -> "Simulation":
     """A run in which every site keeps its model to itself; nothing is measured in it."""
     config = prepared.config
     limited = not METHODS[config.method.name].ignores_budgets(config.method)
     changes = {"name": "local", "options": {}, "residency": "budget" if limited else "all"}
     method = config.method.model_copy(update=changes)
     one = prepared.with_config(config.model_copy(update={"method": method}))
-    simulation = assemble(one, sites.trained, None, Alone(watcher, config.federation.rounds))
+    simulation = assemble(one, sites.trained, None, Alone(watcher, config.federation.rounds), workers=workers)
     simulation.server.evaluate = lambda tensors, kind: Metrics(None, None, 0.0, 0, 1.0)
     simulation.server.watches = False
     simulation.run()
+    simulation.grid.close()
     return simulation
 
 
@@ -182,11 +204,12 @@ class Alone(Silent):
 
 @dataclass
 class Simulation:
-    """A server and its clients in one process."""
+    """A server and its clients."""
 
     server: Server
     devices: list[Device]
-    grid: InProcessGrid
+    """Of all clients; workers of Ray have devices of their own, and these are what the server knows of them."""
+    grid: LocalGrid
 
     def model_of(self, client: int, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The trained tensors of a client's model: those of the server, under what the client keeps of its own.
@@ -214,6 +237,7 @@ def assemble(
     watcher: Watcher,
     from_round: int | None = None,
     names: list[str] | None = None,
+    workers: Workers | None = None,
 ) -> Simulation:
     """Put a federation together.
 
@@ -222,14 +246,27 @@ def assemble(
         folder: where the run is kept; None: nowhere.
         from_round: round of the checkpoint from which the run continues; None: it begins.
         names: of the clients; None: by number.
+        workers: where the clients work; None: in this process.
 
     Raises:
         UserError: the checkpoint is damaged or does not fit the model.
     """
-    if METHODS[prepared.config.method.name].pooled:
-        (prepared, parts), names = pooled(prepared, parts), None
-    devices = _devices(prepared, parts, watcher, names or [f"client {number}" for number in range(len(parts))])
-    grid = InProcessGrid(client_app(lambda _, context: devices[int(context.node_config["partition-id"])]), len(devices))
+    whole = prepared
+    prepared, devices = devices_of(
+        prepared, parts, names, lambda client, step, loss: watcher.step(client, step, steps, loss)
+    )
+    steps = prepared.config.train.steps
+    if workers is None:
+        grid: LocalGrid = InProcessGrid(app_of(devices), len(devices))
+    else:
+        if prepared.model.device.type != "cpu" and not prepared.config.carrier.gpus_per_client:
+            watcher.warning(
+                f"this machine has {prepared.model.device}, but its clients work on CPUs; carrier.gpus_per_client "
+                "gives them GPUs"
+            )
+        watcher.phase(f"{workers.cluster.at_once} workers load {prepared.config.model.name}")
+        app = WorkerApp(whole.config, whole.budgets, workers.identity)
+        grid = RayGrid(app, len(devices), workers.cluster, watcher, steps)
     keeper = Keeper(folder, lambda: _to_tensors(changed_contexts(grid)), from_round)
     tensors = None
     if folder is not None and from_round is not None:
@@ -237,44 +274,6 @@ def assemble(
         tensors = checkpoint.tensors
         restore_contexts(grid, _to_bytes(checkpoint.clients or {}))
     return Simulation(server_for(prepared, keeper, watcher, tensors, from_round or 0), devices, grid)
-
-
-def pooled(prepared: Prepared, parts: list[list[int]]) -> tuple[Prepared, list[list[int]]]:
-    """One client with the rows of all, without limits, that takes as many steps in a round as they would together."""
-    config = prepared.config
-    asked = config.federation.clients_per_round or config.clients.count
-    changes = {
-        "clients": config.clients.model_copy(update={"count": 1, "budgets": ["100%"], "deadlines_s": None}),
-        "federation": config.federation.model_copy(update={"clients_per_round": None, "min_clients": 1}),
-        "train": config.train.model_copy(update={"steps": config.train.steps * asked}),
-        "data": config.data.model_copy(update={"clients": None}),
-    }
-    one = replace(prepared, config=config.model_copy(update=changes), budgets=None)
-    return one, [sorted(row for part in parts for row in part)]
-
-
-def _devices(prepared: Prepared, parts: list[list[int]], watcher: Watcher, names: list[str]) -> list[Device]:
-    """Simulated clients. They share one model in memory; a client's sub-model is a mask over it."""
-    steps = prepared.config.train.steps
-
-    def on_step(client: int, step: int, loss: float) -> None:
-        watcher.step(client, step, steps, loss)
-
-    return [
-        Device(
-            number=number,
-            name=names[number],
-            model=prepared.model,
-            encoder=prepared.encoder,
-            examples=[prepared.task.train[i] for i in indices],
-            config=prepared.config,
-            initial=prepared.initial,
-            simulated=True,
-            on_step=on_step,
-            budget_experts=None if prepared.budgets is None else prepared.budgets[number],
-        )
-        for number, indices in enumerate(parts)
-    ]
 
 
 def _to_tensors(saved: dict[str, bytes]) -> dict[str, Tensor]:

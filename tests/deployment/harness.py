@@ -116,6 +116,7 @@ class Deployment:
     folder: Path
     env: Mapping[str, str]
     client_command: Sequence[str] | None = None
+    simulated: int = 0
     port: int = 0
     node_ids: list[int] = field(default_factory=list)
     superlink: _Process | None = None
@@ -138,6 +139,8 @@ class Deployment:
             lines = [f"{json.dumps(key)} = {toml_value(value)}" for key, value in run_config.items()]
             overrides.write_text("\n".join(lines) + "\n", encoding="utf-8")
             command += ["--run-config", str(overrides)]
+        if self.simulated:
+            command += ["--federation-config", f"num-supernodes={self.simulated} client-resources-num-cpus=1"]
         process = self._start(f"run-{self._count}", command, home="cli")
         try:
             process.popen.wait(timeout)
@@ -217,6 +220,7 @@ class Deployment:
             encoding="utf-8",
         )
         command = ["flower-superlink", "--insecure", "--host", HOST, "--port", str(self.port)]
+        command += ["--simulation"] if self.simulated else []
         self.superlink = self._start("superlink", [*command, "--disable-runtime-dependency-installation"])
         while not _listening(self.port):
             self._check_waiting(self.superlink, deadline)
@@ -338,6 +342,7 @@ def deployment(
     *,
     env: Mapping[str, str] | None = None,
     client_command: Sequence[str] | None = None,
+    simulated: int = 0,
     start_timeout: float = 60.0,
     attempts: int = 3,
 ) -> Iterator[Deployment]:
@@ -345,12 +350,13 @@ def deployment(
 
     ``env`` reaches every process, ServerApp and ClientApps included. With ``client_command`` the SuperNodes run with
     ``--isolation process``, and for each of them this command is started to answer its messages, with the arguments
-    ``--insecure --runtime-api-address HOST:PORT`` of ``flower-superexec``. A start that fails because another process
-    took a port in between is tried again, ``attempts`` times in all. Raises :class:`DeploymentError` with log tails
-    if the deployment does not come up within ``start_timeout`` seconds.
+    ``--insecure --runtime-api-address HOST:PORT`` of ``flower-superexec``. With ``simulated`` the SuperLink simulates
+    so many nodes itself, on Ray. A start that fails because another process took a port in between is tried again,
+    ``attempts`` times in all. Raises :class:`DeploymentError` with log tails if the deployment does not come up
+    within ``start_timeout`` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="flower-", ignore_cleanup_errors=True) as name:
-        running = Deployment(Path(app_dir).resolve(), Path(name), _environment(env), client_command)
+        running = Deployment(Path(app_dir).resolve(), Path(name), _environment(env), client_command, simulated)
         try:
             for attempt in range(1, attempts + 1):
                 try:

@@ -4,6 +4,7 @@ Every field has a description; `hfedmoe run --show-config` prints the tree. Impo
 import torch, transformers or flwr.
 """
 
+from hfedmoe.config.carrier import CarrierConfig
 from hfedmoe.config.clients import ClientsConfig
 from hfedmoe.config.data import DataConfig, DataFormat, PartitionConfig
 from hfedmoe.config.federation import EvaluationConfig, FederationConfig
@@ -14,6 +15,7 @@ from hfedmoe.config.run import RunConfig
 from hfedmoe.config.section import Section
 
 __all__ = [
+    "CarrierConfig",
     "ClientsConfig",
     "DataConfig",
     "DataFormat",

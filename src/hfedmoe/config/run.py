@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from hfedmoe.config.carrier import CarrierConfig
 from hfedmoe.config.clients import ClientsConfig
 from hfedmoe.config.data import DataConfig, PartitionConfig
 from hfedmoe.config.federation import EvaluationConfig, FederationConfig
@@ -33,6 +34,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    carrier: CarrierConfig = Field(default_factory=CarrierConfig)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "RunConfig":
@@ -56,6 +58,12 @@ class RunConfig(Section):
                     f'evaluation.alone: a client of the method "{self.method.name}" trains parts that no other method '
                     "has; use `hfedmoe compare --methods` with local"
                 )
+        device, gpus = self.model.device, self.carrier.gpus_per_client
+        if self.carrier.kind == "ray" and device.startswith("cuda") and (device != "cuda" or not gpus):
+            raise ValueError(
+                f'model.device = "{device}": Ray gives GPUs to its workers; set carrier.gpus_per_client, and '
+                'model.device = "auto" or "cuda"'
+            )
         sampled = self.federation.clients_per_round or self.clients.count
         if sampled > self.clients.count:
             raise ValueError(f"federation.clients_per_round={sampled} is more than clients.count={self.clients.count}")

@@ -17,7 +17,7 @@ from hfedmoe.files.disk import replacing
 from hfedmoe.models.digest import weights_digest
 
 NAME = "run.json"
-SIMULATED, DEPLOYED = "simulated", "deployed"
+SIMULATED, IN_WORKERS, DEPLOYED = "simulated", "ray", "deployed"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Identity:
     """Facts about a run that must not change."""
 
     carrier: str
-    """SIMULATED: the clients are in this process. DEPLOYED: Flower carries messages to devices."""
+    """SIMULATED: the clients are in this process. IN_WORKERS: in those of Ray. DEPLOYED: they are devices."""
     rows: str
     """Digest of the training, test and watched rows, in their order, and of which client holds which training rows."""
     train_rows: int

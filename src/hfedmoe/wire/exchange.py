@@ -1,5 +1,6 @@
 """Send messages to clients and take their replies as they come, each with a deadline."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from hfedmoe.wire.inprocess import TOO_LATE, InProcessGrid
+from hfedmoe.wire.local import TOO_LATE, LocalGrid
 
 MAX_REASON = 300
 
@@ -46,20 +47,24 @@ class Answer:
 def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: float) -> Iterator[Answer]:
     """Answers in the order in which they arrive; exactly one for every request.
 
-    In process, only one request is open at a time: its payload is made when it is needed, and its update is folded in
-    before the next one exists. Otherwise all requests are sent at once, and clients work in parallel. The deadline of a
-    request begins when it is sent, so a slow upload to one client costs the others no time.
+    Only `LocalGrid.most_open` requests to simulated clients are open at a time: a payload is made when it is needed,
+    and an update is folded in before further ones exist. Devices get all requests at once and work in parallel. The
+    deadline of such a request begins when it is sent, so a slow upload to one costs the others no time.
     """
     waiting: dict[str, _Waiting] = {}
+    local = grid if isinstance(grid, LocalGrid) else None
     looked = time.monotonic()
     for request in requests:
         message_id = next(iter(grid.push_messages([_message(grid, request, group, timeout_s)])), "")
         if not message_id:
             yield Answer(request.node, None, "failed", "the client is no longer connected")
             continue
-        waiting[message_id] = _Waiting(request.node, time.monotonic() + timeout_s + GRACE_S)
+        deadline = math.inf if local is not None else time.monotonic() + timeout_s + GRACE_S  # it keeps its own
+        waiting[message_id] = _Waiting(request.node, deadline)
         del request  # its payload is delivered
-        if isinstance(grid, InProcessGrid) or time.monotonic() - looked >= LOOK_S:
+        while local is not None and len(waiting) >= local.most_open:
+            yield from _sweep(grid, waiting)
+        if local is None and time.monotonic() - looked >= LOOK_S:
             # Replies of earlier requests must not grow too old while others are sent.
             yield from _sweep(grid, waiting)
             looked = time.monotonic()
@@ -69,7 +74,7 @@ def exchange(grid: Grid, requests: Iterable[Request], group: str, timeout_s: flo
         now = time.monotonic()
         for message_id in [one for one, request in waiting.items() if now > request.deadline]:
             yield Answer(waiting.pop(message_id).node, None, "late", f"no reply within {timeout_s:g} s")
-        if waiting and len(waiting) == before:
+        if local is None and waiting and len(waiting) == before:
             time.sleep(POLL_S)
 
 
@@ -97,6 +102,6 @@ def _sweep(grid: Grid, waiting: dict[str, _Waiting]) -> Iterator[Answer]:
 
 
 def _message(grid: Grid, request: Request, group: str, ttl: float) -> Message:
-    if isinstance(grid, InProcessGrid):
+    if isinstance(grid, LocalGrid):
         return grid.create_message(request.content, request.kind, request.node, group, ttl)
     return Message(request.content, request.node, request.kind, ttl=ttl, group_id=group)
