@@ -3,13 +3,17 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
 def ray_cluster() -> Iterator[str]:
     """The address of a cluster that runs during the block."""
+    from ray._common.utils import get_default_ray_temp_dir
     from ray.cluster_utils import Cluster
 
+    # Ray notes the address of a cluster there whatever the folder of the cluster is, and does not make the folder.
+    Path(get_default_ray_temp_dir()).mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         cluster = Cluster(
             initialize_head=True,
