@@ -22,6 +22,7 @@ PAPERS = (
     "docs/deployment.md",
     "docs/export.md",
     "docs/gains.md",
+    "docs/init.md",
     "docs/models.md",
     "docs/performance.md",
     "docs/report.md",
