@@ -25,6 +25,7 @@ PAPERS = (
     "docs/init.md",
     "docs/models.md",
     "docs/performance.md",
+    "docs/python.md",
     "docs/report.md",
     "docs/predict.md",
     "CHANGELOG.md",
