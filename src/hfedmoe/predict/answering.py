@@ -98,7 +98,7 @@ class Answerer:
                 do_sample=False,
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=self.encoder.pad_token_id,
-                streamer=_streamer(self.loaded.tokenizer, both, self.loaded.encoder_decoder),
+                streamer=_streamer(self.loaded.tokenizer, both, ends, self.loaded.encoder_decoder),
             )
         return "".join(pieces).strip()
 
@@ -150,11 +150,15 @@ def open_answerer(target: Path, checkpoint: str = "best", overrides: list[str] |
     return Answerer(config, loaded, encoder, labels, words, talks)
 
 
-def _streamer(tokenizer: Any, say: Callable[[str], None], encoder_decoder: bool) -> Any:
+def _streamer(tokenizer: Any, say: Callable[[str], None], ends: set[int], encoder_decoder: bool) -> Any:
+    """Gives whole words to `say` while they are generated, without the tokens that end an answer."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        """Gives whole words to `say` instead of printing them."""
+        def put(self, value: Any) -> None:
+            is_prompt = self.skip_prompt and self.next_tokens_are_prompt
+            if is_prompt or int(value) not in ends:
+                super().put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             say(text)
