@@ -10,7 +10,7 @@ import typer.core
 import typer.main
 
 from hfedmoe import __version__
-from hfedmoe.cli import bases, comparing, looking, measuring, running, writing
+from hfedmoe.cli import bases, comparing, looking, measuring, running, starting, writing
 from hfedmoe.errors import INTERRUPTED, UserError
 from hfedmoe.fleet import cli as fleet
 from hfedmoe.predict import cli as predicting
@@ -79,5 +79,5 @@ def _options(
     pass
 
 
-for _room in (running, measuring, predicting, writing, looking, comparing, fleet, bases):
+for _room in (starting, running, measuring, predicting, writing, looking, comparing, fleet, bases):
     _room.register(app)

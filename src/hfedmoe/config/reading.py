@@ -44,7 +44,7 @@ def config_from_text(text: str, origin: str, overrides: list[str] | None = None)
         raise UserError(f"{origin}: {reason}") from None
     tree.pop("versions", None)
     for override in overrides or []:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     apply_unset(tree, origin)
     return config_from_tree(tree, origin)
 
@@ -56,7 +56,7 @@ def config_from_tree(tree: dict[str, Any], origin: str, overrides: list[str] | N
         UserError: a key is unknown, or a value is of the wrong type or range.
     """
     for override in overrides or []:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -80,7 +80,8 @@ def apply_unset(tree: dict[str, Any], origin: str) -> None:
         node[last] = None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set what `section.key=value` says in a plain tree. Raises UserError."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):

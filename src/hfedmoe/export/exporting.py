@@ -16,6 +16,7 @@ from hfedmoe.errors import UserError
 from hfedmoe.export.adapter import check_adaptable, save_adapter
 from hfedmoe.export.card import BASE, Export, card
 from hfedmoe.export.classifying import classifier_of
+from hfedmoe.export.in_memory import for_merging
 from hfedmoe.export.merged import merge, save
 from hfedmoe.export.mixtral import write_mixtral
 from hfedmoe.export.options import check_fits, check_options, check_outside
@@ -67,12 +68,9 @@ def export_run(
         config = run.config
         check_fits(path, config, form, client)
         chosen = checkpoint_of(run, checkpoint)
-        # Load the unquantised model with stock modules: float32 arithmetic would replace some of them.
         stored = {"dtype": "float32"} if _needs_float32(config.model, form, dtype) else {}
-        plain = {"device": "cpu", "compute": "same", "expert_dtype": "same"}
-        model = config.model.model_copy(update=plain | stored)
-        train = config.train.model_copy(update={"gradient_checkpointing": False})
-        config = config.model_copy(update={"model": model, "train": train})
+        config = for_merging(config, "cpu")
+        config = config.model_copy(update={"model": config.model.model_copy(update=stored)})
         _check_not_quantised(config.model, form)
         check_base(path, config)
         with written_whole(out) as scratch:

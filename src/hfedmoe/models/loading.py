@@ -84,6 +84,21 @@ def structure(config: ModelConfig) -> Any:
     return model if config.upcycle is None else _upcycled(model, config, seed=0)
 
 
+def tokenizer_of(config: ModelConfig) -> Any:
+    """The tokenizer of a model, without its weights. Raises UserError if it is unknown, unreachable or damaged."""
+    if config.name == "tiny":
+        from hfedmoe.models.tiny import tiny_tokenizer
+
+        return tiny_tokenizer()
+    from transformers import AutoTokenizer
+
+    source, options = source_of(config)
+    try:
+        return with_padding(AutoTokenizer.from_pretrained(source, **options))
+    except LOADING_ERRORS as error:
+        raise UserError(explain(config, error)) from None
+
+
 def _upcycled(dense: Any, config: ModelConfig, seed: int) -> Any:
     from hfedmoe.moe.upcycle import upcycle
 

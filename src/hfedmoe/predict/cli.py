@@ -1,4 +1,4 @@
-"""The command `hfedmoe predict`."""
+"""The commands `hfedmoe predict` and, in `chat`, `hfedmoe chat`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from hfedmoe.errors import UserError
-from hfedmoe.runs.existing import is_export, run_at
+from hfedmoe.predict.chat import chat
+from hfedmoe.predict.target import check_keys, check_target
 
 ALLOWED = (
     "data.text",
@@ -23,8 +24,9 @@ ALLOWED = (
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command()(predict)
+    app.command()(chat)
 
 
 def predict(
@@ -56,24 +58,11 @@ def predict(
     """Write the label of every row of a file, with probabilities."""
     from hfedmoe.predict.written import output_for
 
-    for text in overrides or []:
-        key = text.partition("=")[0].strip()
-        if key not in ALLOWED:
-            raise UserError(f"--set {key}: a run keeps its own settings; these can change: {', '.join(ALLOWED)}")
-    place = target.expanduser()
-    of_run = (place / "config.toml").is_file()
-    if not of_run and not is_export(place):
-        raise UserError(
-            f"{target}: neither a run folder (no config.toml) nor an export (no hfedmoe.json); `hfedmoe export` "
-            "writes one of a run"
-        )
-    if not of_run and checkpoint is not None:
-        raise UserError(f"--checkpoint: {target} is an export, which has only one; leave the option out")
+    check_keys(overrides, ALLOWED)
+    place = check_target(target, checkpoint)
     if not file.expanduser().is_file():
         raise UserError(f"{file}: no such file")
     goal = output_for(file.expanduser(), None if out is None else out.expanduser())
-    if of_run:
-        run_at(place, checkpoint or "best")
     from hfedmoe.predict.predicting import Asked
     from hfedmoe.predict.predicting import predict as predict_rows
     from hfedmoe.predict.shares import check_shares

@@ -78,14 +78,24 @@ def anatomy_of(name: str, experts: int | None = None, top_k: int = 2) -> Anatomy
     if experts is not None and top_k > experts:
         raise UserError(f"--upcycle-top-k {top_k} is more than --upcycle-experts {experts}")
     upcycle = None if experts is None else UpcycleConfig(experts=experts, top_k=top_k)
-    model = structure(ModelConfig(name=name, upcycle=upcycle))
     try:
-        parts = _parts(model, find_moe_layers(model))  # before MoEModel turns routers into float32
-        moe = MoEModel(model, experts="frozen")
+        return described(ModelConfig(name=name, upcycle=upcycle))
     except UnsupportedModelError as error:
         dense = isinstance(error, DenseModelError) and error.can_be_upcycled
         hint = "; --upcycle-experts 8 shows its upcycled form" if dense and experts is None else ""
         raise UserError(f"{name}: {error}{hint}") from None
+
+
+def described(config: ModelConfig) -> Anatomy:
+    """The anatomy of a configured model.
+
+    Raises:
+        UserError: the model cannot be found, or not be upcycled.
+        UnsupportedModelError: it is dense, or its MoE layers are not supported.
+    """
+    model = structure(config)
+    parts = _parts(model, find_moe_layers(model))  # before MoEModel turns routers into float32
+    moe = MoEModel(model, experts="frozen")
     dtype = next(model.parameters()).dtype
     layers = [
         Layer(
@@ -106,7 +116,7 @@ def anatomy_of(name: str, experts: int | None = None, top_k: int = 2) -> Anatomy
     for layer in moe.layers:
         _fill_router(layer)
     return Anatomy(
-        model=name if experts is None else f"{name}, upcycled",
+        model=config.name if config.upcycle is None else f"{config.name}, upcycled",
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
         layers=layers,
