@@ -49,6 +49,12 @@ def test_number_data_model_and_budget_are_the_devices_own(worker: Worker, tmp_pa
     assert (tmp_path / "memory" / RUN / "now").is_file()
 
 
+def test_a_device_may_be_invited_after_the_run_began(worker: Worker) -> None:
+    config = CONFIG.format(model="theirs/model", more="").replace("count = 4", "count = 2")
+    reply = ask(worker, DESCRIBE, describe_request(TERMS.to_json()), config)
+    assert facts_of(reply)["client"] == 2
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

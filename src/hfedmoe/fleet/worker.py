@@ -32,6 +32,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from hfedmoe.client.app import client_app
 from hfedmoe.client.device import Device
+from hfedmoe.config import RunConfig
 from hfedmoe.deployment import known_place, open_device
 from hfedmoe.errors import UserError
 from hfedmoe.fleet.allowed import Allowed
@@ -86,7 +87,7 @@ class Worker:
         """
         try:
             memory = RunMemory(self._memory, str(context.run_config.get("run")))
-            config = self._allowed.config_of(str(context.run_config.get("config")))
+            config = _with_room(self._allowed.config_of(str(context.run_config.get("config"))), self._number)
             kind = message.metadata.message_type
             if kind in (PLAN, TRAIN):
                 self._round = _round_of(message)
@@ -108,6 +109,12 @@ class Worker:
         if message.metadata.message_type == TRAIN:
             say(f"round {self._round}: answered")
         return reply
+
+
+def _with_room(config: RunConfig, number: int) -> RunConfig:
+    """The configuration of a run with a place for client `number`, which may be invited after the run began."""
+    count = max(config.clients.count, number + 1)
+    return config.model_copy(update={"clients": config.clients.model_copy(update={"count": count})})
 
 
 def _round_of(message: Message) -> int:
