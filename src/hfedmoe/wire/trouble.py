@@ -17,7 +17,7 @@ OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED = (
 STATUSES = (OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED)
 """The status in such a reply, shown without underscores. TOO_SMALL: no room for the experts that the method needs."""
 
-OWN_DATA, SETTINGS, REQUEST, FAULT = "own_data", "settings", "request", "fault"
+OWN_DATA, SETTINGS, REQUEST, VERSION, FAULT = "own_data", "settings", "request", "version", "fault"
 CODES = {
     OUT_OF_MEMORY: "ran out of memory with {count} experts",
     OUT_OF_TIME: "ran out of time with {count} experts",
@@ -25,6 +25,7 @@ CODES = {
     OWN_DATA: "its own rows do not fit the run; its log says which",
     SETTINGS: "cannot take part with its settings, model or data; its log says why",
     REQUEST: "refuses what the server asked; its log says why",
+    VERSION: "has another version of hfedmoe; its log says which",
     FAULT: "failed; its log says why",
 }
 """What a code of a real device means; {count} is the number that comes with it.
