@@ -65,9 +65,14 @@ def serve_run(
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
     listen: Annotated[str, typer.Option(metavar="IP", help="The address to listen on; default: all.")] = "0.0.0.0",
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check whether the devices that are here can take part; train nothing.")
+    ] = False,
     fleet: Fleet = FLEET,
 ) -> None:
     """Run a federation with the devices on the roster. Ctrl-C ends it after the round."""
+    if check and (resume is not None or out is not None):
+        raise UserError("--check: trains nothing and writes nothing; leave --resume and --out out")
     if (config is None) == (resume is None):
         raise UserError("give a config to begin a run, or --resume DIR to go on with one")
     if resume is not None and (out is not None or overrides):
@@ -92,6 +97,13 @@ def serve_run(
     from hfedmoe.fleet import serving
     from hfedmoe.report.live import Live
 
+    if check:
+        from hfedmoe.fleet.preflight import preflight
+
+        with Live() as live:
+            found = preflight(folder, settings, listen, live)
+        typer.echo(found.as_text())
+        raise typer.Exit(0 if found.fits else 1)
     with Live() as live:
         if resume is not None:
             serving.resume(folder, resume, listen, live)
