@@ -12,6 +12,7 @@ from hfedmoe.client.attempt import attempt
 from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.place import Place
+from hfedmoe.client.policy import PolicyError
 from hfedmoe.errors import OwnDataError, UserError
 from hfedmoe.method.row import CannotHoldError
 from hfedmoe.moe.payload import MismatchError
@@ -182,6 +183,8 @@ def _no_first_pass(history: ClientHistory) -> None:
 
 def trouble_of(error: Exception) -> Trouble:
     """What a real device tells the server about an exception."""
+    if isinstance(error, PolicyError):
+        return Trouble(REFUSED, "", error.code)
     if isinstance(error, OwnDataError):
         return Trouble(REFUSED, "", OWN_DATA)
     if isinstance(error, UserError):

@@ -15,6 +15,7 @@ from hfedmoe.client.learner import Learner
 from hfedmoe.client.merging import mixtures
 from hfedmoe.client.own import begin_own
 from hfedmoe.client.place import Place
+from hfedmoe.client.policy import ANYTHING, Policy
 from hfedmoe.client.scoring import bootstrap
 from hfedmoe.client.training import train
 from hfedmoe.config import RunConfig
@@ -55,6 +56,8 @@ class Device:
     """The budget in experts over all layers if clients.budgets gives memory or a device; None if it gives experts."""
     notes: Path | None = None
     """File in which a real device notes what it attempts. It shows later that the system killed the process."""
+    policy: Policy = ANYTHING
+    """What its owner allows."""
     clock: Clock = time.perf_counter
     """Measures training against the deadline."""
 
@@ -81,7 +84,7 @@ class Device:
     def deadline_s(self) -> float | None:
         """Seconds of training per round."""
         deadlines = self.config.clients.deadlines_s
-        return None if deadlines is None else deadlines[self.number % len(deadlines)]
+        return self.policy.deadline(None if deadlines is None else deadlines[self.number % len(deadlines)])
 
     def activation_budget(self) -> list[int] | None:
         """Experts per layer that one batch may train."""

@@ -99,6 +99,7 @@ def _rows(config: "RunConfig", terms: "Terms", allowed: Allowed, found: "list[Ta
 
     task = own_task(str(allowed.data.expanduser()), config.data, terms, allowed.form())
     found.append(task)
+    allowed.policy.check_rows(len(task.train))
     return f"{allowed.data}: {len(task.train)} rows can be read", len(task.train), 0
 
 
@@ -126,10 +127,13 @@ def _budget(config: "RunConfig", allowed: Allowed) -> tuple[str, int, int]:
     from hfedmoe.method.methods import METHODS
     from hfedmoe.models.loaded import device_of
 
-    planner = Planner(config)
+    planner, policy = Planner(config), allowed.policy
     total = sum(planner.num_experts)
     if METHODS[config.method.name].ignores_budgets(config.method):
+        policy.experts(total, total)
         return f"{config.method.name} holds all {total} experts on every device, whatever its budget", total, total
     device = str(device_of(config.model.device))
     held = experts_of(allowed.budget, planner.num_experts, planner.top_k, lambda: planner, device)
-    return f"{allowed.budget} holds {held} of {total} experts", held, total
+    most = policy.experts(held, max(planner.top_k) * len(planner.top_k))
+    limited = "" if most == held else f"; max-experts is {most}"
+    return f"{allowed.budget} holds {held} of {total} experts{limited}", most, total

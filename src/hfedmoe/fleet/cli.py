@@ -192,6 +192,16 @@ def join(
     ] = None,
     encoding: Annotated[str | None, typer.Option(help="Of the rows; default: as in the file.")] = None,
     delimiter: Annotated[str | None, typer.Option(help="Of the rows; default: as in the file.")] = None,
+    models: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR", help="Instead of --model: a folder of models, by the name that a run gives; may be repeated."
+        ),
+    ] = None,
+    max_experts: Annotated[int | None, typer.Option(min=1, help="Most experts, whatever fits.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Most local steps per round.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(min=1.0, help="Most seconds of training per round.")] = None,
+    min_batch: Annotated[int | None, typer.Option(min=1, help="Fewest rows of a batch.")] = None,
     folder: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For log files and memory of runs; default: beside the invitation."),
@@ -199,12 +209,17 @@ def join(
     check: Annotated[bool, typer.Option("--check", help="Only check whether this device can take part.")] = False,
 ) -> None:
     """Take part in a federation with this device's own rows, until Ctrl-C."""
+    from hfedmoe.client.policy import Policy
     from hfedmoe.config.budgets import budget_of
     from hfedmoe.fleet.allowed import Allowed
     from hfedmoe.fleet.invite import read_invitation
 
+    if model is not None and models:
+        raise UserError("--model says where the model of every run is, --models where to look for it; give one of them")
+    folders = tuple(str(path.expanduser().absolute()) for path in models) if models else None
+    policy = Policy(max_experts, max_steps, max_seconds, min_batch, folders)
     try:
-        allowed = Allowed(data, budget_of(budget), model, encoding, delimiter)
+        allowed = Allowed(data, budget_of(budget), model, encoding, delimiter, policy)
     except ValueError as error:
         raise UserError(f"--budget {error}") from None
     invited = read_invitation(invitation)
