@@ -9,7 +9,8 @@ The node config of a SuperNode says which client it is, and may name its own dat
 
     flower-supernode ... --node-config "partition-id=0 data='/data/hospital.csv' budget='4GiB'"
 
-Code that is shipped with a checkpoint runs on a node only if its node config also has `trust-remote-code=true`.
+Code that is shipped with a checkpoint runs on a node only if its node config also has `trust-remote-code=true`. More
+keys limit what a server may ask of the node (`client.policy`).
 """
 
 import functools
@@ -23,6 +24,7 @@ from pydantic import ValidationError
 from hfedmoe.client.app import client_app
 from hfedmoe.client.device import Device
 from hfedmoe.client.place import Place
+from hfedmoe.client.policy import Policy
 from hfedmoe.config import DataConfig, RunConfig, config_from_text
 from hfedmoe.config.budgets import AUTO, Budget, check_budget
 from hfedmoe.data.decoding import PLAIN, Form
@@ -138,6 +140,11 @@ def _config(context: Context) -> RunConfig:
             f"the run wants to execute code that is shipped with {config.model.name} (model.trust_remote_code); only "
             f'this node can allow that: start it with --node-config "... {TRUST}=true"'
         )
+    policy = Policy.of(context.node_config)
+    policy.check(config)
+    own = policy.model(config.model.name)
+    if own != config.model.name:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": own, "revision": None})})
     return config
 
 
@@ -166,6 +173,8 @@ def open_device(message: Message, context: Context) -> Device:
     trained, kept = list(range(len(task.train))), list[int]()
     if own is None:
         trained = partition(task, config.partition, config.clients.count, config.seed)[number]
+    policy = Policy.of(context.node_config)
+    policy.check_rows(len(trained))
     measures = context.node_config.get(MEASURES) is not False
     if measures:
         trained, kept = kept_by(task, trained, number, config.clients.count, config.evaluation, config.seed)
@@ -182,6 +191,7 @@ def open_device(message: Message, context: Context) -> Device:
         base=base_digest(config),
         budget_experts=_experts(context, config, budget, prepared, str(place)),
         notes=_notes(context, number),
+        policy=policy,
     )
     known = device.place
     context.state[PLACE] = ConfigRecord(
@@ -259,14 +269,18 @@ def _method(config: RunConfig) -> Method:
 
 def _experts(context: Context, config: RunConfig, budget: Budget, prepared: Prepared, device: str) -> int | None:
     """The node's budget in experts, planned only once: every message may start a new process. None: unlimited."""
-    if _method(config).ignores_budgets(config.method) and not _method(config).limits_otherwise:
-        return None
+    policy, total = Policy.of(context.node_config), sum(prepared.model.num_experts)
+    if _method(config).ignores_budgets(config.method):
+        policy.experts(total, total)
+        if not _method(config).limits_otherwise:
+            return None
     kept = context.state.config_records.get(PLACE)
     if kept is not None and kept["asked"] == _asked(context, config):
         return int(kept["budget"])  # type: ignore[arg-type]
     model = prepared.model
     top_k = [layer.top_k for layer in model.layers]
-    return experts_of(budget, model.num_experts, top_k, planner_of(config), device)
+    held = experts_of(budget, model.num_experts, top_k, planner_of(config), device)
+    return policy.experts(held, max(top_k) * len(top_k))
 
 
 def _server(context: Context) -> Server:

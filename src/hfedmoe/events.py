@@ -232,7 +232,7 @@ class SiteGain:
 class Watcher:
     """Receives the events of a run, in order; by default it does nothing.
 
-    A client is identified by its position in the list that `start` received.
+    A client is identified by its position in the list that `start` received, or by the one that `joined` gave it.
     """
 
     def __enter__(self) -> Self:
@@ -255,6 +255,12 @@ class Watcher:
 
     def cannot_join(self, name: str, reason: str) -> None:
         """A client that is known by name takes no part in the run; a warning says it too."""
+
+    def joined(self, client: int, who: Participant, again: bool) -> None:
+        """A client takes part from now on: a new one, with the next position, or `again`, with the position it had."""
+
+    def left(self, client: int) -> None:
+        """A client is no longer connected. It may come back."""
 
     def phase(self, text: str) -> None:
         """Something other than a client's work begins, such as loading."""

@@ -19,7 +19,7 @@ from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.wire import checks, requests
 from hfedmoe.wire.checks import TroubleError
-from hfedmoe.wire.messages import facts_of, tensors_of, train_request, unpack_bits
+from hfedmoe.wire.messages import DESCRIBE, facts_of, record, tensors_of, train_request, unpack_bits
 from tests.deployment.nodes import Node, rows_file
 
 CONFIG = """
@@ -309,6 +309,13 @@ def test_settings_that_ask_for_too_much_are_refused(config: str) -> None:
         requests.check_settings(config_from_text(greedy, "test"))
     reply = Node(greedy, 0).describe(terms_of_server(config))
     assert trouble(reply) == "refuses what the server asked; its log says why"
+
+
+def test_a_server_of_another_version_is_refused_by_name(config: str, caplog: pytest.LogCaptureFixture) -> None:
+    reply = Node(config, settings=SHARED).ask(DESCRIBE, record({"version": "0.0.9", "terms": "{}"}))
+    with pytest.raises(TroubleError, match="has another version of hfedmoe; its log says which"):
+        checks.trouble(reply)
+    assert "the server has another version of hfedmoe: 0.0.9; this device has" in caplog.text
 
 
 def test_the_words_of_a_fault_stay_on_the_device(

@@ -15,7 +15,7 @@ class Command:
     """A running `hfedmoe` command and what it has said so far."""
 
     def __init__(self, log: Path, *arguments: str | Path) -> None:
-        self.log = log
+        self.log, self.arguments = log, arguments
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "hfedmoe", *map(str, arguments)],
@@ -33,10 +33,14 @@ class Command:
 
     def wait_for(self, text: str) -> None:
         """Wait until it has said something."""
+        self.wait_for_since(0, text)
+
+    def wait_for_since(self, begin: int, text: str) -> None:
+        """Wait until it has said something after the first characters."""
         deadline = time.monotonic() + WAIT_S
-        while text not in self.said:
+        while text not in self.said[begin:]:
             if self.process.poll() is not None:
-                assert text in self.said, f"ended with {self.process.returncode}:\n{self.said}"
+                assert text in self.said[begin:], f"ended with {self.process.returncode}:\n{self.said}"
                 return
             assert time.monotonic() < deadline, f"{text!r} was not said within {WAIT_S:.0f} s:\n{self.said}"
             time.sleep(0.1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hfedmoe.errors import UserError
+from hfedmoe.fleet import reach
 from hfedmoe.models.tiny import tiny_tokenizer
 from tests.deployment.nodes import rows_file
 from tests.fleet.places import hfedmoe, new_fleet, offering, save_tiny
@@ -102,6 +103,22 @@ def test_other_versions_are_named(tmp_path: Path, config: str, capsys: pytest.Ca
     assert "the server has hfedmoe 99.0, flwr 1.41.0, this device hfedmoe " in failed
 
 
+def test_a_server_names_a_device_of_another_version(
+    tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = new_fleet(tmp_path, "north")
+    with offering(tmp_path / "fleet", port, config) as board:
+        monkeypatch.setattr(reach, "versions", lambda: "hfedmoe 0.0.9, flwr 1.41.0")
+        capsys.readouterr()
+        assert hfedmoe("join", tmp_path / "north.invite", "--data", tmp_path / "own.csv", "--check") == 1
+        assert hfedmoe("join", tmp_path / "north.invite", "--data", tmp_path / "own.csv") == 2
+    _, (failed, refused) = lines(capsys)
+    assert board.offer is not None
+    for line in (failed, refused):
+        assert f"the server has {board.offer.versions}, this device hfedmoe 0.0.9, flwr 1.41.0; install the" in line
+    assert board.refused["north"].startswith(f"it has hfedmoe 0.0.9, flwr 1.41.0, the server {board.offer.versions};")
+
+
 def test_who_is_not_on_the_roster_is_refused(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     port = new_fleet(tmp_path, "north", "south")
     check = ["--data", rows_file(tmp_path / "own.csv", "earn"), "--model", tmp_path / "model", "--check"]
@@ -164,7 +181,7 @@ def test_a_port_in_use_is_named(tmp_path: Path, config: str) -> None:
     port = new_fleet(tmp_path, "north")
     with (
         offering(tmp_path / "fleet", port, config),
-        pytest.raises(UserError, match=rf"port {port}: cannot be used \(Address already in use\)"),
+        pytest.raises(UserError, match=rf"port {port}: cannot listen there \(Address already in use\)"),
         offering(tmp_path / "fleet", port, config),
     ):
         pass

@@ -98,7 +98,7 @@ def test_status_shows_what_the_server_notes(here: Path, capsys: pytest.CaptureFi
         first, head, north, south, east = capsys.readouterr().out.splitlines()
     assert first == f"{here / 'run'}: round 2 of 5, training"
     assert head.split()[:3] == ["device", "here", "last"]
-    assert north.split() == ["north", "yes", "3", "s", "ago", "90", "16", "hfedmoe", "0.1.0", "-"]
+    assert north.split() == ["north", "yes", "3", "s", "ago", "90", "16", "hfedmoe", "0.1.0", "from", "round", "1", "-"]
     assert south.split()[:4] == ["south", "no", "300", "s"]
     assert south.endswith("round 2: late: no reply")
     assert east.split()[:3] == ["east", "no", "never"]
@@ -121,3 +121,31 @@ def test_a_round_ends_before_the_run_does(here: Path) -> None:
         notes.round_started(1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_status_says_who_came_and_went(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new_fleet(here, "north", "south", "east")
+    board = Board(opened(here / "fleet"))
+
+    def shown() -> dict[str, str]:
+        capsys.readouterr()
+        assert hfedmoe("status", "--json") == 0
+        return {one["name"]: one["takes_part"] for one in json.loads(capsys.readouterr().out)["devices"]}
+
+    with (here / "fleet" / "serve.lock").open("ab") as lock, Notes(Silent(), board, here / "run") as notes:
+        claim(lock.fileno())
+        notes.start("run", 5, 1, [Participant("north", 90, 16, 0.5), Participant("south", 80, 8, 0.25)])
+        assert shown() == {"north": "from round 1", "south": "from round 1", "east": ""}
+        notes.round_started(1)
+        notes.client_done(1, 0, ClientRound(client=0, status="left", reason="is no longer connected"))
+        notes.left(0)
+        notes.round_done(1, 1.0, 1, 1)
+        notes.joined(2, Participant("east", 70, 8, 0.25), False)
+        notes.left(1)
+        assert shown() == {"north": "left in round 1", "south": "left after round 1", "east": "from round 2"}
+        notes.round_started(2)
+        notes.round_done(2, 1.0, 1, 1)
+        notes.joined(0, Participant("north", 91, 16, 0.5), True)
+        assert shown()["north"] == "again from round 3"
+        assert hfedmoe("status") == 0
+        assert all(line.endswith(" -") for line in capsys.readouterr().out.splitlines()[2:])  # nobody is left out

@@ -1,17 +1,21 @@
 """What a device's worker takes from a server, and what not."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Context, Message, Metadata, RecordDict
 
+from hfedmoe.client.policy import Policy
 from hfedmoe.data.terms import Terms
 from hfedmoe.fleet.allowed import Allowed
+from hfedmoe.fleet.check import check_offer
+from hfedmoe.fleet.offer import Offer, versions
 from hfedmoe.fleet.worker import Worker
 from hfedmoe.wire import checks
-from hfedmoe.wire.messages import DESCRIBE, PLAN, describe_request, facts_of, plan_request
+from hfedmoe.wire.messages import DESCRIBE, PLAN, describe_request, facts_of, plan_request, unpack_bits
 from tests.deployment.nodes import rows_file
 from tests.fleet.places import save_tiny
 
@@ -47,6 +51,68 @@ def test_number_data_model_and_budget_are_the_devices_own(worker: Worker, tmp_pa
     assert "resident" in facts_of(plan)
     # Terms and budget came from the device's own disk: Flower's state of the second message was empty.
     assert (tmp_path / "memory" / RUN / "now").is_file()
+
+
+def test_a_device_may_be_invited_after_the_run_began(worker: Worker) -> None:
+    config = CONFIG.format(model="theirs/model", more="").replace("count = 4", "count = 2")
+    reply = ask(worker, DESCRIBE, describe_request(TERMS.to_json()), config)
+    assert facts_of(reply)["client"] == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "more", "said", "told"),
+    [
+        (Policy(max_steps=3), "[train]\nsteps = 4", "max-steps of this device is 3", "allows fewer steps per round"),
+        (Policy(min_batch=5), "[train]\nbatch_size = 4", "min-batch of this device is 5", "no batches as small as"),
+        (Policy(min_batch=7), "[train]\nbatch_size = 8", "6 rows, fewer than one batch", "no batches as small as"),
+        (Policy(max_experts=7), "", "needs 8 experts on this device .* its max-experts is 7", "allows fewer experts"),
+        (
+            Policy(max_experts=31),
+            '[method]\nresidency = "all"',
+            "needs 32 experts on this device",
+            "allows fewer experts",
+        ),
+    ],
+    ids=["steps", "batch", "rows", "experts", "all experts"],
+)
+def test_beyond_the_owners_limits_the_setting_is_named_and_the_server_gets_a_code(
+    policy: Policy, more: str, said: str, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
+    model = str(save_tiny(tmp_path / "model"))
+    reply = describe(Worker(Allowed(own, 16, model, policy=policy), 2, tmp_path / "memory"), more=more)
+    with pytest.raises(checks.TroubleError, match=told):
+        checks.trouble(reply)
+    assert set(facts_of(reply)) == {"status", "code", "count"}
+    assert re.search(said, caplog.text)
+    offer = Offer(versions(), RUN, CONFIG.format(model="theirs/model", more=more), TERMS.to_json(), "", "")
+    found = [one for one in check_offer(offer, Allowed(own, 16, model, policy=policy)) if one.code.startswith("policy")]
+    assert [re.search(said, one.text) is not None for one in found] == [True]
+
+
+def test_a_device_holds_no_more_experts_than_its_owner_allows(tmp_path: Path) -> None:
+    own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
+    policy = Policy(max_experts=10, max_steps=4, min_batch=2, max_seconds=60.0)
+    worker = Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model")), policy=policy), 2, tmp_path / "memory")
+    more = "[train]\nsteps = 4\nbatch_size = 2"
+    assert facts_of(describe(worker, more=more))["budget"] == 10
+    plan = ask(worker, PLAN, plan_request(1), CONFIG.format(model="theirs/model", more=more))
+    held = unpack_bits(facts_of(plan)["resident"], [8] * 4)
+    assert sum(int(keep.sum()) for keep in held) <= 10
+
+
+def test_models_come_from_the_owners_folders_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
+    save_tiny(tmp_path / "models" / "base")
+    elsewhere = save_tiny(tmp_path / "elsewhere")
+    policy = Policy(models=(str(tmp_path / "none"), str(tmp_path / "models")))
+    worker = Worker(Allowed(own, 16, policy=policy), 2, tmp_path / "memory")
+    assert facts_of(describe(worker, model="/srv/of/the/server/base"))["client"] == 2
+    assert facts_of(describe(worker, model="tiny"))["client"] == 2
+    for name in (str(elsewhere), "hub/other", "/srv/..", "..", f"{tmp_path}/models/../elsewhere"):
+        with pytest.raises(checks.TroubleError, match="does not allow the run's model"):
+            checks.trouble(describe(worker, model=name))
+    assert f"the run's model is {elsewhere}, which is not in the folders of this device's models" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,47 @@ def test_a_run_that_goes_on_says_from_where():
     assert out.getvalue().startswith("x: rounds 3 to 5, 2 clients\n")
 
 
+LATER, LARGER = Participant("client 2", 50, 14, 0.25), Participant("client 1", 95, 56, 1.0)
+
+
+def comings_and_goings(live: Watcher) -> None:
+    live.start("x", 5, 1, CLIENTS)
+    live.round_started(1)
+    live.client_done(1, 1, ClientRound(client=1, status="left", reason="is no longer connected"))
+    live.left(1)
+    live.joined(2, LATER, again=False)
+    live.round_started(2)
+    live.client_started(2, 2, 2)
+
+
+def test_plain_lines_say_who_comes_and_goes_once():
+    out = io.StringIO()
+    with Live(Console(file=out), Clock()) as live:
+        comings_and_goings(live)
+        live.joined(1, LARGER, again=True)
+        live.step(1, 1, 2, 0.5)
+    assert out.getvalue().splitlines()[3:] == [
+        "round 1/5",
+        "client 1 left",
+        "joined: client 2: 50 examples, budget 14 (25 %) experts",
+        "round 2/5",
+        "back: client 1: 95 examples, budget 56 (100 %) experts",
+    ]
+
+
+def test_the_screen_shows_who_left_until_it_is_back():
+    live = screen()
+    with live:
+        comings_and_goings(live)
+        rows = {" ".join(line.split()[:2]): line.split() for line in drawn(live).splitlines()}
+        assert rows["client 1"][-1] == "left"
+        assert rows["client 2"][-1] == "training"
+        live.joined(1, LARGER, again=True)
+        rows = {" ".join(line.split()[:2]): line.split() for line in drawn(live).splitlines()}
+        assert (rows["client 1"][2], rows["client 1"][-1]) == ("95", "waiting")
+    assert "no longer connected" not in written(live)
+
+
 def test_characters_that_the_output_lacks_do_not_stop_the_run():
     raw = io.BytesIO()
     with Live(Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True))) as live:

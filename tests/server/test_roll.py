@@ -1,13 +1,14 @@
 """A server that knows its clients by their keys."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from hfedmoe.events import Watcher
-from hfedmoe.server import members
-from hfedmoe.server.members import Known, gather
+from hfedmoe.server import attendance
+from hfedmoe.server.members import Known, Member
 from tests.federation import Federation
 
 
@@ -39,16 +40,18 @@ class Roll:
         return {node: Known(last - i, self.names[last - i], self.most) for i, node in enumerate(nodes)}
 
 
-def asked(federation: Federation, roll: Roll, watcher: Heard) -> dict[int, members.Member]:
+def asked(federation: Federation, roll: Roll, watcher: Heard) -> dict[int, Member]:
     server = federation.server
-    config = server.config
-    return gather(federation.grid, config, server.num_experts, server.terms, "", watcher, roll)
+    server.watcher, server.roll = watcher, roll
+    here = server.attendance(federation.grid)
+    here.gather()
+    return here.members
 
 
 def test_number_and_name_come_from_the_roll_whatever_a_client_says(
     federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(members, "WAIT_S", 0.0)
+    monkeypatch.setattr(attendance, "WAIT_S", 0.0)
     ready, heard = federation(), Heard()
     names = ["north", "south", "east", "west"]
     found = asked(ready, Roll(names, come=2), heard)
@@ -69,6 +72,19 @@ def test_a_client_counts_for_no_more_rows_than_the_roll_allows(federation: Calla
     assert max(rows) > 10
     assert [member.weight for member in found.values()] == [min(10, number) for number in rows]
     assert f"a says that it has {rows[0]} rows; it counts as 10 (the roster's limit)" in heard.warnings
+
+
+def test_who_is_on_the_roll_may_have_any_number(federation: Callable[..., Federation]) -> None:
+    """The roll may have grown since the run began."""
+
+    class Longer(Roll):
+        def here(self, grid: Any) -> dict[int, Known]:
+            return {node: replace(one, client=one.client + 10) for node, one in super().here(grid).items()}
+
+    ready, heard = federation(), Heard()
+    found = asked(ready, Longer(["a", "b", "c", "d"], come=4), heard)
+    assert list(found) == [10, 11, 12, 13]
+    assert heard.warnings == []
 
 
 def test_after_the_time_is_up_those_who_are_here_begin(federation: Callable[..., Federation]) -> None:

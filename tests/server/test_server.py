@@ -7,9 +7,9 @@ import torch
 
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.errors import UserError
-from hfedmoe.server import server
+from hfedmoe.server import attendance, server
 from hfedmoe.server.fold import Fold
-from hfedmoe.server.members import Member, gather, sample
+from hfedmoe.server.members import Member, sample
 from tests.federation import Federation, tiny_config
 from tests.test_simulation import Notes
 
@@ -17,8 +17,9 @@ QUICK = ("data.test_rows=6", "evaluation.watch_rows=1", "train.steps=1")
 
 
 def joined(run: Federation) -> dict[int, Member]:
-    at = run.server
-    return gather(run.grid, at.config, at.num_experts, at.terms, at.base, at.watcher)
+    here = run.server.attendance(run.grid)
+    here.gather()
+    return here.members
 
 
 def test_a_number_too_high_and_one_given_twice_are_left_out() -> None:
@@ -78,11 +79,12 @@ def test_clients_are_drawn_by_seed_and_round_and_come_in_the_order_of_their_numb
 
 
 def test_plans_come_in_the_order_of_numbers_whoever_answers_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, honest = Federation(None, tiny_config(*QUICK)), server.exchange
-    members = joined(run)
-    monkeypatch.setattr(server, "exchange", lambda *arguments: reversed(list(honest(*arguments))))
+    run, honest = Federation(None, tiny_config(*QUICK)), attendance.exchange
+    here = run.server.attendance(run.grid)
+    here.gather()
+    monkeypatch.setattr(attendance, "exchange", lambda *arguments: reversed(list(honest(*arguments))))
     with run.server.keeper.recording(1, run.server.num_experts, 0.1) as log:
-        planned = run.server._plan(run.grid, list(members.values()), 1, log)
+        planned = run.server._plan(here, list(here.members.values()), log)
     assert [member.about.client for member in planned] == [0, 1, 2, 3]
 
 

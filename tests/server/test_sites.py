@@ -10,10 +10,11 @@ from hfedmoe.client.judging import compared
 from hfedmoe.data.example import Example
 from hfedmoe.data.kept import LEAST
 from hfedmoe.events import OwnResult, SiteGain
+from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.sites import gain_of
 from hfedmoe.wire import checks
-from hfedmoe.wire.messages import InvalidReplyError, measure_reply
+from hfedmoe.wire.messages import InvalidReplyError, measure_reply, pack_bits
 from tests.federation import Federation, tiny_config
 from tests.test_simulation import Notes
 from tests.wire.test_checks import message
@@ -67,25 +68,21 @@ def test_a_device_measures_once(measured: tuple[Federation, Notes]) -> None:
     run, notes = measured
     before = list(run.server.keeper.gains)
     assert notes.warnings == []
-    run.server._ask_sites(run.grid, dict(enumerate(joined(run))))
+    run.server._ask_sites(here(run))
     assert len(notes.warnings) == 4  # also those with nothing to tell were asked
     assert all("it has measured in this run already" in text for text in notes.warnings)
     assert run.server.keeper.gains == []
     run.server.keeper.gains = before
 
 
-def joined(run: Federation) -> list[Any]:
-    from hfedmoe.server.members import gather
-    from hfedmoe.wire.messages import pack_bits
-
-    at = run.server
-    members = gather(run.grid, at.config, at.num_experts, at.terms, at.base, at.watcher)
-    for member in members.values():
-        keep = [torch.zeros(number, dtype=torch.bool) for number in at.num_experts]
-        for part in keep:
-            part[:2] = True
+def here(run: Federation) -> Attendance:
+    """All clients, each with two experts of every layer planned."""
+    attendance = run.server.attendance(run.grid)
+    attendance.gather()
+    keep = [torch.arange(number) < 2 for number in run.server.num_experts]
+    for member in attendance.members.values():
         member.resident_bits = pack_bits(keep)
-    return list(members.values())
+    return attendance
 
 
 def test_counts_become_accuracies_and_a_gain() -> None:

@@ -9,6 +9,7 @@ import torch
 from flwr.app import Message, Metadata, RecordDict
 from torch import Tensor
 
+from hfedmoe import __version__
 from hfedmoe.config import MethodConfig
 from hfedmoe.events import Work
 from hfedmoe.files.blob import loads
@@ -19,11 +20,13 @@ from hfedmoe.wire.messages import (
     InvalidReplyError,
     Update,
     describe_reply,
+    describe_request,
     facts_of,
     pack_bits,
     record,
     train_reply,
 )
+from hfedmoe.wire.requests import OtherVersionError, check_version
 
 ABOUT = Description(client=0, name="pi", examples=10, budget=3, num_experts=[2, 2])
 
@@ -31,6 +34,22 @@ ABOUT = Description(client=0, name="pi", examples=10, budget=3, num_experts=[2, 
 def message(content: RecordDict) -> Any:
     metadata = Metadata(1, "1", 1, 0, "", "", 0.0, 60.0, "query")
     return Message(content, metadata=metadata)  # type: ignore[call-overload]
+
+
+def test_another_version_is_named_by_both_sides() -> None:
+    reply = describe_reply(ABOUT)
+    for theirs, shown in (("0.0.9\n\x1b", "0.0.9"), (None, "an earlier one"), (7, "an earlier one")):
+        facts = dict(reply["facts"]) | {"version": theirs}  # type: ignore[call-overload]
+        other = record({key: value for key, value in facts.items() if value is not None})
+        with pytest.raises(
+            InvalidReplyError, match=rf"another version of hfedmoe: {shown}; the server has {__version__}"
+        ):
+            checks.description(message(other), [2, 2])
+        with pytest.raises(
+            OtherVersionError, match=rf"the server has another version of hfedmoe: {shown}; this device"
+        ):
+            check_version(message(other))
+    check_version(message(describe_request("{}")))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hfedmoe.client.attempt import attempt
 from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.place import Place
+from hfedmoe.client.policy import PolicyError
 from hfedmoe.errors import OwnDataError, UserError
 from hfedmoe.method.row import CannotHoldError
 from hfedmoe.moe.payload import MismatchError
@@ -27,7 +28,18 @@ from hfedmoe.wire.messages import (
     usage_of,
     wish_reply,
 )
-from hfedmoe.wire.trouble import FAILED, FAULT, OUT_OF_MEMORY, OWN_DATA, REFUSED, REQUEST, SETTINGS, TOO_SMALL, Trouble
+from hfedmoe.wire.trouble import (
+    FAILED,
+    FAULT,
+    OUT_OF_MEMORY,
+    OWN_DATA,
+    REFUSED,
+    REQUEST,
+    SETTINGS,
+    TOO_SMALL,
+    VERSION,
+    Trouble,
+)
 
 HISTORY, TRAINED, MEASURED = "history", "trained", "measured"
 
@@ -59,7 +71,7 @@ def client_app(
                 content = handler(message, context)
             except Exception as error:  # of any kind: Flower would send its text to the server
                 logger.exception("this request could not be answered")
-                content = trouble_reply(_told(error), private=True)
+                content = trouble_reply(trouble_of(error), private=True)
             return Message(content, reply_to=message)
 
         return answer
@@ -77,6 +89,7 @@ def client_app(
         return trouble_reply(trouble, private)
 
     def describe(message: Message, context: Context) -> RecordDict:
+        requests.check_version(message)
         device = open_device(message, context)
         if isinstance(device, Trouble):
             return refuse(device)
@@ -192,12 +205,16 @@ def _no_first_pass(history: ClientHistory) -> None:
     raise AssertionError("a plan without a model asked for a pass over the data")
 
 
-def _told(error: Exception) -> Trouble:
+def trouble_of(error: Exception) -> Trouble:
     """What a real device tells the server about an exception."""
+    if isinstance(error, PolicyError):
+        return Trouble(REFUSED, "", error.code)
     if isinstance(error, OwnDataError):
         return Trouble(REFUSED, "", OWN_DATA)
     if isinstance(error, UserError):
         return Trouble(REFUSED, "", SETTINGS)
+    if isinstance(error, requests.OtherVersionError):
+        return Trouble(REFUSED, "", VERSION)
     if isinstance(error, requests.InvalidRequestError | InvalidReplyError | MismatchError):
         return Trouble(REFUSED, "", REQUEST)
     return Trouble(FAILED, "", FAULT)

@@ -16,6 +16,7 @@ from hfedmoe.client.learner import Learner
 from hfedmoe.client.merging import mixtures
 from hfedmoe.client.own import begin_own
 from hfedmoe.client.place import Place
+from hfedmoe.client.policy import ANYTHING, Policy
 from hfedmoe.client.scoring import bootstrap
 from hfedmoe.client.training import train
 from hfedmoe.config import RunConfig
@@ -62,6 +63,8 @@ class Device:
     """Rows of its own that it never trains on (`data.kept`); simulated clients leave it empty."""
     judge: Callable[[list[Example]], Judged] | None = None
     """Measures the model as it is on rows; None: the device does not measure."""
+    policy: Policy = ANYTHING
+    """What its owner allows."""
     clock: Clock = time.perf_counter
     """Measures training against the deadline."""
 
@@ -88,7 +91,7 @@ class Device:
     def deadline_s(self) -> float | None:
         """Seconds of training per round."""
         deadlines = self.config.clients.deadlines_s
-        return None if deadlines is None else deadlines[self.number % len(deadlines)]
+        return self.policy.deadline(None if deadlines is None else deadlines[self.number % len(deadlines)])
 
     def activation_budget(self) -> list[int] | None:
         """Experts per layer that one batch may train."""

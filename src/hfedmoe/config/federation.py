@@ -12,7 +12,9 @@ class FederationConfig(Section):
 
     rounds: Annotated[int, Field(ge=1, description="number of rounds")] = 5
     clients_per_round: Annotated[int | None, Field(ge=1, description="clients drawn for a round; None: all")] = None
-    min_clients: Annotated[int, Field(ge=1, description="fewer valid replies than this stop the run")] = 1
+    min_clients: Annotated[
+        int, Field(ge=1, description="a round needs so many clients and valid updates; fewer stop the run")
+    ] = 1
     max_weight: Annotated[
         float,
         Field(
@@ -21,7 +23,10 @@ class FederationConfig(Section):
         ),
     ] = 100.0
     timeout_s: Annotated[float, Field(gt=0, description="seconds for one request; a slower client is late")] = 3600.0
-    connect_timeout_s: Annotated[float, Field(gt=0, description="seconds to wait for clients to connect")] = 300.0
+    connect_timeout_s: Annotated[
+        float,
+        Field(gt=0, description="seconds to wait for all clients at the start, and for min_clients before a round"),
+    ] = 300.0
 
 
 class EvaluationConfig(Section):

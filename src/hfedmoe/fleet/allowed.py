@@ -1,11 +1,13 @@
 """What the owner of a device allows. No server overrides it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfedmoe.client.policy import ANYTHING, Policy, PolicyError
 from hfedmoe.config.budgets import AUTO, Budget
 from hfedmoe.errors import UserError
+from hfedmoe.wire.trouble import POLICY_MODEL
 
 if TYPE_CHECKING:
     from hfedmoe.config import RunConfig
@@ -22,6 +24,7 @@ class Allowed:
     """Of the device, instead of the one that the server names: a folder or hub id. None: only packaged models."""
     encoding: str | None = None
     delimiter: str | None = None
+    policy: Policy = ANYTHING
 
     def to_json(self) -> dict[str, Any]:
         """As a tree for JSON."""
@@ -30,7 +33,10 @@ class Allowed:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "Allowed":
         """The inverse of `to_json`."""
-        return cls(**tree | {"data": Path(tree["data"])})
+        policy = dict(tree["policy"])
+        models = policy["models"]
+        policy["models"] = None if models is None else tuple(models)
+        return cls(**tree | {"data": Path(tree["data"]), "policy": Policy(**policy)})
 
     def node_config(self, number: int) -> dict[str, bool | int | float | str]:
         """As `hfedmoe.deployment` reads it; `number` is the client's."""
@@ -40,7 +46,8 @@ class Allowed:
             "budget": self.budget,
         }
         written = {"encoding": self.encoding, "delimiter": self.delimiter}
-        return found | {key: value for key, value in written.items() if value is not None}
+        limits = replace(self.policy, models=None).node_config()  # where the model is, `config_of` has found out
+        return found | {key: value for key, value in written.items() if value is not None} | limits
 
     def form(self) -> "Form":
         """How the file of rows is written. Raises UserError if there is no such encoding."""
@@ -60,7 +67,8 @@ class Allowed:
         """The server's configuration with the device's own model.
 
         Raises:
-            UserError: it is not valid, asks for too much, names a model that the device does not allow, or wants to
+            PolicyError: it asks for more than the policy allows, or for a model that is not in its folders.
+            UserError: it is not valid, asks for too much, names a model that the device does not have, or wants to
                 execute code that is shipped with one.
         """
         from hfedmoe.config import config_from_text
@@ -75,9 +83,16 @@ class Allowed:
         model = config.model
         if model.trust_remote_code:
             raise UserError(f"the run wants to execute code that is shipped with {model.name}, which devices refuse")
-        if self.model is None and model.name not in PACKAGED_MODELS:
-            raise UserError(f"the run's model is {model.name}; say with --model where this device has it")
-        if self.model is not None and model.name not in PACKAGED_MODELS:
+        self.policy.check(config)
+        if model.name in PACKAGED_MODELS:
+            return config
+        if self.model is None and self.policy.models is not None:
+            model = model.model_copy(update={"name": self.policy.model(model.name), "revision": None})
+        elif self.model is None:
+            raise PolicyError(
+                f"the run's model is {model.name}; say with --model where this device has it", POLICY_MODEL
+            )
+        else:
             path = Path(self.model).expanduser()
             local = {"name": str(path.absolute()), "revision": None} if path.exists() else {"name": self.model}
             model = model.model_copy(update=local)

@@ -1,101 +1,109 @@
 """The check of a device before it joins: nothing is trained, and nothing about its rows is sent."""
 
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfedmoe.errors import UserError
 from hfedmoe.fleet.allowed import Allowed
+from hfedmoe.fleet.findings import BUDGET, MODEL, ROWS, RUN, SERVER, TOKENIZER, VERSIONS, Finding, Report, failing
 from hfedmoe.fleet.invite import Invitation, key_of
 from hfedmoe.fleet.offer import Offer, versions
-from hfedmoe.fleet.reach import ask
+from hfedmoe.fleet.reach import VersionsError, ask, tell
 
 if TYPE_CHECKING:
     from hfedmoe.config import RunConfig
     from hfedmoe.data.task import Task
     from hfedmoe.data.terms import Terms
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the check."""
-
-    fits: bool
-    text: str
-
-    @property
-    def line(self) -> str:
-        """As it is shown."""
-        return f"{'ok' if self.fits else 'FAILS':6}{self.text}"
+logger = logging.getLogger(__name__)
 
 
-def check(invitation: Invitation, key: Path | None, allowed: Allowed) -> Iterator[Finding]:
+def check(invitation: Invitation, key: Path | None, allowed: Allowed, telling: bool = False) -> Iterator[Finding]:
     """All that can be known before training, in the order in which it is found out.
 
     Args:
         key: the device's own private key, if the invitation has none.
+        telling: whether the server is told codes and counts at the end (`findings.Report`).
     """
     try:
-        offer = ask(invitation, key_of(invitation, key))
+        private = key_of(invitation, key)
+        offer = ask(invitation, private)
     except UserError as error:
-        yield Finding(False, str(error))
+        yield failing(VERSIONS if isinstance(error, VersionsError) else SERVER, str(error))
         return
-    yield Finding(True, f"{invitation.address} answers and knows {invitation.name}")
-    yield from check_offer(offer, allowed)
+    yield Finding(True, SERVER, f"{invitation.address} answers and knows {invitation.name}")
+    found = []
+    for finding in check_offer(offer, allowed):
+        found.append(finding)
+        yield finding
+    if telling:
+        try:
+            tell(invitation, private, Report(offer.run, tuple(found)))
+        except UserError as error:
+            logger.warning("the server does not know what was found: %s", error)
 
 
 def check_offer(offer: Offer, allowed: Allowed) -> Iterator[Finding]:
     """What can be known of a run and this device."""
     here = versions()
     if offer.versions != here:
-        yield Finding(False, f"the server has {offer.versions}, this device {here}; install the server's versions")
+        yield failing(VERSIONS, f"the server has {offer.versions}, this device {here}; install the server's versions")
         return
-    yield Finding(True, f"both have {here}")
+    yield Finding(True, VERSIONS, f"both have {here}")
     from hfedmoe.data.terms import Terms
 
     try:
         config, terms = allowed.config_of(offer.config), Terms.from_json(offer.terms)
     except UserError as error:
-        yield Finding(False, str(error))
+        yield _failed(RUN, error)
         return
     except ValueError as error:
-        yield Finding(False, f"the server's task cannot be read ({error})")
+        yield failing(RUN, f"the server's task cannot be read ({error})")
         return
     rows: list[Task] = []
-    for part in (
-        lambda: _weights(config, offer),
-        lambda: _rows(config, terms, allowed, rows),
-        lambda: _tokens(config, offer, terms, rows),
-        lambda: _budget(config, allowed),
+    for about, part in (
+        (MODEL, lambda: _weights(config, offer)),
+        (ROWS, lambda: _rows(config, terms, allowed, rows)),
+        (TOKENIZER, lambda: _tokens(config, offer, terms, rows)),
+        (BUDGET, lambda: _budget(config, allowed)),
     ):
-        yield _finding(part)
+        yield _finding(about, part)
 
 
-def _finding(part: Callable[[], str]) -> Finding:
+def _finding(about: str, part: Callable[[], tuple[str, int, int]]) -> Finding:
     try:
-        return Finding(True, part())
+        text, count, of = part()
+        return Finding(True, about, text, count, of)
     except UserError as error:
-        return Finding(False, " ".join(str(error).split()))
+        return _failed(about, error)
 
 
-def _weights(config: "RunConfig", offer: Offer) -> str:
+def _failed(about: str, error: UserError) -> Finding:
+    from hfedmoe.client.app import trouble_of
+
+    return failing(about, " ".join(str(error).split()), trouble_of(error).code)
+
+
+def _weights(config: "RunConfig", offer: Offer) -> tuple[str, int, int]:
     from hfedmoe.models.digest import base_digest
 
     if base_digest(config) != offer.base:
         raise UserError(f"{config.model.name}: its weights are not the server's; get the same model")
-    return f"{config.model.name}: has the server's weights"
+    return f"{config.model.name}: has the server's weights", 0, 0
 
 
-def _rows(config: "RunConfig", terms: "Terms", allowed: Allowed, found: "list[Task]") -> str:
+def _rows(config: "RunConfig", terms: "Terms", allowed: Allowed, found: "list[Task]") -> tuple[str, int, int]:
     from hfedmoe.data.terms import own_task
 
     task = own_task(str(allowed.data.expanduser()), config.data, terms, allowed.form())
     found.append(task)
-    return f"{allowed.data}: {len(task.train)} rows can be read"
+    allowed.policy.check_rows(len(task.train))
+    return f"{allowed.data}: {len(task.train)} rows can be read", len(task.train), 0
 
 
-def _tokens(config: "RunConfig", offer: Offer, terms: "Terms", rows: "list[Task]") -> str:
+def _tokens(config: "RunConfig", offer: Offer, terms: "Terms", rows: "list[Task]") -> tuple[str, int, int]:
     from hfedmoe.data.fits import check_task
     from hfedmoe.models.digest import tokenizer_digest
     from hfedmoe.models.loading import load
@@ -110,19 +118,22 @@ def _tokens(config: "RunConfig", offer: Offer, terms: "Terms", rows: "list[Task]
         encoder = encoder_of(loaded, task, config.data)
         encoder.first_token_only = terms.first_token_only
         warnings += check_task(task, [], encoder, room_of(loaded.model, loaded.tokenizer))
-    return "; ".join([f"{config.model.name}: has the server's tokenizer", *warnings])
+    return "; ".join([f"{config.model.name}: has the server's tokenizer", *warnings]), 0, 0
 
 
-def _budget(config: "RunConfig", allowed: Allowed) -> str:
+def _budget(config: "RunConfig", allowed: Allowed) -> tuple[str, int, int]:
     from hfedmoe.device.capacity import experts_of
     from hfedmoe.device.planner import Planner
     from hfedmoe.method.methods import METHODS
     from hfedmoe.models.loaded import device_of
 
-    planner = Planner(config)
+    planner, policy = Planner(config), allowed.policy
     total = sum(planner.num_experts)
     if METHODS[config.method.name].ignores_budgets(config.method):
-        return f"{config.method.name} holds all {total} experts on every device, whatever its budget"
+        policy.experts(total, total)
+        return f"{config.method.name} holds all {total} experts on every device, whatever its budget", total, total
     device = str(device_of(config.model.device))
     held = experts_of(allowed.budget, planner.num_experts, planner.top_k, lambda: planner, device)
-    return f"{allowed.budget} holds {held} of {total} experts"
+    most = policy.experts(held, max(planner.top_k) * len(planner.top_k))
+    limited = "" if most == held else f"; max-experts is {most}"
+    return f"{allowed.budget} holds {held} of {total} experts{limited}", most, total

@@ -65,9 +65,14 @@ def serve_run(
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
     listen: Annotated[str, typer.Option(metavar="IP", help="The address to listen on; default: all.")] = "0.0.0.0",
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check whether the devices that are here can take part; train nothing.")
+    ] = False,
     fleet: Fleet = FLEET,
 ) -> None:
     """Run a federation with the devices on the roster. Ctrl-C ends it after the round."""
+    if check and (resume is not None or out is not None):
+        raise UserError("--check: trains nothing and writes nothing; leave --resume and --out out")
     if (config is None) == (resume is None):
         raise UserError("give a config to begin a run, or --resume DIR to go on with one")
     if resume is not None and (out is not None or overrides):
@@ -92,6 +97,13 @@ def serve_run(
     from hfedmoe.fleet import serving
     from hfedmoe.report.live import Live
 
+    if check:
+        from hfedmoe.fleet.preflight import preflight
+
+        with Live() as live:
+            found = preflight(folder, settings, listen, live)
+        typer.echo(found.as_text())
+        raise typer.Exit(0 if found.fits else 1)
     with Live() as live:
         if resume is not None:
             serving.resume(folder, resume, listen, live)
@@ -180,6 +192,16 @@ def join(
     ] = None,
     encoding: Annotated[str | None, typer.Option(help="Of the rows; default: as in the file.")] = None,
     delimiter: Annotated[str | None, typer.Option(help="Of the rows; default: as in the file.")] = None,
+    models: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR", help="Instead of --model: a folder of models, by the name that a run gives; may be repeated."
+        ),
+    ] = None,
+    max_experts: Annotated[int | None, typer.Option(min=1, help="Most experts, whatever fits.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Most local steps per round.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(min=1.0, help="Most seconds of training per round.")] = None,
+    min_batch: Annotated[int | None, typer.Option(min=1, help="Fewest rows of a batch.")] = None,
     folder: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For log files and memory of runs; default: beside the invitation."),
@@ -187,12 +209,17 @@ def join(
     check: Annotated[bool, typer.Option("--check", help="Only check whether this device can take part.")] = False,
 ) -> None:
     """Take part in a federation with this device's own rows, until Ctrl-C."""
+    from hfedmoe.client.policy import Policy
     from hfedmoe.config.budgets import budget_of
     from hfedmoe.fleet.allowed import Allowed
     from hfedmoe.fleet.invite import read_invitation
 
+    if model is not None and models:
+        raise UserError("--model says where the model of every run is, --models where to look for it; give one of them")
+    folders = tuple(str(path.expanduser().absolute()) for path in models) if models else None
+    policy = Policy(max_experts, max_steps, max_seconds, min_batch, folders)
     try:
-        allowed = Allowed(data, budget_of(budget), model, encoding, delimiter)
+        allowed = Allowed(data, budget_of(budget), model, encoding, delimiter, policy)
     except ValueError as error:
         raise UserError(f"--budget {error}") from None
     invited = read_invitation(invitation)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-DOES_NOT_FIT = 3
-"""The worker's exit code after a check that failed."""
+DOES_NOT_FIT, AGAIN = 3, 4
+"""The worker's exit codes after a check that failed; AGAIN: only because the server did not answer."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from hfedmoe.fleet.certificates import LOOPBACK
+from hfedmoe.fleet.findings import MOST_BYTES, Report
+from hfedmoe.fleet.findings import PATH as REPORT_PATH
 from hfedmoe.fleet.folder import Folder
 from hfedmoe.fleet.keys import sender
 from hfedmoe.fleet.offer import PATH, VERSION_HEADER, Offer
@@ -63,6 +65,10 @@ class Board:
     """The run that is served; None: none."""
     seen: dict[str, Seen] = field(default_factory=dict)
     """By the device's name."""
+    reports: dict[str, Report] = field(default_factory=dict)
+    """What devices found out about the run, by name."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Why devices cannot take part, by name: they never get so far that they are asked who they are."""
     _read: tuple[int, dict[bytes, Invited]] = (-1, {})
 
     def invited(self) -> dict[bytes, Invited]:
@@ -82,6 +88,27 @@ class Board:
             seen.versions = request.headers.get(VERSION_HEADER, seen.versions)[:80]
         return device
 
+    def fits_versions(self, request: Request, device: Invited) -> bool:
+        """Whether a device has the server's versions; if not, it is noted."""
+        assert self.offer is not None
+        theirs = request.headers.get(VERSION_HEADER, "")[:80]
+        if theirs == self.offer.versions:
+            return True
+        theirs = "".join(letter for letter in theirs if letter.isprintable()) or "an earlier hfedmoe"
+        self.refused[device.name] = f"it has {theirs}, the server {self.offer.versions}; install the server's versions"
+        return False
+
+    def take(self, device: Invited, content: bytes) -> None:
+        """Note what a device found out. Raises ValueError if that is not valid."""
+        report = Report.from_json(content.decode("utf-8"))
+        if self.offer is None or report.run != self.offer.run:
+            raise ValueError("about another run")
+        self.reports[device.name] = report
+        if report.failed:
+            self.refused[device.name] = "; ".join(report.failed)
+        else:
+            self.refused.pop(device.name, None)
+
 
 def front_app(board: Board) -> Starlette:
     """The front as an ASGI app."""
@@ -89,11 +116,29 @@ def front_app(board: Board) -> Starlette:
     client = httpx.AsyncClient(verify=trust, timeout=TIMEOUT_S, trust_env=False)
 
     async def offer(request: Request) -> Response:
-        if await run_in_threadpool(board.caller, request) is None:
+        device = await run_in_threadpool(board.caller, request)
+        if device is None:
             return _unknown()
         if board.offer is None:
             return PlainTextResponse("no run is served now", 503)
+        if not board.fits_versions(request, device):
+            return PlainTextResponse(board.offer.versions, 409)
         return Response(board.offer.to_json(), media_type="application/json")
+
+    async def report(request: Request) -> Response:
+        device = await run_in_threadpool(board.caller, request)
+        if device is None:
+            return _unknown()
+        content = b""
+        async for part in request.stream():
+            content += part
+            if len(content) > MOST_BYTES:
+                return PlainTextResponse("too large", 413)
+        try:
+            board.take(device, content)
+        except ValueError as error:
+            return PlainTextResponse(f"not a report ({error})", 400)
+        return PlainTextResponse("")
 
     async def call(request: Request) -> Response:
         if await run_in_threadpool(board.caller, request) is None:
@@ -116,7 +161,8 @@ def front_app(board: Board) -> Starlette:
             yield
 
     routes = [Route(f"/v1/fleet/{name}", call, methods=["POST"]) for name in CALLS]
-    return Starlette(routes=[Route(PATH, offer, methods=["GET"]), *routes], lifespan=lifespan)
+    own = [Route(PATH, offer, methods=["GET"]), Route(REPORT_PATH, report, methods=["POST"])]
+    return Starlette(routes=[*own, *routes], lifespan=lifespan)
 
 
 async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:

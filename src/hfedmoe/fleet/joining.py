@@ -29,10 +29,11 @@ from hfedmoe.fleet.certificates import LOOPBACK
 from hfedmoe.fleet.children import free_port, program, quiet, start, stop
 from hfedmoe.fleet.device import DOES_NOT_FIT, DeviceFolder
 from hfedmoe.fleet.invite import Invitation, key_of, read_invitation
+from hfedmoe.fleet.offer import TO_CHECK, TO_RUN
 from hfedmoe.fleet.reach import NoAnswerError, ask
 from hfedmoe.fleet.secret import write_secret
 
-LOOK_S, AGAIN_S = 0.3, 5.0
+LOOK_S, AGAIN_S, ASK_S = 0.3, 5.0, 10.0
 
 
 class LeaveError(Exception):
@@ -88,6 +89,8 @@ class _Joined:
         self._node: subprocess.Popen[bytes] | None = None
         self._worker: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
+        self._asked = time.monotonic()
+        self._checked = ""
 
     def prepare(self, invitation: Path, key: Path | None, allowed: Allowed) -> None:
         """Write the files that the two processes read."""
@@ -108,44 +111,71 @@ class _Joined:
 
     def stay(self) -> int:
         """Keep both processes running; returns the exit code if the device does not fit."""
-        self._await_server()
-        self._start_worker()
         while True:
-            time.sleep(LOOK_S)
+            if self._worker is None:
+                self._await_run()
+                self._start_worker()
             assert self._worker is not None
+            time.sleep(LOOK_S)
             code = self._worker.poll()
             if code == DOES_NOT_FIT:
                 return 1
             if code is not None:
                 self.voice.say(f"the worker ended ({_words(code)}) and is started again")
+                self._worker = None
                 time.sleep(AGAIN_S)
-                self._await_server()
-                self._start_worker()
-            if self._node is not None and self._node.poll() is not None:
+            elif self._node is not None and self._node.poll() is not None:
                 # After a crash the server takes the same key for a while as still connected.
                 self.voice.say(f"the connection ended ({_words(self._node.poll())}); trying again")
                 self._node = None
                 time.sleep(AGAIN_S)
-                self._await_server()
-            if self._node is None and self.folder.ready.exists():
+                self._await_run()
+            elif self._node is None and self.folder.ready.exists():
                 self._start_node()
+            elif self._is_to_check():
+                self._end()
 
-    def _await_server(self) -> None:
+    def _is_to_check(self) -> bool:
+        """Ask the server from time to time whether it wants to know if its devices fit, while it serves no run."""
+        if time.monotonic() - self._asked < ASK_S:
+            return False
+        self._asked = time.monotonic()
+        try:
+            offer = ask(self.invitation, self.key)
+        except UserError:  # the SuperNode finds out
+            return False
+        return offer.purpose == TO_CHECK and offer.run != self._checked
+
+    def _check(self, run: str) -> None:
+        """Say whether this device fits, to its owner and to the server."""
+        self._checked = run
+        self.voice.say("the server checks its devices")
+        self._start_worker("--check")
+        assert self._worker is not None
+        self._worker.wait()
+        self._end()
+
+    def _await_run(self) -> None:
         """Wait until the server serves a run. Raises UserError if it does not know this device."""
         said = ""
         while True:
             try:
-                ask(self.invitation, self.key)
-                return
+                offer = ask(self.invitation, self.key)
+                if offer.purpose == TO_RUN:
+                    return
+                if offer.run != self._checked:
+                    self._end()
+                    self._check(offer.run)
+                time.sleep(AGAIN_S)
             except NoAnswerError as error:
                 if str(error) != said:
                     said = str(error)
                     self.voice.say(f"waiting: {said}")
                 time.sleep(AGAIN_S)
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, *options: str) -> None:
         self.folder.ready.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "hfedmoe.fleet.worker", str(self.folder.path)]
+        command = [sys.executable, "-m", "hfedmoe.fleet.worker", str(self.folder.path), *options]
         self._worker = start(command, None, quiet(self.folder.path / "flwr"))
         self._reader = threading.Thread(target=self._relay, args=(self._worker.stdout,), daemon=True)
         self._reader.start()
@@ -164,13 +194,18 @@ class _Joined:
         self._node = start(command, folder.node_log, quiet(folder.path / "flwr"))
         self.voice.say(f"{self.invitation.name} is connected to {self.invitation.address}")
 
-    def close(self) -> None:
+    def _end(self) -> None:
         """End both processes; the SuperNode tells the server that it leaves."""
         for process in (self._node, self._worker):
             if process is not None:
                 stop(process)
         if self._reader is not None:
             self._reader.join()
+        self._node = self._worker = self._reader = None
+
+    def close(self) -> None:
+        """End both processes, and remove what only they need."""
+        self._end()
         for file in (self.folder.ready, self.folder.key, self.folder.secret):
             file.unlink(missing_ok=True)
 

@@ -60,9 +60,25 @@ class Notes(Forwarding):
     ) -> None:
         self._names = [client.name for client in clients]
         for client in clients:
-            self._devices[client.name] = {"rows": client.examples, "budget": client.budget}
-        self._note(rounds=num_rounds, doing="training")
+            self._takes_part(client, f"from round {first_round}")
+        self._note(round=first_round - 1, rounds=num_rounds, doing="training")
         super().start(title, num_rounds, first_round, clients, history)
+
+    def _takes_part(self, client: Participant, since: str) -> None:
+        self._devices[client.name] = {"rows": client.examples, "budget": client.budget, "takes_part": since}
+
+    def joined(self, client: int, who: Participant, again: bool) -> None:
+        if not again:
+            self._names.append(who.name)
+        self._takes_part(who, f"{'again ' if again else ''}from round {self._facts['round'] + 1}")
+        self.write()
+        super().joined(client, who, again)
+
+    def left(self, client: int) -> None:
+        during = f"in round {self._facts['round']}" if self.in_round else f"after round {self._facts['round']}"
+        self._devices.setdefault(self._names[client], {})["takes_part"] = f"left {during}"
+        self.write()
+        super().left(client)
 
     def cannot_join(self, name: str, reason: str) -> None:
         self._devices[name] = {"left_out": reason}
@@ -79,7 +95,7 @@ class Notes(Forwarding):
         super().round_started(round)
 
     def client_done(self, round: int, client: int, done: ClientRound) -> None:
-        left_out = "" if done.status == "ok" else f"round {round}: {done.status}: {done.reason}"
+        left_out = "" if done.status in ("ok", "left") else f"round {round}: {done.status}: {done.reason}"
         self._devices.setdefault(self._names[client], {})["left_out"] = left_out
         self.write()
         super().client_done(round, client, done)

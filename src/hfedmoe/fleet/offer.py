@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PATH = "/v1/hfedmoe/offer"
 VERSION_HEADER = "hfedmoe-version"
+TO_RUN, TO_CHECK = "run", "check"
 
 
 def versions() -> str:
@@ -35,6 +36,8 @@ class Offer:
     """Digest of the base model (`models.digest.base_digest`)."""
     tokenizer: str
     """Digest of the tokenizer."""
+    purpose: str = TO_RUN
+    """What it is for: TO_RUN, or TO_CHECK: devices say whether they fit, and nothing is trained."""
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -51,11 +54,13 @@ class Offer:
         return cls(**tree)
 
 
-def offer_of(prepared: "Prepared", terms: "Terms", run: str) -> Offer:
+def offer_of(prepared: "Prepared", terms: "Terms", run: str, purpose: str = TO_RUN) -> Offer:
     """The offer of a run that is ready. Raises UserError if the model's files cannot be read."""
     from hfedmoe.models.digest import base_digest, tokenizer_digest
     from hfedmoe.runs.settings import run_config_toml
 
     config = prepared.config
     tokenizer = tokenizer_digest(prepared.encoder.tokenizer)
-    return Offer(versions(), run, run_config_toml(config).decode(), terms.to_json(), base_digest(config), tokenizer)
+    return Offer(
+        versions(), run, run_config_toml(config).decode(), terms.to_json(), base_digest(config), tokenizer, purpose
+    )

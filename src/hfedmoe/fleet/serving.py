@@ -46,8 +46,8 @@ def serve(fleet: Folder, config: RunConfig, out: Path | None, address: str, watc
         UserError: the configuration, model, data or folder cannot be used, no device is invited, or too few of them
             gave a valid update.
     """
-    with _only_one(fleet):
-        config = _for_roster(with_absolute_paths(config), Roster.read(fleet.roster))
+    with only_one(fleet):
+        config = for_roster(with_absolute_paths(config), Roster.read(fleet.roster))
         with RunFolder.create(out, config) as folder:
             try:
                 prepared = prepare(config, watcher)
@@ -68,13 +68,13 @@ def resume(fleet: Folder, path: Path, address: str, watcher: Watcher) -> None:
     Raises:
         UserError: not a run of `serve`, its data or model changed, or as `serve`.
     """
-    with _only_one(fleet), RunFolder.open(path, to_write=True) as folder:
+    with only_one(fleet), RunFolder.open(path, to_write=True) as folder:
         was = read_identity(path)
         if was is None or was.carrier != DEPLOYED or not (path / KEY).is_file():
             raise UserError(
                 f"{path}: not a run of `hfedmoe serve`; `hfedmoe resume {path}` continues a run of one machine"
             )
-        config = _for_roster(folder.config, Roster.read(fleet.roster))
+        config = for_roster(folder.config, Roster.read(fleet.roster))
         prepared = prepare(config, watcher)
         check_identity(path, _identity(prepared))
         round = folder.load_checkpoint("last").round if folder.saved_rounds() else None
@@ -86,7 +86,7 @@ def _identity(prepared: Prepared) -> Any:
     return identity_of(prepared.config, prepared.task, prepared.watch, DEPLOYED)
 
 
-def _for_roster(config: RunConfig, roster: Roster) -> RunConfig:
+def for_roster(config: RunConfig, roster: Roster) -> RunConfig:
     """The configuration with as many clients as the roster has numbers. Raises UserError if nobody is invited."""
     if not roster.devices:
         raise UserError("no device is invited; `hfedmoe invite NAME` invites one")
@@ -118,11 +118,18 @@ def _serve(
         link = stack.enter_context(superlink(fleet, lambda: look()))
         registered: list[Any] = [None]
 
+        said: dict[str, str] = {}
+
         def look() -> None:
             invited = board.invited()
             if registered[0] is not invited:
                 link.register(invited)
                 registered[0] = invited
+            for name, reason in list(board.refused.items()):
+                if said.get(name) != reason:
+                    said[name] = reason
+                    notes.warning(f"{name} is left out: {reason}")
+                    notes.cannot_join(name, reason)
             notes.write()
 
         link.register(board.invited())
@@ -199,7 +206,7 @@ def ending(notes: Notes) -> Iterator[Ending]:
 
 
 @contextlib.contextmanager
-def _only_one(fleet: Folder) -> Iterator[IO[bytes]]:
+def only_one(fleet: Folder) -> Iterator[IO[bytes]]:
     """Serve the fleet in this process only. Raises UserError if another one does."""
     with (fleet.path / "serve.lock").open("ab") as lock:
         try:

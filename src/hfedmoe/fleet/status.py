@@ -52,6 +52,7 @@ def status(fleet: Folder) -> dict[str, Any]:
                 "budget": noted.get("budget"),
                 "rows": noted.get("rows"),
                 "versions": noted.get("versions", ""),
+                "takes_part": noted.get("takes_part", ""),
                 "left_out": noted.get("left_out", ""),
             }
         )
@@ -71,9 +72,10 @@ def as_text(found: dict[str, Any]) -> str:
     rows = []
     for device in found["devices"]:
         seen = "never" if device["seen_s"] is None else f"{device['seen_s']} s ago"
-        cells = [str(device[key] or "-") for key in ("rows", "budget", "versions", "left_out")]
+        cells = [str(device[key] or "-") for key in ("rows", "budget", "versions", "takes_part", "left_out")]
         rows.append([device["name"], "yes" if device["here"] else "no", seen, *cells])
-    return "\n".join([first, *table(["device", "here", "last seen", "rows", "budget", "versions", "left out"], rows)])
+    headings = ["device", "here", "last seen", "rows", "budget", "versions", "takes part", "left out"]
+    return "\n".join([first, *table(headings, rows)])
 
 
 def stop(fleet: Folder, now: bool) -> str:

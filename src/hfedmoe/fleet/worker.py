@@ -1,9 +1,10 @@
 """The process of a device that answers the server: it stays, so that the model is opened once.
 
-    python -m hfedmoe.fleet.worker FOLDER
+    python -m hfedmoe.fleet.worker FOLDER [--check]
 
-`hfedmoe join` starts it. It asks the SuperNode beside it for messages and answers them with the installed client app;
-the app that the server ships is never unpacked.
+`hfedmoe join` starts it, with `--check` if the server only wants to know whether the device fits. It
+asks the SuperNode beside it for messages and answers them with the installed client app; the app that the server ships
+is never unpacked.
 """
 
 import json
@@ -30,20 +31,22 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from hfedmoe.client.app import client_app
+from hfedmoe.client.app import client_app, trouble_of
 from hfedmoe.client.device import Device
+from hfedmoe.config import RunConfig
 from hfedmoe.deployment import known_place, open_device
 from hfedmoe.errors import UserError
 from hfedmoe.fleet.allowed import Allowed
 from hfedmoe.fleet.certificates import LOOPBACK
 from hfedmoe.fleet.check import check
-from hfedmoe.fleet.device import DOES_NOT_FIT, DeviceFolder
+from hfedmoe.fleet.device import AGAIN, DOES_NOT_FIT, DeviceFolder
+from hfedmoe.fleet.findings import SERVER
 from hfedmoe.fleet.invite import read_invitation
 from hfedmoe.fleet.memory import RunMemory
 from hfedmoe.fleet.superlink import ACQUIRE
 from hfedmoe.runs.settings import run_config_toml
-from hfedmoe.wire.messages import PLAN, TRAIN, InvalidReplyError, facts_of, trouble_reply
-from hfedmoe.wire.trouble import REFUSED, SETTINGS, Trouble
+from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, InvalidReplyError, facts_of, trouble_reply
+from hfedmoe.wire.requests import OtherVersionError, check_version
 
 logger = logging.getLogger("hfedmoe.fleet.worker")
 
@@ -85,8 +88,10 @@ class Worker:
         are the device's own.
         """
         try:
+            if message.metadata.message_type == DESCRIBE:
+                check_version(message)  # before the configuration, which may be another version's
             memory = RunMemory(self._memory, str(context.run_config.get("run")))
-            config = self._allowed.config_of(str(context.run_config.get("config")))
+            config = _with_room(self._allowed.config_of(str(context.run_config.get("config"))), self._number)
             kind = message.metadata.message_type
             if kind in (PLAN, TRAIN):
                 self._round = _round_of(message)
@@ -102,12 +107,18 @@ class Worker:
             )
             reply = self._app(message, own)
             memory.keep(own.state)
-        except (UserError, InvalidReplyError) as error:
+        except (UserError, InvalidReplyError, OtherVersionError) as error:
             logger.error("%s", error)
-            return Message(trouble_reply(Trouble(REFUSED, "", SETTINGS), private=True), reply_to=message)
+            return Message(trouble_reply(trouble_of(error), private=True), reply_to=message)
         if message.metadata.message_type == TRAIN:
             say(f"round {self._round}: answered")
         return reply
+
+
+def _with_room(config: RunConfig, number: int) -> RunConfig:
+    """The configuration of a run with a place for client `number`, which may be invited after the run began."""
+    count = max(config.clients.count, number + 1)
+    return config.model_copy(update={"clients": config.clients.model_copy(update={"count": count})})
 
 
 def _round_of(message: Message) -> int:
@@ -156,8 +167,8 @@ def _ended(_: int, __: FrameType | None) -> None:
     raise SystemExit(0)  # so that a note of what it attempts is deleted: this is no kill for memory
 
 
-def main(path: Path) -> int:
-    """Check, then work; returns the exit code."""
+def main(path: Path, only_check: bool = False) -> int:
+    """Check, tell the server what was found, then work; returns the exit code."""
     signal.signal(signal.SIGTERM, _ended)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -166,16 +177,18 @@ def main(path: Path) -> int:
     allowed = Allowed.from_json(asked["allowed"])
     invitation = read_invitation(Path(asked["invitation"]))
     key = None if asked["key"] is None else Path(asked["key"])
-    failed = False
-    for finding in check(invitation, key, allowed):
-        failed |= not finding.fits
+    failed = set()
+    for finding in check(invitation, key, allowed, telling=True):
+        failed |= set() if finding.fits else {finding.about}
         say(finding.line)
     if failed:
-        return DOES_NOT_FIT
+        return AGAIN if failed == {SERVER} else DOES_NOT_FIT
+    if only_check:
+        return 0
     folder.ready.touch()
     work(Worker(allowed, invitation.number, folder.memory), int(asked["port"]), folder.secret.read_bytes())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:] == ["--check"]))

@@ -56,6 +56,16 @@ def budget(line: Participant) -> str:
     return f"{line.budget} ({100 * line.budget_share:.0f} %)"
 
 
+def holding(line: Participant) -> str:
+    """A client with what it has."""
+    return f"{line.name}: {line.examples} examples, budget {budget(line)} experts"
+
+
+def joining(line: Participant, again: bool) -> str:
+    """A client that takes part from now on."""
+    return f"{'back: ' if again else 'joined: '}{holding(line)}"
+
+
 def steps(done: ClientRound | ClientTotals) -> str:
     """Steps done / wanted steps; a dash without a deadline."""
     return "-" if done.deadline_s is None else f"{done.steps}/{done.steps_wanted}"

@@ -119,8 +119,8 @@ class Keeper:
         return f"; `{self._continued_by} {self.folder.path}` continues from there"
 
     def name_clients(self, names: dict[int, str]) -> None:
-        """Remember the clients' names for the last table."""
-        self._names = dict(names)
+        """Remember the names of clients that take part, for the last table."""
+        self._names |= names
 
     def name_of(self, client: int) -> str:
         """A client's name."""

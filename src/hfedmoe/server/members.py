@@ -1,8 +1,7 @@
-"""Who takes part: the clients as the server knows them, how they join, and who is asked in a round."""
+"""The clients as the server knows them, what each counts for, and who is asked in a round."""
 
 import statistics
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,15 +10,11 @@ from torch import Tensor
 
 from hfedmoe.config import RunConfig
 from hfedmoe.config.federation import FederationConfig
-from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
 from hfedmoe.seeds import generator
 from hfedmoe.wire import checks
-from hfedmoe.wire.exchange import POLL_S, Answer, Request, clean, exchange
-from hfedmoe.wire.messages import DESCRIBE, Description, InvalidReplyError, describe_request, unpack_bits
-
-WAIT_S = 0.5
-"""Seconds between two looks at who is connected."""
+from hfedmoe.wire.exchange import Answer
+from hfedmoe.wire.messages import Description, InvalidReplyError, unpack_bits
 
 
 @dataclass(slots=True)
@@ -35,6 +30,8 @@ class Member:
     """Most rows that it may count for, whatever it tells; None: only `federation.max_weight` limits it."""
     resident_bits: bytes = b""
     """What it planned to hold in this round; a few bytes, because there may be many thousands of members."""
+    session: str = ""
+    """Of its node when it said who it is (`wire.exchange.Sessions`)."""
 
     @property
     def resident(self) -> list[Tensor]:
@@ -62,66 +59,6 @@ class Roll(Protocol):
         """Those that are connected, by node."""
 
 
-def gather(
-    grid: Grid,
-    config: RunConfig,
-    num_experts: list[int],
-    terms: str,
-    base: str,
-    watcher: Watcher,
-    roll: Roll | None = None,
-) -> dict[int, Member]:
-    """Wait until all clients are connected, or as long as allowed, and ask each who it is.
-
-    Args:
-        num_experts: per layer.
-        terms: the run's task, for every device.
-        base: digest of the base model that every client must have; empty: not asked.
-        roll: who the clients are; None: they say it themselves.
-
-    Returns:
-        The members by client number, in ascending order.
-
-    Raises:
-        UserError: fewer than `federation.min_clients` said who they are in time.
-    """
-    settings = config.federation
-    members: dict[int, Member] = {}
-    known = None if roll is None else _known(grid, config, roll, watcher)
-    nodes = _connected(grid, config) if known is None else sorted(known)
-    requests = (Request(node, DESCRIBE, describe_request(terms)) for node in nodes)
-    for answer in exchange(grid, requests, "describe", min(settings.timeout_s, settings.connect_timeout_s)):
-        try:
-            about = checks.description(reply_of(answer), num_experts, base)
-        except InvalidReplyError as error:
-            who, reason = f"a client on node {answer.node}", clean(str(error))
-            if known is not None:
-                who = known[answer.node].name
-                watcher.cannot_join(who, reason)
-            watcher.warning(f"{who} is left out: {reason}")
-            continue
-        most = None
-        if known is not None:
-            one = known[answer.node]
-            about, most = replace(about, client=one.client, name=one.name), one.most
-        if about.client >= config.clients.count:
-            watcher.warning(f"a client says it is number {about.client} of {config.clients.count}; left out")
-        elif about.client in members:
-            watcher.warning(f"a second client says it is number {about.client}; it is left out")
-        else:
-            members[about.client] = Member(answer.node, about, 0, most=most)
-    if len(members) < settings.min_clients:
-        tight = "timeout_s" if settings.timeout_s < settings.connect_timeout_s else "connect_timeout_s"
-        raise UserError(
-            f"{len(members)} of {config.clients.count} clients connected and said who they are within "
-            f"{getattr(settings, tight):g} s, fewer than federation.min_clients = {settings.min_clients}; "
-            f"start more clients or raise federation.{tight}"
-        )
-    members = dict(sorted(members.items()))
-    weigh(members, settings, watcher)
-    return members
-
-
 def sample(members: dict[int, Member], config: RunConfig, round: int) -> list[Member]:
     """The members who are asked in a round: `federation.clients_per_round` drawn by the seed, in ascending order."""
     wanted = config.federation.clients_per_round
@@ -140,41 +77,16 @@ def reply_of(answer: Answer) -> Any:
     return answer.reply
 
 
-def _connected(grid: Grid, config: RunConfig) -> list[int]:
-    """The connected nodes, as soon as there are as many as clients or the time is up."""
-    deadline = time.monotonic() + config.federation.connect_timeout_s
-    while len(nodes := sorted(grid.get_node_ids())) < config.clients.count and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    return nodes
-
-
-def _known(grid: Grid, config: RunConfig, roll: Roll, watcher: Watcher) -> dict[int, Known]:
-    """The connected clients, as soon as all that are expected are here or the time is up."""
-    deadline = time.monotonic() + config.federation.connect_timeout_s
-    said: list[str] | None = None
-    while True:
-        here, expected = roll.here(grid), roll.expected()
-        names = {one.name for one in here.values()}
-        missing = [name for name in expected if name not in names]
-        if missing != said:
-            waiting = f", waiting for {', '.join(missing)}" if missing else ""
-            watcher.phase(f"{len(expected) - len(missing)} of {len(expected)} here{waiting}")
-            said = missing
-        if not missing or time.monotonic() >= deadline:
-            return here
-        time.sleep(WAIT_S)
-
-
 def weigh(members: dict[int, Member], settings: FederationConfig, watcher: Watcher) -> None:
-    """Give every member its position and its weight |D_c|, which is bounded by the median client's.
+    """Give every member its weight |D_c|, which is bounded by the median client's; said once for every new weight.
 
     Decision: of an even number the lower of the two in the middle: more than half of the clients would have to lie.
     """
     told = {client: _bounded(member) for client, member in members.items()}
     most = settings.max_weight * statistics.median_low(told.values())
-    for position, (client, member) in enumerate(members.items()):
-        member.position, member.weight = position, min(told[client], round(most))
-        if member.weight < member.about.examples:
+    for client, member in members.items():
+        before, member.weight = member.weight, min(told[client], round(most))
+        if member.weight < member.about.examples and member.weight != before:
             limit = "federation.max_weight" if member.weight < told[client] else "the roster's limit"
             watcher.warning(
                 f"{member.about.name} says that it has {member.about.examples} rows; it counts as {member.weight} "

@@ -13,19 +13,20 @@ from torch import Tensor
 from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import in_experts
 from hfedmoe.errors import UserError
-from hfedmoe.events import Evaluation, Participant, Watcher
+from hfedmoe.events import Evaluation, Watcher
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Residents, Wish
 from hfedmoe.moe.payload import pack, public
 from hfedmoe.moe.ranks import cut
+from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.fold import Fold
 from hfedmoe.server.keeper import Keeper
-from hfedmoe.server.members import Member, Roll, gather, reply_of, sample
+from hfedmoe.server.members import Member, Roll, reply_of, sample
 from hfedmoe.server.records import RoundRecord
 from hfedmoe.server.sites import ask_sites
 from hfedmoe.wire import checks
-from hfedmoe.wire.exchange import Answer, Request, clean, exchange
+from hfedmoe.wire.exchange import LEFT, Answer, Request, clean
 from hfedmoe.wire.messages import (
     MEASURE,
     PLAN,
@@ -36,6 +37,8 @@ from hfedmoe.wire.messages import (
     train_request,
     wire_bytes,
 )
+from hfedmoe.wire.order import in_order
+from hfedmoe.wire.trouble import FAILED, REFUSED
 
 Evaluate = Callable[[dict[str, Tensor], str], Metrics]
 """(global tensors, "all" or "watch") -> the global model measured on all held-out rows, or on the watched ones."""
@@ -80,31 +83,34 @@ class Server:
         Raises:
             UserError: too few clients connect, or too few give a valid update; the last checkpoint is intact.
         """
-        members = gather(grid, self.config, self.num_experts, self.terms, self.base, self.watcher, self.roll)
-        self._announce(members)
+        attendance = self.attendance(grid)
+        attendance.gather()
+        self._announce(attendance)
         last = self.config.federation.rounds
         if self.round == 0 and not self.keeper.scores:
             metrics = self._measure("all", 0)
             self.keeper.save_start(self.tensors, metrics)
         while self.round < last:
-            self._one_round(grid, members, self.round + 1)
+            attendance.look()
+            self._one_round(attendance, self.round + 1)
             self.round += 1
             if self.ends_early():
                 return
         if self.asks_sites and self.config.evaluation.own_share and self._method.merged is None:
-            self._ask_sites(grid, members)
+            self._ask_sites(attendance)
 
-    def _ask_sites(self, grid: Grid, members: dict[int, Member]) -> None:
+    def _ask_sites(self, attendance: Attendance) -> None:
         """Let the devices measure what the federation gave to them, once in a run."""
         if self.keeper.knows_sites(self.round):
             return
         self.watcher.phase("the devices measure what they gained")
-        asked = [member for member in members.values() if member.resident_bits]
+        asked = [member for member in attendance.members.values() if member.resident_bits]
         requests = (
             Request(m.node, MEASURE, train_request(self.round, m.resident, self._tensors_for(m))) for m in asked
         )
         choices = bool(self.keeper.scores) and self.keeper.scores[0].accuracy is not None
-        gains = ask_sites(grid, requests, {m.node: m for m in asked}, self.config, choices, self.watcher)
+        answers = attendance.ask(requests, "measure")
+        gains = ask_sites(answers, {m.node: m for m in asked}, self.config, choices, self.watcher)
         self.keeper.save_sites(self.round, gains)
 
     def _tensors_for(self, member: Member) -> dict[str, Tensor]:
@@ -113,14 +119,14 @@ class Server:
         # Experts that are merged on the device are all sent.
         return tensors if self._method.merged is not None else pack(tensors, member.resident)
 
-    def _announce(self, members: dict[int, Member]) -> None:
-        total = sum(self.num_experts)
-        lines = [
-            Participant(m.about.name, m.about.examples, m.about.budget, m.about.budget / total)
-            for m in members.values()
-        ]
-        self.keeper.name_clients({client: m.about.name for client, m in members.items()})
-        self.watcher.start(self.config.name, self.config.federation.rounds, self.round + 1, lines, self.keeper.scores)
+    def attendance(self, grid: Grid) -> Attendance:
+        """Who is here, before anybody was asked."""
+        return Attendance(grid, self.config, self.num_experts, self.terms, self.base, self.watcher, self.roll)
+
+    def _announce(self, attendance: Attendance) -> None:
+        clients = attendance.participants()
+        self.keeper.name_clients(attendance.names())
+        self.watcher.start(self.config.name, self.config.federation.rounds, self.round + 1, clients, self.keeper.scores)
 
     def _measure(self, kind: Literal["all", "watch"], round: int) -> Metrics:
         metrics = self.evaluate(self.tensors, kind)
@@ -137,21 +143,22 @@ class Server:
         )
         return metrics
 
-    def _one_round(self, grid: Grid, members: dict[int, Member], round: int) -> None:
+    def _one_round(self, attendance: Attendance, round: int) -> None:
         started = time.perf_counter()
+        self.keeper.name_clients(attendance.names())
         self.watcher.round_started(round)
         with self.keeper.recording(round, self.num_experts, self.config.method.tau) as log:
             with self.keeper.taking_rows(log):
-                planned = self._plan(grid, sample(members, self.config, round), round, log)
+                planned = self._plan(attendance, sample(attendance.members, self.config, round), log)
                 log.planning_seconds = time.perf_counter() - started
-                fold = self._fold(grid, planned, log)
+                fold = self._fold(attendance, planned, log)
                 self._require_enough(fold.clients, log)
                 with log.phases("average"):
                     self.tensors = self._averaged(fold, log)
             self._close(round, log, started)
 
-    def _fold(self, grid: Grid, planned: list[Member], log: RoundRecord) -> Fold:
-        """Have the clients train, and fold in their updates as they come."""
+    def _fold(self, attendance: Attendance, planned: list[Member], log: RoundRecord) -> Fold:
+        """Have the clients train, and fold in their updates in the order of their numbers."""
         usage = self.keeper.usage.value() if self._method.needs_usage else None
         fold = Fold(
             self.tensors,
@@ -162,12 +169,12 @@ class Server:
         )
         requests = (self._train_request(member, log.round, log) for member in planned)
         by_node = {member.node: member for member in planned}
-        for answer in exchange(grid, requests, f"train-{log.round}", self.config.federation.timeout_s):
-            self._take(answer, by_node[answer.node], fold, log)
+        for answer in in_order(attendance.ask(requests, f"train-{log.round}"), list(by_node)):
+            self._take(answer, by_node[answer.node], fold, attendance, log)
             answer.reply = None  # folded in: the next client works without it in memory
         return fold
 
-    def _take(self, answer: Answer, member: Member, fold: Fold, log: RoundRecord) -> None:
+    def _take(self, answer: Answer, member: Member, fold: Fold, attendance: Attendance, log: RoundRecord) -> None:
         """Check a client's answer, fold its update in and note it, or leave the client out."""
         resident = member.resident
         try:
@@ -176,7 +183,7 @@ class Server:
             if update.work.examples != member.about.examples:
                 raise InvalidReplyError(f"says it has {update.work.examples} examples, but had {member.about.examples}")
         except InvalidReplyError as error:
-            self._leave_out(log, member, answer, error)
+            self._leave_out(log, attendance, member, answer, error)
             return
         size = wire_bytes(answer.reply.content)  # type: ignore[union-attr]
         with log.phases("fold"):
@@ -202,7 +209,7 @@ class Server:
             )
         return folded
 
-    def _plan(self, grid: Grid, sampled: list[Member], round: int, log: RoundRecord) -> list[Member]:
+    def _plan(self, attendance: Attendance, sampled: list[Member], log: RoundRecord) -> list[Member]:
         """Ask the sampled clients what they want to hold; those with a valid answer go on, in the order of numbers."""
         by_node = {member.node: member for member in sampled}
         budget_free = self._method.ignores_budgets(self.config.method)
@@ -212,13 +219,13 @@ class Server:
 
         def requests() -> Iterator[Request]:
             for member in sampled:
-                content = plan_request(round, usage)
+                content = plan_request(log.round, usage)
                 log.sent(member.about.client, wire_bytes(content))
                 yield Request(member.node, PLAN, content)
 
         planned: list[Member] = []
         wishes: dict[int, Wish] = {}
-        for answer in exchange(grid, requests(), f"plan-{round}", self.config.federation.timeout_s):
+        for answer in attendance.ask(requests(), f"plan-{log.round}"):
             member = by_node[answer.node]
             budget = sum(self.num_experts) if budget_free else member.about.budget
             try:
@@ -234,7 +241,7 @@ class Server:
                 log.bytes_up[member.about.client] = wire_bytes(reply.content)
                 planned.append(member)
             except InvalidReplyError as error:
-                self._leave_out(log, member, answer, error)
+                self._leave_out(log, attendance, member, answer, error)
         # Always in the same order, so that a run does not depend on who answers first.
         planned.sort(key=lambda member: member.about.client)
         if wishes:
@@ -270,13 +277,18 @@ class Server:
             held = [min(h, in_experts(limit, number)) for h, number in zip(held, self.num_experts, strict=True)]
         return sum(held) / len(held)
 
-    def _leave_out(self, log: RoundRecord, member: Member, answer: Answer, error: InvalidReplyError) -> None:
+    def _leave_out(
+        self, log: RoundRecord, attendance: Attendance, member: Member, answer: Answer, error: InvalidReplyError
+    ) -> None:
         status = "invalid" if answer.status == "ok" else answer.status
         if isinstance(error, checks.TroubleError):
             status = error.status
         reason = clean(str(error))
         self.watcher.client_done(log.round, member.position, log.left_out(member.about.client, status, reason))
-        self.watcher.warning(f"round {log.round}: {member.about.name} is left out ({status}): {reason}")
+        if status != LEFT:
+            self.watcher.warning(f"round {log.round}: {member.about.name} is left out ({status}): {reason}")
+        if not isinstance(error, checks.TroubleError) or error.status in (REFUSED, FAILED):
+            attendance.lost(member, status)
 
     def _require_enough(self, valid: int, log: RoundRecord) -> None:
         needed = self.config.federation.min_clients

@@ -2,33 +2,30 @@
 
 from collections.abc import Iterable, Mapping
 
-from flwr.serverapp import Grid
-
 from hfedmoe.config import RunConfig
 from hfedmoe.events import OwnResult, Score, SiteGain, Watcher
 from hfedmoe.server.intervals import difference_interval, share_interval
 from hfedmoe.server.members import Member, reply_of
 from hfedmoe.wire import checks
-from hfedmoe.wire.exchange import Request, clean, exchange
+from hfedmoe.wire.exchange import Answer, clean
 from hfedmoe.wire.messages import InvalidReplyError
 
 
 def ask_sites(
-    grid: Grid,
-    requests: Iterable[Request],
+    answers: Iterable[Answer],
     members: Mapping[int, Member],
     config: RunConfig,
     choices: bool,
     watcher: Watcher,
 ) -> list[SiteGain]:
-    """The answers of devices to requests to measure, in the order of their numbers; who does not answer is left out.
+    """What devices answered to the request to measure, in the order of their numbers; who did not is left out.
 
     Args:
         members: by node.
         choices: whether the task has choices.
     """
     found: list[SiteGain] = []
-    for answer in exchange(grid, requests, "measure", config.federation.timeout_s):
+    for answer in answers:
         about = members[answer.node].about
         try:
             told = checks.own_result(reply_of(answer), config.evaluation.own_rows, choices)

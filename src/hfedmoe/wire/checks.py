@@ -8,6 +8,7 @@ import torch
 from flwr.app import ConfigRecord, Message
 from torch import Tensor
 
+from hfedmoe import __version__
 from hfedmoe.config import RunConfig
 from hfedmoe.events import OwnResult, Work
 from hfedmoe.method.methods import METHODS
@@ -23,6 +24,7 @@ from hfedmoe.wire.messages import (
     InvalidReplyError,
     Update,
     facts_of,
+    other_version,
     tensors_of,
     unpack_bits,
 )
@@ -96,12 +98,17 @@ def description(message: Message, num_experts: list[int], base: str = "") -> Des
         InvalidReplyError: something is missing or out of range, or the client has another model.
     """
     facts = facts_of(message)
+    theirs = other_version(facts)
+    if theirs is not None:
+        raise InvalidReplyError(
+            f"it has another version of hfedmoe: {theirs}; the server has {__version__}; install the same"
+        )
     name = facts.get("name")
     if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
         raise InvalidReplyError("its name is not a short text")
-    theirs = facts.get("num_experts")
-    if theirs != num_experts:
-        raise InvalidReplyError(f"its model has another number of experts per layer ({str(theirs)[:60]})")
+    experts = facts.get("num_experts")
+    if experts != num_experts:
+        raise InvalidReplyError(f"its model has another number of experts per layer ({str(experts)[:60]})")
     if facts.get("base") != base:
         raise InvalidReplyError(
             "its base model is not the server's: other weights, another seed or another upcycling; give both the same "

@@ -1,7 +1,8 @@
 """All messages between server and clients.
 
-describe (query)  down: the terms of the task: its kind, labels and how answers are compared (`data/terms.py`)
-                  up:   client number, name, examples, budget in experts, experts per layer of its model
+describe (query)  down: the version of hfedmoe; the terms of the task: its kind, labels and how answers are compared
+                        (`data/terms.py`)
+                  up:   the version; client number, name, examples, budget in experts, experts per layer of its model
 plan (query)      down: round; with method.bootstrap = "prior" the federation's usage so far, float32 [sum E_l]
                   up:   resident bits [sum E_l]; or, for a method that plans on the server, the client's scores
                         float32 [sum E_l]
@@ -25,6 +26,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
+from hfedmoe import __version__
 from hfedmoe.events import OwnResult, Work
 from hfedmoe.files.blob import dumps, loads
 from hfedmoe.wire.trouble import FAULT, Trouble
@@ -35,6 +37,8 @@ TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
 
 MOST_FACTS, MAX_FACTS = 64, 1 << 24
 """Most facts of a message, and most bytes of them: enough for the labels of a task and one bit per expert."""
+MAX_VERSION = 40
+"""Letters of a version that are shown."""
 MAX_VALUE = 1e6
 """The largest value in a trained tensor: no real one comes near it, and larger ones could overflow an average."""
 HEADER_PER_TENSOR = 512
@@ -163,7 +167,7 @@ def _value_bytes(value: object) -> int:
 
 def describe_request(terms: str) -> RecordDict:
     """Ask a client who it is. `terms`: the run's task, as text (`data.terms.Terms.to_json`)."""
-    return record({"terms": terms})
+    return record({"version": __version__, "terms": terms})
 
 
 def terms_of_request(message: Message) -> str:
@@ -172,6 +176,15 @@ def terms_of_request(message: Message) -> str:
     if not isinstance(terms, str):
         raise InvalidReplyError("the request does not contain the run's task")
     return terms
+
+
+def other_version(facts: ConfigRecord) -> str | None:
+    """The version of the other side of a describe message, safe to print; None: it is this one."""
+    theirs = facts.get("version")
+    if theirs == __version__:
+        return None
+    text = theirs[:MAX_VERSION] if isinstance(theirs, str) else ""
+    return "".join(letter for letter in text if letter.isprintable()) or "an earlier one"
 
 
 def describe_reply(description: Description) -> RecordDict:
@@ -184,6 +197,7 @@ def describe_reply(description: Description) -> RecordDict:
             "budget": description.budget,
             "num_experts": description.num_experts,
             "base": description.base,
+            "version": __version__,
         }
     )
 

@@ -7,8 +7,9 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
+from hfedmoe import __version__
 from hfedmoe.config import RunConfig
-from hfedmoe.wire.messages import MAX_VALUE, InvalidReplyError, facts_of, tensors_of, unpack_bits
+from hfedmoe.wire.messages import MAX_VALUE, InvalidReplyError, facts_of, other_version, tensors_of, unpack_bits
 
 MOST = {
     "federation.rounds": 1_000_000,
@@ -25,6 +26,10 @@ class InvalidRequestError(ValueError):
     """The server asks for something that a device refuses; the text says what."""
 
 
+class OtherVersionError(ValueError):
+    """The server has another version of hfedmoe; the text says which."""
+
+
 def check_settings(config: RunConfig) -> None:
     """Raise InvalidRequestError if a run's settings ask a device for more than `MOST`."""
     for key, most in MOST.items():
@@ -32,6 +37,15 @@ def check_settings(config: RunConfig) -> None:
         value = getattr(getattr(config, section), name)
         if value > most:
             raise InvalidRequestError(f"{key} = {value} is more than {most}, which is the most a device accepts")
+
+
+def check_version(message: Message) -> None:
+    """Raise OtherVersionError if the server that describes its task has another version of hfedmoe."""
+    theirs = other_version(_facts(message))
+    if theirs is not None:
+        raise OtherVersionError(
+            f"the server has another version of hfedmoe: {theirs}; this device has {__version__}; install the same"
+        )
 
 
 def round_of(message: Message, rounds: int) -> int:

@@ -17,7 +17,14 @@ OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED = (
 STATUSES = (OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED)
 """The status in such a reply, shown without underscores. TOO_SMALL: no room for the experts that the method needs."""
 
-OWN_DATA, SETTINGS, REQUEST, FAULT = "own_data", "settings", "request", "fault"
+OWN_DATA, SETTINGS, REQUEST, VERSION, FAULT = "own_data", "settings", "request", "version", "fault"
+POLICY_MODEL, POLICY_STEPS, POLICY_BATCH, POLICY_EXPERTS = (
+    "policy_model",
+    "policy_steps",
+    "policy_batch",
+    "policy_experts",
+)
+"""The run asks for more than the device's owner allows (`client.policy`)."""
 CODES = {
     OUT_OF_MEMORY: "ran out of memory with {count} experts",
     OUT_OF_TIME: "ran out of time with {count} experts",
@@ -25,6 +32,11 @@ CODES = {
     OWN_DATA: "its own rows do not fit the run; its log says which",
     SETTINGS: "cannot take part with its settings, model or data; its log says why",
     REQUEST: "refuses what the server asked; its log says why",
+    VERSION: "has another version of hfedmoe; its log says which",
+    POLICY_MODEL: "does not allow the run's model (model.name)",
+    POLICY_STEPS: "allows fewer steps per round than the run asks for (train.steps)",
+    POLICY_BATCH: "allows no batches as small as the run's (train.batch_size)",
+    POLICY_EXPERTS: "allows fewer experts than the run needs (method.name, model.name)",
     FAULT: "failed; its log says why",
 }
 """What a code of a real device means; {count} is the number that comes with it.

@@ -11,8 +11,10 @@ from hfedmoe.report.words import (
     deadline_cost,
     decimal,
     describe,
+    holding,
     human_bytes,
     human_seconds,
+    joining,
     mean_loss,
     peak,
 )
@@ -47,7 +49,7 @@ class Lines(Tracker):
         )
         self.write(f"{title}: {work}, {len(clients)} clients")
         for line in clients if len(clients) <= MANY else ():
-            self.write(f"  {line.name}: {line.examples} examples, budget {budget(line)} experts")
+            self.write(f"  {holding(line)}")
         if len(clients) > MANY:
             examples = [line.examples for line in clients]
             least, most = (choose(clients, key=lambda line: line.budget) for choose in (min, max))
@@ -55,6 +57,14 @@ class Lines(Tracker):
                 f"  {min(examples)} to {max(examples)} examples per client, "
                 f"budgets from {budget(least)} to {budget(most)} experts"
             )
+
+    def joined(self, client: int, who: Participant, again: bool) -> None:
+        super().joined(client, who, again)
+        self.write(joining(who, again))
+
+    def left(self, client: int) -> None:
+        super().left(client)
+        self.write(f"{self.rows[client].line.name} left")
 
     def phase(self, text: str) -> None:
         super().phase(text)
@@ -77,6 +87,8 @@ class Lines(Tracker):
         if done.status == "ok" and len(self.rows) > MANY:
             self._heartbeat(f"  {name}: done, client {self._answered} of this round")
             return
+        if done.status == "left":
+            return  # which has an event of its own
         if done.status != "ok":
             self.write(f"  {name}: {done.status}" + (f": {done.reason}" if done.reason else ""))
             return

@@ -11,9 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hfedmoe.events import ClientRound
+from hfedmoe.events import ClientRound, Participant
 from hfedmoe.report.live.tracker import ClientLine, Tracker
-from hfedmoe.report.words import activation, budget, decimal, human_bytes, human_seconds, percent, steps
+from hfedmoe.report.words import activation, budget, decimal, human_bytes, human_seconds, joining, percent, steps
 
 Cell = Callable[[ClientLine], str]
 
@@ -71,9 +71,17 @@ class OnScreen(Tracker):
 
     def client_done(self, round: int, client: int, done: ClientRound) -> None:
         super().client_done(round, client, done)
-        if done.status != "ok":
+        if done.status not in ("ok", "left"):
             reason = f": {done.reason}" if done.reason else ""
             self.write(f"round {round}, {self.rows[client].line.name}: {done.status}{reason}", "yellow")
+
+    def joined(self, client: int, who: Participant, again: bool) -> None:
+        super().joined(client, who, again)
+        self.write(joining(who, again))
+
+    def left(self, client: int) -> None:
+        super().left(client)
+        self.write(f"{self.rows[client].line.name} left")
 
     def warning(self, text: str) -> None:
         self.write(f"warning: {text}", "yellow")

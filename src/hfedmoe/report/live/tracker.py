@@ -59,6 +59,15 @@ class Tracker(Watcher):
         self.rows = [ClientLine(line) for line in clients]
         self.history["all"].extend(history)
 
+    def joined(self, client: int, who: Participant, again: bool) -> None:
+        if again:
+            self.rows[client].line, self.rows[client].status = who, "waiting"
+        else:
+            self.rows.append(ClientLine(who))
+
+    def left(self, client: int) -> None:
+        self.rows[client].status = "left"
+
     def phase(self, text: str) -> None:
         self.doing, self.part = text, None
 
@@ -67,7 +76,7 @@ class Tracker(Watcher):
         self._began = self.clock() if self._began is None else self._began
         self.doing, self.current = "", None
         for row in self.rows:
-            row.status, row.step, row.steps = "waiting", 0, 0
+            row.status, row.step, row.steps = "left" if row.status == "left" else "waiting", 0, 0
 
     def client_started(self, round: int, client: int, steps: int) -> None:
         row = self.rows[client]
