@@ -1,5 +1,6 @@
 """Run a federation of simulated clients in this process: what `hfedmoe run` does."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from hfedmoe.events import Silent, Watcher
 from hfedmoe.gains import Sites, site_gains
 from hfedmoe.method.methods import METHODS
 from hfedmoe.prepare import Prepared, prepare, server_for
+from hfedmoe.report.tracking.tracking import tracked
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import (
     DEPLOYED,
@@ -33,6 +35,7 @@ from hfedmoe.runs.identity import (
 )
 from hfedmoe.runs.log import logging_to
 from hfedmoe.runs.paths import with_absolute_paths
+from hfedmoe.runs.refusals import require_trackers
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
@@ -47,6 +50,7 @@ def run(
     Raises:
         UserError: the configuration, model, data or folder cannot be used, or too few clients gave a valid update.
     """
+    require_trackers(config.tracking)
     config = with_absolute_paths(config)
     with RunFolder.create(out, config) as folder:
         begun(folder.path)
@@ -78,6 +82,7 @@ def resume(path: Path, watcher: Watcher) -> Path:
                 f"`hfedmoe serve --resume {path}` continues a run of `hfedmoe serve`; one of `flwr run` continues by "
                 "itself while its SuperLink runs, else start again with `flwr run` and its config.toml"
             )
+        require_trackers(folder.config.tracking)
         prepared = prepare(folder.config, watcher)
         check_identity(path, _identity(prepared))
         # What was trained on before must not be measured now: an earlier version kept no rows back.
@@ -122,7 +127,8 @@ def _run(folder: RunFolder, prepared: Prepared, sites: Sites, from_round: int | 
         watcher.note(f"too few rows to keep some back, so not measured at the end: {shown} ({FEWEST} are needed)")
     simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names)
     _predict_peaks(simulation, prepared, watcher)
-    with logging_to(folder.path):
+    with logging_to(folder.path), tracked(prepared.settled, folder, watcher, from_round) as tracking:
+        tracking.follow(simulation.server.keeper)
         simulation.run()
         _measure_gains(prepared, sites, simulation, alone, watcher)
     watcher.finish(f"done: {folder.path}")
@@ -204,7 +210,7 @@ class Simulation:
     def run(self) -> None:
         """Run all remaining rounds. Raises UserError like `Server.run`."""
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={}, series_id=0)
-        server_app(lambda _: self.server)(self.grid, context)
+        server_app(lambda _: contextlib.nullcontext(self.server))(self.grid, context)
 
 
 def assemble(

@@ -5,14 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from hfedmoe.config import TrackingConfig
 from hfedmoe.events import Silent
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 from hfedmoe.runs.folder import RunFolder
+from hfedmoe.runs.refusals import is_installed
 from hfedmoe.runs.settings import run_config_toml
 from hfedmoe.simulation import run
 from tests.deployment.harness import deployment
 from tests.federation import tiny_config
+from tests.report.tracking.records import tensorboard_series
 
+TRACKED = is_installed("tensorboard")
 APP = Path(__file__).parents[2] / "examples" / "flower"
 
 
@@ -34,7 +38,8 @@ def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Pa
     nodes: list[dict[str, bool | int | float | str]] = [{"partition-id": 0}, {"partition-id": 1, "budget": 12}]
     config = config.model_copy(update={"clients": config.clients.model_copy(update={"budgets": ["25%"]})})
     with deployment(APP, nodes, env={"OMP_NUM_THREADS": "1"}) as flower:
-        document = run_config_toml(config).decode()
+        shown = config.model_copy(update={"tracking": TrackingConfig(to=["tensorboard"] if TRACKED else [])})
+        document = run_config_toml(shown).decode()
         result = flower.run({"config": document, "out": str(tmp_path / "deployed")}, timeout=400)
         assert result.exit_code == 0, result.log + "\n".join(flower.logs().values())
     ours, theirs = (RunFolder.open(tmp_path / name) for name in ("inprocess", "deployed"))
@@ -44,6 +49,9 @@ def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Pa
     for name, tensor in expected.tensors.items():
         # Threads and the order of answers change sums by rounding, which Adam magnifies where a gradient is almost 0.
         torch.testing.assert_close(got.tensors[name], tensor, atol=1e-5, rtol=1e-4)
+    if TRACKED:
+        sent = theirs.read_rounds()[1]["bytes_up"]
+        assert tensorboard_series(tmp_path / "deployed", "bytes/up") == [(1, sent)]
     start = ours.load_checkpoint(0)
     assert any((tensor != start.tensors[name]).any() for name, tensor in got.tensors.items())
     one, other = (folder.read_rounds()[1]["clients"] for folder in (ours, theirs))

@@ -10,6 +10,7 @@ from hfedmoe.config.federation import EvaluationConfig, FederationConfig
 from hfedmoe.config.method import MethodConfig, TrainConfig
 from hfedmoe.config.model import ModelConfig
 from hfedmoe.config.section import Section
+from hfedmoe.config.tracking import TrackingConfig
 
 
 class RunConfig(Section):
@@ -33,6 +34,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "RunConfig":
