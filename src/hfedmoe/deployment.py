@@ -13,9 +13,11 @@ Code that is shipped with a checkpoint runs on a node only if its node config al
 keys limit what a server may ask of the node (`client.policy`).
 """
 
+import contextlib
 import functools
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message
@@ -43,9 +45,11 @@ from hfedmoe.models.digest import base_digest
 from hfedmoe.models.loaded import device_of
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.report.live import Live
+from hfedmoe.report.tracking.tracking import tracked
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import DEPLOYED, identity_of, write_identity
 from hfedmoe.runs.paths import with_absolute_paths
+from hfedmoe.runs.refusals import require_trackers
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
 from hfedmoe.wire.messages import DESCRIBE, terms_of_request
@@ -283,8 +287,10 @@ def _experts(context: Context, config: RunConfig, budget: Budget, prepared: Prep
     return policy.experts(held, max(top_k) * len(top_k))
 
 
-def _server(context: Context) -> Server:
+@contextlib.contextmanager
+def _server(context: Context) -> Iterator[Server]:
     config = with_absolute_paths(config_of(context))
+    require_trackers(config.tracking)
     # A server app's output is a log, not a screen: plain lines, or nothing if Flower closed the stream.
     watcher: Watcher = Live()
     out = context.run_config.get("out")
@@ -294,9 +300,12 @@ def _server(context: Context) -> Server:
     if folder is not None:
         write_identity(folder.path, identity_of(prepared.config, prepared.task, prepared.watch, DEPLOYED))
         folder.describe(prepared.about(None))
-    server = server_for(prepared, Keeper(folder), watcher, base=base_digest(config))
+    keeper = Keeper(folder)
+    server = server_for(prepared, keeper, watcher, base=base_digest(config))
     server.asks_sites = True
-    return server
+    with tracked(prepared.settled, folder, watcher, None) as tracking:
+        tracking.follow(keeper)
+        yield server
 
 
 client = client_app(open_device, known_place, private=True)

@@ -13,11 +13,13 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hfedmoe import __version__
+from hfedmoe.config.tracking import TrackerName
 from hfedmoe.files.cache import cache_folder, is_made
 from hfedmoe.models import domains, packaged
+from hfedmoe.runs.refusals import is_installed
 
 HUB_TIMEOUT_S = 5.0
 ENOUGH_DISK = 3 * 10**9
@@ -70,6 +72,7 @@ def examine(hub: bool = False) -> Report:
         "Flower simulations in parallel (Ray)": report.fit and parallel,
         "a Flower federation over a network": report.fit and _has_command("flower-superlink"),
     }
+    report.can_run |= {f"tracking in {name}": report.fit and is_installed(name) for name in get_args(TrackerName)}
     if hub:
         report.can_run["models and data sets from the hub"] = _hub(report)
     return report

@@ -1,7 +1,7 @@
 """Run a federation of simulated clients: what `hfedmoe run` does."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from hfedmoe.events import Silent, Watcher
 from hfedmoe.gains import Sites, site_gains
 from hfedmoe.method.methods import METHODS
 from hfedmoe.prepare import Prepared, prepare, server_for
+from hfedmoe.report.tracking.tracking import tracked
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import DEPLOYED, Identity, check_identity, read_identity, write_identity
 from hfedmoe.runs.log import logging_to
 from hfedmoe.runs.paths import with_absolute_paths
+from hfedmoe.runs.refusals import require_trackers
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
@@ -41,6 +43,7 @@ def run(
     Raises:
         UserError: the configuration, model, data or folder cannot be used, or too few clients gave a valid update.
     """
+    require_trackers(config.tracking)
     config = with_absolute_paths(config)
     with RunFolder.create(out, config) as folder, ExitStack() as stack:
         begun(folder.path)
@@ -73,6 +76,7 @@ def resume(path: Path, watcher: Watcher) -> Path:
                 f"`hfedmoe serve --resume {path}` continues a run of `hfedmoe serve`; one of `flwr run` continues by "
                 "itself while its SuperLink runs, else start again with `flwr run` and its config.toml"
             )
+        require_trackers(folder.config.tracking)
         cluster = stack.enter_context(_cluster(folder.config, watcher))
         prepared = prepare(folder.config, watcher)
         check_identity(path, identity(prepared))
@@ -136,9 +140,10 @@ def _run(
         shown = ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
         watcher.note(f"too few rows to keep some back, so not measured at the end: {shown} ({FEWEST} are needed)")
     workers = None if cluster is None else Workers(cluster, identity(prepared, sites))
-    with logging_to(folder.path):
+    with logging_to(folder.path), tracked(prepared.settled, folder, watcher, from_round) as tracking:
         simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names, workers)
         _predict_peaks(simulation, prepared, watcher)
+        tracking.follow(simulation.server.keeper)
         simulation.run()
         _measure_gains(prepared, sites, simulation, alone, watcher, workers)
     watcher.finish(f"done: {folder.path}")
@@ -227,7 +232,7 @@ class Simulation:
     def run(self) -> None:
         """Run all remaining rounds. Raises UserError like `Server.run`."""
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={}, series_id=0)
-        server_app(lambda _: self.server)(self.grid, context)
+        server_app(lambda _: nullcontext(self.server))(self.grid, context)
 
 
 def assemble(

@@ -5,14 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from hfedmoe.config import TrackingConfig
 from hfedmoe.events import Silent
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 from hfedmoe.runs.folder import RunFolder
+from hfedmoe.runs.refusals import is_installed
 from hfedmoe.runs.settings import run_config_toml
 from hfedmoe.simulation import run
 from tests.deployment.harness import deployment
 from tests.federation import tiny_config
+from tests.report.tracking.records import tensorboard_series
 
+TRACKED = is_installed("tensorboard")
 APP = Path(__file__).parents[2] / "examples" / "flower"
 
 
@@ -34,11 +38,15 @@ def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Pa
     nodes: list[dict[str, bool | int | float | str]] = [{"partition-id": 0}, {"partition-id": 1, "budget": 12}]
     config = config.model_copy(update={"clients": config.clients.model_copy(update={"budgets": ["25%"]})})
     with deployment(APP, nodes, env={"OMP_NUM_THREADS": "1"}) as flower:
-        document = run_config_toml(config).decode()
+        shown = config.model_copy(update={"tracking": TrackingConfig(to=["tensorboard"] if TRACKED else [])})
+        document = run_config_toml(shown).decode()
         result = flower.run({"config": document, "out": str(tmp_path / "deployed")}, timeout=400)
         assert result.exit_code == 0, result.log + "\n".join(flower.logs().values())
     check_equal(tmp_path / "inprocess", tmp_path / "deployed")
     ours, theirs = (RunFolder.open(tmp_path / name) for name in ("inprocess", "deployed"))
+    if TRACKED:
+        sent = theirs.read_rounds()[1]["bytes_up"]
+        assert tensorboard_series(tmp_path / "deployed", "bytes/up") == [(1, sent)]
     one, other = (folder.read_rounds()[1]["clients"] for folder in (ours, theirs))
     for mine, deployed in zip(one, other, strict=True):
         assert deployed["peak_is_measured"]

@@ -19,10 +19,12 @@ from hfedmoe.fleet.keys import new_key
 from hfedmoe.fleet.memory import RunMemory
 from hfedmoe.prepare import prepare
 from hfedmoe.runs.folder import RunFolder
+from hfedmoe.runs.refusals import is_installed
 from hfedmoe.simulation import run
 from tests.deployment.nodes import rows_file
 from tests.fleet.places import HOST, free_port, hfedmoe, save_tiny
 from tests.fleet.processes import Command, Commands, commands
+from tests.report.tracking.records import tensorboard_series
 
 NAMES = ("north", "south", "east")
 BUDGETS = ("4GiB", "12", "100%")
@@ -153,7 +155,8 @@ def test_three_devices_end_with_the_weights_of_one_process_even_if_the_server_st
     save_tiny(tmp_path / "models" / "base")
     rows_file(tmp_path / "public.csv", "earn", "acq", "crude", rows=9)
     rows_file(tmp_path / "test.csv", "earn", "acq", "crude", rows=6)
-    settings(tmp_path, "my", 'source = "{folder}/public.csv"')
+    tracking = '[tracking]\nto = ["tensorboard"]' if is_installed("tensorboard") else ""
+    settings(tmp_path, "my", f'source = "{{folder}}/public.csv"\n{tracking}')
     in_one_process(tmp_path)
     assert hfedmoe(*page.command("serve", "init")) == 0
     for name in NAMES:
@@ -216,6 +219,10 @@ def test_three_devices_end_with_the_weights_of_one_process_even_if_the_server_st
         for mine, deployed in zip(one["clients"], other["clients"], strict=True):
             for key in ("client", "examples", "resident", "trained", "bytes_down", "first_loss", "last_loss"):
                 assert mine[key] == deployed[key], key
+
+    if tracking:  # one run for TensorBoard, although the server was started twice
+        sent = [(line["round"], line["bytes_up"]) for line in theirs.read_rounds()[1:]]
+        assert tensorboard_series(tmp_path / "runs" / "first", "bytes/up") == sent
 
     # No row of a device has left it, and no app of the server was unpacked on it.
     files = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]

@@ -19,10 +19,11 @@ def load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
 
 def require_files(settings: "RunConfig") -> None:
     """Raise UserError at once if files that the settings name do not exist."""
-    from hfedmoe.runs.refusals import require_data, require_model
+    from hfedmoe.runs.refusals import require_data, require_model, require_trackers
 
     require_model(settings.model)
     require_data(settings.data)
+    require_trackers(settings.tracking)
 
 
 def require_named(name: str) -> None:

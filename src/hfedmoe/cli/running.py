@@ -1,4 +1,4 @@
-"""Commands about a run as it goes on: `run`, `resume`, `report`, `watch`."""
+"""Commands about a run as it goes on: `run`, `resume`, `report`, `watch`, `track`."""
 
 import glob
 import shlex
@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from hfedmoe.cli.opening import load, require_files
-from hfedmoe.errors import INTERRUPTED
+from hfedmoe.cli.opening import keys_of, load, require_files
+from hfedmoe.errors import INTERRUPTED, UserError
 from hfedmoe.runs.existing import run_at
 
 
@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     app.command()(resume)
     app.command()(report)
     app.command()(watch)
+    app.command()(track)
 
 
 def run(
@@ -109,6 +110,27 @@ def watch(
         typer.echo(f"{address}  (Ctrl-C ends it)")
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
+
+
+def track(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that does not go on now.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="TRACKING.KEY=VALUE",
+            help="Change a setting of [tracking], such as 'tracking.to=[\"mlflow\"]'; may be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Send the rounds of a run to trackers that have not got them."""
+    run_at(folder)
+    if not all(key.startswith("tracking.") for key in keys_of(overrides)):
+        raise UserError("--set: a run keeps its own settings; only tracking.* can change")
+    from hfedmoe.config import load_config
+    from hfedmoe.report.tracking.afterwards import send_record
+
+    send_record(folder, load_config(folder / "config.toml", overrides), typer.echo)
 
 
 def _report_of(folder: Path) -> None:

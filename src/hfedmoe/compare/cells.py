@@ -17,6 +17,7 @@ UNIMPORTANT: dict[str, Any] = {
     "name": True,
     "keep_checkpoints": True,
     "carrier": True,
+    "tracking": True,
     "evaluation": {"own_share": True, "own_rows": True, "alone": True},
 }
 """Settings that do not change a result; in a cell clients keep no rows back."""

@@ -13,6 +13,7 @@ from hfedmoe.config.model import ModelConfig, UpcycleConfig
 from hfedmoe.config.reading import apply_unset, config_from_text, config_from_tree, load_config
 from hfedmoe.config.run import RunConfig
 from hfedmoe.config.section import Section
+from hfedmoe.config.tracking import TrackingConfig
 
 __all__ = [
     "CarrierConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "PartitionConfig",
     "RunConfig",
     "Section",
+    "TrackingConfig",
     "TrainConfig",
     "UpcycleConfig",
     "apply_unset",

@@ -11,6 +11,7 @@ from hfedmoe.config.federation import EvaluationConfig, FederationConfig
 from hfedmoe.config.method import MethodConfig, TrainConfig
 from hfedmoe.config.model import ModelConfig
 from hfedmoe.config.section import Section
+from hfedmoe.config.tracking import TrackingConfig
 
 
 class RunConfig(Section):
@@ -35,6 +36,7 @@ class RunConfig(Section):
     federation: FederationConfig = Field(default_factory=FederationConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     carrier: CarrierConfig = Field(default_factory=CarrierConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "RunConfig":

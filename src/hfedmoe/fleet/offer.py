@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from hfedmoe import __version__
+from hfedmoe.config import TrackingConfig
 
 if TYPE_CHECKING:
     from hfedmoe.data.terms import Terms
@@ -60,7 +61,9 @@ def offer_of(prepared: "Prepared", terms: "Terms", run: str, purpose: str = TO_R
     from hfedmoe.runs.settings import run_config_toml
 
     config = prepared.config
+    # Where the server sends its figures is no device's business.
+    shown = config.model_copy(update={"tracking": TrackingConfig()})
     tokenizer = tokenizer_digest(prepared.encoder.tokenizer)
     return Offer(
-        versions(), run, run_config_toml(config).decode(), terms.to_json(), base_digest(config), tokenizer, purpose
+        versions(), run, run_config_toml(shown).decode(), terms.to_json(), base_digest(config), tokenizer, purpose
     )

@@ -27,10 +27,12 @@ from hfedmoe.fleet.roster import Roster
 from hfedmoe.fleet.superlink import superlink
 from hfedmoe.method.methods import METHODS
 from hfedmoe.prepare import Prepared, prepare, server_for
+from hfedmoe.report.tracking.tracking import tracked
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import DEPLOYED, check_identity, identity_of, read_identity, write_identity
 from hfedmoe.runs.log import logging_to
 from hfedmoe.runs.paths import with_absolute_paths
+from hfedmoe.runs.refusals import require_trackers
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.members import Known
 
@@ -46,6 +48,7 @@ def serve(fleet: Folder, config: RunConfig, out: Path | None, address: str, watc
         UserError: the configuration, model, data or folder cannot be used, no device is invited, or too few of them
             gave a valid update.
     """
+    require_trackers(config.tracking)
     with only_one(fleet):
         config = for_roster(with_absolute_paths(config), Roster.read(fleet.roster))
         with RunFolder.create(out, config) as folder:
@@ -74,6 +77,7 @@ def resume(fleet: Folder, path: Path, address: str, watcher: Watcher) -> None:
             raise UserError(
                 f"{path}: not a run of `hfedmoe serve`; `hfedmoe resume {path}` continues a run of one machine"
             )
+        require_trackers(folder.config.tracking)
         config = for_roster(folder.config, Roster.read(fleet.roster))
         prepared = prepare(config, watcher)
         check_identity(path, _identity(prepared))
@@ -111,6 +115,7 @@ def _serve(
         _quieten_flower()
         notes = stack.enter_context(Notes(watcher, board, folder.path))
         keeper = Keeper(folder, from_round=from_round, continued_by=CONTINUED_BY)
+        stack.enter_context(tracked(prepared.settled, folder, notes, from_round)).follow(keeper)
         tensors = None if from_round is None else prepared.restore(folder, from_round).tensors
         terms = terms_of(prepared.task, prepared.config.data, prepared.encoder.first_token_only)
         offer = offer_of(prepared, terms, key)

@@ -1,7 +1,7 @@
 """Write a federation's progress to its run folder, and read it when the run is resumed."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ from hfedmoe.wire.messages import pack_bits, unpack_bits
 DECIDING = 50
 """Fewest rows that decide which checkpoint is best."""
 SaveClients = Callable[[], dict[str, Tensor]]
+Completed = Callable[[dict[str, Any], Iterable[ClientRound]], None]
+"""Takes the line of a round in metrics.jsonl, without its clients, and these."""
 
 
 class Keeper:
@@ -50,6 +52,10 @@ class Keeper:
         self._continued_by = continued_by or ("hfedmoe resume" if save_clients is not None else None)
         self._save_clients = save_clients or (dict)
         self._last_saved = from_round
+        self.gained: Callable[[list[SiteGain]], None] = lambda _: None
+        """Told what each site gained, when that is written."""
+        self.completed: Completed = lambda *_: None
+        """Told of every round when its checkpoint is written: no resumed run does it again."""
         self.scores: list[Evaluation] = []
         self.totals: dict[int, ClientTotals] = {}
         """Of the clients that took part so far."""
@@ -139,6 +145,7 @@ class Keeper:
         self._note_answers(0, metrics)
         self.scores.append(_evaluation(0, metrics.figures()))
         self._checkpoint(0, tensors, None, None)
+        self.completed(line, [])
 
     def save_round(
         self,
@@ -148,13 +155,15 @@ class Keeper:
         whole: Metrics | None,
     ) -> None:
         """Save a complete round. The checkpoint comes last: it shows that the rest is there."""
-        self._append(log.line(watched, whole), self._counted(log))
+        line = log.line(watched, whole)
+        self._append(line, self._counted(log))
         if whole is not None:
             self._note_answers(log.round, whole)
             self.scores.append(_evaluation(log.round, whole.figures()))
         # Decision: the best checkpoint is chosen on the watched rows, which the final evaluation never uses. Few rows
         # decide nothing: with 24 the accuracy of a round is known to 20 points, and the last round counts as best.
         self._checkpoint(log.round, tensors, watched or whole, whole)
+        self.completed(line, log.clients())
 
     def failed(self, log: RoundRecord) -> None:
         """Save a failed round: it gets a line, but no checkpoint."""
@@ -186,6 +195,7 @@ class Keeper:
         self.gains = gains
         if self.folder is not None:
             self.folder.amend_round(round, {"sites": [gain.to_json() for gain in gains]})
+        self.gained(gains)
 
     def _count(self, done: ClientRound) -> None:
         self.totals.setdefault(done.client, ClientTotals()).add(done)

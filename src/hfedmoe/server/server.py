@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -317,12 +318,13 @@ class Server:
         self.watcher.round_done(round, log.seconds, sum(log.bytes_down.values()), sum(log.bytes_up.values()))
 
 
-def server_app(server_of: Callable[[Context], Server]) -> ServerApp:
-    """The ServerApp that runs the federation which `server_of` makes from Flower's context."""
+def server_app(server_of: Callable[[Context], AbstractContextManager[Server]]) -> ServerApp:
+    """The ServerApp that runs the federation which `server_of` makes from Flower's context, and then closes."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        server_of(context).run(grid)
+        with server_of(context) as server:
+            server.run(grid)
 
     return app
