@@ -60,8 +60,6 @@ TRUST = "trust-remote-code"
 """Key of the node config that lets the run's configuration turn on `model.trust_remote_code`."""
 SHARED = "shared-data"
 """Key of the node config that lets the device read the file that the run's configuration names."""
-MEASURES = "measure"
-"""Key of the node config; false: the device trains on all its rows, and says nothing of what it gained."""
 
 
 def config_of(context: Context) -> RunConfig:
@@ -178,10 +176,9 @@ def open_device(message: Message, context: Context) -> Device:
     if own is None:
         trained = partition(task, config.partition, config.clients.count, config.seed)[number]
     policy = Policy.of(context.node_config)
-    policy.check_rows(len(trained))
-    measures = context.node_config.get(MEASURES) is not False
-    if measures:
+    if policy.measure:
         trained, kept = kept_by(task, trained, number, config.clients.count, config.evaluation, config.seed)
+    policy.check_rows(len(trained))
     device = Device(
         number,
         f"client {number}",
@@ -190,7 +187,7 @@ def open_device(message: Message, context: Context) -> Device:
         [task.train[row] for row in trained],
         config,
         kept=[task.train[row] for row in kept],
-        judge=prepared.measure_now if measures else None,
+        judge=prepared.measure_now if policy.measure else None,
         initial=prepared.initial,
         base=base_digest(config),
         budget_experts=_experts(context, config, budget, prepared, str(place)),

@@ -92,7 +92,7 @@ def test_beyond_the_owners_limits_the_setting_is_named_and_the_server_gets_a_cod
 
 def test_a_device_holds_no_more_experts_than_its_owner_allows(tmp_path: Path) -> None:
     own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
-    policy = Policy(max_experts=10, max_steps=4, min_batch=2, max_seconds=60.0)
+    policy = Policy(max_experts=10, max_steps=4, min_batch=2, max_seconds=60.0, measure=False)
     worker = Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model")), policy=policy), 2, tmp_path / "memory")
     more = "[train]\nsteps = 4\nbatch_size = 2"
     assert facts_of(describe(worker, more=more))["budget"] == 10

@@ -38,13 +38,15 @@ class Policy:
     """Fewest rows of a batch: an update from one row says more about it than one from many."""
     models: tuple[str, ...] | None = None
     """Folders in which it has models; None: any folder."""
+    measure: bool = True
+    """Whether it keeps rows back and says at the end of a run, in counts, what it gained (docs/gains.md)."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Policy":
         """From a node config, where `models` is one text with `:` between the folders.
 
         Raises:
-            UserError: a value is not a number, or not above 0.
+            UserError: a value is not a number, or not above 0; or `measure` is neither true nor false.
         """
         found: dict[str, Any] = {}
         for key in ("max_experts", "max_steps", "max_seconds", "min_batch"):
@@ -57,13 +59,17 @@ class Policy:
             found[key] = value
         if (folders := settings.get("models")) is not None:
             found["models"] = tuple(folder for folder in str(folders).split(":") if folder)
-        return cls(**found)
+        if not isinstance(measure := settings.get("measure", True), bool):
+            raise UserError(f"this node's measure = {measure!r}: give true or false")
+        return cls(**found, measure=measure)
 
     def node_config(self) -> dict[str, bool | int | float | str]:
         """The inverse of `of`."""
         known = {key.replace("_", "-"): value for key, value in asdict(self).items() if value is not None}
         if self.models is not None:
             known["models"] = ":".join(self.models)
+        if self.measure:
+            del known["measure"]
         return known
 
     def check(self, config: "RunConfig") -> None:

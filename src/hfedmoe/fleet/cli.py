@@ -203,6 +203,10 @@ def join(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Most local steps per round.")] = None,
     max_seconds: Annotated[float | None, typer.Option(min=1.0, help="Most seconds of training per round.")] = None,
     min_batch: Annotated[int | None, typer.Option(min=1, help="Fewest rows of a batch.")] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(help="Keep some rows back, and say at the end of a run, in counts, what this device gained."),
+    ] = True,
     folder: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For log files and memory of runs; default: beside the invitation."),
@@ -218,7 +222,7 @@ def join(
     if model is not None and models:
         raise UserError("--model says where the model of every run is, --models where to look for it; give one of them")
     folders = tuple(str(path.expanduser().absolute()) for path in models) if models else None
-    policy = Policy(max_experts, max_steps, max_seconds, min_batch, folders)
+    policy = Policy(max_experts, max_steps, max_seconds, min_batch, folders, measure)
     try:
         allowed = Allowed(data, budget_of(budget), model, encoding, delimiter, policy)
     except ValueError as error:
