@@ -4,9 +4,13 @@ import importlib.metadata
 import socket
 
 import pytest
+import torch
 
 from hfedmoe import doctor
 from hfedmoe.models import packaged
+from hfedmoe.report.next_steps import next_steps
+from hfedmoe.runs.folder import RunFolder
+from tests.federation import tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +73,35 @@ def test_a_command_beside_this_python_counts_as_there(monkeypatch, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "flower-superlink").touch()
     assert doctor.examine().can_run[over_a_network]
+
+
+def steps(place, model=True):
+    return [step.command for step in next_steps(place, model)]
+
+
+def test_it_says_what_to_do_next(tmp_path, monkeypatch):
+    assert steps(tmp_path) == ["hfedmoe run", "hfedmoe init FILE --model smollm2-domains"]
+    assert steps(tmp_path, model=False) == ["hfedmoe run tiny", "hfedmoe init FILE --model tiny"]
+    (tmp_path / "my rows.csv").write_text("text,label\na,b\n")
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    assert steps(tmp_path) == ["hfedmoe init 'my rows.csv' --model smollm2-domains"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text('[data]\nsource = "my rows.csv"\n')
+    assert steps(tmp_path) == ["hfedmoe run my.toml"]
+    (tmp_path / "my rows.csv").unlink()
+    assert steps(tmp_path)[0] == "hfedmoe run"  # that config would not run
+    run = tmp_path / "runs" / "first"
+    with RunFolder.create(run, tiny_config()) as folder:
+        folder.save_checkpoint(1, {"a": torch.ones(2)}, {})
+        assert steps(tmp_path) == ["hfedmoe resume runs/first", "hfedmoe watch runs/first"]
+        folder.save_checkpoint(2, {"a": torch.ones(2)}, {})
+    assert steps(tmp_path) == ["hfedmoe chat runs/first", "hfedmoe export runs/first OUT"]
+    assert "next\n  hfedmoe chat runs/first  # try the model of this run" in doctor.as_text(doctor.examine())
+    (run / "config.toml").write_text("cut")
+    assert steps(tmp_path)[0] == "hfedmoe run"
+
+
+def test_first_comes_what_nothing_runs_without(monkeypatch):
+    version = importlib.metadata.version
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "gguf" else version(name))
+    assert [step.command for step in doctor.examine().next] == ['pip install "gguf>=0.17"', "hfedmoe doctor"]

@@ -19,6 +19,7 @@ from hfedmoe import __version__
 from hfedmoe.config.tracking import TrackerName
 from hfedmoe.files.cache import cache_folder, is_made
 from hfedmoe.models import domains, packaged
+from hfedmoe.report.step import Step
 from hfedmoe.runs.refusals import is_installed
 
 HUB_TIMEOUT_S = 5.0
@@ -43,6 +44,8 @@ class Report:
     machine: dict[str, str] = field(default_factory=dict)
     can_run: dict[str, bool] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
+    next: list[Step] = field(default_factory=list)
+    """What to do now."""
 
     @property
     def fit(self) -> bool:
@@ -75,7 +78,18 @@ def examine(hub: bool = False) -> Report:
     report.can_run |= {f"tracking in {name}": report.fit and is_installed(name) for name in get_args(TrackerName)}
     if hub:
         report.can_run["models and data sets from the hub"] = _hub(report)
+    report.next = _next(report, model)
     return report
+
+
+def _next(report: Report, model: bool) -> list[Step]:
+    """First what nothing runs without, then what makes sense in this folder."""
+    essential = [item for item in report.missing if item.essential]
+    if essential:
+        return [Step(essential[0].remedy, "nothing runs without it"), Step("hfedmoe doctor", "look again")]
+    from hfedmoe.report.next_steps import next_steps
+
+    return next_steps(Path.cwd(), model)
 
 
 def _has_command(name: str) -> bool:
@@ -211,4 +225,5 @@ def as_text(report: Report) -> str:
             lines += [f"  {item.what}{' (nothing runs without it)' if item.essential else ''}", f"      {item.remedy}"]
     else:
         lines.append("nothing is missing")
+    lines += ["", "next", *(f"  {step.command}  # {step.what}" for step in report.next)]
     return "\n".join(lines)

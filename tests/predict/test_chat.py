@@ -96,8 +96,8 @@ def test_what_the_model_is_asked_is_what_it_was_trained_on(talking, capsys):
     asked = open_answerer(talking)
     seen = []
     asked.loaded.model.generate = lambda **given: seen.append(asked.loaded.tokenizer.decode(given["input_ids"][0]))
-    asked.answer([("user", "net profit"), ("assistant", "oil prices"), ("user", "wheat")], 4, lambda piece: None)
-    assert seen == ["user : net profit assistant : oil prices cts user : wheat assistant :"]
+    asked.answer([("user", "net profit"), ("assistant", "oil prices"), ("user", "crude")], 4, lambda piece: None)
+    assert seen == ["user : net profit assistant : oil prices cts user : crude assistant :"]
 
 
 def test_wrong_requests_are_one_line(labelled, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """A wrong path is refused before anything heavy is imported."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,18 @@ from hfedmoe.runs.folder import RunFolder
 from tests.federation import tiny_config
 
 PROGRAM = """
-import sys
+import contextlib, io, json, sys
 from hfedmoe import cli
-try:
-    cli.main(sys.argv[1:])
-finally:
+for command in json.loads(sys.argv[1]):
+    told = io.StringIO()
+    code = None
+    with contextlib.redirect_stderr(told):
+        try:
+            cli.main(command.split())
+        except SystemExit as stopped:
+            code = stopped.code
     heavy = {"torch", "transformers", "flwr", "pandas", "datasets", "peft", "rich"} & sys.modules.keys()
-    print(sorted(heavy))
+    print(json.dumps([command, code, told.getvalue(), sorted(heavy)]))
 """
 
 
@@ -30,54 +36,106 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "cut").mkdir()
     text = (place / "whole" / "config.toml").read_text()
     (place / "cut" / "config.toml").write_text(text[: len(text) // 2])
+    (place / "empty").mkdir()
+    (place / "torn").mkdir()
+    (place / "torn" / "hfedmoe.json").write_text("{")
+    (place / "notes.txt").write_text("mine")
+    (place / "rows.csv").write_text("text,label\nsome words,a\n")
+    (place / "gone.toml").write_text('[data]\nsource = "gone.csv"\n')
     return place
 
 
-@pytest.mark.parametrize(
-    ("command", "reason"),
-    [
-        ("run tiny --out whole", "already has a run"),
-        ("export whole whole/out", "in the run's own folder"),
-        ("export whole out --as none", "--as none"),
-        ("export whole out --checkpoint 7", "no checkpoint of round 7"),
-        ("evaluate whole --checkpoint 7", "no checkpoint of round 7"),
-        ("resume cut", "cut"),
-        ("evaluate cut", "cut"),
-        ("export cut out", "cut"),
-    ],
-)
-def test_wrong_runs_are_refused_at_once(finished: Path, command: str, reason: str) -> None:
-    refused(finished, command, reason)
+WRONG_RUNS = [
+    ("run tiny --out whole", "already has a run"),
+    ("export whole whole/out", "in the run's own folder"),
+    ("export whole out --as none", "--as none"),
+    ("export whole out --checkpoint 7", "no checkpoint of round 7"),
+    ("evaluate whole --checkpoint 7", "no checkpoint of round 7"),
+    ("resume cut", "cut"),
+    ("evaluate cut", "cut"),
+    ("export cut out", "cut"),
+    ("report cut", "cut"),
+    ("report empty", "not a run folder"),
+    ("watch cut", "cut"),
+    ("watch notes.txt", "no such run folder"),
+    ("resume empty", "not a run folder"),
+    ("predict whole rows.csv --checkpoint 7", "no checkpoint of round 7"),
+    ("predict torn rows.csv", "hfedmoe.json: is damaged"),
+    ("predict empty rows.csv", "neither a run folder"),
+    ("predict whole gone.csv", "gone.csv: no such file"),
+    ("chat cut", "cut"),
+    ("chat empty --text a", "neither a run folder"),
+    ("chat torn --text a", "hfedmoe.json: is damaged"),
+    ("chat whole --text a --checkpoint 7", "no checkpoint of round 7"),
+    ("evaluate empty", "neither a run folder"),
+    ("evaluate notes.txt", "is a file and no model"),
+    ("evaluate tiny --config gone.toml", "gone.csv: no such file"),
+    ("evaluate tiny --task none", "not a known data set"),
+    ("inspect notes.txt", "is a file and no model"),
+    ("compare tiny --seeds few", "--seeds few"),
+    ("compare tiny --out notes.txt", "is a file"),
+    ("compare gone.toml", "gone.csv: no such file"),
+    ("run tiny --set data.source=empty", "was not written by datasets.save_to_disk"),
+    ("init notes.txt", 'unknown format ".txt"'),
+    ("init rows.csv --out empty", "is a folder"),
+]
+WRONG_PATHS = [
+    "run none.toml",
+    "run tiny --set data.source=./none.csv",
+    "run tiny --set model.name=./none",
+    "plan none.toml",
+    "plan --model ./none",
+    "resume none",
+    "evaluate ./none",
+    "evaluate runs/none",
+    "evaluate tiny --rows none.csv",
+    "export none out",
+    "inspect ./none",
+    "upcycle ./none out",
+    "init none.csv",
+    "predict none rows.csv",
+    "chat none",
+    "watch none",
+    "report none",
+    "compare none.toml",
+    "compare tiny --from none",
+    "evaluate tiny --config none.toml",
+]
+OF_A_FLEET = [
+    "serve gone.toml",
+    "serve --resume none",
+    "join none.invite --data rows.csv",
+    "join rows.csv --data rows.csv",
+]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "run none.toml",
-        "run tiny --set data.source=./none.csv",
-        "run tiny --set model.name=./none",
-        "plan none.toml",
-        "plan --model ./none",
-        "resume none",
-        "evaluate ./none",
-        "evaluate runs/none",
-        "evaluate tiny --rows none.csv",
-        "export none out",
-        "inspect ./none",
-        "upcycle ./none out",
-    ],
-)
-def test_wrong_paths_are_refused_at_once(tmp_path: Path, command: str) -> None:
-    refused(tmp_path, command, "none")
+def test_wrong_runs_are_refused_at_once(finished: Path) -> None:
+    found = ended(finished, [command for command, _ in WRONG_RUNS])
+    for (command, reason), (line, heavy) in zip(WRONG_RUNS, found, strict=True):
+        assert reason in line, (command, line)
+        assert heavy == [], command
 
 
-def refused(place: Path, command: str, reason: str) -> None:
-    """The command ends with one line and exit code 2, and has imported nothing heavy."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *command.split()], cwd=place, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert reason in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == "[]\n"
+def test_wrong_paths_are_refused_at_once(tmp_path: Path) -> None:
+    for command, (line, heavy) in zip(WRONG_PATHS, ended(tmp_path, WRONG_PATHS), strict=True):
+        assert "none" in line, (command, line)
+        assert heavy == [], command
+
+
+def test_commands_of_a_fleet_refuse_without_a_model(finished: Path) -> None:
+    for command, (_, heavy) in zip(OF_A_FLEET, ended(finished, OF_A_FLEET), strict=True):
+        assert not {"torch", "transformers"} & set(heavy), command
+
+
+def ended(place: Path, commands: list[str]) -> list[tuple[str, list[str]]]:
+    """What each command says, and what it or one before it has imported of what is heavy; in a process of their own.
+
+    All must end with one line and exit code 2.
+    """
+    asked = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
+    done = subprocess.run(asked, cwd=place, capture_output=True, text=True, check=False)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [command for command, *_ in found] == commands, done.stderr
+    for command, code, told, _ in found:
+        assert (code, told.count("\n"), told[:7]) == (2, 1, "error: "), (command, told)
+    return [(told, heavy) for _, _, told, heavy in found]

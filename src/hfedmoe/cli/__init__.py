@@ -21,7 +21,7 @@ typer.core.HAS_RICH = False  # else it writes "\\[required]" into the plain help
 
 app = typer.Typer(
     name="hfedmoe",
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: rich would take longer to import than everything else here
     pretty_exceptions_enable=False,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from hfedmoe.cli.opening import load, require_files
+from hfedmoe.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
@@ -54,8 +55,14 @@ def compare(
     ] = "test",
 ) -> None:
     """Run methods on the same splits, seeds and budgets, and write tables and figures."""
-    from hfedmoe.compare.grid import points_of
+    from hfedmoe.compare.grid import points_of, seeds_of
 
+    seeds_of(seeds)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; choose another --out")
+    for folder in sources or []:
+        if not folder.is_dir():
+            raise UserError(f"--from {folder}: no such folder")
     points = points_of(vary or [], lambda changes: load(config, [*(overrides or []), *changes]))
     if not only_stored:
         for point in points:

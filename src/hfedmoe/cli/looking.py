@@ -89,7 +89,7 @@ def doctor(
     hub: Annotated[bool, typer.Option("--hub", help="Also try to reach the model hub.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what is installed, what can run, and how to get what is missing. Exit code 1 if nothing can run."""
+    """Show what is installed, what can run, what is missing, and what to do next. Exit code 1 if nothing can run."""
     from hfedmoe.doctor import as_text, examine, to_json
 
     report = examine(hub)

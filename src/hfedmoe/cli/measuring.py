@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hfedmoe.cli.opening import keys_of, load, require_target
+from hfedmoe.cli.opening import keys_of, load, require_data, require_target
 from hfedmoe.errors import UserError
 from hfedmoe.runs.existing import is_export, run_at
 
@@ -68,6 +68,10 @@ def evaluate(
     elsewhere = task is not None or rows is not None
     if of_run and overrides and not (elsewhere and all(key.startswith("data.") for key in keys_of(overrides))):
         raise UserError("--set: a run keeps its own settings; only data.* can change, with --task or --rows")
+    if task is not None:
+        from hfedmoe.data.measured import check_task_name
+
+        check_task_name(task)
     if rows is not None and ":" not in (task or "") and not rows.expanduser().exists():
         raise UserError(f"--rows {rows}: no such file or folder")
     if of_run:
@@ -76,6 +80,10 @@ def evaluate(
         require_target(target)
         if config is None and not elsewhere and is_export(Path(target).expanduser()):
             raise UserError(f"{target}: an export has no rows; add --rows FILE, or --config with the rows of a config")
+        if config is not None:
+            settings = load(config, overrides)
+            if not elsewhere:
+                require_data(settings.data)
     from hfedmoe import measure
     from hfedmoe.config import load_config
     from hfedmoe.data.measured import rows_data, task_data

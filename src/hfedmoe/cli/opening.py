@@ -7,7 +7,7 @@ from hfedmoe.errors import UserError
 from hfedmoe.runs.existing import is_export, meant_as_run, require_run
 
 if TYPE_CHECKING:
-    from hfedmoe.config import RunConfig
+    from hfedmoe.config import DataConfig, RunConfig
 
 
 def load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
@@ -19,11 +19,18 @@ def load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
 
 def require_files(settings: "RunConfig") -> None:
     """Raise UserError at once if files that the settings name do not exist."""
-    from hfedmoe.runs.refusals import require_data, require_model, require_trackers
+    from hfedmoe.runs.refusals import require_model, require_trackers
 
     require_model(settings.model)
     require_data(settings.data)
     require_trackers(settings.tracking)
+
+
+def require_data(data: "DataConfig") -> None:
+    """Raise UserError at once if files of rows do not exist."""
+    from hfedmoe.runs import refusals
+
+    refusals.require_data(data)
 
 
 def require_named(name: str) -> None:

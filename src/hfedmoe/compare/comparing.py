@@ -1,6 +1,5 @@
 """`hfedmoe compare`: cells, then the tables and the figures made of them."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Literal
 from hfedmoe.compare.cells import Cell, Result
 from hfedmoe.compare.computing import cells_of, compute
 from hfedmoe.compare.figures import draw
-from hfedmoe.compare.grid import Point
+from hfedmoe.compare.grid import Point, seeds_of
 from hfedmoe.compare.rows import all_differ, rows_of
 from hfedmoe.compare.stored import CELLS, Stored, block_of, merged
 from hfedmoe.compare.summary import as_csv, as_markdown, target_of
@@ -49,7 +48,7 @@ def compare(points: Sequence[Point], asked: Comparison) -> str:
         UserError: an unknown method or setting, seeds that are none, a cell that cannot be read, nothing to show. Or
             cells cannot be computed: then tables and figures of the others are written first.
     """
-    rows, numbers = rows_of(asked.methods), _numbers(asked.seeds)
+    rows, numbers = rows_of(asked.methods), seeds_of(asked.seeds)
     for point in points:
         all_differ(rows, point.config)
     cells = [cells_of(point.config, rows, numbers, point.label) for point in points]
@@ -109,13 +108,3 @@ def _compute(cells: list[list[Cell]], stored: Stored, folder: Path, jobs: int | 
             name = f"{cell.shown} with seed {cell.seed}{f' ({cell.label})' if cell.label else ''}"
             reasons.setdefault(failed[cell.file], []).append(name)
     return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _numbers(text: str) -> list[int]:
-    found: list[int] = []
-    for part in text.split(","):
-        ends = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
-        if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
-            raise UserError(f"--seeds {text}: expected numbers such as 0-4 or 0,2,5")
-        found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
-    return list(dict.fromkeys(found))

@@ -34,6 +34,17 @@ class Point:
         return number_of(node)
 
 
+def seeds_of(text: str) -> list[int]:
+    """The seeds of `--seeds`, such as 0-4 or 0,2,5. Raises UserError if they are none."""
+    found: list[int] = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
+            raise UserError(f"--seeds {text}: expected numbers such as 0-4 or 0,2,5")
+        found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return list(dict.fromkeys(found))
+
+
 def points_of(vary: Sequence[str], load: Callable[[list[str]], RunConfig]) -> list[Point]:
     """The points of a grid, the last key changing fastest; one point if nothing varies.
 

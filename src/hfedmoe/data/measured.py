@@ -28,9 +28,8 @@ def task_data(
     Raises:
         UserError: no data set has that name, it has no subsets, or a key does not apply to it.
     """
+    check_task_name(task)
     name, _, subset = task.partition(":")
-    if name not in KNOWN:
-        raise UserError(f"--task {task}: not a known data set; known: {', '.join(KNOWN)}")
     if subset and rows is not None:
         raise UserError(
             f"--task {task} with --rows: a file is measured whole; use --task {name} and a file that holds {subset}"
@@ -54,6 +53,12 @@ def task_data(
     if "test_rows" not in given or limit is not None:
         changed["test_rows"] = limit
     return DataConfig.model_validate(changed)
+
+
+def check_task_name(task: str) -> None:
+    """Raise UserError if `--task NAME[:SUBSET]` names no data set."""
+    if task.partition(":")[0] not in KNOWN:
+        raise UserError(f"--task {task}: not a known data set; known: {', '.join(KNOWN)}")
 
 
 def rows_data(rows: Path, config: RunConfig, limit: int | None = None, given: Collection[str] = ()) -> DataConfig:

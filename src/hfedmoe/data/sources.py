@@ -133,13 +133,18 @@ def _in_wheel(name: str, split: str) -> Path:
     return path
 
 
+def require_saved(folder: Path) -> None:
+    """Raise UserError for a folder that `datasets` did not write."""
+    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise UserError(
+            f"{folder}: a folder that was not written by datasets.save_to_disk; name one file ({', '.join(READERS)})"
+        )
+
+
 def _read_folder(path: Path, wanted: Collection[str], split: str) -> Rows:
     import datasets
 
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise UserError(
-            f"{path}: a folder that was not written by datasets.save_to_disk; name one file ({', '.join(READERS)})"
-        )
+    require_saved(path)
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # a damaged folder can make the library raise anything

@@ -48,6 +48,11 @@ def locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if config.name == domains.NAME:
         return str(domains.domains_folder()), {}
     path = Path(config.name).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(
+            f"model.name = {config.name}: is a file and no model; name a folder, a GGUF file, a hub id or one of "
+            f"{', '.join(PACKAGED_MODELS)}"
+        )
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model.name = {config.name}: no such file")

@@ -22,8 +22,10 @@ def check_target(target: Path, checkpoint: str | None) -> Path:
         checkpoint: of a run; None: not asked for.
 
     Raises:
-        UserError: it is neither, has no such checkpoint, or is an export, which has only one.
+        UserError: it is neither, is damaged, has no such checkpoint, or is an export, which has only one.
     """
+    from hfedmoe.export.task_file import read_task
+
     place = target.expanduser()
     of_run = (place / "config.toml").is_file()
     if not of_run and not is_export(place):
@@ -35,4 +37,6 @@ def check_target(target: Path, checkpoint: str | None) -> Path:
         raise UserError(f"--checkpoint: {target} is an export, which has only one; leave the option out")
     if of_run:
         run_at(place, checkpoint or "best")
+    else:
+        read_task(place)
     return place

@@ -4,7 +4,8 @@ import importlib.util
 from pathlib import Path
 
 from hfedmoe.config import DataConfig, ModelConfig, TrackingConfig
-from hfedmoe.data.sources import is_file
+from hfedmoe.data.known import KNOWN
+from hfedmoe.data.sources import IN_WHEEL, is_file, is_packaged, require_saved
 from hfedmoe.errors import UserError
 from hfedmoe.models.names import PACKAGED_MODELS, locate
 
@@ -16,9 +17,14 @@ def require_model(config: ModelConfig) -> None:
 
 
 def require_data(config: DataConfig) -> None:
-    """Raise UserError if a data file does not exist."""
+    """Raise UserError if a data file does not exist, or a data folder was not written by `datasets`."""
     for source in (*(config.clients or [config.source]), config.test):
-        if source is not None and is_file(source) and not Path(source).expanduser().is_file():
+        if source is None or is_packaged(source) or source in IN_WHEEL or source in KNOWN:
+            continue
+        path = Path(source).expanduser()
+        if path.is_dir() and source != config.test:  # the name of a split may be that of a folder
+            require_saved(path)
+        elif is_file(source) and not path.is_file():
             raise UserError(f"{source}: no such file")
 
 
