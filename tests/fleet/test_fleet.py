@@ -20,7 +20,7 @@ from hfedmoe.fleet.memory import RunMemory
 from hfedmoe.prepare import prepare
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.refusals import is_installed
-from hfedmoe.simulation import run
+from hfedmoe.simulation import assemble
 from tests.deployment.nodes import rows_file
 from tests.fleet.places import HOST, free_port, hfedmoe, save_tiny
 from tests.fleet.processes import Command, Commands, commands
@@ -32,14 +32,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "deploy.md"
 CONFIG = """
 threads = 1
 name = "e2e"
+keep_checkpoints = 60
 [model]
 name = "{folder}/models/base"
 [clients]
 count = 3
 budgets = ["4GiB", 12, "100%"]
 [federation]
-rounds = 2
-min_clients = 3
+rounds = 60
 [train]
 steps = 2
 batch_size = 4
@@ -61,7 +61,7 @@ def settings(folder: Path, name: str, data: str) -> Path:
 
 
 def in_one_process(folder: Path) -> None:
-    """The same federation in this process; a device's file gets its client's rows in the order in which it trains."""
+    """Two rounds of the same federation in this process; a device's file gets its client's rows in their order."""
     for number in range(3):
         own = rows_file(folder / f"own{number}.csv", "earn", "acq", "crude", rows=9 + 3 * number)
         own.write_text(own.read_text().replace(",", " grain ship grain,").replace("text grain ship grain,", "text,"))
@@ -69,7 +69,11 @@ def in_one_process(folder: Path) -> None:
     config = load_config(settings(folder, "in-process", f"clients = [{files}]"))
     ready = prepare(config, Silent())
     parts = partition(ready.task, config.partition, 3, config.seed)
-    run(config, folder / "in-process", Silent())
+    with RunFolder.create(folder / "in-process", config) as kept:
+        kept.settle(ready.settled)
+        simulation = assemble(ready, parts, kept, Silent())
+        simulation.server.ends_early = lambda: simulation.server.round == 2
+        simulation.run()
     for number, part in enumerate(parts):
         rows = [ready.task.train[index] for index in part]
         lines = [(row.text, row.choices[row.answer].strip()) for row in rows]
@@ -98,52 +102,40 @@ class Page:
         return self._left
 
 
-def who_comes_and_goes(
-    started: Commands, devices: dict[str, Command], folder: Path, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    """In a second run, east comes late, south is stopped, and north is killed and started again."""
-
-    def again(name: str) -> Command:
-        return started.start(f"{name}-again", *devices[name].arguments)
-
-    devices["east"].process.terminate()
-    assert devices["east"].ended() == 0
-    settings = ("federation.rounds=60", "federation.min_clients=1", "federation.connect_timeout_s=30")
-    overrides = [word for setting in settings for word in ("--set", setting)]
-    server = started.start("second", "serve", "my.toml", "--out", "runs/second", "--listen", HOST, *overrides)
-    server.wait_for("2 of 3 here, waiting for east")
-    server.wait_for("round 1/60\n")
-    again("east")
-    server.wait_for("joined: east: 15 examples")
-    devices["south"].process.terminate()
-    server.wait_for("south left")
+def who_comes_and_goes(started: Commands, server: Command, devices: dict[str, Command]) -> None:
+    """After round 2, west is invited and joins, south is stopped, and north is killed and started again."""
+    assert hfedmoe("invite", "west") == 0
+    rows_file(Path("west.csv"), "earn", "crude", rows=18)
+    swaps = {"north.invite": "west.invite", "hospital.csv": "west.csv"}
+    started.start("west", *[swaps.get(str(word), word) for word in devices["north"].arguments])
     devices["north"].process.kill()
     server.wait_for("north left")
-    again("north")
-    server.wait_for("back: north: 9 examples")
-    last = server.said.rindex("back: north")
-    server.wait_for_since(last, "  north: held ")
-    capsys.readouterr()
-    assert hfedmoe("status", "--json") == 0
-    takes_part = {one["name"]: one["takes_part"] for one in json.loads(capsys.readouterr().out)["devices"]}
+    started.start("north-again", *devices["north"].arguments)
+    devices["south"].process.terminate()
+    assert devices["south"].ended() == 0
+    server.wait_for("south left")
+    for back in ("back: north: 9 examples", "joined: west: 18 examples"):
+        server.wait_for(back)
+    for name in ("north", "west"):  # in a round in which both are here
+        server.wait_for_since(max(map(server.said.rindex, ("back: north", "joined: west"))), f"  {name}: held ")
+    assert "warning" not in server.said
+
+
+def check_who_came_and_went(run: RunFolder, takes_part: dict[str, str]) -> None:
+    """What `hfedmoe status` said before the end, and what is written down."""
     assert takes_part["north"].startswith("again from round ")
     assert takes_part["south"].startswith("left ")
-    assert int(takes_part["east"].removeprefix("from round ")) > 1
-    assert "warning" not in server.said
-    assert hfedmoe("stop") == 0
-    assert server.ended() == 0, server.said
-    run = RunFolder.open(folder / "runs" / "second")
+    assert takes_part["east"] == "from round 2"  # of this process of the server
+    assert int(takes_part["west"].removeprefix("from round ")) > 2
     rounds = [{row["client"]: row["status"] for row in line["clients"]} for line in run.read_rounds()[1:]]
-    assert set(rounds[0]) == {0, 1}
-    assert set(rounds[-1]) == {0, 2}
+    assert rounds[1] == {0: "ok", 1: "ok", 2: "ok"}
+    assert rounds[-1] == {0: "ok", 2: "ok", 3: "ok"}
     assert {status for line in rounds for status in line.values()} <= {"ok", "left"}
     # A device that was killed goes on with what it remembers.
-    key = json.loads((folder / "runs" / "second" / "fleet.json").read_text())["run"]
-    state = RunMemory(folder / "north.device" / "memory", key).recall()
-    blob = state.config_records["history"]["blob"]
+    key = json.loads((run.path / "fleet.json").read_text())["run"]
+    blob = RunMemory(Path("north.device") / "memory", key).recall().config_records["history"]["blob"]
     assert isinstance(blob, bytes)
-    assert ClientHistory.from_tensors(load(blob), [8, 8, 8, 8]).rounds == sum(line.get(0) == "ok" for line in rounds)
-    return server
+    assert ClientHistory.from_tensors(load(blob), [8] * 4).rounds == sum(line.get(0) == "ok" for line in rounds)
 
 
 @pytest.mark.slow
@@ -159,32 +151,39 @@ def test_three_devices_end_with_the_weights_of_one_process_even_if_the_server_st
     settings(tmp_path, "my", f'source = "{{folder}}/public.csv"\n{tracking}')
     in_one_process(tmp_path)
     assert hfedmoe(*page.command("serve", "init")) == 0
-    for name in NAMES:
-        assert hfedmoe(*page.command("invite", name)) == 0
+    assert hfedmoe(*page.command("invite", NAMES[0])) == 0
     with commands(tmp_path) as started:
-        server = started.start("server", *page.command("serve", "my.toml"))
-        server.wait_for("0 of 3 here, waiting for north, south, east")
         stranger = json.loads((tmp_path / "north.invite").read_text()) | {"key": new_key()}
         (tmp_path / "stranger.invite").write_text(json.dumps(stranger))
         shutil.copy("north.csv", "hospital.csv")
-        refused = started.start("stranger", "join", "stranger.invite", "--data", "north.csv", "--folder", "s")
         checked = page.command("join", "north.invite")
         assert checked[-1] == "--check"
         joined = page.command("join", "north.invite")
         assert joined == checked[:-1]
         devices = [started.start("north", *joined)]
+        capsys.readouterr()
+        assert hfedmoe(*page.command("serve", "--check")) == 0
+        row, last = capsys.readouterr().out.splitlines()[-2:]
+        assert row.split() == ["north", "yes", "yes", "yes", "9", "yes", "32", "of", "32", "-"]
+        assert last == "1 of 1 devices fit"
+        assert "the server checks its devices" in devices[0].said
+        for name in NAMES[1:]:
+            assert hfedmoe(*page.command("invite", name)) == 0
+        server = started.start("server", *page.command("serve", "my.toml"))
+        server.wait_for("of 3 here, waiting for ")
         for name, budget in zip(NAMES[1:], BUDGETS[1:], strict=True):
             swaps = {"north.invite": f"{name}.invite", "hospital.csv": f"{name}.csv", BUDGETS[0]: budget}
             devices.append(started.start(name, *[swaps.get(word, word) for word in joined]))
+        refused = started.start("stranger", "join", "stranger.invite", "--data", "north.csv", "--folder", "s")
         assert refused.ended() == 2
         assert "does not know the key of north; ask for a new invitation" in refused.said
         capsys.readouterr()
         assert hfedmoe(*checked) == 0
         assert len(capsys.readouterr().out.splitlines()) == 6
-        server.wait_for("round 1/2\n")
+        server.wait_for("round 1/60\n")
         assert hfedmoe(*page.command("status"), "--json") == 0
         shown = json.loads(capsys.readouterr().out)
-        assert (shown["serving"]["round"], shown["serving"]["rounds"]) == (1, 2)
+        assert (shown["serving"]["round"], shown["serving"]["rounds"]) == (1, 60)
         assert [(one["name"], one["here"], one["rows"], one["budget"]) for one in shown["devices"]] == [
             ("north", True, 9, 32),
             ("south", True, 12, 12),
@@ -198,24 +197,29 @@ def test_three_devices_end_with_the_weights_of_one_process_even_if_the_server_st
         assert "nothing is served" in capsys.readouterr().out
 
         again = started.start("again", *page.command("serve", "--resume"))
-        assert again.ended() == 0, again.said
-        assert "rounds 2 to 2, 3 clients" in again.said
+        again.wait_for("rounds 2 to 60, 3 clients")
+        again.wait_for("round 2/60 done")
         for device in devices:
-            assert "round 2: step 2/2, loss " in device.said
-            assert device.process.poll() is None  # it waits for the next run
-        coming_and_going = who_comes_and_goes(started, dict(zip(NAMES, devices, strict=True)), tmp_path, capsys)
+            device.wait_for("round 2: step 2/2, loss ")
+        who_comes_and_goes(started, again, dict(zip(NAMES, devices, strict=True)))
+        capsys.readouterr()
+        assert hfedmoe("status", "--json") == 0
+        takes_part = {one["name"]: one["takes_part"] for one in json.loads(capsys.readouterr().out)["devices"]}
+        again.wait_for_since(len(again.said), "/60\n")  # outside of a round, a run ends at once
+        assert hfedmoe("stop") == 0
+        assert again.ended() == 0, again.said
+        assert devices[2].process.poll() is None  # it waits for the next run
         assert hfedmoe(*page.command("remove", "north")) == 0
         assert page.left == []
-        servers = [server.log, again.log, coming_and_going.log]
-        told = "".join(file.read_text() for file in [*servers, *(tmp_path / "fleet" / "logs").iterdir()])
+        told = "".join(file.read_text() for file in [server.log, again.log, *(tmp_path / "fleet" / "logs").iterdir()])
 
     ours, theirs = (RunFolder.open(tmp_path / name) for name in ("in-process", "runs/first"))
-    expected, got = ours.load_checkpoint("last"), theirs.load_checkpoint("last")
-    assert got.round == expected.round == 2
+    check_who_came_and_went(theirs, takes_part)
+    expected, got = ours.load_checkpoint(2), theirs.load_checkpoint(2)
     assert got.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
         assert torch.equal(got.tensors[name], tensor), name
-    for one, other in zip(ours.read_rounds()[1:], theirs.read_rounds()[1:], strict=True):
+    for one, other in zip(ours.read_rounds()[1:], theirs.read_rounds()[1:3], strict=True):
         for mine, deployed in zip(one["clients"], other["clients"], strict=True):
             for key in ("client", "examples", "resident", "trained", "bytes_down", "first_loss", "last_loss"):
                 assert mine[key] == deployed[key], key

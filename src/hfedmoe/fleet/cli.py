@@ -212,6 +212,9 @@ def join(
         typer.Option(metavar="DIR", help="For log files and memory of runs; default: beside the invitation."),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check whether this device can take part.")] = False,
+    service: Annotated[
+        bool, typer.Option("--service", help="Only write a systemd user unit that joins with these options.")
+    ] = False,
 ) -> None:
     """Take part in a federation with this device's own rows, until Ctrl-C."""
     from hfedmoe.client.policy import Policy
@@ -236,8 +239,18 @@ def join(
             failed |= not finding.fits
             typer.echo(finding.line, err=not finding.fits)
         raise typer.Exit(1 if failed else 0)
-    from hfedmoe.fleet.joining import join as take_part
-
     if folder is None:
         folder = invitation.with_name(f"{invited.name}.device")
+    if service:
+        from hfedmoe.fleet.service import write_service
+
+        path, name = write_service(invited.name, invitation, key, allowed, folder)
+        typer.echo(f"{path}: written; with it the device joins whenever this machine runs")
+        typer.echo("  systemctl --user daemon-reload")
+        typer.echo(f"  systemctl --user enable --now {name}")
+        typer.echo("  loginctl enable-linger              # also while you are not logged in")
+        typer.echo(f"  journalctl --user -u {name.removesuffix('.service')}  # what it says")
+        return
+    from hfedmoe.fleet.joining import join as take_part
+
     raise typer.Exit(take_part(invitation, key, allowed, folder))
