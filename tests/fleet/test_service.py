@@ -88,9 +88,9 @@ def test_a_device_becomes_a_service_of_its_owner(
     assert f"127.0.0.1:{port}: cannot be reached" in capsys.readouterr().err
     # Given again, with folders of models, it replaces the unit.
     monkeypatch.chdir(place)
-    again = ["--data", 'the "rows".csv', "--models", ".", "--models", "/srv/models"]
+    again = ["--data", 'the "rows".csv', "--models", ".", "--models", "/srv/models", "--no-measure"]
     assert hfedmoe("join", "north.invite", *again, "--service") == 0
-    assert Unit(path).command[-4:] == ["--models", str(place), "--models", "/srv/models"]
+    assert Unit(path).command[-5:] == ["--models", str(place), "--models", "/srv/models", "--no-measure"]
     assert hfedmoe("join", "north.invite", "--data", "missing.csv", "--service") == 2
 
 
