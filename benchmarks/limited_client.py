@@ -32,7 +32,7 @@ from hfedmoe.moe.payload import global_tensors, pack
 from hfedmoe.prepare import prepare
 from hfedmoe.wire import checks
 from hfedmoe.wire.inprocess import InProcessGrid
-from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, Update, facts_of, record, train_request
+from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, Update, describe_request, facts_of, record, train_request
 
 PATIENCE_S = 900.0
 STOP = "stop"
@@ -125,7 +125,7 @@ def one_round(folder: Path, limit_bytes: int, how: str = "auto", whole: bool = F
         return take(folder / f"{kind}.reply") if (folder / f"{kind}.reply").exists() else None
 
     try:
-        described = ask(DESCRIBE, record({"version": 1}))
+        described = ask(DESCRIBE, describe_request(""))
         planned = None if described is None else ask(PLAN, record({"round": 1}))
         if planned is None:
             process.join()
