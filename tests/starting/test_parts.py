@@ -81,7 +81,13 @@ def test_label_words_begin_with_tokens_of_their_own(labels):
 
 def test_labels_that_are_told_apart_keep_their_words():
     assert words_for(["earn", "grain"], tiny_tokenizer(), PROMPT) == {}
-    assert words_for(["earn", "grain", "3"], tiny_tokenizer(), PROMPT).keys() == {"3"}
+    tokenizer = tiny_tokenizer()
+    assert words_for(["earn", "grain", "3"], tokenizer, PROMPT).keys() == {"3"}
+    assert words_for(["oil price", "oil ship", "grain"], tokenizer, PROMPT) == {
+        "oil price": "price",
+        "oil ship": "ship",
+    }
+    assert words_for(["Grain", "earn"], tokenizer, PROMPT) == {"Grain": "grain"}
 
 
 def test_a_draft_is_toml_whatever_is_in_it():

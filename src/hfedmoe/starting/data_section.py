@@ -8,8 +8,8 @@ from hfedmoe.starting import sizes
 from hfedmoe.starting.draft import Draft
 from hfedmoe.starting.rows import Seen
 
-SHOWN = 12
-"""Labels that are shown by name."""
+SHOWN, IN_FILE = 12, 5
+"""Labels that are shown by name, and those in the config."""
 PLAIN = ("prompt", "text", "input")
 """Columns of prompts that are whole as they are."""
 COMMENTS = {
@@ -30,7 +30,7 @@ def put_data(files: list[str], seen: Seen, draft: Draft) -> None:
         draft.put("clients.count", len(files), "as many as files")
         draft.put("data.clients", files, f"one file for each client, {rows:,} rows together")
     for setting, column in roles.columns.items():
-        comment = COMMENTS[setting] + (f": {counted(seen)}" if setting == "label" else "")
+        comment = COMMENTS[setting] + (f": {counted(seen, IN_FILE)}" if setting == "label" else "")
         draft.put(f"data.{setting}", column, comment)
     if roles.format in KNOWN or kind_of(seen.tables[0], draft.config().data) != roles.format:
         draft.put("data.format", roles.format, "what a row is")
@@ -61,11 +61,11 @@ def rows_told(files: list[str], seen: Seen) -> list[str]:
     return told
 
 
-def counted(seen: Seen) -> str:
-    """Labels and how often each occurs, the most frequent first."""
+def counted(seen: Seen, most: int = SHOWN) -> str:
+    """Labels and how often each occurs, the most frequent first, and at most so many."""
     counts = seen.labels.most_common()
-    more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
-    return ", ".join(f"{label} ({count:,})" for label, count in counts[:SHOWN]) + more
+    more = f" and {len(counts) - most} more" if len(counts) > most else ""
+    return ", ".join(f"{label} ({count:,})" for label, count in counts[:most]) + more
 
 
 def _template(columns: dict[str, str], answer: str) -> str:

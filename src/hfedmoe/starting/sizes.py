@@ -14,8 +14,8 @@ MANY_ROWS = 1000
 MANY_CLIENTS = 20
 MIN_ROWS = 16
 """The default of `partition.min_rows`."""
-LONGEST = {"classification": 256, "choices": 512, "completion": 512}
-"""Most tokens of a first run, by kind of task."""
+LONGEST = {"classification": 128, "choices": 512, "completion": 512}
+"""Most tokens of a first run, by kind of task; the beginning of a text is often enough to name it."""
 SHORTEST = 16
 
 

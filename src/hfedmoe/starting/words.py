@@ -2,6 +2,7 @@
 
 import re
 import string
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,44 +17,45 @@ MOST_TOKENS = 64
 def words_for(labels: Sequence[str], tokenizer: Any, template: str) -> dict[str, str] | None:
     """A word for each label that needs another than itself; empty: none does; None: no such words were found.
 
-    Tried for each label, in this order: the label as words, each of its own words, a letter, a word of the tokenizer.
+    A label that begins with a token of its own keeps its word. Tried for each other, in this order: its words that no
+    other label has, a letter, the label itself, each of its words, a word of the tokenizer.
     """
     first = _FirstTokens(tokenizer, template)
     if first.tells_apart(labels):
         return {}
-    chosen: dict[str, str] = {}
-    taken: dict[int, str] = {}
-    shared = _shared_tokens(labels, first)
-    # Labels that keep their own word come first, so that no other takes it.
-    for label in sorted(labels, key=lambda label: first.of(label) is None or first.of(label) in shared):
-        for word in _candidates(label, labels, tokenizer):
+    counts = Counter(map(first.of, labels))
+    chosen = {label: label for label in labels if (token := first.of(label)) is not None and counts[token] == 1}
+    taken = {first.of(label) for label in chosen}
+    for label in labels:
+        if label in chosen:
+            continue
+        for word in _candidates(label, labels, first, tokenizer):
             token = first.of(word)
-            if token is not None and token not in taken and word not in chosen.values():
-                chosen[label], taken[token] = word, label
+            if token is not None and token not in taken:
+                chosen[label] = word
+                taken.add(token)
                 break
         else:
             return None
-    if not first.tells_apart([chosen[label] for label in labels]):
-        return None
     return {label: chosen[label] for label in labels if chosen[label] != label}
 
 
-def _shared_tokens(labels: Sequence[str], first: "_FirstTokens") -> set[int]:
-    """First tokens that several labels have."""
-    tokens = [token for token in map(first.of, labels) if token is not None]
-    return {token for token in tokens if tokens.count(token) > 1}
-
-
-def _candidates(label: str, labels: Sequence[str], tokenizer: Any) -> Iterator[str]:
-    if not re.search(r"[A-Za-z]{2}", label):  # a number or a code says nothing; letters are easier to replace
-        yield from (word for word in string.ascii_uppercase if word not in labels)
-    yield label
-    own = [word for word in re.split(r"[^\w]+|_|(?<=[a-z])(?=[A-Z])", label) if word]
-    yield " ".join(own)
+def _candidates(label: str, labels: Sequence[str], first: "_FirstTokens", tokenizer: Any) -> Iterator[str]:
+    own = _words(label)
+    others = {word.lower() for other in labels if other != label for word in _words(other)}
+    yield from (word for word in own if word.lower() not in others and re.search(r"[^\W\d_]{2}", word))
     for word in own:
-        yield from (word, word.lower(), word.capitalize())
+        if first.of(word) is None:  # the tokenizer may know it in other letters
+            yield from (word.lower(), word.capitalize())
     yield from (word for word in string.ascii_uppercase + string.ascii_lowercase if word not in labels)
+    yield label
+    yield from own
     yield from (word for word in sorted(tokenizer.get_vocab(), key=len) if word.isalpha() and word not in labels)
+
+
+def _words(label: str) -> list[str]:
+    """The words of a label: `crudeOil`, `crude-oil` and `crude_oil` have two."""
+    return [word for word in re.split(r"[^\w]+|_|(?<=[a-z])(?=[A-Z])", label) if word]
 
 
 class _FirstTokens:
