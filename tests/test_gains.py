@@ -66,9 +66,9 @@ def test_every_run_ends_with_what_each_site_gained(tmp_path: Path, monkeypatch: 
     trained: list[set[str]] = []
     split = simulation.assemble
 
-    def assemble(prepared: Prepared, parts: list[list[int]], *rest: object) -> simulation.Simulation:
+    def assemble(prepared: Prepared, parts: list[list[int]], *rest: object, **named: object) -> simulation.Simulation:
         trained.append({prepared.task.train[row].text for part in parts for row in part})
-        return split(prepared, parts, *rest)  # type: ignore[arg-type]
+        return split(prepared, parts, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(simulation, "assemble", assemble)
     seen = Seen()

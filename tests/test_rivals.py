@@ -128,6 +128,7 @@ def test_every_method_runs_and_is_resumed_with_the_same_bits(name: str, tmp_path
         "evaluation.watch_rows=2",
         "federation.rounds=3",
         "keep_checkpoints=4",
+        "evaluation.own_share=0",  # every row trains
         "train.batch_size=2",
         f"method.name={name}",
         'clients.budgets=["100%","50%"]',
