@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import OlmoeConfig
 
 from benchmarks import checkpoints
 from benchmarks.common import parser, report
@@ -114,18 +113,8 @@ def _memory(pid: int) -> int:
 
 
 def write_model(folder: Path) -> str:
-    """A checkpoint with random weights: 4 layers of 16 experts, 0.5 GB."""
-    shape = OlmoeConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=9,
-        num_key_value_heads=9,
-        num_experts=16,
-        num_experts_per_tok=2,
-    )
-    checkpoints.write(shape, folder, torch.float32)
+    """A checkpoint with random weights."""
+    checkpoints.write(checkpoints.half_gigabyte(), folder, torch.float32)
     return str(folder)
 
 

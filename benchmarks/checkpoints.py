@@ -37,6 +37,20 @@ def olmoe_1b_7b() -> OlmoeConfig:
     )
 
 
+def half_gigabyte() -> OlmoeConfig:
+    """A small OLMoE: 4 layers of 16 experts, top-2, 0.5 GB in float32."""
+    return OlmoeConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=9,
+        num_key_value_heads=9,
+        num_experts=16,
+        num_experts_per_tok=2,
+    )
+
+
 def write(config: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, std: float = 0.02) -> int:
     """Write a random model that `config` describes, one file per layer; returns its bytes.
 

@@ -27,7 +27,6 @@ from unittest.mock import patch
 
 import torch
 from flwr.app import Context, Message
-from transformers import OlmoeConfig
 
 from benchmarks import checkpoints
 from benchmarks.common import in_own_process, parser, report
@@ -136,16 +135,6 @@ class Rounds(Silent):
 
 def rounds_of(quick: bool) -> list[dict[str, Any]]:
     """Phases of a real federation's rounds."""
-    shape = OlmoeConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=9,
-        num_key_value_heads=9,
-        num_experts=16,
-        num_experts_per_tok=2,
-    )
     settings = ["clients.count=4", "federation.rounds=3", "train.steps=4", "evaluation.watch_rows=32"]
     settings += ["data.test_rows=32", "data.train_rows=400"]
     if quick:
@@ -153,7 +142,7 @@ def rounds_of(quick: bool) -> list[dict[str, Any]]:
     watch = Stopwatch()
     rounds = Rounds(watch)
     with tempfile.TemporaryDirectory() as folder, watch.watching():
-        checkpoints.write(shape, Path(folder) / "model", torch.float32)
+        checkpoints.write(checkpoints.half_gigabyte(), Path(folder) / "model", torch.float32)
         config = load_config(None, [f"model.name={folder}/model", *settings])
         simulation.run(config, Path(folder) / "run", rounds)
     return rounds.rows

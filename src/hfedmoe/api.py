@@ -22,12 +22,11 @@ from hfedmoe.errors import UserError
 from hfedmoe.events import Silent, Watcher
 from hfedmoe.report.words import describe
 from hfedmoe.runs.existing import run_at
-from hfedmoe.runs.refusals import require_data, require_model
+from hfedmoe.runs.refusals import require_settings
 
 __all__ = ["Experts", "Run", "open_run", "resume", "run"]
 
 Config = RunConfig | Mapping[str, Any] | str | Path
-REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,9 @@ class Run:
         Raises:
             UserError: no round has ended yet, or the page cannot be written.
         """
-        from hfedmoe.report.page.page import write_report
+        from hfedmoe.report.page.page import NAME, write_report
 
-        page = self.path / REPORT
+        page = self.path / NAME
         return page if page.is_file() else write_report([self.path])
 
     def model(self, checkpoint: str | int = "best", device: str | None = None) -> Any:
@@ -176,8 +175,7 @@ def run(
         ```
     """
     settings = settings_of(config, overrides)
-    require_model(settings.model)
-    require_data(settings.data)
+    require_settings(settings)
     with _watcher(progress) as watcher:
         folder = simulation.run(settings, None if out is None else Path(out), watcher)
     return _ended(folder)

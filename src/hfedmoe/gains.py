@@ -1,16 +1,16 @@
 """What did each site gain? Its own rows, which nobody trained on, before the federation, after it, and alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from hfedmoe.data.example import Example
+from hfedmoe.client.judging import compared
 from hfedmoe.data.kept import class_counts
 from hfedmoe.events import Score, SiteGain, Watcher
 from hfedmoe.prepare import Prepared
 from hfedmoe.server.evaluation import Metrics
-from hfedmoe.server.intervals import difference_interval, share_interval
+from hfedmoe.server.sites import gained, score_of
 
 TensorsOf = Callable[[int], dict[str, Tensor]]
 """A client's number -> the trained tensors of its model."""
@@ -48,12 +48,13 @@ def site_gains(
         before = prepared.measure_on(rows, prepared.initial)
         after = prepared.measure_on(rows, federated(client))
         by_itself = None if alone is None else prepared.measure_on(rows, alone(client))
-        gain, interval = _gain(rows, after, by_itself or before)
+        trained = len(sites.trained[client])
+        gain, interval = gained(compared(trained, rows, by_itself or before, after))
         found.append(
             SiteGain(
                 client=client,
                 name=sites.names[client],
-                trained_rows=len(sites.trained[client]),
+                trained_rows=trained,
                 own_rows=len(rows),
                 labels=class_counts(task, [*sites.trained[client], *kept]),
                 num_labels=len(task.labels),
@@ -68,19 +69,5 @@ def site_gains(
 
 
 def _score(metrics: Metrics) -> Score:
-    interval = None
-    if metrics.accuracy is not None:
-        interval = share_interval(round(metrics.accuracy * metrics.examples), metrics.examples)
-    loss = metrics.loss if metrics.choice_loss is None else metrics.choice_loss
-    return Score(metrics.accuracy, metrics.macro_f1, loss, interval)
-
-
-def _gain(rows: Sequence[Example], after: Metrics, before: Metrics) -> tuple[float | None, tuple[float, float] | None]:
-    """The difference of two accuracies on the same rows, and its interval; None for tasks without choices."""
-    if after.predicted is None or before.predicted is None:
-        return None, None
-    won = lost = 0
-    for row, now, then in zip(rows, after.predicted, before.predicted, strict=True):
-        won += now == row.answer != then
-        lost += then == row.answer != now
-    return (won - lost) / len(rows), difference_interval(won, lost, len(rows))
+    right = None if metrics.accuracy is None else round(metrics.accuracy * metrics.examples)
+    return score_of(right, metrics.examples, metrics.macro_f1, metrics.trained_loss)

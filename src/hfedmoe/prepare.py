@@ -36,7 +36,7 @@ from hfedmoe.moe.payload import initial_tensors, load_all
 from hfedmoe.report.told import held_out_words, loss_words
 from hfedmoe.runs.about import TEXTS, About, Part, cut
 from hfedmoe.runs.checkpoints import Checkpoint
-from hfedmoe.runs.choice import fitting
+from hfedmoe.runs.choice import load_checkpoint
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.evaluation import Metrics, evaluate, room_of
 from hfedmoe.server.keeper import Keeper
@@ -121,8 +121,7 @@ class Prepared:
     def restore(self, folder: RunFolder, round: int) -> Checkpoint:
         """Put the trained tensors of a round's checkpoint into the model. Raises UserError if it does not fit."""
         checkpoint = folder.load_checkpoint(round)
-        with fitting(checkpoint):
-            load_all(self.model, checkpoint.tensors)
+        load_checkpoint(checkpoint, self.model)
         return checkpoint
 
     def with_config(self, config: RunConfig) -> "Prepared":

@@ -19,11 +19,9 @@ def load(config: Path | None, overrides: list[str] | None) -> "RunConfig":
 
 def require_files(settings: "RunConfig") -> None:
     """Raise UserError at once if files that the settings name do not exist."""
-    from hfedmoe.runs.refusals import require_model, require_trackers
+    from hfedmoe.runs.refusals import require_settings
 
-    require_model(settings.model)
-    require_data(settings.data)
-    require_trackers(settings.tracking)
+    require_settings(settings)
 
 
 def require_data(data: "DataConfig") -> None:

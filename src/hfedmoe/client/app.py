@@ -7,6 +7,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load as read_blob
 from safetensors.torch import save as write_blob
+from torch import Tensor
 
 from hfedmoe.client.attempt import attempt
 from hfedmoe.client.device import Device
@@ -140,40 +141,53 @@ def client_app(
         _write_history(context, history)
         return content
 
-    def train_round(message: Message, context: Context) -> RecordDict:
+    def asked(message: Message, context: Context) -> tuple[Device, ClientHistory] | RecordDict:
+        """The device and its history for a request that needs its model; or the reply if that cannot be opened."""
         device = open_device(message, context)
-        if isinstance(device, Trouble):
-            return refuse(device)
-        place = device.place
-        history = _remember(context, place)
-        round = requests.round_of(message, place.config.federation.rounds)
-        resident = requests.residents_of(message, place.num_experts, place.at_least, place.allowed(history))
+        return refuse(device) if isinstance(device, Trouble) else (device, _remember(context, device.place))
 
-        def work() -> RecordDict:
+    def with_experts(
+        message: Message,
+        context: Context,
+        device: Device,
+        history: ClientHistory,
+        doing: str,
+        work: Callable[[list[Tensor]], RecordDict],
+    ) -> RecordDict:
+        """Do a work with the experts that the request names, bool [E] per layer."""
+        place = device.place
+        resident = requests.residents_of(message, place.num_experts, place.at_least, place.allowed(history))
+        held = sum(int(keep.sum()) for keep in resident)
+        return tried(context, device, history, doing, held, lambda: work(resident))
+
+    def train_round(message: Message, context: Context) -> RecordDict:
+        found = asked(message, context)
+        if isinstance(found, RecordDict):
+            return found
+        device, history = found
+        round = requests.round_of(message, device.config.federation.rounds)
+
+        def work(resident: list[Tensor]) -> RecordDict:
             reply = train_reply(device.train(history, resident, requests.trainables_of(message), round))
             context.state[TRAINED] = ConfigRecord({"round": round})
             return reply
 
-        held = sum(int(keep.sum()) for keep in resident)
-        return tried(context, device, history, "train", held, work)
+        return with_experts(message, context, device, history, "train", work)
 
     def measure(message: Message, context: Context) -> RecordDict:
-        device = open_device(message, context)
-        if isinstance(device, Trouble):
-            return refuse(device)
-        place = device.place
-        history = _remember(context, place)
+        found = asked(message, context)
+        if isinstance(found, RecordDict):
+            return found
+        device, history = found
         if TRAINED not in context.state:
             raise requests.InvalidRequestError("to measure comes after training")
         if MEASURED in context.state:
             raise requests.InvalidRequestError("it has measured in this run already")
-        resident = requests.residents_of(message, place.num_experts, place.at_least, place.allowed(history))
 
-        def work() -> RecordDict:
+        def work(resident: list[Tensor]) -> RecordDict:
             return measure_reply(device.measure(history, resident, requests.trainables_of(message)))
 
-        held = sum(int(keep.sum()) for keep in resident)
-        done = tried(context, device, history, "measure", held, work)
+        done = with_experts(message, context, device, history, "measure", work)
         context.state[MEASURED] = ConfigRecord({"once": True})
         return done
 

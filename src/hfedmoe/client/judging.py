@@ -15,12 +15,8 @@ class Judged(Protocol):
         """None unless the rows have labels."""
 
     @property
-    def loss(self) -> float:
-        """Over the vocabulary."""
-
-    @property
-    def choice_loss(self) -> float | None:
-        """Among the choices, if that is what was trained."""
+    def trained_loss(self) -> float:
+        """Among the choices, if that is what was trained, or else over the vocabulary."""
 
     @property
     def predicted(self) -> tuple[int, ...] | None:
@@ -50,10 +46,6 @@ def compared(trained: int, rows: Sequence[Example], before: Judged, after: Judge
         **counts,
         f1_before=before.macro_f1,
         f1_after=after.macro_f1,
-        loss_before=_trained_loss(before),
-        loss_after=_trained_loss(after),
+        loss_before=before.trained_loss,
+        loss_after=after.trained_loss,
     )
-
-
-def _trained_loss(judged: Judged) -> float:
-    return judged.loss if judged.choice_loss is None else judged.choice_loss

@@ -31,10 +31,9 @@ from hfedmoe.models.names import PACKAGED_MODELS, source_of
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.anatomy import text_config
 from hfedmoe.moe.model import MoEModel
-from hfedmoe.moe.payload import load_all
 from hfedmoe.moe.prediction import withdraw
 from hfedmoe.runs.checkpoints import Checkpoint
-from hfedmoe.runs.choice import checkpoint_of, fitting
+from hfedmoe.runs.choice import checkpoint_of, load_checkpoint
 from hfedmoe.runs.existing import EXPORT
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import check_base
@@ -173,8 +172,7 @@ def _made_here(model: ModelConfig) -> bool:
 def _trained(job: _Job) -> MoEModel:
     """The model with the trained tensors of the checkpoint."""
     model = wrap(job.loaded.model, job.config, job.loaded.store)
-    with fitting(job.checkpoint):
-        load_all(model, job.checkpoint.tensors)
+    load_checkpoint(job.checkpoint, model)
     return model
 
 

@@ -11,8 +11,7 @@ from hfedmoe.models.carved import quantisation_of
 from hfedmoe.models.loaded import Loaded
 from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
-from hfedmoe.moe.payload import load_all
-from hfedmoe.runs.choice import checkpoint_of, fitting
+from hfedmoe.runs.choice import checkpoint_of, load_checkpoint
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import check_base
 
@@ -39,8 +38,7 @@ def trained_model(path: Path, checkpoint: str = "best", device: str | None = Non
         check_base(path, config)
         loaded = load(config.model, config.seed)
         model = wrap(loaded.model, config, loaded.store)
-        with fitting(chosen):
-            load_all(model, chosen.tensors)
+        load_checkpoint(chosen, model)
         merge(model, getattr(torch, config.model.dtype))
         loaded.model.eval()
         return loaded

@@ -87,12 +87,10 @@ def serve_run(
     else:
         from hfedmoe.config.builtin import load_named
         from hfedmoe.runs.folder import RunFolder
-        from hfedmoe.runs.refusals import require_data, require_model, require_trackers
+        from hfedmoe.runs.refusals import require_settings
 
         settings = load_named(config, overrides)
-        require_model(settings.model)
-        require_data(settings.data)
-        require_trackers(settings.tracking)
+        require_settings(settings)
         if out is not None:
             RunFolder.require_free(out)
     from hfedmoe.fleet import serving

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from hfedmoe.errors import UserError
 from hfedmoe.runs.checkpoints import Checkpoint, Which
 from hfedmoe.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from hfedmoe.moe.model import MoEModel
 
 
 @contextmanager
@@ -17,6 +21,14 @@ def fitting(checkpoint: Checkpoint) -> Iterator[None]:
         raise UserError(
             f"{checkpoint.path}: does not fit the model ({error}); undo any changes to the run's config.toml"
         ) from None
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: "MoEModel") -> None:
+    """Put the trained tensors of a checkpoint into a model. Raises UserError if they do not fit it."""
+    from hfedmoe.moe.payload import load_all
+
+    with fitting(checkpoint):
+        load_all(model, checkpoint.tensors)
 
 
 def checkpoint_of(folder: RunFolder, which: str) -> Checkpoint:

@@ -54,6 +54,11 @@ class Metrics:
     scores: tuple[tuple[float, ...], ...] | None = field(default=None, repr=False, compare=False)
     """What was compared: of every example the logit or the log-probability of each of its choices; None likewise."""
 
+    @property
+    def trained_loss(self) -> float:
+        """The loss that the clients train: among the choices, or else over the vocabulary."""
+        return self.loss if self.choice_loss is None else self.choice_loss
+
     def figures(self) -> dict[str, Any]:
         """All figures by name, without those of single rows."""
         return {name: value for name, value in vars(self).items() if name not in ("predicted", "scores")}

@@ -1,4 +1,4 @@
-"""What real devices say that the federation gave to them; simulated clients are measured by `gains.site_gains`."""
+"""What sites gained, from counts: of real devices, which tell them, and of simulated clients (`gains.site_gains`)."""
 
 from collections.abc import Iterable, Mapping
 
@@ -39,26 +39,33 @@ def ask_sites(
 
 def gain_of(client: int, name: str, told: OwnResult) -> SiteGain:
     """A device's answer as an entry of the table; its classes stay on the device."""
-    rows = told.own_rows
-    before = after = gain = interval = None
+    after = None
     if told.right_before is not None and told.won is not None and told.lost is not None:
-        before, after = told.right_before, told.right_before + told.won - told.lost
-        gain, interval = (told.won - told.lost) / rows, difference_interval(told.won, told.lost, rows)
+        after = told.right_before + told.won - told.lost
+    gain, interval = gained(told)
     return SiteGain(
         client=client,
         name=name,
         trained_rows=told.trained_rows,
-        own_rows=rows,
+        own_rows=told.own_rows,
         labels={},
         num_labels=0,
-        before=_score(before, rows, told.f1_before, told.loss_before),
-        federated=_score(after, rows, told.f1_after, told.loss_after),
+        before=score_of(told.right_before, told.own_rows, told.f1_before, told.loss_before),
+        federated=score_of(after, told.own_rows, told.f1_after, told.loss_after),
         gain=gain,
         gain_interval=interval,
     )
 
 
-def _score(right: int | None, rows: int, f1: float | None, loss: float) -> Score:
+def gained(told: OwnResult) -> tuple[float | None, tuple[float, float] | None]:
+    """The difference of the accuracies after and before, and its interval; None for tasks without choices."""
+    if told.won is None or told.lost is None:
+        return None, None
+    return (told.won - told.lost) / told.own_rows, difference_interval(told.won, told.lost, told.own_rows)
+
+
+def score_of(right: int | None, rows: int, f1: float | None, loss: float) -> Score:
+    """A score from the number of right answers among so many rows; `right` is None for tasks without choices."""
     if right is None:
         return Score(None, f1, loss)
     return Score(right / rows, f1, loss, share_interval(right, rows))
