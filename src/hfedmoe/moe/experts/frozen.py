@@ -6,6 +6,8 @@ low-rank terms as `rows`; the base product is added to them in place. `T` tokens
 `H` hidden, `U` width of the up projection (2I with a gate, else I), `I` intermediate.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from hfedmoe.moe.experts import matmul
 from hfedmoe.moe.experts.groups import Groups
+from hfedmoe.moe.experts.room import Joined, Roomy
 
 
 class ExpertBase(Protocol):
@@ -36,6 +39,13 @@ class ExpertBase(Protocol):
         """grad [T, H], and as `rows` [S, H] with one row per pair -> [S, I]: gradient of `down` with respect to a."""
         ...
 
+    def joined(self, room: int, dtype: torch.dtype) -> tuple[Joined, Joined] | None:
+        """The up and the down projections with room for LoRA beside them, for grouped products in `dtype`.
+
+        None if the experts are not held in a way that allows it.
+        """
+        ...
+
 
 class Weights(Protocol):
     """One matrix `[rows, columns]` per expert, in any kind of storage."""
@@ -45,6 +55,10 @@ class Weights(Protocol):
     columns: int
 
     def __call__(self, expert: int, dtype: torch.dtype) -> Tensor: ...
+
+    def joined(self, room: int, dtype: torch.dtype) -> Joined | None:
+        """As `ExpertBase.joined`."""
+        ...
 
 
 def add_product(rows: Tensor | None, left: Tensor, weights: Weights, groups: Groups, *, t: bool) -> Tensor:
@@ -82,12 +96,25 @@ def add_product(rows: Tensor | None, left: Tensor, weights: Weights, groups: Gro
 
 
 class StackedWeights:
-    """Matrices stored as one tensor `[E, rows, columns]`, or `[E, columns, rows]` where `transposed`."""
+    """Matrices stored as one tensor `[E, rows, columns]`, or `[E, columns, rows]` where `transposed`.
 
-    def __init__(self, stack: Tensor, transposed: bool = False) -> None:
+    Args:
+        moved: called if `joined` has moved the matrices, with the stack at its new place; None: nobody else holds it.
+        movable: whether they may move.
+    """
+
+    def __init__(
+        self,
+        stack: Tensor,
+        transposed: bool = False,
+        moved: Callable[[Tensor], None] | None = None,
+        movable: bool = True,
+    ) -> None:
         self.stack, self.transposed = stack, transposed
         self.num_experts = stack.shape[0]
         self.rows, self.columns = (stack.shape[2], stack.shape[1]) if transposed else (stack.shape[1], stack.shape[2])
+        self._moved, self._movable = moved, movable
+        self._roomy: Roomy | None = None
 
     def __call__(self, expert: int, dtype: torch.dtype) -> Tensor:
         weight = self.stack[expert].to(dtype)
@@ -98,6 +125,22 @@ class StackedWeights:
         if self.stack.dtype != dtype:
             return None
         return self.stack.transpose(1, 2) if self.transposed else self.stack
+
+    def joined(self, room: int, dtype: torch.dtype) -> Joined | None:
+        """As `ExpertBase.joined`: the matrices move to where there is room, once."""
+        if self.stack.dtype != dtype:
+            return None
+        if room == 0:
+            return Roomy(self.stack, 0, self.transposed)
+        if not self._movable:
+            return None
+        if self._roomy is None or self._roomy.room < room:
+            self._roomy = Roomy.like(self.stack, room, self.transposed)
+            self._roomy.stack.copy_(self.stack)
+            self.stack = self._roomy.stack
+            if self._moved is not None:
+                self._moved(self.stack)
+        return self._roomy
 
 
 class ListedWeights:
@@ -110,6 +153,10 @@ class ListedWeights:
 
     def __call__(self, expert: int, dtype: torch.dtype) -> Tensor:
         return self.matrices[expert].to(dtype)
+
+    def joined(self, room: int, dtype: torch.dtype) -> Joined | None:
+        """None: they are not in one stack."""
+        return None
 
 
 class SeparateBase:
@@ -130,6 +177,14 @@ class SeparateBase:
 
     def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
         return add_product(None, rows, self._down, groups, t=False)
+
+    def joined(self, room: int, dtype: torch.dtype) -> tuple[Joined, Joined] | None:
+        sizes = (self._up.rows, self._up.columns, self._down.columns)
+        if any(size * dtype.itemsize % matmul.ALIGNMENT for size in sizes):
+            return None
+        up = self._up.joined(room, dtype)
+        down = None if up is None else self._down.joined(room, dtype)
+        return None if up is None or down is None else (up, down)
 
 
 class SharedBase:
@@ -157,9 +212,26 @@ class SharedBase:
     def down_t(self, grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
         return (grad @ self._down.to(grad.dtype)).index_select(0, groups.token)
 
+    def joined(self, room: int, dtype: torch.dtype) -> tuple[Joined, Joined] | None:
+        """None: one product per token costs less than one per pair."""
+        return None
 
-def base_of(up: Tensor, down: Tensor, transposed: bool = False) -> ExpertBase:
-    """The base for stacks `up` and `down`: a `SharedBase` if both are expanded from one matrix (stride 0)."""
+
+def base_of(
+    up: Tensor,
+    down: Tensor,
+    transposed: bool = False,
+    moved: Callable[[str, Tensor], None] | None = None,
+    movable: bool = True,
+) -> ExpertBase:
+    """The base for stacks `up` and `down`: a `SharedBase` if both are expanded from one matrix (stride 0).
+
+    Args:
+        moved: as of `StackedWeights`, with "up" or "down" before the stack; `movable` likewise.
+    """
     if up.stride(0) == 0 and down.stride(0) == 0 and up.shape[0] > 1 and not transposed:
         return SharedBase(up[0], down[0], up.shape[0])
-    return SeparateBase(StackedWeights(up, transposed), StackedWeights(down, transposed))
+    follow = {kind: None if moved is None else partial(moved, kind) for kind in ("up", "down")}
+    return SeparateBase(
+        StackedWeights(up, transposed, follow["up"], movable), StackedWeights(down, transposed, follow["down"], movable)
+    )

@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 from hfedmoe.moe.experts.activation import Gate
 from hfedmoe.moe.experts.frozen import ExpertBase
 from hfedmoe.moe.experts.groups import Groups
-from hfedmoe.moe.experts.matmul import add_product, are_large, makes_code, outer, product, write_product
+from hfedmoe.moe.experts.joined import JoinedExperts
+from hfedmoe.moe.experts.matmul import add_product, are_large, joins, makes_code, outer, product, write_product
+from hfedmoe.moe.experts.room import Joined, room_for
 
 LORA = ("up_a", "up_b", "down_a", "down_b")
 """Trained matrices of an expert with LoRA: A [R, in] and B [out, R] of the up and of the down projection."""
@@ -61,7 +63,21 @@ def experts_forward(
         leaves: group by group, its row of each stack; these rows receive the gradients.
         norms: float32 [T * K], receives ||a|| of every pair that runs; None: not measured.
     """
+    base = _joined_base(math, x, groups, stacks)
+    if base is not None:
+        return JoinedExperts.apply(base, math.scale, groups, stacks, norms, x, weights, *leaves)
     return _GroupedExperts.apply(math, groups, stacks, norms, x, weights, *leaves)
+
+
+def _joined_base(
+    math: ExpertMath, x: Tensor, groups: Groups, stacks: Mapping[str, Tensor]
+) -> tuple[Joined, Joined] | None:
+    """The base for `JoinedExperts`; None if this layer, device or precision needs the general forward."""
+    plain = math.gate.silu and math.up_bias is None and math.down_bias is None and math.dropout == 0
+    lora_or_frozen = not stacks or tuple(stacks) == LORA
+    if not (plain and lora_or_frozen and joins(x, groups)):
+        return None
+    return math.base.joined(room_for(stacks["up_a"].shape[1]) if stacks else 0, x.dtype)
 
 
 class _GroupedExperts(torch.autograd.Function):

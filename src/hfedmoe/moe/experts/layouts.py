@@ -74,6 +74,7 @@ class StackedLayout:
         self._attributes = {"up": up, "down": "down_proj"}
         if getattr(experts, "has_bias", False):
             self._attributes |= {"up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
+        self._kept: tuple[ExpertBase, dict[str, Tensor]] | None = None
 
     @property
     def num_local(self) -> int:
@@ -87,7 +88,7 @@ class StackedLayout:
                 biases = HeldBiases(*held, "up_bias"), HeldBiases(*held, "down_bias")
         else:
             tensors = self.tensors()
-            base = base_of(tensors["up"], tensors["down"], self._transposed)
+            base = self._base(tensors["up"], tensors["down"])
             biases = tensors.get("up_bias"), tensors.get("down_bias")
         return ExpertMath(
             base=base,
@@ -98,11 +99,27 @@ class StackedLayout:
             transposed=self._transposed,
         )
 
+    def _base(self, up: Tensor, down: Tensor) -> ExpertBase:
+        """The base of these stacks; the same as last time if it has moved them and they are still there."""
+        if self._kept is not None and all(map(_is_same, self._kept[1].values(), (up, down))):
+            return self._kept[0]
+        self._kept = None
+        held = {"up": up, "down": down}
+
+        def follow(kind: str, stack: Tensor) -> None:
+            held[kind] = getattr(self._experts, self._attributes[kind]).data = stack
+            self._kept = (base, held)
+
+        movable = all(len(getattr(self._experts, self._attributes[kind])) == len(up) for kind in held)
+        base = base_of(up, down, self._transposed, follow, movable)
+        return base
+
     def tensors(self) -> dict[str, Tensor]:
         # Some families have rows for experts that compute nothing.
         return {kind: getattr(self._experts, name).data[: self.num_local] for kind, name in self._attributes.items()}
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self._kept = None
         number = self.num_local  # before any of them changes
         for kind, name in self._attributes.items():
             if kind in tensors:
@@ -194,6 +211,12 @@ def _prefix(layer: MoELayer) -> str:
 
 def _held_base(held: Held, transposed: bool = False) -> ExpertBase:
     return SeparateBase(HeldWeights(*held, "up", transposed), HeldWeights(*held, "down", transposed))
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same memory, seen in the same way."""
+    alike = one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
+    return alike and one.device == other.device and one.data_ptr() == other.data_ptr()
 
 
 def _halves(activation: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:

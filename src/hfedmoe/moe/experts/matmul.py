@@ -25,7 +25,7 @@ _MANY_ROWS = 128
 """Rows per expert; from this number on, the float32 rows of one expert fit the cache but those of all do not."""
 _MOST_GROUPS = 1024
 """From this number of groups on, torch refuses a grouped product on a GPU."""
-_ALIGNMENT = 16
+ALIGNMENT = 16
 """Bytes: torch's grouped kernels need the rows of every operand to begin at a multiple of it."""
 
 
@@ -39,8 +39,13 @@ def has_kernel(groups: Groups, *operands: Tensor) -> bool:
     device = operands[0].device
     if device.type == "cuda":
         fits = groups.size > 0 and groups.num_experts < _MOST_GROUPS and _is_one_kernel(device, dtype)
-        return fits and all(_is_aligned(o) and o.data_ptr() % _ALIGNMENT == 0 for o in operands)
+        return fits and all(_is_aligned(o) and o.data_ptr() % ALIGNMENT == 0 for o in operands)
     return device.type == "cpu" and all(map(_is_aligned, operands))
+
+
+def joins(x: Tensor, groups: Groups) -> bool:
+    """Whether to compute inputs x with `joined.JoinedExperts`: on a GPU with a grouped kernel."""
+    return x.is_cuda and has_kernel(groups, x)
 
 
 @cache
@@ -53,8 +58,8 @@ def _is_aligned(operand: Tensor) -> bool:
     rows, columns = operand.stride()[-2:]
     size = operand.element_size()
     if columns == 1 and rows >= max(1, operand.shape[-1]):
-        return rows * size % _ALIGNMENT == 0
-    return rows == 1 and columns >= max(1, operand.shape[-2]) and columns * size % _ALIGNMENT == 0
+        return rows * size % ALIGNMENT == 0
+    return rows == 1 and columns >= max(1, operand.shape[-2]) and columns * size % ALIGNMENT == 0
 
 
 def are_large(groups: Groups) -> bool:

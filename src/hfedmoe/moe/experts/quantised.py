@@ -43,6 +43,10 @@ class Stored(Protocol):
         """The tensor [shape] in `dtype`; do not write to it."""
         ...
 
+    def copy(self) -> "Stored":
+        """The same in memory of its own."""
+        ...
+
 
 class Plain:
     """Holds a tensor as it is."""
@@ -60,6 +64,9 @@ class Plain:
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
         return self.tensor.to(dtype)
+
+    def copy(self) -> "Plain":
+        return Plain(self.tensor.clone(memory_format=torch.contiguous_format))
 
 
 class Quantised8:
@@ -79,6 +86,26 @@ class Quantised8:
             self._data[start : start + values.numel()] = data
             scales.append(state.absmax)
         self._scales = torch.cat(scales)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], data: Tensor, scales: Tensor) -> "Quantised8":
+        """One of these `parts`."""
+        new = cls.__new__(cls)
+        new.shape, new._data, new._scales = shape, data, scales
+        return new
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Values uint8 [V] and scales float32 [V / BLOCK]."""
+        return self._data, self._scales
+
+    @property
+    def codes(self) -> tuple[Tensor, ...]:
+        """float32 [256]: what each byte means."""
+        return (_dynamic_code(self._data.device),)
+
+    def copy(self) -> "Quantised8":
+        return self.of(self.shape, *(part.clone() for part in self.parts))
 
     @property
     def nbytes(self) -> int:
@@ -111,9 +138,29 @@ class Quantised4:
         )
         self._nested = state.absmax
 
+    @classmethod
+    def of(cls, shape: tuple[int, ...], data: Tensor, scales: Tensor, nested: Tensor, mean: Tensor) -> "Quantised4":
+        """One of these `parts`."""
+        new = cls.__new__(cls)
+        new.shape, new._data, new._scales, new._nested, new._mean = shape, data, scales, nested, mean
+        return new
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Pairs of values uint8 [V / 2], their scales uint8 [V / BLOCK], the scales of these, and the mean float32 []."""
+        return self._data, self._scales, self._nested, self._mean
+
+    @property
+    def codes(self) -> tuple[Tensor, ...]:
+        """float32 [16] and [256]: what each half of a byte means, and each byte of a scale."""
+        return _normal_code(self._data.device), _dynamic_code(self._data.device)
+
+    def copy(self) -> "Quantised4":
+        return self.of(self.shape, *(part.clone() for part in self.parts))
+
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self._data, self._scales, self._nested, self._mean))
+        return sum(tensor.nbytes for tensor in self.parts)
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
         functional = _bitsandbytes("4bit")
@@ -195,6 +242,12 @@ def _dequantised_8(data: Tensor, scales: Tensor, block: int, dtype: torch.dtype)
 def _dynamic_code(device: torch.device) -> Tensor:
     """The 256 values of the dynamic 8 bit code."""
     return _bitsandbytes("8bit").create_dynamic_map().to(device)
+
+
+@functools.cache
+def _normal_code(device: torch.device) -> Tensor:
+    """The 16 values of NF4."""
+    return _bitsandbytes("4bit").get_4bit_type("nf4", device=device)
 
 
 def _bitsandbytes(expert_dtype: str) -> Any:

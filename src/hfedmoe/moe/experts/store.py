@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hfedmoe.moe.experts.bank import Bank, Scratch, bank_of
 from hfedmoe.moe.experts.quantised import Plain, Stored, store_as, stored_bytes
+from hfedmoe.moe.experts.room import Joined
 
 MATRICES = ("up", "down")
 
@@ -55,6 +57,9 @@ class ExpertStore:
         self.reads = 0
         """Number of experts read from the source so far."""
         self._held: OrderedDict[tuple[int, int], dict[str, Stored]] = OrderedDict()
+        self._banks: dict[tuple[int, str], Bank] = {}
+        """Layers whose experts are in one piece of memory, by the name of the tensor."""
+        self._scratch = Scratch()
         self._capacity: int | None = None
 
     def __len__(self) -> int:
@@ -73,6 +78,9 @@ class ExpertStore:
     def reside(self, resident: list[Tensor]) -> None:
         """Hold exactly these experts (bool [E] per layer): drops the others, then reads those that are missing."""
         wanted = [keep.nonzero()[:, 0].tolist() for keep in resident]
+        for layer, (old, new) in enumerate(zip(self.present, wanted, strict=True)):
+            if old != new:
+                self._break_up(layer, set(new))
         keys = {(layer, expert) for layer, experts in enumerate(wanted) for expert in experts}
         for key in [key for key in self._held if key not in keys]:
             del self._held[key]
@@ -83,6 +91,7 @@ class ExpertStore:
     def clear(self) -> None:
         """Drop everything."""
         self._held.clear()
+        self._banks.clear()
         self.present = [[] for _ in self.num_experts]
 
     def reside_stacked(self, resident: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -91,6 +100,7 @@ class ExpertStore:
         Rows of a stack cannot be added or removed, so all experts are dropped first and read again.
         """
         self._held.clear()
+        self._banks.clear()
         self.present = [keep.nonzero()[:, 0].tolist() for keep in resident]
         layers = []
         for layer, experts in enumerate(self.present):
@@ -114,6 +124,8 @@ class ExpertStore:
         """
         if capacity < 1:
             raise ValueError(f"cannot stream experts with room for {capacity}")
+        for layer in range(len(self.present)):
+            self._break_up(layer, set(self.present[layer]))
         before = self.present
         self._capacity = capacity
         self.present = [list(range(number)) for number in self.num_experts]
@@ -141,6 +153,37 @@ class ExpertStore:
         self._held[key] = self._read(layer, expert)
         return self._held[key]
 
+    def joined(self, layer: int, name: str, room: int, dtype: torch.dtype, transposed: bool) -> Joined | None:
+        """The present experts' matrices `name` in one piece of memory with room for LoRA; None if they cannot be.
+
+        They move there at the first call, and stay until other experts are present.
+        """
+        experts = self.present[layer]
+        if self._capacity is not None or not experts:
+            return None
+        bank = self._banks.get((layer, name))
+        if bank is None:
+            bank = bank_of([self._held[layer, expert][name] for expert in experts], self._scratch)
+            if bank is None:
+                return None
+            self._banks[layer, name] = bank
+        found = bank.joined(room, dtype, transposed)
+        for place, expert in enumerate(experts):
+            self._held[layer, expert][name] = bank.stored(place)
+        return found
+
+    def _break_up(self, layer: int, keep: set[int]) -> None:
+        """Hold the experts of a layer by themselves again, and only those to keep."""
+        names = [name for number, name in self._banks if number == layer]
+        for expert in self.present[layer] if names else ():
+            if expert in keep:
+                held = self._held[layer, expert]
+                held.update({name: held[name].copy() for name in names})
+            else:
+                del self._held[layer, expert]
+        for name in names:
+            del self._banks[layer, name]
+
     def _read(self, layer: int, expert: int) -> dict[str, Stored]:
         self.reads += 1
         read, held = self.source.read(layer, expert), {}
@@ -163,6 +206,10 @@ class HeldWeights:
     def __call__(self, expert: int, dtype: torch.dtype) -> Tensor:
         weight = self._store.get(self._layer, self._store.present[self._layer][expert])[self._name](dtype)
         return weight.t() if self._transposed else weight
+
+    def joined(self, room: int, dtype: torch.dtype) -> Joined | None:
+        """As `ExpertBase.joined`."""
+        return self._store.joined(self._layer, self._name, room, dtype, self._transposed)
 
 
 class HeldBiases(Sequence[Tensor]):
