@@ -21,7 +21,7 @@ pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 
 QUANTISED = ("8bit", "4bit")
 E, H, INNER, T, K, RANK = 4, 128, 64, 48, 2, 8
-NEAR_TIES = 2e-3
+NEAR_TIES = 1e-3
 """Share of the values that may get the neighbouring code: the GPU divides by a block's largest value less exactly."""
 
 
@@ -62,7 +62,7 @@ def test_the_device_chooses_the_codes_of_the_cpu(
     expected, found = (store_as(values.to(where), storage, torch.float32) for where in (CPU, device))
     assert found.nbytes == expected.nbytes
     found_values, expected_values = found(torch.float32).cpu(), expected(torch.float32)
-    step = expected_values.abs().max() / (32 if storage == "8bit" else 4)
+    step = expected_values.abs().max() / (32 if storage == "8bit" else 3)  # more than the largest step of the code
     apart = (found_values - expected_values).abs()
     assert float(apart.max()) <= float(step)
     share = float((apart > 1e-5 * expected_values.abs().max()).float().mean())
