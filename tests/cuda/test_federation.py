@@ -30,9 +30,10 @@ EVERYTHING = (*SMALL, "method.residency=all")
 """Which experts a client holds depends on scores; two that are nearly equal may change places by rounding."""
 BUDGETS = (*SMALL, 'clients.budgets=["25%","50%","100%"]', "method.score=taylor", "method.gate=rows")
 STEPS = 2 * 2  # rounds, local steps
-CHANGE = 5e-2
-"""AdamW moves every weight by about its learning rate, also where the gradient is only rounding, in either direction:
-so what was learnt is compared less strictly than the weights."""
+LOSS, WEIGHTS, CHANGE = 2e-3, 3e-3, 1e-1
+"""Relative errors. AdamW moves a weight by about its learning rate also where its gradient is only rounding, and one
+token with two nearly equal experts may go to the other. Rounding alone (3e-7 of every linear layer's output, on a CPU)
+made 2e-4 of the losses, 6e-4 of the weights and 2e-2 of what they had learnt."""
 
 
 def on(device: torch.device) -> str:
@@ -53,7 +54,11 @@ def trained(path: Path) -> dict[str, Tensor]:
         return dict(folder.load_checkpoint(2).tensors)
 
 
-@pytest.mark.parametrize("more", [(), ("train.experts=full",), ("train.attention=true", "train.gradient_checkpointing=true")])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("train.experts=full",), ("train.attention=true", "train.gradient_checkpointing=true")],
+    ids=["lora", "full", "attention"],
+)
 def test_the_losses_and_weights_of_the_cpu(more: tuple[str, ...], tmp_path: Path, device: torch.device) -> None:
     found = {}
     for name, where in (("there", device), ("here", torch.device("cpu"))):
@@ -67,19 +72,16 @@ def test_the_losses_and_weights_of_the_cpu(more: tuple[str, ...], tmp_path: Path
         found[name] = (losses(folder), before, {k: t.cpu() for k, t in federation.server.tensors.items()})
     (there, start, new), (here, expected_start, expected) = found["there"], found["here"]
     assert len(here) > STEPS
-    assert there == pytest.approx(here, rel=1e-3)
+    assert there == pytest.approx(here, rel=LOSS)
     assert_same_bits(start, expected_start)
-    kinds = {name.split(".")[0] for name in expected}
-    for kind in sorted(kinds):
+    for kind in sorted({name.split(".")[0] for name in expected}):
         names = [name for name in expected if name.startswith(f"{kind}.")]
-        whole, change = (
-            torch.cat([(tensors[name] - base).flatten() for name in names for base in [bases[name] if bases else 0.0]])
-            for tensors, bases in ((expected, None), (expected, start))
+        ours, theirs, begun = (
+            torch.cat([tensors[name].flatten() for name in names]) for tensors in (new, expected, start)
         )
-        difference = torch.cat([(new[name] - expected[name]).flatten() for name in names])
-        assert change.norm() > 0
-        assert difference.norm() < 1e-3 * whole.norm(), kind
-        assert difference.norm() < CHANGE * change.norm(), kind
+        assert not torch.equal(theirs, begun)
+        assert relative_error(ours, theirs) < WEIGHTS, kind
+        assert relative_error(ours - begun, theirs - begun) < CHANGE, kind
 
 
 class Stopped(Exception):

@@ -80,7 +80,9 @@ def test_merged_experts_stand_in_for_absent_ones(tmp_path: Path, device: torch.d
         model.set_resident(resident)
         payload.load(model, payload.pack(everything, resident), resident)
         absent = [(~keep).nonzero()[:, 0].tolist() for keep in resident]
-        model.stand_in([[Mixture(own[:1], [1.0]), Mixture(own[1:], [0.5] * len(own[1:]))] for own in absent], everything)
+        model.stand_in(
+            [[Mixture(own[:1], [1.0]), Mixture(own[1:], [0.5] * len(own[1:]))] for own in absent], everything
+        )
         results.append(stepped(model, batch_for(model)))
     assert_near(*results, FLOAT32)
 

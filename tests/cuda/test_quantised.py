@@ -55,9 +55,7 @@ def test_the_same_codes_are_the_same_values(
 
 @pytest.mark.parametrize("shape", [(512, 640), (3, 43), (7, 5, 9)], ids=str)
 @pytest.mark.parametrize("storage", QUANTISED)
-def test_the_device_chooses_the_codes_of_the_cpu(
-    storage: str, shape: tuple[int, ...], device: torch.device
-) -> None:
+def test_the_device_chooses_the_codes_of_the_cpu(storage: str, shape: tuple[int, ...], device: torch.device) -> None:
     values = normal(*shape)
     expected, found = (store_as(values.to(where), storage, torch.float32) for where in (CPU, device))
     assert found.nbytes == expected.nbytes
