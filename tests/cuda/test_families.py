@@ -25,8 +25,8 @@ FAMILIES = (
 )
 TOKENS, TOP_K = 40, 2
 RELU = {"switch_transformers": 0.5}
-"""Bound of gradients in bfloat16: rounding moves some inputs of a ReLU over 0, where its slope jumps (0.2 on a CPU). The
-test in float32 is the sharp one."""
+"""Bound of gradients in bfloat16: rounding moves some inputs of a ReLU over 0, where its slope jumps (0.2 on a CPU).
+The test in float32 is the sharp one."""
 
 
 @pytest.mark.parametrize("experts", ["lora", "full", "frozen"])
@@ -49,9 +49,9 @@ def test_masked_residents_and_watched_statistics(family: str, device: torch.devi
     results = []
     for where in (device, CPU):
         model = wrapped(family, where)
-        keep = [torch.arange(layer.num_experts) % 2 == layer.index % 2 for layer in model.layers]
-        for own, layer in zip(keep, model.layers, strict=True):
-            own[: layer.top_k] = True
+        keep = [torch.arange(moe.num_experts) % 2 == moe.index % 2 for moe in model.layers]
+        for own, moe in zip(keep, model.layers, strict=True):
+            own[: moe.top_k] = True
         model.set_resident(keep)
         batch = batch_for(model)
         model.watch(TokenMasks(batch["attention_mask"]), "taylor", "ghost")
@@ -66,7 +66,7 @@ def test_masked_residents_and_watched_statistics(family: str, device: torch.devi
                 found[f"{layer} {name}"] = values.nan_to_num(0.0)
         results.append(found)
     assert is_nonzero([value for name, value in results[1].items() if name.endswith("ghost")])
-    assert_near(*results, FLOAT32)
+    assert_near(results[0], results[1], FLOAT32)
 
 
 @pytest.mark.parametrize("experts", ["lora", "full", "frozen"])
@@ -81,7 +81,7 @@ def test_a_layer_in_bfloat16_with_given_routing(family: str, experts: str, devic
         model = _rounded(family, where, dtype, experts)
         results.append(_layer_alone(model, where, dtype))
     assert is_nonzero([results[1]["grad x"]])
-    assert_near(*results, BFLOAT16, RELU.get(family, BFLOAT16_GRADIENT))
+    assert_near(results[0], results[1], BFLOAT16, RELU.get(family, BFLOAT16_GRADIENT))
 
 
 def _rounded(family: str, device: torch.device, dtype: torch.dtype, experts: str) -> MoEModel:

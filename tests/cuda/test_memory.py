@@ -76,7 +76,8 @@ def test_a_step_without_memory_leaves_nothing_and_a_smaller_one_works(
 
 
 def test_a_client_that_ran_out_of_memory_comes_back_with_fewer_experts(tmp_path: Path, device: torch.device) -> None:
-    config = tiny_config("data.test_rows=6", "evaluation.watch_rows=1", "train.batch_size=2", f"model.device={device}")
+    quick = ("partition.scheme=iid", "data.test_rows=6", "evaluation.watch_rows=1", "train.batch_size=2")
+    config = tiny_config(*quick, f"model.device={device}")
     federation = Federation(RunFolder.create(tmp_path / "run", config), config)
     asked: list[int] = []
 

@@ -55,7 +55,7 @@ def test_a_carved_model_with_tensors_from_the_wire(experts: str, tmp_path: Path,
         results.append(stepped(model, batch_for(model)))
         updates.append(payload.extract(model, resident))
     assert is_nonzero([value for name, value in results[1].items() if ".up" in name])
-    assert_near(*results, FLOAT32)
+    assert_near(results[0], results[1], FLOAT32)
     assert {tensor.device for tensor in updates[0].values()} == {device}
 
 
@@ -67,7 +67,7 @@ def test_a_carved_model_streams_its_experts(tmp_path: Path, device: torch.device
         model.model.eval()
         with model.streaming(3):
             logits.append({"logits": model.model(**batch_for(model)).logits})
-    assert_near(*logits, FLOAT32)
+    assert_near(logits[0], logits[1], FLOAT32)
 
 
 def test_merged_experts_stand_in_for_absent_ones(tmp_path: Path, device: torch.device) -> None:
@@ -84,7 +84,7 @@ def test_merged_experts_stand_in_for_absent_ones(tmp_path: Path, device: torch.d
             [[Mixture(own[:1], [1.0]), Mixture(own[1:], [0.5] * len(own[1:]))] for own in absent], everything
         )
         results.append(stepped(model, batch_for(model)))
-    assert_near(*results, FLOAT32)
+    assert_near(results[0], results[1], FLOAT32)
 
 
 @pytest.mark.parametrize("kind", ["copy", "graft"])
@@ -109,4 +109,4 @@ def test_experts_of_a_clients_own(kind: OwnKind, device: torch.device) -> None:
         results.append(found)
     assert is_nonzero([value for name, value in results[1].items() if name.startswith("grad own")])
     assert is_nonzero([value for name, value in results[1].items() if name.startswith("grad scale")])
-    assert_near(*results, FLOAT32)
+    assert_near(results[0], results[1], FLOAT32)

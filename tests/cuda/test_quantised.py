@@ -109,10 +109,7 @@ def computed(storage: str, device: torch.device, dtype: torch.dtype) -> dict[str
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("storage", ["same", "bfloat16", *QUANTISED])
 def test_outputs_and_gradients(storage: str, dtype: torch.dtype, device: torch.device) -> None:
-    if storage in QUANTISED and dtype == torch.float32:
-        bound = 1e-2  # some codes are those of the neighbours
-    else:
-        bound = FLOAT32
+    bound = 1e-2 if storage in QUANTISED else FLOAT32  # some codes are those of the neighbours
     reference, found = computed(storage, CPU, torch.float32), computed(storage, device, dtype)
     if dtype == torch.float32:
         assert_near(found, reference, bound)
