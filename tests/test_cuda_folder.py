@@ -6,9 +6,9 @@ import sys
 
 
 def test_a_few_of_them_run_on_the_cpu() -> None:
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/cuda", "-k", "few or none"]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/cuda", "-k", "routing and few"]
     dry = os.environ | {"HFEDMOE_CUDA_TESTS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dry)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed" in done.stdout
+    assert "2 passed" in done.stdout
     assert "skipped" not in done.stdout
