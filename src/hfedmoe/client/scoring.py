@@ -41,7 +41,9 @@ class Choice:
         self._learner, self._history = learner, history
         self._draws = generator(learner.seed, "activation", learner.number, history.rounds)
         ties = generator(learner.seed, "ties", learner.number, history.rounds)
-        self._ties = [torch.randperm(number, generator=ties) for number in learner.model.num_experts]
+        # On the device from now on: a copy during the forward pass would make the host wait in every layer.
+        device = learner.model.device
+        self._ties = [torch.randperm(number, generator=ties).to(device) for number in learner.model.num_experts]
 
     def within(self, budget: list[int] | None) -> None:
         """Set how many experts per layer the next batches train; None: all resident ones."""
@@ -61,8 +63,8 @@ class Choice:
             contribution = score(name, routing.evidence, settings.lam, settings.beta, self._draws)
         else:
             # Decision: a score that is known only at the end of the pass uses its values from earlier batches.
-            contribution = self._history.contribution()[layer].to(hit.device)
-        return train(contribution, hit, routing.resident(), self._budget[layer], self._ties[layer].to(hit.device))
+            contribution = self._history.contribution()[layer].to(hit.device, non_blocking=True)
+        return train(contribution, hit, routing.resident(), self._budget[layer], self._ties[layer])
 
 
 @torch.no_grad()
