@@ -93,12 +93,21 @@ def profile(minutes: float, dry: bool, traces: Path) -> Section:
 
 
 def fits(minutes: float, dry: bool, traces: Path) -> Section:
-    """Whether the planner's memory fits."""
+    """Whether the planner predicts the memory that clients need."""
     from benchmarks import gpu_fits
 
     rows = gpu_fits.measure(minutes, dry)
     failures = [f"fits: {row['error']}" for row in rows if row.get("error")]
-    return Section(rows, failures, [", ".join(f"{key} {value}" for key, value in row.items()) for row in rows])
+    return Section(rows, failures, [", ".join(_short(row)) for row in rows])
+
+
+def _short(row: Row) -> list[str]:
+    """The plain values of a row."""
+    return [
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.items()
+        if isinstance(value, (str, int, float)) and key != "error"
+    ]
 
 
 def show(where: Row, found: dict[str, Section]) -> None:

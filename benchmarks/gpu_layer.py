@@ -1,6 +1,6 @@
 """One layer of experts and its batch: the same weights, routing and inputs for every implementation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,7 +62,7 @@ class Layer:
     """x [T, H], index and weights [T, K] -> [T, H]."""
     weight_bytes: int
     """Bytes of the frozen weights, as they are held."""
-    trained: list[Tensor] = field(default_factory=list)
+    trained: Sequence[Tensor] = field(default_factory=list)
     paths: Callable[[], dict[str, object]] = dict
     """Which of its own code paths were taken so far, for implementations that choose."""
 

@@ -26,7 +26,7 @@ def measure(minutes: float, dry: bool, arms: tuple[str, ...] = tuple(ARMS)) -> l
     for place, arm in enumerate(arms):
         left = until - time.monotonic()
         # An arm may take more than its share: those before it took less, or those after it are less important.
-        share = min(left, 2 * left / (len(arms) - place))
+        share = 120.0 if dry else min(left, 2 * left / (len(arms) - place))
         if dry and arm in ON_GPU_ONLY:
             new = _absent(arm, cells, ON_GPU_ONLY[arm])
         elif share < LEAST_SECONDS and not dry:
