@@ -136,6 +136,11 @@ def _layer(arm: Arm, layer: Layer, shape: Shape, tokens: int, batch: Batch, devi
         raise RuntimeError("a tensor that is trained got no gradient")
     row: dict[str, Any] = {"norm": out.float().norm().item(), "grad_norm": batch.x.grad.float().norm().item()}
     del out
+    if device.type == "cuda":
+        # The first step may also move or prepare weights, once.
+        row["first_bytes"] = torch.cuda.max_memory_allocated(device)
+        layer.clear(batch)
+        torch.cuda.reset_peak_memory_stats(device)
     timing = timed(lambda: layer.step(batch), device, SECONDS[device.type], before=lambda: layer.clear(batch))
     flops = shape.base_flops(tokens) + (shape.lora_flops(tokens) if arm.lora else 0.0)
     row |= asdict(timing) | {"tflops": flops / timing.ms / 1e9, "weight_bytes": layer.weight_bytes}

@@ -29,5 +29,5 @@ def rows_of(
         printed = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
         failure = f"stopped after {seconds:.0f} s"
     # A library may print lines of its own, and a stopped process may leave half a line.
-    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{") and line.endswith("}")]
+    rows = [json.loads(line) for line in printed.splitlines() if line.startswith('{"') and line.endswith("}")]
     return rows, failure

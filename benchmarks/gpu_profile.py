@@ -136,7 +136,9 @@ def waits(layer: Layer, batch: Batch, device: torch.device) -> Row:
                 _step(layer, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    places = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchronizing" in str(one.message))
+    places = Counter(
+        f"{Path(one.filename).name}:{one.lineno}" for one in caught if "called a synchronizing" in str(one.message)
+    )
     return {"waits_per_step": places.total() / STEPS, "waits_at": dict(places)}
 
 
