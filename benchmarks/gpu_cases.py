@@ -152,7 +152,7 @@ CASES = [
     Case("8bit", "qwen3_moe", 4, 512, {**BF16, "model.expert_dtype": "8bit", "train.rank": "32"}, share=0.5),
     Case("long answers", "qwen3_moe", 4, 256, {**BF16, "data.format": "completion"}, share=0.75),
     Case("sinks", "gpt_oss", 4, 512, BF16, share=0.5),
-    Case("OLMoE in 4 GiB", "OLMoE-1B-7B", 8, 128, {**BF16, **RANK_16}, hold_gib=4),
+    Case("OLMoE in 4 GiB", "OLMoE-1B-7B", 8, 128, {**BF16, **RANK_16, **CHECKPOINTING}, hold_gib=4),
     Case("Qwen3 in 24 GiB", "Qwen3-30B-A3B", 4, 256, {**BF16, **RANK_16}, hold_gib=24),
     Case("OLMoE 4bit in 4 GiB", "OLMoE-1B-7B", 8, 128, {**BF16, **RANK_16, "model.expert_dtype": "4bit"}, hold_gib=4),
     Case(
