@@ -23,7 +23,8 @@ def driver_bytes() -> int | None:
     command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except FileNotFoundError:
+    except (FileNotFoundError, subprocess.SubprocessError) as error:
+        print(f"nvidia-smi gives no figure: {error}", file=sys.stderr, flush=True)
         return None
     words = done.stdout.strip()
     return int(words) << 20 if words.isdigit() else None
@@ -117,7 +118,7 @@ def _run(case: Case, folder: Path, device: Any, order: dict[str, Any], result: d
     result["held"] = _allocated(device)
     result["loading_peak"] = _peak(device)
     result["build_s"] = time.perf_counter() - started
-    _forget_peak(device)
+    _forget_peak(device, result)
     shapes = expected_shapes(model, resident)
     request = train_request(1, resident, _small_numbers(shapes))
     peaks: list[int] = []
@@ -125,7 +126,7 @@ def _run(case: Case, folder: Path, device: Any, order: dict[str, Any], result: d
 
     def on_step(number: int, step: int, loss: float) -> None:
         peaks.append(_peak(device))
-        _forget_peak(device)
+        _forget_peak(device, result)
 
     client.on_step = on_step
     started = time.perf_counter()
@@ -166,10 +167,12 @@ def _peak(device: Any) -> int:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
-def _forget_peak(device: Any) -> None:
+def _forget_peak(device: Any, result: dict[str, Any]) -> None:
+    """Begin a new peak of what is allocated; that of what is reserved goes on, in `result`."""
     import torch
 
     if device.type == "cuda":
+        result["reserved"] = max(result.get("reserved", 0), torch.cuda.max_memory_reserved())
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -184,7 +187,7 @@ def _figures(result: dict[str, Any]) -> None:
     free, total = torch.cuda.mem_get_info()
     result["update_peak"] = torch.cuda.max_memory_allocated()
     result["allocated"] = max([result["update_peak"], result.get("loading_peak", 0), *result.get("step_peaks", [])])
-    result["reserved"] = int(torch.cuda.memory_stats().get("reserved_bytes.all.peak", 0))
+    result["reserved"] = max(result.get("reserved", 0), torch.cuda.max_memory_reserved())
     result["device_used"] = total - free
     result["driver_used"] = driver_bytes()
     result["context"] = total - free - torch.cuda.memory_reserved()

@@ -97,31 +97,41 @@ def measure(minutes: float, dry: bool, only: Sequence[str] = ()) -> list[dict[st
         planners = [start(_command("--plan", work, dry, group), {}) for group in groups]
         waiting = {case.name: start(_client(case, work, dry), {}) for case in chosen[: max(0, cores // 2 - 1)]}
         hidden = {"CUDA_VISIBLE_DEVICES": ""}
-        away = None if dry else start(_command("--plan", work, dry, names), hidden)
+        away = [] if dry else [start(_command("--plan", work, dry, group), hidden) for group in groups]
         plans = {row["name"]: row for planner in planners for row in _lines(planner, end)}
+        elsewhere: dict[str, dict[str, Any]] = {}
+        if not all("peak" in plans.get(name, {}) for name in names):
+            elsewhere = {row["name"]: row for planner in away for row in _lines(planner, end)}
         rows = []
         for index, case in enumerate(chosen):
             for other in chosen[index : index + max(1, cores // 2)]:
                 if other.name not in waiting:
                     waiting[other.name] = start(_client(other, work, dry), {})
-            rows.append(_measured(case, plans.get(case.name), waiting.pop(case.name), end))
+            planned, problem = plans.get(case.name), None
+            if planned is None or "error" in planned:
+                # The client is measured all the same, with the other plan.
+                problem = "it was not planned" if planned is None else planned["error"]
+                planned = plans[case.name] = elsewhere.get(case.name, {"error": problem})
+            rows.append(_measured(case, planned, waiting.pop(case.name), end))
+            if problem is not None:
+                rows[-1]["error"] = f"planning with the GPU failed: {problem}\n{rows[-1].get('error', '')}"
             if rows[-1].get("status") == "out_of_memory" and end - time.monotonic() > 2 * WORTH_S:
                 free = plans[case.name] | {"limit_bytes": None}
                 again = _measured(case, free, start(_client(case, work, dry), {}), end)
                 rows[-1]["without_limit"] = again
             print(_short(rows[-1]), file=sys.stderr, flush=True)
-        elsewhere = {} if away is None else {row["name"]: row for row in _lines(away, end)}
+        elsewhere = elsewhere or {row["name"]: row for planner in away for row in _lines(planner, end)}
     for row in rows:
         row["plan_away"] = elsewhere.get(str(row["name"]))
     return rows
 
 
-def _measured(case: Case, planned: dict[str, Any] | None, client: "_Process", end: float) -> dict[str, object]:
+def _measured(case: Case, planned: dict[str, Any], client: "_Process", end: float) -> dict[str, object]:
     """Let a waiting client work, and compare."""
     row: dict[str, object] = {"name": case.name, "shape": case.shape, "batch": f"{case.batch} x {case.length}"}
-    if planned is None or "error" in planned:
+    if "error" in planned:
         client.stop()
-        return row | {"error": "it was not planned" if planned is None else planned["error"]}
+        return row | {"error": planned["error"]}
     left = end - time.monotonic()
     if left < WORTH_S:
         client.stop()
@@ -138,7 +148,7 @@ def _measured(case: Case, planned: dict[str, Any] | None, client: "_Process", en
     if "allocated" in found:
         used = found["driver_used"]
         driver = found["device_used"] if used is None or before is None else used - before
-        row |= {"driver": driver, "fit_driver": planned["peak"] / driver}
+        row |= {"driver": driver, "fit_driver": planned["peak"] / driver if driver > 0 else float("nan")}
         row["fit_allocated"] = (planned["peak"] - planned["kinds"]["framework"]) / found["allocated"]
     return row
 
