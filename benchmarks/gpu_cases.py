@@ -1,6 +1,6 @@
 """The clients that `benchmarks.gpu_fits` measures, and their shapes.
 
-Ten of middle size, so that each takes seconds and the framework does not hide the rest; and clients of two well-known
+Eight of middle size, so that each takes seconds and the framework does not hide the rest; and clients of two well-known
 shapes that are held to a memory, with as many experts as the planner says.
 """
 
