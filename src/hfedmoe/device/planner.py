@@ -34,10 +34,12 @@ ATTENTION_LORA_BYTES = 106 << 20
 """PEFT, which is imported only for LoRA on the attention."""
 CODE_BYTES = 112 << 20
 """Code that oneDNN compiles and keeps for 16-bit products, after some tens of steps; hfedmoe limits its size."""
-RECEIVED_COPIES = 1
-"""Copies of the server's message in memory while the client trains: the blob; the tensors are views of it."""
-UPDATE_COPIES = 3
-"""Copies of the update in memory afterwards: rows taken from the model, the blob, and the carrier's copy."""
+RECEIVED_COPIES = {"cpu": 1, "cuda": 0, "mps": 1}
+"""Copies of the server's message in memory while the client trains: the blob; the tensors are views of it. None is in
+a card's memory."""
+UPDATE_COPIES = {"cpu": 3, "cuda": 1, "mps": 3}
+"""Copies of the update in memory afterwards: rows taken from the model, the blob, and the carrier's copy. Only the
+first is in a card's memory."""
 _BYTES_OF_FACTS = 1024
 _VECTORS = 3
 
@@ -108,7 +110,8 @@ class Planner:
         travelling = self._weights.travelling(counts, workload)
         down = blob_bytes(travelling) + _BYTES_OF_FACTS
         up = down + _VECTORS * 4 * sum(self.num_experts)
-        received = RECEIVED_COPIES * down
+        received = RECEIVED_COPIES.get(workload.device, RECEIVED_COPIES["cpu"]) * down
+        returned = UPDATE_COPIES.get(workload.device, UPDATE_COPIES["cpu"]) * up
         whole = self._weights.whole(workload).nbytes
         trained = whole + sum(
             number * layer.trained_bytes(workload) for layer, number in zip(self._weights.layers, counts, strict=True)
@@ -118,7 +121,7 @@ class Planner:
         moments = [
             held | step | {"optimizer": 2 * trained if workload.steps > 1 else 0, "buffers": received},
             held | {"gradients": trained, "optimizer": 2 * trained, "buffers": received},
-            held | {"buffers": received + UPDATE_COPIES * up},
+            held | {"buffers": received + returned},
         ]
         kinds = max(moments, key=lambda kinds: sum(kinds.values()))
         base = sum(held.values()) - held["adapters"]
