@@ -11,6 +11,8 @@ CELLS = ("olmoe:8192", "qwen3:8192", "olmoe:2048", "qwen3:2048")
 DRY_CELLS = ("tiny:128", "tiny:32")
 LEAST_SECONDS = 20.0
 """An arm with less time than this is left out: most of it is the start of the process."""
+USUAL_SECONDS = 35.0
+"""What an arm gets at least, if there is as much left."""
 GRACE_SECONDS = 20.0
 """A process that does not stop by itself gets this much longer."""
 CLOSE = {"16bit": 0.02, "8bit": 0.05, "4bit": 0.15}
@@ -26,7 +28,7 @@ def measure(minutes: float, dry: bool, arms: tuple[str, ...] = tuple(ARMS)) -> l
     for place, arm in enumerate(arms):
         left = until - time.monotonic()
         # An arm may take more than its share: those before it took less, or those after it are less important.
-        share = 120.0 if dry else min(left, 2 * left / (len(arms) - place))
+        share = 120.0 if dry else min(left, max(USUAL_SECONDS, 2 * left / (len(arms) - place)))
         if dry and arm in ON_GPU_ONLY:
             new = _absent(arm, cells, ON_GPU_ONLY[arm])
         elif share < LEAST_SECONDS and not dry:

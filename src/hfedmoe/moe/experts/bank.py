@@ -26,6 +26,10 @@ class Bank(Protocol):
         """One expert's matrix, where it is now."""
         ...
 
+    def apart(self, place: int) -> Stored:
+        """A copy of one expert's matrix in memory of its own."""
+        ...
+
 
 class Scratch:
     """Memory that is used again and again; what is in it lasts until the next call."""
@@ -65,6 +69,9 @@ class PlainBank:
     def stored(self, place: int) -> Plain:
         return self._held[place]
 
+    def apart(self, place: int) -> Plain:
+        return self._held[place].copy()
+
 
 class QuantisedBank:
     """Matrices of 8 or of 4 bit."""
@@ -81,8 +88,11 @@ class QuantisedBank:
     def stored(self, place: int) -> Quantised8 | Quantised4:
         return self._held[place]
 
+    def apart(self, place: int) -> Quantised8 | Quantised4:
+        return self._held[place].copy()
+
     def dequantised(self, room: int, dtype: torch.dtype) -> Tensor:
-        """All matrices in a buffer [n, height + room, width + room] of any contents beside them; until the next call."""
+        """All matrices, in a buffer [n, height + room, width + room]. It lasts until the next call."""
         first = self._held[0]
         height, width = first.shape
         shape = (len(self._held), height + room, width + room)

@@ -43,10 +43,6 @@ class Stored(Protocol):
         """The tensor [shape] in `dtype`; do not write to it."""
         ...
 
-    def copy(self) -> "Stored":
-        """The same in memory of its own."""
-        ...
-
 
 class Plain:
     """Holds a tensor as it is."""
@@ -66,6 +62,7 @@ class Plain:
         return self.tensor.to(dtype)
 
     def copy(self) -> "Plain":
+        """The same in memory of its own."""
         return Plain(self.tensor.clone(memory_format=torch.contiguous_format))
 
 
@@ -105,6 +102,7 @@ class Quantised8:
         return (_dynamic_code(self._data.device),)
 
     def copy(self) -> "Quantised8":
+        """The same in memory of its own."""
         return self.of(self.shape, *(part.clone() for part in self.parts))
 
     @property
@@ -147,7 +145,7 @@ class Quantised4:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Pairs of values uint8 [V / 2], their scales uint8 [V / BLOCK], the scales of these, and the mean float32 []."""
+        """Pairs of values uint8 [V / 2], scales uint8 [V / BLOCK], the scales of these, and their mean float32 []."""
         return self._data, self._scales, self._nested, self._mean
 
     @property
@@ -156,6 +154,7 @@ class Quantised4:
         return _normal_code(self._data.device), _dynamic_code(self._data.device)
 
     def copy(self) -> "Quantised4":
+        """The same in memory of its own."""
         return self.of(self.shape, *(part.clone() for part in self.parts))
 
     @property

@@ -174,15 +174,12 @@ class ExpertStore:
 
     def _break_up(self, layer: int, keep: set[int]) -> None:
         """Hold the experts of a layer by themselves again, and only those to keep."""
-        names = [name for number, name in self._banks if number == layer]
-        for expert in self.present[layer] if names else ():
+        banks = {name: self._banks.pop((layer, name)) for name in MATRICES if (layer, name) in self._banks}
+        for place, expert in enumerate(self.present[layer] if banks else ()):
             if expert in keep:
-                held = self._held[layer, expert]
-                held.update({name: held[name].copy() for name in names})
+                self._held[layer, expert].update({name: bank.apart(place) for name, bank in banks.items()})
             else:
                 del self._held[layer, expert]
-        for name in names:
-            del self._banks[layer, name]
 
     def _read(self, layer: int, expert: int) -> dict[str, Stored]:
         self.reads += 1

@@ -1,7 +1,6 @@
 """Triton kernels of `rows`: each reads and writes every value once. Arithmetic is in float32."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -15,8 +14,8 @@ _VALUES = 2048
 """Values that one program dequantises."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _gather(x: Any, token: Any, out: Any, x_stride: Any, out_stride: Any, columns: tl.constexpr, block: tl.constexpr) -> None:
+@triton.jit
+def _gather(x, token, out, x_stride, out_stride, columns: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < columns
@@ -31,10 +30,8 @@ def gather(x: Tensor, token: Tensor, out: Tensor) -> None:
     _gather[grid](x, token, out, x.stride(0), out.stride(0), out.shape[1], block=block)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _sum(
-    rows: Any, places: Any, out: Any, size: Any, row_stride: Any, columns: tl.constexpr, top_k: tl.constexpr, block: tl.constexpr
-) -> None:
+@triton.jit
+def _sum(rows, places, out, size, row_stride, columns: tl.constexpr, top_k: tl.constexpr, block: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < columns
@@ -55,8 +52,8 @@ def sum_pairs(rows: Tensor, places: Tensor, out: Tensor) -> None:
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _gate(u: Any, w: Any, out: Any, u_stride: Any, out_stride: Any, columns: tl.constexpr, block: tl.constexpr) -> None:
+@triton.jit
+def _gate(u, w, out, u_stride, out_stride, columns: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < columns
@@ -74,21 +71,21 @@ def silu_gate(u: Tensor, w: Tensor, out: Tensor) -> None:
     _gate[grid](u, w, out, u.stride(0), out.stride(0), out.shape[1], block=block)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _gate_backward(
-    u: Any,
-    w: Any,
-    d_a: Any,
-    a: Any,
-    d_u: Any,
-    d_w: Any,
-    u_stride: Any,
-    d_a_stride: Any,
-    a_stride: Any,
-    d_u_stride: Any,
+    u,
+    w,
+    d_a,
+    a,
+    d_u,
+    d_w,
+    u_stride,
+    d_a_stride,
+    a_stride,
+    d_u_stride,
     columns: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(w + row).to(tl.float32)
     total = tl.zeros((block,), dtype=tl.float32)
@@ -128,19 +125,19 @@ def silu_gate_backward(u: Tensor, w: Tensor, d_a: Tensor, a: Tensor, d_u: Tensor
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _dequantise_8bit(
-    data: Any,
-    scales: Any,
-    code: Any,
-    out: Any,
-    matrix_stride: Any,
-    row_stride: Any,
-    values: Any,
+    data,
+    scales,
+    code,
+    out,
+    matrix_stride,
+    row_stride,
+    values,
     width: tl.constexpr,
     per_scale: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     matrix = tl.program_id(1).to(tl.int64)
     value = tl.program_id(0) * block + tl.arange(0, block)
     inside = value < values
@@ -161,23 +158,23 @@ def dequantise_8bit(parts: Sequence[Tensor], codes: Sequence[Tensor], out: Tenso
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _dequantise_4bit(
-    data: Any,
-    scales: Any,
-    nested: Any,
-    mean: Any,
-    code: Any,
-    scale_code: Any,
-    out: Any,
-    matrix_stride: Any,
-    row_stride: Any,
-    values: Any,
+    data,
+    scales,
+    nested,
+    mean,
+    code,
+    scale_code,
+    out,
+    matrix_stride,
+    row_stride,
+    values,
     width: tl.constexpr,
     per_scale: tl.constexpr,
     per_nested: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     matrix = tl.program_id(1).to(tl.int64)
     pair = tl.program_id(0) * (block // 2) + tl.arange(0, block // 2)
     pairs = (values + 1) // 2
@@ -214,4 +211,3 @@ def dequantise_4bit(parts: Sequence[Tensor], codes: Sequence[Tensor], out: Tenso
 
 def _block(columns: int) -> int:
     return min(_COLUMNS, int(triton.next_power_of_2(columns)))
-
