@@ -122,7 +122,9 @@ def test_the_peak_counts_what_was_taken(device: torch.device) -> None:
         assert peak_bytes(device) == peak
 
 
-@pytest.mark.parametrize("more", [(), ("train.gradient_checkpointing=true",), ("train.experts=full",)])
+@pytest.mark.parametrize(
+    "more", [(), ("train.gradient_checkpointing=true",), ("train.experts=full",), ("train.attention=true",)]
+)
 def test_forecasts_are_made_for_the_device(more: tuple[str, ...], device: torch.device) -> None:
     """The step is rehearsed on imagined tensors of the device, so real memory must not be touched."""
     gc.collect()  # what other tests left is not freed while this one counts

@@ -1,12 +1,17 @@
-"""What the C library does with freed memory: keep it for the next step, or give it back at once.
+"""What the C library and torch do with freed memory: keep it for the next step, or give it back at once.
 
 A training step frees and allocates the same large buffers many times. By default glibc maps each of them again, and
 every page is faulted in and cleared again: this took a quarter of a step's time on the CPU. But kept memory becomes
-fragmented, so a process takes more than it uses. With a budget, freed memory is therefore given back.
+fragmented, so a process takes more than it uses. With a budget, freed memory is therefore given back. On a CUDA card
+torch keeps what it has freed in pieces of fixed sizes; with a budget it uses pieces that grow, so that less is lost.
 """
 
 import ctypes
+import os
 import sys
+
+_CUDA_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables that torch reads before it uses a card for the first time; the second is the old name of the first."""
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # the parameters' numbers in <malloc.h>
 _LIMIT = 2**31 - 1
@@ -25,6 +30,8 @@ def give_back_freed_memory() -> bool:
     """
     import pyarrow
 
+    if not any(name in os.environ for name in _CUDA_SETTINGS):
+        os.environ[_CUDA_SETTINGS[1]] = "expandable_segments:True"  # a name that every torch since 2.0 reads
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     return _set({_MMAP_THRESHOLD: 1 << 20, _TRIM_THRESHOLD: 1 << 20, _TOP_PAD: 1 << 17})
 

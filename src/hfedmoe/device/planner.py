@@ -22,10 +22,11 @@ from hfedmoe.moe.anatomy import UnsupportedModelError
 
 MARGIN = 1.05
 """`fit` multiplies predictions by this: they were within a few per cent of measurements."""
-FRAMEWORK_BYTES = {"cpu": 500 << 20, "cuda": 600 << 20, "mps": 500 << 20}
+FRAMEWORK_BYTES = {"cpu": 500 << 20, "cuda": 770 << 20, "mps": 500 << 20}
 """A client's process without a model: libraries, their first use, a tokenizer of 49,152 tokens and a few rows of data.
-Measured on the CPU (x86-64, torch 2.13, transformers 5.23) with `python -m benchmarks.planner_accuracy --framework`;
-assumed for CUDA, where it is the context in the card's memory, and for MPS."""
+Measured on the CPU (x86-64, torch 2.13, transformers 5.23) with `python -m benchmarks.planner_accuracy --framework`.
+For CUDA it is the context in the card's memory after the first steps, on an H200 (torch 2.11, CUDA 13.0) with
+`python -m benchmarks.gpu_fits`; smaller cards have smaller ones. Assumed for MPS."""
 PARQUET_BYTES = 56 << 20
 """Libraries that read Parquet, if the data are packaged, on the hub or in a Parquet file; measured in the same way."""
 QUANTISER_BYTES = 44 << 20

@@ -77,9 +77,16 @@ def _plain_conversion() -> Iterator[None]:
         for child in module.children() if recurse else ():
             apply(child, fn)
         with torch.no_grad():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and (converted := fn(tensor)) is not tensor:
-                    tensor.data = converted
+            for own in (module._parameters, module._buffers):
+                for name, tensor in own.items():
+                    if tensor is None or (converted := fn(tensor)) is tensor:
+                        continue
+                    if converted.device == tensor.device:
+                        tensor.data = converted
+                    elif isinstance(tensor, nn.Parameter):  # a fake tensor keeps its device
+                        own[name] = nn.Parameter(converted, tensor.requires_grad)
+                    else:
+                        own[name] = converted
         return module
 
     nn.Module._apply = apply  # type: ignore[method-assign]

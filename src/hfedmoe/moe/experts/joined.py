@@ -15,11 +15,15 @@ from torch.nn.functional import grouped_mm
 
 from hfedmoe.moe.experts import rows
 from hfedmoe.moe.experts.groups import Groups
-from hfedmoe.moe.experts.room import Joined, room_for, widened
+from hfedmoe.moe.experts.room import Joined, room_for, scaled
 
 
 class JoinedExperts(torch.autograd.Function):
-    """Outputs [T, H] of the grouped pairs; experts with SiLU gates, without biases or dropout."""
+    """Outputs [T, H] of the grouped pairs; experts with SiLU gates, without biases or dropout.
+
+    The backward pass sets the gradients of the leaves itself. As inputs, each would cost the host as much time as a
+    small product. The anchor, any leaf, only makes the output need a gradient.
+    """
 
     @staticmethod
     def forward(
@@ -28,13 +32,14 @@ class JoinedExperts(torch.autograd.Function):
         scale: float,
         groups: Groups,
         stacks: Mapping[str, Tensor],
+        leaves: list[Tensor],
         norms: Tensor | None,
         x: Tensor,
         weights: Tensor,
-        *leaves: Tensor,
+        anchor: Tensor | None,
     ) -> Tensor:
         up, down = base
-        lora = _Lora(stacks, scale, x.dtype)
+        lora = _Lora(stacks, leaves, scale, x.dtype)
         w = weights[groups.pair].to(x.dtype)
         hidden = x.shape[1]
         inputs = x.new_empty(groups.size, hidden + lora.room)
@@ -62,7 +67,6 @@ class JoinedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (up, down), groups, lora = ctx.base, ctx.groups, ctx.lora
         x, w, u, low_up, low_down = ctx.saved_tensors
-        lora.wanted = ctx.needs_input_grad[7:]
         hidden, inner = x.shape[1], u.shape[1] // 2
         outputs = x.new_empty(groups.size, hidden + lora.room)
         rows.gather(grads[0].contiguous(), groups.token, outputs[:, :hidden])
@@ -76,7 +80,7 @@ class JoinedExperts(torch.autograd.Function):
         d_pairs = rows.silu_gate_backward(u, w, d_a, a, d_u[:, : 2 * inner])
         del d_a
         d_weights = None
-        if ctx.needs_input_grad[6]:
+        if ctx.needs_input_grad[7]:
             shape, dtype = ctx.weights_like
             d_weights = torch.zeros(shape, dtype=dtype, device=x.device)
             d_weights[groups.pair] = d_pairs.to(dtype)
@@ -90,66 +94,66 @@ class JoinedExperts(torch.autograd.Function):
                 lora.put_a("up", d_low, outputs[:, :hidden], groups)
         del outputs, a
         d_x = None
-        if ctx.needs_input_grad[5]:
+        if ctx.needs_input_grad[6]:
             d_x = rows.sum_pairs(grouped_mm(d_u, up.backward(lora.a("up")), offs=groups.ends), groups.places)
-        return (None, None, None, None, None, d_x, d_weights, *lora.grads())
+        return None, None, None, None, None, None, d_x, d_weights, None
 
 
 class _Lora:
-    """LoRA's stacks in the precision of the products, and the gradients of their rows; `room` is 0 without LoRA."""
+    """LoRA's stacks as the products need them, and where their gradients go; `room` is 0 without LoRA.
 
-    def __init__(self, stacks: Mapping[str, Tensor], scale: float, dtype: torch.dtype) -> None:
-        self._stacks, self._scale, self._dtype = stacks, scale, dtype
+    Args:
+        leaves: group by group, its row of each stack.
+    """
+
+    def __init__(self, stacks: Mapping[str, Tensor], leaves: list[Tensor], scale: float, dtype: torch.dtype) -> None:
+        self._stacks, self._leaves, self._scale, self._dtype = stacks, leaves, scale, dtype
+        self._names = list(stacks)
         self._rank = stacks["up_a"].shape[1] if stacks else 0
         self.room = room_for(self._rank)
-        self.wanted: tuple[bool, ...] = ()
-        self._found: dict[str, list[Tensor]] = {}
 
     def a(self, side: str) -> Tensor | None:
         """A [E, R, in]; None without LoRA."""
-        return widened(self._stacks[f"{side}_a"], 1, self._dtype) if self._stacks else None
+        return self._stacks.get(f"{side}_a")
 
     def b(self, side: str) -> Tensor | None:
         """B [E, out, R]; None without LoRA."""
-        return widened(self._stacks[f"{side}_b"], 2, self._dtype) if self._stacks else None
+        return self._stacks.get(f"{side}_b")
 
     def scaled_a(self, side: str) -> Tensor:
         """c A [E, R, in]."""
-        return widened(self._stacks[f"{side}_a"], 1, self._dtype, self._scale)
+        return scaled(self._stacks[f"{side}_a"], self._scale, self._dtype)
 
     def scaled_b(self, side: str) -> Tensor:
         """c B [E, out, R], stored by rank, as the products need it."""
-        return widened(self._stacks[f"{side}_b"].transpose(1, 2), 1, self._dtype, self._scale).transpose(1, 2)
+        return scaled(self._stacks[f"{side}_b"].transpose(1, 2), self._scale, self._dtype).transpose(1, 2)
 
     def wants(self, name: str) -> bool:
-        """Whether gradients of `name` are needed, for any expert."""
-        names = list(self._stacks)
-        return any(self.wanted[names.index(name) :: len(names)])
+        """Whether the leaves of `name` are trained."""
+        return any(leaf.requires_grad for leaf in self._leaves_of(name)[:1])
 
     def put_b(self, side: str, low: Tensor, grad: Tensor, groups: Groups) -> None:
         """Gradients of B from low = c x A' [S, R] and the gradient of the output [S, out], stored as B is."""
         if self.wants(f"{side}_b"):
-            self._put(f"{side}_b", [one.t() for one in self._outer(low, grad, groups, f"{side}_b")])
+            self._put(f"{side}_b", self._outer(low, grad, groups, f"{side}_b").transpose(1, 2), groups)
 
     def put_a(self, side: str, low: Tensor, inputs: Tensor, groups: Groups) -> None:
         """Gradients of A from low = c g B [S, R] and the inputs [S, in]."""
         if self.wants(f"{side}_a"):
-            self._put(f"{side}_a", self._outer(low, inputs, groups, f"{side}_a"))
+            self._put(f"{side}_a", self._outer(low, inputs, groups, f"{side}_a"), groups)
 
-    def grads(self) -> list[Tensor | None]:
-        """The gradients of all leaves, group by group; None where none is wanted."""
-        grads: list[Tensor | None] = [None] * len(self.wanted)
-        for slot, name in enumerate(self._stacks):
-            if name in self._found:
-                # Not held here any longer: autograd copies a gradient that somebody else holds.
-                grads[slot :: len(self._stacks)] = self._found.pop(name)
-        return grads
+    def _leaves_of(self, name: str) -> list[Tensor]:
+        return self._leaves[self._names.index(name) :: len(self._names)]
 
-    def _put(self, name: str, grads: list[Tensor]) -> None:
-        self._found[name] = grads
+    def _put(self, name: str, grads: Tensor, groups: Groups) -> None:
+        """Add grads [E, ...] to those of the leaves, which are views of one tensor if they had none."""
+        every = grads.unbind(0)
+        for leaf, (expert, _, _) in zip(self._leaves_of(name), groups.spans, strict=True):
+            if leaf.grad is None:
+                leaf.grad = every[expert]
+            else:
+                leaf.grad.add_(every[expert])
 
-    def _outer(self, low: Tensor, wide: Tensor, groups: Groups, name: str) -> list[Tensor]:
-        """low' @ wide of each group with rows: [R, columns of wide] each, views of one tensor."""
-        stacked = grouped_mm(low.t(), wide, offs=groups.ends)[:, : self._rank].to(self._stacks[name].dtype)
-        every = stacked.unbind(0)
-        return [every[expert] for expert, _, _ in groups.spans]
+    def _outer(self, low: Tensor, wide: Tensor, groups: Groups, name: str) -> Tensor:
+        """low' @ wide of each group: [E, R, columns of wide]; what experts without rows have is undefined."""
+        return grouped_mm(low.t(), wide, offs=groups.ends)[:, : self._rank].to(self._stacks[name].dtype)

@@ -65,7 +65,8 @@ def experts_forward(
     """
     base = _joined_base(math, x, groups, stacks)
     if base is not None:
-        return JoinedExperts.apply(base, math.scale, groups, stacks, norms, x, weights, *leaves)
+        anchor = next((leaf for leaf in leaves if leaf.requires_grad), None)
+        return JoinedExperts.apply(base, math.scale, groups, stacks, leaves, norms, x, weights, anchor)
     return _GroupedExperts.apply(math, groups, stacks, norms, x, weights, *leaves)
 
 

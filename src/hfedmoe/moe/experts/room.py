@@ -60,19 +60,28 @@ class Roomy:
 
 
 def forward_factor(buffer: Tensor, room: int, b: Tensor | None) -> Tensor:
-    """Write b [E, out, R] to the room of buffer [E, out + room, in + room]; returns the view [E, in + R, out]."""
+    """Write b [E, out, R] to the room of buffer [E, out + room, in + room]; returns the view [E, in + R, out].
+
+    R is rounded up with columns of zeros, as by `room_for`; so it is in `backward_factor`.
+    """
     rows, columns, rank = buffer.shape[1] - room, buffer.shape[2] - room, 0 if b is None else b.shape[2]
+    until = columns + room_for(rank)
     if b is not None:
         buffer[:, :rows, columns : columns + rank].copy_(b)
-    return buffer[:, :rows, : columns + rank].transpose(1, 2)
+        if until > columns + rank:
+            buffer[:, :rows, columns + rank : until].zero_()
+    return buffer[:, :rows, :until].transpose(1, 2)
 
 
 def backward_factor(buffer: Tensor, room: int, a: Tensor | None) -> Tensor:
     """Write a [E, R, in] to the room of buffer [E, out + room, in + room]; returns the view [E, out + R, in]."""
     rows, columns, rank = buffer.shape[1] - room, buffer.shape[2] - room, 0 if a is None else a.shape[1]
+    until = rows + room_for(rank)
     if a is not None:
         buffer[:, rows : rows + rank, :columns].copy_(a)
-    return buffer[:, : rows + rank, :columns]
+        if until > rows + rank:
+            buffer[:, rows + rank : until, :columns].zero_()
+    return buffer[:, :until, :columns]
 
 
 def room_for(rank: int) -> int:
@@ -80,12 +89,12 @@ def room_for(rank: int) -> int:
     return -(-rank // ALIGNED) * ALIGNED
 
 
-def widened(stack: Tensor, dim: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """A LoRA stack times scale in another precision, with its rank (dimension `dim`) filled up with zeros."""
-    missing = room_for(stack.shape[dim]) - stack.shape[dim]
-    stack = (stack * scale if scale != 1.0 else stack).to(dtype)
-    if missing == 0:
-        return stack
-    shape = list(stack.shape)
-    shape[dim] = missing
-    return torch.cat([stack, stack.new_zeros(shape)], dim)
+def scaled(stack: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """stack [E, R, D] times scale in another precision, with R rounded up by rows of zeros."""
+    number, rank, columns = stack.shape
+    room = room_for(rank)
+    out = stack.new_empty(number, room, columns, dtype=dtype)
+    torch.mul(stack, scale, out=out[:, :rank])
+    if room > rank:
+        out[:, rank:].zero_()
+    return out

@@ -168,8 +168,9 @@ class ExpertStore:
                 return None
             self._banks[layer, name] = bank
         found = bank.joined(room, dtype, transposed)
-        for place, expert in enumerate(experts):
-            self._held[layer, expert][name] = bank.stored(place)
+        if self._held[layer, experts[0]][name] is not bank.stored(0):  # they have moved
+            for place, expert in enumerate(experts):
+                self._held[layer, expert][name] = bank.stored(place)
         return found
 
     def _break_up(self, layer: int, keep: set[int]) -> None:
