@@ -62,6 +62,8 @@ def experts_forward(
         stacks: the trained tensors [E, ...] by name: LORA, a part of FULL, or nothing (frozen experts).
         leaves: group by group, its row of each stack; these rows receive the gradients.
         norms: float32 [T * K], receives ||a|| of every pair that runs; None: not measured.
+
+    On a GPU with grouped products, `backward` sets `grad` of the leaves, and `torch.autograd.grad` gives none for them.
     """
     base = _joined_base(math, x, groups, stacks)
     if base is not None:
