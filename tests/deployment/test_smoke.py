@@ -34,6 +34,7 @@ def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Pa
         "clients.budgets=['25%', 12]",
         "federation.min_clients=2",
         "method.bootstrap=stream",
+        "evaluation.own_share=0",  # Flower starts a process for every message; the run below has those that measure
     )
     run(config, tmp_path / "inprocess", Silent())
     nodes: list[dict[str, bool | int | float | str]] = [{"partition-id": 0}, {"partition-id": 1, "budget": 12}]
