@@ -4,6 +4,7 @@ import errno
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -18,9 +19,11 @@ from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import resume, run
 from tests.federation import tiny_config
 
-CHILD = """
+STARTER = """
 import os, signal, sys
 from pathlib import Path
+from hfedmoe.prepare import prepare
+from hfedmoe.simulated import split
 from hfedmoe.simulation import resume, run
 from hfedmoe.events import Silent
 from tests.federation import tiny_config
@@ -34,21 +37,43 @@ class Killer(Silent):
     def round_done(self, round, *_): self._at("done", round)
     def evaluated(self, evaluation): self._at("evaluated", evaluation.round)
 
-out, moment = Path(sys.argv[1]), sys.argv[2]
-if (out / "config.toml").exists():
-    resume(out, Killer(moment))
-else:
-    run(tiny_config("federation.rounds=3", "method.score=taylor", "method.gate=rows"), out, Killer(moment))
+def work(out, moment):
+    if (out / "config.toml").exists():
+        resume(out, Killer(moment))
+    else:
+        run(tiny_config("federation.rounds=3", "method.score=taylor", "method.gate=rows"), out, Killer(moment))
+
+split(prepare(tiny_config(), Silent()), keeping=True)  # imports what they all need
+for line in sys.stdin:  # a process for each
+    pid = os.fork()
+    if not pid:
+        out, moment = line.rstrip().split(" ", 1)
+        work(Path(out), moment)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
-def child(out: Path, moment: str) -> int:
-    done = subprocess.run([sys.executable, "-c", CHILD, str(out), moment], capture_output=True, text=True, check=False)
-    assert done.returncode in (0, -9), done.stderr
-    return done.returncode
+@pytest.fixture(scope="module")
+def child() -> Iterator[Callable[[Path, str], int]]:
+    """Runs or resumes a run in a process of its own, to its end or to a moment; returns the exit code."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as starter:
+        assert starter.stdin is not None
+        assert starter.stdout is not None
+
+        def start(out: Path, moment: str) -> int:
+            print(out, moment, file=starter.stdin, flush=True)
+            code = int(starter.stdout.readline())
+            assert code in (0, -9)
+            return code
+
+        yield start
+        starter.stdin.close()
 
 
-def test_killed_and_resumed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
+def test_killed_and_resumed_runs_end_with_the_same_bits(tmp_path: Path, child: Callable[[Path, str], int]) -> None:
     assert child(tmp_path / "whole", "never") == 0
     assert child(tmp_path / "killed", "client 1 2") == -9  # within round 1
     assert child(tmp_path / "killed", "done 1") == -9  # between rounds
@@ -71,7 +96,9 @@ def test_killed_and_resumed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     assert best == evaluate_run(tmp_path / "whole", "best", Silent())
 
 
-def test_a_finished_run_resumes_to_itself_and_bad_requests_are_refused(tmp_path: Path) -> None:
+def test_a_finished_run_resumes_to_itself_and_bad_requests_are_refused(
+    tmp_path: Path, child: Callable[[Path, str], int]
+) -> None:
     assert child(tmp_path / "run", "never") == 0
     before = (tmp_path / "run" / "checkpoints" / "round-0003" / "model.safetensors").read_bytes()
     resume(tmp_path / "run", Silent())

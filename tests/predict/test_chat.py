@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hfedmoe.cli import main
+from hfedmoe.cli import main, running
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 
 WORDS = {"grain": "wheat corn harvest tonnes", "crude": "oil barrels opec prices"}
@@ -19,8 +19,11 @@ TAUGHT = ["federation.rounds=2", "train.steps=16", "train.lr=1e-2", "clients.cou
 
 
 def hfedmoe(*arguments):
-    with pytest.raises(SystemExit) as exit:
-        main([str(argument) for argument in arguments])
+    """Run a command in this process; its exit code. Runs get no report, which takes as long as they do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "_report_of", lambda folder: None)
+        with pytest.raises(SystemExit) as exit:
+            main([str(argument) for argument in arguments])
     return exit.value.code or 0
 
 

@@ -4,6 +4,7 @@ Nothing is downloaded: the tokenizer knows the most frequent words of the packag
 """
 
 from collections import Counter
+from functools import cache
 from typing import Any
 
 WORDS = 2000
@@ -15,15 +16,7 @@ def tiny_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from hfedmoe.config import DataConfig, PartitionConfig
-    from hfedmoe.data.tasks import load_task
-
-    task = load_task(DataConfig(), PartitionConfig(), seed=0)
-    counts = Counter(word for example in task.train for word in example.text.split())
-    frequent = sorted(counts, key=lambda word: (-counts[word], word))[:WORDS]
-    own = {"News", ":", "Topic", "-", *(part for label in task.labels for part in label.split("-"))}
-    words = [*SPECIAL, *dict.fromkeys([*sorted(own), *frequent])]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(_words())}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -32,6 +25,19 @@ def tiny_tokenizer() -> Any:
         eos_token="<eos>",
         clean_up_tokenization_spaces=False,
     )
+
+
+@cache
+def _words() -> tuple[str, ...]:
+    """What the tokenizer knows. Read once in a process: that takes as long as loading the model."""
+    from hfedmoe.config import DataConfig, PartitionConfig
+    from hfedmoe.data.tasks import load_task
+
+    task = load_task(DataConfig(), PartitionConfig(), seed=0)
+    counts = Counter(word for example in task.train for word in example.text.split())
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))[:WORDS]
+    own = {"News", ":", "Topic", "-", *(part for label in task.labels for part in label.split("-"))}
+    return (*SPECIAL, *dict.fromkeys([*sorted(own), *frequent]))
 
 
 def tiny_model(vocab_size: int, seed: int) -> Any:
