@@ -38,7 +38,7 @@ test: $(VENV)/.setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal  # there is a process for every core already
 
 .PHONY: docs
 docs: $(VENV)/.setup-dev
