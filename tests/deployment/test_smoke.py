@@ -14,7 +14,6 @@ from hfedmoe.runs.settings import run_config_toml
 from hfedmoe.simulation import run
 from tests.deployment.harness import deployment
 from tests.federation import tiny_config
-from tests.fleet.processes import quick_path
 from tests.report.tracking.records import tensorboard_series
 
 TRACKED = is_installed("tensorboard")
@@ -39,7 +38,7 @@ def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Pa
     run(config, tmp_path / "inprocess", Silent())
     nodes: list[dict[str, bool | int | float | str]] = [{"partition-id": 0}, {"partition-id": 1, "budget": 12}]
     config = config.model_copy(update={"clients": config.clients.model_copy(update={"budgets": ["25%"]})})
-    with deployment(APP, nodes, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": quick_path()}) as flower:
+    with deployment(APP, nodes, env={"OMP_NUM_THREADS": "1"}) as flower:
         shown = config.model_copy(update={"tracking": TrackingConfig(to=["tensorboard"] if TRACKED else [])})
         document = run_config_toml(shown).decode()
         result = flower.run({"config": document, "out": str(tmp_path / "deployed")}, timeout=400)

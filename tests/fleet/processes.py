@@ -9,12 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WAIT_S = 240.0
-_QUICK = Path(__file__).parent / "quick"
-
-
-def quick_path() -> str:
-    """PYTHONPATH with which SuperNodes wait less."""
-    return os.pathsep.join([str(_QUICK), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 class Command:
@@ -30,7 +24,7 @@ class Command:
                 stderr=subprocess.STDOUT,
                 cwd=log.parent,
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": quick_path()},
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
 
     @property
