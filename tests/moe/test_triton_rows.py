@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton comes with torch for GPUs; without one: pip install --no-deps triton==3.6.0")
+pytest.importorskip(
+    "triton", reason="Triton comes with torch for GPUs; without one: pip install --no-deps triton==3.6.0"
+)
 FOLDER = Path(__file__).parent
 
 
