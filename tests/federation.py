@@ -38,3 +38,18 @@ class Federation:
 
     def run(self) -> None:
         self.server.run(self.grid)
+
+
+class Stopped(Exception):
+    """The run was ended from outside."""
+
+
+class StopAt(Silent):
+    """Ends the run when a round begins."""
+
+    def __init__(self, round: int) -> None:
+        self.round = round
+
+    def round_started(self, round: int) -> None:
+        if round == self.round:
+            raise Stopped

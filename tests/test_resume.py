@@ -17,7 +17,7 @@ from hfedmoe.measure import evaluate_run
 from hfedmoe.runs import experts
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import resume, run
-from tests.federation import tiny_config
+from tests.federation import StopAt, Stopped, tiny_config
 
 STARTER = """
 import os, signal, sys
@@ -114,21 +114,6 @@ def test_a_finished_run_resumes_to_itself_and_bad_requests_are_refused(
 # what became of experts.npy
 
 QUICK = ("data.test_rows=6", "evaluation.watch_rows=1", "train.steps=1", "clients.count=2")
-
-
-class Stopped(Exception):
-    """The run was ended from outside."""
-
-
-class StopAt(Silent):
-    """Ends the run when a round begins."""
-
-    def __init__(self, round: int) -> None:
-        self.round = round
-
-    def round_started(self, round: int) -> None:
-        if round == self.round:
-            raise Stopped
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,7 @@ from hfedmoe.method.selection import select
 from hfedmoe.moe.payload import MismatchError, public
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import resume, run
-from tests.federation import Federation, tiny_config
-from tests.test_resume import StopAt, Stopped
+from tests.federation import Federation, StopAt, Stopped, tiny_config
 
 Make = Callable[..., Federation]
 QUICK = ("data.test_rows=6", "evaluation.watch_rows=1", "federation.rounds=1")

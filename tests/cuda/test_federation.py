@@ -15,7 +15,7 @@ from hfedmoe.moe.payload import load_all
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import resume, run
 from tests.cuda.comparing import assert_same_bits, relative_error
-from tests.federation import Federation, tiny_config
+from tests.federation import Federation, StopAt, Stopped, tiny_config
 
 SMALL = (
     "clients.count=3",
@@ -83,21 +83,6 @@ def test_the_losses_and_weights_of_the_cpu(more: tuple[str, ...], tmp_path: Path
         assert not torch.equal(theirs, begun)
         assert relative_error(ours, theirs) < WEIGHTS, kind
         assert relative_error(ours - begun, theirs - begun) < CHANGE, kind
-
-
-class Stopped(Exception):
-    """The run was ended from outside."""
-
-
-class StopAt(Silent):
-    """Ends the run when a round begins."""
-
-    def __init__(self, round: int) -> None:
-        self.round = round
-
-    def round_started(self, round: int) -> None:
-        if round == self.round:
-            raise Stopped
 
 
 @pytest.mark.parametrize("more", [(), ("clients.activation=50%", "method.score=ghost")], ids=["plain", "activation"])

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hfedmoe import cli
-from hfedmoe.cli import running
 from hfedmoe.config import (
     ClientsConfig,
     DataConfig,
@@ -36,6 +35,7 @@ from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.payload import global_tensors
 from hfedmoe.moe.payload import load as put
 from hfedmoe.runs.folder import RunFolder
+from tests.commands import hfedmoe
 from tests.export.stock import stock_logits
 
 CLIENT = 3
@@ -45,15 +45,6 @@ FORMS = {
     "client": ["--as", "client", "--client", str(CLIENT), "--checkpoint", "last"],
     "small": ["--dtype", "bfloat16", "--checkpoint", "1"],
 }
-
-
-def hfedmoe(*arguments: object) -> int:
-    """Run a command in this process; its exit code. Runs get no report, which takes as long as they do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_report_of", lambda folder: None)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-    return int(stopped.value.code or 0)
 
 
 @pytest.fixture(scope="session")

@@ -196,12 +196,12 @@ def test_gradient_checkpointing_changes_nothing() -> None:
             torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize(("family", "layers"), [("mixtral", 2), ("deepseek_v3", 2)])
-def test_torch_compile_leaves_masks_and_statistics_right(family: str, layers: int) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_torch_compile_leaves_masks_and_statistics_right(family: str) -> None:
     """Two layers, as tracing one takes seconds: with experts in both, and with experts of groups in the second."""
 
     def step(compiled: bool) -> tuple[Tensor, list[Tensor | None], Tensor]:
-        model = MoEModel(build(family, num_hidden_layers=layers))
+        model = MoEModel(build(family, num_hidden_layers=2))
         model.set_resident([torch.arange(number) % 2 == 0 for number in model.num_experts])
         x = inputs(model.model)
         model.watch(TokenMasks(x["attention_mask"]))

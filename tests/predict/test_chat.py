@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from hfedmoe.cli import main, running
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
+from tests.commands import hfedmoe
 
 WORDS = {"grain": "wheat corn harvest tonnes", "crude": "oil barrels opec prices"}
 TEMPLATE = (
@@ -16,15 +16,6 @@ TEMPLATE = (
 )
 """A chat template with words that the tokenizer of tiny knows; an answer ends with `cts`."""
 TAUGHT = ["federation.rounds=2", "train.steps=16", "train.lr=1e-2", "clients.count=2", "clients.budgets=['100%']"]
-
-
-def hfedmoe(*arguments):
-    """Run a command in this process; its exit code. Runs get no report, which takes as long as they do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_report_of", lambda folder: None)
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-    return exit.value.code or 0
 
 
 def run(root, name, rows, *settings):

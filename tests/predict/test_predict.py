@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from hfedmoe.cli import main, running
 from hfedmoe.config import DataConfig, PartitionConfig
 from hfedmoe.data.tasks import load_task
+from tests.commands import hfedmoe
 
 LABELS = ("acq", "crude", "earn", "grain")
 FORMS = ("run", "merged", "adapter", "client")
@@ -28,15 +28,6 @@ SETTINGS = [
     "train.steps=12",
     "train.loss=choices",
 ]
-
-
-def hfedmoe(*arguments):
-    """Run a command in this process; its exit code. Runs get no report, which takes as long as they do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_report_of", lambda folder: None)
-        with pytest.raises(SystemExit) as exit:
-            main([str(argument) for argument in arguments])
-    return exit.value.code or 0
 
 
 def written(path, rows):

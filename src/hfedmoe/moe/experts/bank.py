@@ -58,8 +58,7 @@ class PlainBank:
         if first.dtype != dtype:
             return None
         if self._roomy is None or self._roomy.room < room:
-            number, (height, width) = len(self._held), first.shape
-            roomy = Roomy(first.new_empty(number, height + room, width + room), room, transposed)
+            roomy = Roomy.for_matrices(len(self._held), first, room, transposed)
             for place, stack in enumerate(roomy.stack):
                 stack.copy_(self._held[place].tensor)
                 self._held[place] = Plain(stack)  # the matrix of before is free now

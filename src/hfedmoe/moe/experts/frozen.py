@@ -135,7 +135,7 @@ class StackedWeights:
         if not self._movable:
             return None
         if self._roomy is None or self._roomy.room < room:
-            self._roomy = Roomy.like(self.stack, room, self.transposed)
+            self._roomy = Roomy.for_matrices(len(self.stack), self.stack[0], room, self.transposed)
             self._roomy.stack.copy_(self.stack)
             self.stack = self._roomy.stack
             if self._moved is not None:

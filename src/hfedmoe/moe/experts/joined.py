@@ -60,7 +60,7 @@ class JoinedExperts(torch.autograd.Function):
             a[:, inner:] = low_down
         ctx.base, ctx.groups, ctx.lora, ctx.weights_like = base, groups, lora, (weights.shape, weights.dtype)
         ctx.save_for_backward(x, w, u, low_up, low_down)
-        return rows.sum_pairs(grouped_mm(a, down.forward(lora.b("down")), offs=groups.ends), groups.places)
+        return rows.sum_pairs(grouped_mm(a, down.forward(lora.b("down")), offs=groups.ends), groups)
 
     @staticmethod
     @once_differentiable
@@ -95,7 +95,7 @@ class JoinedExperts(torch.autograd.Function):
         del outputs, a
         d_x = None
         if ctx.needs_input_grad[6]:
-            d_x = rows.sum_pairs(grouped_mm(d_u, up.backward(lora.a("up")), offs=groups.ends), groups.places)
+            d_x = rows.sum_pairs(grouped_mm(d_u, up.backward(lora.a("up")), offs=groups.ends), groups)
         return None, None, None, None, None, None, d_x, d_weights, None
 
 

@@ -35,10 +35,10 @@ class Roomy:
         self.buffer, self.room, self._transposed = buffer, room, transposed
 
     @classmethod
-    def like(cls, stack: Tensor, room: int, transposed: bool = False) -> "Roomy":
-        """Room for matrices as stack [E, ...], which are not copied."""
-        number, rows, columns = stack.shape
-        return cls(stack.new_empty(number, rows + room, columns + room), room, transposed)
+    def for_matrices(cls, number: int, like: Tensor, room: int, transposed: bool = False) -> "Roomy":
+        """Room for so many matrices of the shape of `like`; nothing is copied."""
+        rows, columns = like.shape
+        return cls(like.new_empty(number, rows + room, columns + room), room, transposed)
 
     @property
     def stack(self) -> Tensor:

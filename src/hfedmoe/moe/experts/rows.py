@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfedmoe.moe.experts.activation import Gate
+from hfedmoe.moe.experts.groups import Groups
+
+_SILU = Gate(torch.nn.functional.silu, silu=True)
+
 
 def gather(x: Tensor, token: Tensor, out: Tensor) -> None:
     """out [S, D] = x [T, D] at token int64 [S]."""
@@ -24,21 +29,14 @@ def gather(x: Tensor, token: Tensor, out: Tensor) -> None:
         out.copy_(x.index_select(0, token))
 
 
-def sum_pairs(rows: Tensor, places: Tensor) -> Tensor:
-    """The sum of rows [S, D] at places int64 [T, K] of each token: [T, D].
-
-    Places from S on count as zeros. Adds up in float32, always in the order of K.
-    """
+def sum_pairs(rows: Tensor, groups: Groups) -> Tensor:
+    """The sum of rows [S, D] of each token's pairs: [T, D]; as `Groups.sum_per_token`."""
     kernels = _kernels(rows)
-    if kernels is not None:
-        out = rows.new_empty(len(places), rows.shape[1])
-        kernels.sum_pairs(rows, places, out)
-        return out
-    total = rows.new_zeros(len(places), rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
-    for place in places.unbind(1):
-        found = rows.index_select(0, place.clamp(max=len(rows) - 1))
-        total += found.masked_fill_(place[:, None] >= len(rows), 0.0)
-    return total.to(rows.dtype)
+    if kernels is None:
+        return groups.sum_per_token(rows)
+    out = rows.new_empty(len(groups.places), rows.shape[1])
+    kernels.sum_pairs(rows, groups.places, out)
+    return out
 
 
 def silu_gate(u: Tensor, w: Tensor, out: Tensor) -> None:
@@ -47,12 +45,11 @@ def silu_gate(u: Tensor, w: Tensor, out: Tensor) -> None:
     if kernels is not None:
         kernels.silu_gate(u, w, out)
     else:
-        gate, up = u.chunk(2, dim=1)
-        out.copy_(torch.nn.functional.silu(gate) * up * w[:, None])
+        out.copy_(_SILU(u, w[:, None]))
 
 
 def silu_gate_backward(u: Tensor, w: Tensor, d_a: Tensor, a: Tensor, d_u: Tensor) -> Tensor:
-    """Gradients of `silu_gate`, given d_a [S, I] that of its output: returns that of w, float32 [S].
+    """Gradients of `silu_gate`, given d_a [S, I] that of its output: returns that of w [S]. May overwrite d_a.
 
     Args:
         a: [S, I], receives the output of `silu_gate`.
@@ -60,19 +57,14 @@ def silu_gate_backward(u: Tensor, w: Tensor, d_a: Tensor, a: Tensor, d_u: Tensor
     """
     kernels = _kernels(u)
     if kernels is not None:
-        d_w = torch.empty(len(u), dtype=torch.float32, device=u.device)
+        d_w: Tensor = torch.empty(len(u), dtype=torch.float32, device=u.device)
         kernels.silu_gate_backward(u, w, d_a, a, d_u, d_w)
         return d_w
-    gate, up = u.chunk(2, dim=1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    inner = silu * up
-    a.copy_(inner * w[:, None])
-    grad = d_a * w[:, None]
-    d_gate, d_up = d_u.chunk(2, dim=1)
-    d_gate.copy_(grad * up * sigmoid * (1 + gate * (1 - sigmoid)))
-    d_up.copy_(grad * silu)
-    return (d_a * inner).sum(1, dtype=torch.float32)
+    inner, halves = _SILU.again(u)
+    torch.mul(inner, w[:, None], out=a)
+    d_w, found = _SILU.backward(u, w[:, None], inner, d_a, halves, None)
+    d_u.copy_(found)
+    return d_w
 
 
 def dequantise(parts: Sequence[Tensor], codes: Sequence[Tensor], out: Tensor) -> bool:
