@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.proto.node_pb2 import NodeInfo
 
 from hfedmoe.events import ClientRound, Participant, Silent
 from hfedmoe.files.locks import claim
@@ -18,6 +19,7 @@ from hfedmoe.fleet.keys import as_flower_has_it, new_key, private_key, public_of
 from hfedmoe.fleet.notes import Notes
 from hfedmoe.fleet.serving import FleetRoll, ending
 from hfedmoe.runs.identity import DEPLOYED, SIMULATED, Identity, write_identity
+from hfedmoe.server.members import Known
 from tests.fleet.places import hfedmoe, new_fleet
 
 
@@ -70,12 +72,15 @@ def test_devices_are_known_by_their_keys(here: Path) -> None:
     keys = {device.name: key for key, device in board.invited().items()}
     stranger = as_flower_has_it(public_of(private_key(new_key(), "test")))
     nodes = {11: keys["east"], 12: stranger, 13: keys["north"]}
+    until = {11: time.time() + 50, 12: time.time() + 50, 13: time.time() + 29}  # signs of life are due every 30 s
     grid: Any = SimpleNamespace(
-        get_nodes=lambda: [SimpleNamespace(node_id=node, public_key=key) for node, key in nodes.items()]
+        get_nodes=lambda: [
+            NodeInfo(node_id=node, public_key=key, online_until=until[node], heartbeat_interval=30)
+            for node, key in nodes.items()
+        ]
     )
     roll = FleetRoll(board)
-    found = {node: (one.client, one.name, one.most) for node, one in roll.here(grid).items()}
-    assert found == {11: (2, "east", 7), 13: (0, "north", None)}
+    assert roll.here(grid) == {11: Known(2, "east", 7), 13: Known(0, "north", overdue=True)}
     assert roll.expected() == ["north", "south", "east"]
     hfedmoe("remove", "north")
     assert list(roll.here(grid)) == [11]

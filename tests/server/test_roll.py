@@ -65,6 +65,23 @@ def test_number_and_name_come_from_the_roll_whatever_a_client_says(
     ]
 
 
+def test_a_start_waits_for_a_sign_of_life_from_who_owes_one(
+    federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Owing(Roll):
+        looks = 0
+
+        def here(self, grid: Any) -> dict[int, Known]:
+            self.looks += 1
+            found = super().here(grid)
+            return {node: replace(one, overdue=one.name == "east" and self.looks < 3) for node, one in found.items()}
+
+    monkeypatch.setattr(attendance, "WAIT_S", 0.0)
+    ready, heard = federation(), Heard()
+    assert len(asked(ready, Owing(["north", "south", "east", "west"], come=4), heard)) == 4
+    assert heard.phases == ["3 of 4 here, waiting for east", "4 of 4 here"]
+
+
 def test_a_client_counts_for_no_more_rows_than_the_roll_allows(federation: Callable[..., Federation]) -> None:
     ready, heard = federation(), Heard()
     found = asked(ready, Roll(["a", "b", "c", "d"], come=4, most=10), heard)

@@ -5,6 +5,7 @@ import json
 import logging
 import secrets
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,12 +169,18 @@ class FleetRoll:
         return [device.name for device in self.board.invited().values()]
 
     def here(self, grid: Grid) -> dict[int, Known]:
-        """The devices that are connected, by node."""
-        invited = self.board.invited()
-        found = {node.node_id: invited.get(node.public_key) for node in grid.get_nodes()}
+        """The devices that are connected, by node.
+
+        Flower takes a node as connected until a second sign of life in a row is missing. Here one that is missing makes
+        it overdue.
+        """
+        invited, now = self.board.invited(), time.time()
+        found = [(node, invited.get(node.public_key)) for node in grid.get_nodes()]
         return {
-            node: Known(device.number, device.name, device.max_examples)
-            for node, device in found.items()
+            node.node_id: Known(
+                device.number, device.name, device.max_examples, node.online_until - now < node.heartbeat_interval
+            )
+            for node, device in found
             if device is not None
         }
 

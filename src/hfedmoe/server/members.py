@@ -47,6 +47,8 @@ class Known:
     name: str
     most: int | None = None
     """Most rows that it may count for; None: no limit of its own."""
+    overdue: bool = False
+    """Whether it has not given the sign of life that was due, so that it may be gone."""
 
 
 class Roll(Protocol):
@@ -56,7 +58,7 @@ class Roll(Protocol):
         """The names of all of them."""
 
     def here(self, grid: Grid) -> dict[int, Known]:
-        """Those that are connected, by node."""
+        """Those that are connected, by node. A start waits for who is overdue."""
 
 
 def sample(members: dict[int, Member], config: RunConfig, round: int) -> list[Member]:
