@@ -8,7 +8,6 @@ import pytest
 from hfedmoe.config import load_config
 from hfedmoe.config.builtin import shipped_config
 from hfedmoe.config.presets import PRESETS
-from hfedmoe.device import planner
 from hfedmoe.device.planner import FRAMEWORK_BYTES, MARGIN, PARQUET_BYTES
 from hfedmoe.device.probe import Probe
 from hfedmoe.errors import UserError
@@ -22,27 +21,12 @@ GIB = 1 << 30
 PROBED = Probe(memory_bytes=2 * GIB, limit="limit of the control group /a", flops=5e9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def rehearsed_once():
-    """All plans here are for one model, so the same step need not be rehearsed again."""
-    known = {}
-
-    def remembered(model, workload, rehearse=planner.rehearse):
-        if workload not in known:
-            known[workload] = rehearse(model, workload)
-        return known[workload]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "rehearse", remembered)
-        yield
-
-
 def config(*overrides):
     return load_config(shipped_config("tiny"), list(overrides))
 
 
 @pytest.fixture(scope="module")
-def plan(rehearsed_once):
+def plan():
     """Every kind of budget for the tiny model: 4 layers of 8 experts, top-2."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "probe", lambda device: PROBED)

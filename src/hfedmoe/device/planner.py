@@ -41,6 +41,9 @@ a card's memory."""
 UPDATE_COPIES = {"cpu": 3, "cuda": 1, "mps": 3}
 """Copies of the update in memory afterwards: rows taken from the model, the blob, and the carrier's copy. Only the
 first is in a card's memory."""
+_REHEARSED: dict[tuple[str, Workload], Rehearsed] = {}
+"""Of this process: runs that follow each other in one process often have the same model and step."""
+_MOST_REHEARSED = 64
 _BYTES_OF_FACTS = 1024
 _VECTORS = 3
 
@@ -70,7 +73,6 @@ class Planner:
             self._weights = ModelBytes(structure(config.model))
         except UnsupportedModelError as error:
             raise UserError(f"model.name = {config.model.name}: {error}") from None
-        self._rehearsed: dict[Workload, Rehearsed] = {}
 
     @property
     def num_experts(self) -> list[int]:
@@ -182,10 +184,12 @@ class Planner:
         return sum(size * number for size, number in zip(sizes, counts, strict=True)) / there if there else 0.0
 
     def _rehearse(self, workload: Workload) -> Rehearsed:
-        key = replace(workload, steps=2, device=rehearsable(workload.device))
-        if key not in self._rehearsed:
-            self._rehearsed[key] = rehearse(self._weights.model(key), key)
-        return self._rehearsed[key]
+        key = self._weights.fingerprint, replace(workload, steps=2, device=rehearsable(workload.device))
+        if key not in _REHEARSED:
+            while len(_REHEARSED) >= _MOST_REHEARSED:
+                del _REHEARSED[next(iter(_REHEARSED))]
+            _REHEARSED[key] = rehearse(self._weights.model(key[1]), key[1])
+        return _REHEARSED[key]
 
     def fit(self, memory_bytes: int, workload: Workload | None = None, margin: float = MARGIN) -> Fit:
         """The most experts with which the process stays within `memory_bytes`, at least top-k in every layer.

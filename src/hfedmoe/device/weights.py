@@ -1,6 +1,8 @@
 """Bytes of a model's weights and of its trained and sent tensors, counted from its structure without weights."""
 
 import copy
+import functools
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -92,6 +94,14 @@ class ModelBytes:
             for state in moe.states
         ]
         self._prepared: dict[Workload, _Prepared] = {}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The same for models of the same code, configuration and tensors."""
+        tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in self.structure.state_dict().items()]
+        kind, config = type(self.structure), self.structure.config
+        told = [f"{kind.__module__}.{kind.__qualname__} {config._attn_implementation}", config.to_json_string(), *tensors]
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def model(self, workload: Workload) -> Any:
         """A copy of the structure in the precisions of the workload."""
