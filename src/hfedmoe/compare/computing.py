@@ -1,11 +1,12 @@
 """Compute the cells that are not there yet, several at once where the machine has room."""
 
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from hfedmoe.compare.cells import Cell, Result
@@ -53,10 +54,26 @@ def compute(cells: list[Cell], folder: Path, jobs: int | None, progress: Update)
     return runs.failed
 
 
+def _context() -> BaseContext:
+    """Makes the processes of cells. Where the system can, they are forks of one that has imported everything."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hfedmoe.compare.worker"])
+    return context
+
+
+def _compute(config: str, out: str, errors: str) -> None:
+    """What the process of a cell does."""
+    from hfedmoe.compare.worker import work
+
+    work(Path(config), Path(out), Path(errors))
+
+
 @dataclass
 class _Run:
     cell: Cell
-    process: subprocess.Popen[str]
+    process: BaseProcess
     errors: Path
     started: float
 
@@ -68,6 +85,7 @@ class _Runs:
         self.seconds: list[float] = []
         self.peak = 0
         self.memory, _ = available_memory()
+        self._context = _context()
 
     def all_of(self, cells: list[Cell]) -> None:
         waiting, running = list(cells), list[_Run]()
@@ -76,7 +94,7 @@ class _Runs:
                 while waiting or running:
                     while waiting and len(running) < self._room():
                         running.append(self._start(waiting.pop(0), Path(scratch)))
-                    for run in [run for run in running if run.process.poll() is not None]:
+                    for run in [run for run in running if run.process.exitcode is not None]:
                         running.remove(run)
                         self._finish(run)
                     self._report(running, len(waiting))
@@ -84,7 +102,7 @@ class _Runs:
             finally:
                 for run in running:
                     run.process.kill()
-                    run.process.wait()
+                    run.process.join()
 
     def _room(self) -> int:
         if self.jobs is not None:
@@ -96,15 +114,16 @@ class _Runs:
     def _start(self, cell: Cell, scratch: Path) -> _Run:
         config, errors = scratch / f"{cell.file}.config", scratch / f"{cell.file}.errors"
         config.write_text(cell.config.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "hfedmoe.compare.worker", str(config), str(self.folder / cell.file)]
-        with errors.open("w") as stream:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, text=True)
+        arguments = str(config), str(self.folder / cell.file), str(errors)
+        process = self._context.Process(target=_compute, args=arguments)  # type: ignore[attr-defined]
+        process.start()
         return _Run(cell, process, errors, time.monotonic())
 
     def _finish(self, run: _Run) -> None:
         self.done += 1
-        if run.process.returncode != 0:
-            lines = run.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
+        if run.process.exitcode != 0:
+            said = run.errors.read_text(encoding="utf-8", errors="replace") if run.errors.is_file() else ""
+            lines = said.strip().splitlines() or [f"its process ended with code {run.process.exitcode}"]
             self.failed[run.cell.file] = lines[-1].removeprefix("error: ")
             return
         self.seconds.append(time.monotonic() - run.started)

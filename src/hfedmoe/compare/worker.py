@@ -1,6 +1,7 @@
-"""Compute one cell in this process: `python -m hfedmoe.compare.worker CONFIG.json RESULT.json`."""
+"""Compute one cell in this process."""
 
 import hashlib
+import os
 import platform
 import sys
 import time
@@ -18,6 +19,7 @@ from hfedmoe.config import RunConfig
 from hfedmoe.data.partition import label_counts, partition
 from hfedmoe.device.peak import peak_process_bytes
 from hfedmoe.device.probe import processor_name
+from hfedmoe.errors import UserError
 from hfedmoe.events import ClientRound, Evaluation, Silent
 from hfedmoe.method.methods import METHODS
 from hfedmoe.models.digest import weights_digest
@@ -27,7 +29,7 @@ from hfedmoe.simulation import assemble
 
 
 class Recorder(Silent):
-    """Keeps what a table needs, and says on the output which round is done."""
+    """Keeps what a table needs."""
 
     def __init__(self, rounds: int) -> None:
         self.rounds = {number: Round(number) for number in range(rounds + 1)}
@@ -53,7 +55,6 @@ class Recorder(Silent):
             line.watch_accuracy, line.watch_macro_f1, line.watch_loss = found.accuracy, found.macro_f1, found.loss
         else:
             line.accuracy, line.macro_f1, line.loss = found.accuracy, found.macro_f1, found.loss
-            print(f"round {found.round}", flush=True)
 
     def client_experts(self, round: int, client: int, held: Sequence[bool], trained: Sequence[bool]) -> None:
         """As `events.Watcher`."""
@@ -164,17 +165,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main(config: Path, out: Path) -> None:
-    """Read a configuration, compute its cell and write the result."""
+def work(config: Path, out: Path, errors: Path) -> None:
+    """Read a configuration, compute its cell and write the result; the process ends with 2 if it cannot be computed.
+
+    Args:
+        errors: a file for all that the process says.
+    """
+    with errors.open("w") as stream:
+        os.dup2(stream.fileno(), sys.stderr.fileno())
+        os.dup2(stream.fileno(), sys.stdout.fileno())
     settings = RunConfig.model_validate_json(config.read_text(encoding="utf-8"))
-    compute(Cell(settings.method.name, settings.seed, settings)).write(out)
-
-
-if __name__ == "__main__":
-    from hfedmoe.errors import UserError
-
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        compute(Cell(settings.method.name, settings.seed, settings)).write(out)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

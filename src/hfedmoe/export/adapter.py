@@ -50,7 +50,7 @@ def save_adapter(
     stacked = {name for name, (_, _, expert) in experts.items() if expert is None}
     settings: Any = LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         target_modules=shortest(attention | listed, modules),
         target_parameters=shortest(stacked, [name for name, _ in stock.named_parameters()]) or None,
         modules_to_save=shortest(set(_routers(model)), modules) or None,

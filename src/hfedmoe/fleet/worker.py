@@ -50,7 +50,8 @@ from hfedmoe.wire.requests import OtherVersionError, check_version
 
 logger = logging.getLogger("hfedmoe.fleet.worker")
 
-POLL_S = 0.2
+POLL_S, MOST_POLL_S = 0.2, 1.0
+"""Seconds between two looks for a message, after one came and after a while without."""
 SAY_S = 5.0
 """Seconds between two lines about steps."""
 
@@ -138,6 +139,7 @@ def work(worker: Worker, port: int, secret: bytes) -> None:
     executor = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})
     wanted = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
     with RuntimeHttpClient.from_server_address(address, True, None, [version, executor]) as client:
+        pause = POLL_S
         while True:
             try:
                 found = client.AcquireTask(wanted)
@@ -145,10 +147,12 @@ def work(worker: Worker, port: int, secret: bytes) -> None:
                     token = RuntimeTokenHttpInterceptor(found.token)
                     with RuntimeHttpClient.from_server_address(address, True, None, [version, token]) as one:
                         _one_task(worker, one)
+                    pause = POLL_S
                     continue
             except httpx.HTTPError as error:
                 logger.debug("the SuperNode does not answer: %s", error)
-            time.sleep(POLL_S)
+            time.sleep(pause)
+            pause = min(2 * pause, MOST_POLL_S)
 
 
 def _one_task(worker: Worker, client: RuntimeHttpClient) -> None:

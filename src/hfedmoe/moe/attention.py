@@ -37,7 +37,7 @@ def add_attention_lora(model: Any, rank: int, alpha: float, seed: int, freeze_a:
     if not targets:
         raise UnsupportedModelError(f"{type(model).__name__}: no attention projections found to put LoRA on")
     state = torch.random.get_rng_state()
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     try:
         inject_adapter_in_model(settings, model)
     except ValueError as error:  # for example, PEFT takes the attention's gate_proj for fused experts

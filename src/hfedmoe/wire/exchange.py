@@ -12,7 +12,8 @@ from hfedmoe.wire.local import TOO_LATE, LocalGrid
 
 MAX_REASON = 300
 
-POLL_S = 0.05
+POLL_S, MOST_POLL_S = 0.05, 0.5
+"""Seconds between two looks for replies of devices, after one came and after a while without."""
 LOOK_S = 0.5
 """Seconds of uploads after which the server looks for replies: far less than any real deadline."""
 GRACE_S = 5.0
@@ -83,12 +84,16 @@ def exchange(
             # Replies of earlier requests must not grow too old while others are sent.
             yield from waiting.replies()
             looked = time.monotonic()
+    pause = POLL_S
     while waiting:
         before = len(waiting)
         yield from waiting.replies()
         yield from waiting.given_up()
-        if local is None and len(waiting) == before:
-            time.sleep(POLL_S)
+        if len(waiting) < before:
+            pause = POLL_S
+        elif local is None:
+            time.sleep(pause)
+            pause = min(2 * pause, MOST_POLL_S)
 
 
 @dataclass(frozen=True)
