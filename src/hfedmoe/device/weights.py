@@ -100,7 +100,11 @@ class ModelBytes:
         """The same for models of the same code, configuration and tensors."""
         tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in self.structure.state_dict().items()]
         kind, config = type(self.structure), self.structure.config
-        told = [f"{kind.__module__}.{kind.__qualname__} {config._attn_implementation}", config.to_json_string(), *tensors]
+        told = [
+            f"{kind.__module__}.{kind.__qualname__} {config._attn_implementation}",
+            config.to_json_string(),
+            *tensors,
+        ]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def model(self, workload: Workload) -> Any:

@@ -3,8 +3,8 @@
 Decisions:
 
 * A run waits at its start until all clients are connected, at most `federation.connect_timeout_s`. It begins with those
-  who are here, if they are at least `federation.min_clients`. A server that was stopped and started again also waits for
-  a sign of life from each: the carrier believes that those of before are still there, and drops them soon after.
+  who are here, if they are at least `federation.min_clients`. A server that was stopped and started again also waits
+  for a sign of life from each: the carrier believes that those of before are still there, and drops them soon after.
 * Later nobody waits for one client. Who connects is asked who it is, and takes part from the next round after it has
   answered, also if it takes long to open its model. Who is no longer connected is not asked.
 * Who is late, fails or sends something invalid is asked again who it is, and takes part again when it has answered.
