@@ -98,13 +98,9 @@ class ModelBytes:
     @functools.cached_property
     def fingerprint(self) -> str:
         """The same for models of the same code, configuration and tensors."""
-        tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in self.structure.state_dict().items()]
         kind, config = type(self.structure), self.structure.config
-        told = [
-            f"{kind.__module__}.{kind.__qualname__} {config._attn_implementation}",
-            config.to_json_string(),
-            *tensors,
-        ]
+        told = [f"{kind.__module__}.{kind.__qualname__}", str(config._attn_implementation), config.to_json_string()]
+        told += [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in self.structure.state_dict().items()]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def model(self, workload: Workload) -> Any:
