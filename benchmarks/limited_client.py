@@ -134,7 +134,7 @@ def one_round(folder: Path, limit_bytes: int, how: str = "auto", whole: bool = F
         tensors, num_experts, top_k = _state(config)
         checks.trouble(_message(planned))
         budget = sum(num_experts)
-        resident = checks.resident_set(_message(planned), num_experts, top_k, budget)
+        resident = checks.plan(_message(planned), checks.Room(num_experts, top_k, budget)).resident
         answer = ask(TRAIN, train_request(1, resident, pack(tensors, resident)))
     finally:
         (folder / STOP).touch()

@@ -73,7 +73,7 @@ def test_descriptions_are_checked(lie: dict[str, Any], reason: str) -> None:
 def test_plans_are_checked() -> None:
     def planned(*layers: list[int]) -> list[list[bool]]:
         bits = pack_bits([torch.tensor(layer, dtype=torch.bool) for layer in layers])
-        found = checks.resident_set(message(record({"resident": bits})), [2, 2], [1, 1], budget=3)
+        found = checks.plan(message(record({"resident": bits})), checks.Room([2, 2], [1, 1], budget=3)).resident
         return [mask.tolist() for mask in found]
 
     assert planned([1, 0], [1, 1]) == [[True, False], [True, True]]

@@ -1,5 +1,6 @@
 """The Flower ClientApp of a client: it answers describe, plan, train and measure requests."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -21,13 +22,13 @@ from hfedmoe.wire import requests
 from hfedmoe.wire.messages import (
     Description,
     InvalidReplyError,
+    Plan,
     describe_reply,
     measure_reply,
     plan_reply,
     train_reply,
     trouble_reply,
     usage_of,
-    wish_reply,
 )
 from hfedmoe.wire.trouble import (
     FAILED,
@@ -132,10 +133,7 @@ def client_app(
         if place.method.needs_usage:
             history.federation = usage
         try:
-            if place.method.assign is not None:
-                content = wish_reply(place.contribution(history, round, usage, first_pass))
-            else:
-                content = plan_reply(place.plan(history, round, usage, first_pass))
+            content = plan_reply(_plan(place, history, round, usage, first_pass))
         except CannotHoldError as error:
             return refuse(Trouble(TOO_SMALL, str(error), TOO_SMALL))
         _write_history(context, history)
@@ -168,9 +166,12 @@ def client_app(
         round = requests.round_of(message, device.config.federation.rounds)
 
         def work(resident: list[Tensor]) -> RecordDict:
-            reply = train_reply(device.train(history, resident, requests.trainables_of(message), round))
+            update = device.train(history, resident, requests.trainables_of(message), round)
+            if requests.plans_next(message) and round < device.config.federation.rounds:
+                with contextlib.suppress(CannotHoldError):  # the server asks, and is told
+                    update.next = _plan(device.place, history, round + 1, None, _no_first_pass)
             context.state[TRAINED] = ConfigRecord({"round": round})
-            return reply
+            return train_reply(update)
 
         return with_experts(message, context, device, history, "train", work)
 
@@ -213,6 +214,19 @@ def client_app(
     app.query("measure")(answering(measure))
     app.train()(answering(train_round))
     return app
+
+
+def _plan(
+    place: Place,
+    history: ClientHistory,
+    round: int,
+    usage: list[Tensor] | None,
+    first_pass: Callable[[ClientHistory], None],
+) -> Plan:
+    """What the client will hold; for a method that plans on the server, its scores. Raises CannotHoldError."""
+    if place.method.assign is not None:
+        return Plan(contribution=place.contribution(history, round, usage, first_pass))
+    return Plan(place.plan(history, round, usage, first_pass))
 
 
 def _no_first_pass(history: ClientHistory) -> None:

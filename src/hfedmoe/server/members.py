@@ -14,7 +14,7 @@ from hfedmoe.events import Watcher
 from hfedmoe.seeds import generator
 from hfedmoe.wire import checks
 from hfedmoe.wire.exchange import Answer
-from hfedmoe.wire.messages import Description, InvalidReplyError, unpack_bits
+from hfedmoe.wire.messages import Description, InvalidReplyError, Plan, pack_bits, unpack_bits
 
 
 @dataclass(slots=True)
@@ -32,11 +32,31 @@ class Member:
     """What it planned to hold in this round; a few bytes, because there may be many thousands of members."""
     session: str = ""
     """Of its node when it said who it is (`wire.exchange.Sessions`)."""
+    planned: "tuple[int, bytes | Tensor] | None" = None
+    """For a round, what came with its last update: bits of what it will hold, or its scores float32 [sum E_l]."""
 
     @property
     def resident(self) -> list[Tensor]:
         """bool [E] per layer."""
         return unpack_bits(self.resident_bits, self.about.num_experts)
+
+    def plans(self, round: int, plan: Plan | None) -> None:
+        """Keep what it said of a round; None: it said nothing."""
+        if plan is None:
+            self.planned = None
+        elif plan.contribution is not None:
+            self.planned = round, torch.cat(plan.contribution)
+        elif plan.resident is not None:
+            self.planned = round, pack_bits(plan.resident)
+
+    def plan_of(self, round: int) -> Plan | None:
+        """What it said of a round; None: it must be asked. Said once."""
+        (of, said), self.planned = self.planned or (0, b""), None
+        if of != round:
+            return None
+        if isinstance(said, Tensor):
+            return Plan(contribution=list(said.split(self.about.num_experts)))
+        return Plan(unpack_bits(said, self.about.num_experts))
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from hfedmoe.wire.messages import (
     PLAN,
     TRAIN,
     InvalidReplyError,
+    Plan,
     pack_bits,
     plan_request,
     train_request,
@@ -180,12 +181,14 @@ class Server:
         resident = member.resident
         try:
             with log.phases("check"):
-                update = checks.update(reply_of(answer), resident, self.tensors, self._asked, self._rank(member))
+                room = self._room(member) if self._plans_next(log.round) else None
+                update = checks.update(reply_of(answer), resident, self.tensors, self._asked, self._rank(member), room)
             if update.work.examples != member.about.examples:
                 raise InvalidReplyError(f"says it has {update.work.examples} examples, but had {member.about.examples}")
         except InvalidReplyError as error:
             self._leave_out(log, attendance, member, answer, error)
             return
+        member.plans(log.round + 1, update.next)
         size = wire_bytes(answer.reply.content)  # type: ignore[union-attr]
         with log.phases("fold"):
             fold.add(update, resident, member.weight)
@@ -213,42 +216,56 @@ class Server:
     def _plan(self, attendance: Attendance, sampled: list[Member], log: RoundRecord) -> list[Member]:
         """Ask the sampled clients what they want to hold; those with a valid answer go on, in the order of numbers."""
         by_node = {member.node: member for member in sampled}
-        budget_free = self._method.ignores_budgets(self.config.method)
         usage = (
             self.keeper.usage.value() if self.config.method.bootstrap == "prior" or self._method.needs_usage else None
         )
 
+        said = {member.node: member.plan_of(log.round) for member in sampled}
+
         def requests() -> Iterator[Request]:
-            for member in sampled:
+            for member in (member for member in sampled if said[member.node] is None):
                 content = plan_request(log.round, usage)
                 log.sent(member.about.client, wire_bytes(content))
                 yield Request(member.node, PLAN, content)
 
-        planned: list[Member] = []
-        wishes: dict[int, Wish] = {}
+        plans = {by_node[node].about.client: plan for node, plan in said.items() if plan is not None}
         for answer in attendance.ask(requests(), f"plan-{log.round}"):
             member = by_node[answer.node]
-            budget = sum(self.num_experts) if budget_free else member.about.budget
             try:
                 reply = reply_of(answer)
-                if self._method.assign is None:
-                    resident = checks.resident_set(reply, self.num_experts, self._at_least, budget)
-                    member.resident_bits = pack_bits(resident)
-                else:
-                    scores = checks.contribution(reply, self.num_experts)
-                    examples = member.about.examples
-                    past = self.keeper.past(member.about.client, self.num_experts)
-                    wishes[member.about.client] = Wish(self.num_experts, self.top_k, budget, examples, scores, past)
+                plans[member.about.client] = checks.plan(reply, self._room(member))
                 log.bytes_up[member.about.client] = wire_bytes(reply.content)
-                planned.append(member)
             except InvalidReplyError as error:
                 self._leave_out(log, attendance, member, answer, error)
         # Always in the same order, so that a run does not depend on who answers first.
-        planned.sort(key=lambda member: member.about.client)
+        planned = sorted((m for m in sampled if m.about.client in plans), key=lambda member: member.about.client)
+        self._settle(planned, plans)
+        return planned
+
+    def _settle(self, planned: list[Member], plans: dict[int, Plan]) -> None:
+        """Note what every client holds."""
+        wishes = {}
+        for member in planned:
+            client, plan = member.about.client, plans[member.about.client]
+            if plan.resident is not None:
+                member.resident_bits = pack_bits(plan.resident)
+            elif plan.contribution is not None:
+                room, past = self._room(member), self.keeper.past(client, self.num_experts)
+                examples = member.about.examples
+                wishes[client] = Wish(self.num_experts, self.top_k, room.budget, examples, plan.contribution, past)
         if wishes:
             for member, resident in zip(planned, self._assigned(planned, wishes), strict=True):
                 member.resident_bits = pack_bits(resident)
-        return planned
+
+    def _room(self, member: Member) -> checks.Room:
+        """What a client's plan must keep to."""
+        free = self._method.ignores_budgets(self.config.method)
+        budget = sum(self.num_experts) if free else member.about.budget
+        return checks.Room(self.num_experts, self._at_least, budget, self._method.assign is not None)
+
+    def _plans_next(self, round: int) -> bool:
+        """Whether clients say with their update what they will hold in the next round: one message less."""
+        return round < self.config.federation.rounds and not self._method.needs_usage
 
     def _assigned(self, planned: list[Member], wishes: dict[int, Wish]) -> list[Residents]:
         """What every client holds, by the server's own plan."""
@@ -259,7 +276,7 @@ class Server:
 
     def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
         with log.phases("pack"):
-            content = train_request(round, member.resident, self._tensors_for(member))
+            content = train_request(round, member.resident, self._tensors_for(member), self._plans_next(round))
         log.sent(member.about.client, wire_bytes(content))
         self.watcher.client_started(round, member.position, self.config.train.steps)
         return Request(member.node, TRAIN, content)

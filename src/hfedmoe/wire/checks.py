@@ -19,9 +19,11 @@ from hfedmoe.wire.messages import (
     CONTRIBUTION,
     LOSSES,
     MAX_VALUE,
+    RESIDENT,
     VECTORS,
     Description,
     InvalidReplyError,
+    Plan,
     Update,
     facts_of,
     other_version,
@@ -124,29 +126,55 @@ def description(message: Message, num_experts: list[int], base: str = "") -> Des
     )
 
 
-def resident_set(message: Message, num_experts: list[int], at_least: list[int], budget: int) -> list[Tensor]:
-    """The experts a client wants to hold: within its budget, `at_least` per layer. Raises InvalidReplyError."""
-    resident = unpack_bits(facts_of(message).get("resident"), num_experts)
-    for layer, (keep, k) in enumerate(zip(resident, at_least, strict=True)):
+@dataclass(frozen=True)
+class Room:
+    """What a client's plan must keep to."""
+
+    num_experts: list[int]
+    at_least: list[int]
+    """Experts per layer."""
+    budget: int
+    """Experts over all layers."""
+    scores: bool = False
+    """Whether the client sends scores, because the server plans."""
+
+
+def plan(message: Message, room: Room) -> Plan:
+    """What a client says before a round. Raises InvalidReplyError."""
+    if room.scores:
+        total = sum(room.num_experts)
+        tensors = tensors_of(message, max_bytes=4 * total + 4096, most_tensors=1)
+        return Plan(contribution=_scores(tensors.get(CONTRIBUTION), room.num_experts))
+    return Plan(_residents(facts_of(message), room))
+
+
+def _residents(facts: ConfigRecord, room: Room) -> list[Tensor]:
+    """The experts that a client wants to hold: within its budget, `at_least` per layer."""
+    resident = unpack_bits(facts.get(RESIDENT), room.num_experts)
+    for layer, (keep, k) in enumerate(zip(resident, room.at_least, strict=True)):
         if int(keep.sum()) < k:
             raise InvalidReplyError(f"plans {int(keep.sum())} experts in layer {layer}, fewer than {k}")
     total = sum(int(keep.sum()) for keep in resident)
-    if total > budget:
-        raise InvalidReplyError(f"plans {total} experts, more than its budget of {budget}")
+    if total > room.budget:
+        raise InvalidReplyError(f"plans {total} experts, more than its budget of {room.budget}")
     return resident
 
 
-def contribution(message: Message, num_experts: list[int]) -> list[Tensor]:
-    """The scores of a client for a method that plans on the server, float32 [E] per layer. Raises InvalidReplyError."""
+def _scores(scores: Tensor | None, num_experts: list[int]) -> list[Tensor]:
+    """The scores of a client for a method that plans on the server, float32 [E] per layer."""
     total = sum(num_experts)
-    scores = tensors_of(message, max_bytes=4 * total + 4096, most_tensors=1).get(CONTRIBUTION)
     if scores is None or scores.shape != (total,) or scores.dtype != torch.float32 or not bool(scores.isfinite().all()):
         raise InvalidReplyError(f"its scores are not {total} finite numbers")
     return [part.clone() for part in scores.split(num_experts)]
 
 
 def update(
-    message: Message, resident: list[Tensor], like: dict[str, Tensor], asked: Asked, rank: int | None = None
+    message: Message,
+    resident: list[Tensor],
+    like: dict[str, Tensor],
+    asked: Asked,
+    rank: int | None = None,
+    room: Room | None = None,
 ) -> Update:
     """A client's update, if every tensor is finite and has the expected name, shape and dtype.
 
@@ -155,6 +183,7 @@ def update(
         like: the global tensors, experts as [E, ...].
         asked: what it was asked to do.
         rank: of the LoRA pairs of this client's experts; None: that of `like`.
+        room: for its plan of the next round, if it was asked for one; a client may leave it out.
 
     Raises:
         InvalidReplyError: anything is missing, unexpected, misshapen, out of range or not finite.
@@ -172,9 +201,12 @@ def update(
         else (tensor.shape, tensor.dtype)
         for name, tensor in cut(public(like, asked.private), rank).items()
     }
-    expected |= {name: (torch.Size([sum(num_experts)]), torch.float32) for name in VECTORS}
+    vectors_of = VECTORS + ((CONTRIBUTION,) if room is not None and room.scores else ())
+    expected |= {name: (torch.Size([sum(num_experts)]), torch.float32) for name in vectors_of}
     size = sum(shape.numel() * dtype.itemsize for shape, dtype in expected.values())
     tensors = tensors_of(message, max_bytes=size + HEADER_ROOM, most_tensors=len(expected))
+    if CONTRIBUTION not in tensors:
+        expected.pop(CONTRIBUTION, None)
     if set(tensors) != set(expected):
         raise InvalidReplyError(f"tensors missing or unexpected: {', '.join(sorted(set(tensors) ^ set(expected))[:3])}")
     for name, (shape, dtype) in expected.items():
@@ -186,14 +218,26 @@ def update(
             low, high = (float(extreme) for extreme in torch.aminmax(tensors[name]))  # one pass, no temporary
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise InvalidReplyError(f"{name} is not finite")
-            if name not in VECTORS and max(-low, high) > MAX_VALUE:
+            if name not in vectors_of and max(-low, high) > MAX_VALUE:
                 raise InvalidReplyError(f"{name} has values over {MAX_VALUE:g}")
     if asked.exact:
         _check_products(tensors, like, sent)
+    planned = _next(facts, tensors.pop(CONTRIBUTION, None), room)
     vectors = {name: list(tensors.pop(name).split(num_experts)) for name in VECTORS}
     work = _work(facts, asked, max(num_experts))
     _check_vectors(vectors, [work.steps * pairs for pairs in asked.pairs])
-    return Update(tensors=tensors, sent=sent, trained=trained, work=work, **vectors)
+    return Update(tensors=tensors, sent=sent, trained=trained, work=work, next=planned, **vectors)
+
+
+def _next(facts: ConfigRecord, scores: Tensor | None, room: Room | None) -> Plan | None:
+    """The plan for the next round in an update; None: it has none."""
+    if room is None:
+        return None
+    if room.scores:
+        return None if scores is None else Plan(contribution=_scores(scores, room.num_experts))
+    if RESIDENT not in facts:
+        return None
+    return Plan(_residents(facts, room))
 
 
 def own_result(message: Message, most_rows: int, choices: bool) -> OwnResult:

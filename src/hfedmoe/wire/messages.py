@@ -6,9 +6,11 @@ describe (query)  down: the version of hfedmoe; the terms of the task: its kind,
 plan (query)      down: round; with method.bootstrap = "prior" the federation's usage so far, float32 [sum E_l]
                   up:   resident bits [sum E_l]; or, for a method that plans on the server, the client's scores
                         float32 [sum E_l]
-train             down: round, resident bits; gates, shared tensors, rows of the resident experts
+train             down: round, resident bits; gates, shared tensors, rows of the resident experts; whether to plan the
+                        next round at once
                   up:   trained bits [sum E_l]; gates, shared tensors, rows of the trained experts (or of all held
-                        ones, depending on the method); usage, importance, tokens float32 [sum E_l]; `events.Work`
+                        ones, depending on the method); usage, importance, tokens float32 [sum E_l]; `events.Work`;
+                        if asked for, what a plan request for the next round would bring, which then is not sent
 measure (query)   down: as train, after the last round
                   up:   `events.OwnResult`: counts and means on rows that the client kept back
 plan, train and measure
@@ -78,12 +80,24 @@ class Update:
     tokens: list[Tensor]
     """float32 [E] per layer each."""
     work: Work
+    next: "Plan | None" = None
+    """For the next round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a client says before a round."""
+
+    resident: list[Tensor] | None = None
+    """The experts that it will hold, bool [E] per layer."""
+    contribution: list[Tensor] | None = None
+    """For a method that plans on the server: the client's scores, float32 [E] per layer."""
 
 
 VECTORS = ("usage", "importance", "tokens")
 LOSSES = ("first_loss", "last_loss", "mean_loss")
 """Losses of a client's steps, in the order in which they are sent."""
-USAGE, CONTRIBUTION = "usage", "contribution"
+USAGE, CONTRIBUTION, RESIDENT, PLAN_NEXT = "usage", "contribution", "resident", "plan_next"
 
 
 def pack_bits(masks: list[Tensor]) -> bytes:
@@ -222,14 +236,19 @@ def usage_of(message: Message, num_experts: list[int]) -> list[Tensor] | None:
     return [part.clone() for part in usage.split(num_experts)]
 
 
-def plan_reply(resident: list[Tensor]) -> RecordDict:
-    """The experts that a client will hold, bool [E] per layer; the server reads it with `checks.resident_set`."""
-    return record({"resident": pack_bits(resident)})
+def plan_reply(plan: Plan) -> RecordDict:
+    """A client's plan; the server reads it with `checks.plan`."""
+    return record(*_parts(plan))
 
 
-def wish_reply(contribution: list[Tensor]) -> RecordDict:
-    """The scores of a client, [E] per layer, for a method that plans on the server; read with `checks.contribution`."""
-    return record({}, {CONTRIBUTION: torch.cat(contribution).float()})
+def _parts(plan: Plan | None) -> tuple[dict[str, object], dict[str, Tensor] | None]:
+    """The facts and the tensors of a plan; None: it has none of them."""
+    if plan is None:
+        return {}, None
+    if plan.contribution is not None:
+        return {}, {CONTRIBUTION: torch.cat(plan.contribution).float()}
+    assert plan.resident is not None
+    return {RESIDENT: pack_bits(plan.resident)}, None
 
 
 def trouble_reply(trouble: Trouble, private: bool = False) -> RecordDict:
@@ -243,9 +262,16 @@ def trouble_reply(trouble: Trouble, private: bool = False) -> RecordDict:
     return record({"status": trouble.status, "reason": trouble.reason})
 
 
-def train_request(round: int, resident: list[Tensor], tensors: dict[str, Tensor]) -> RecordDict:
-    """Ask a client to train the `resident` experts, bool [E] per layer; `tensors` has whole gates and their rows."""
-    return record({"round": round, "resident": pack_bits(resident)}, tensors)
+def train_request(
+    round: int, resident: list[Tensor], tensors: dict[str, Tensor], plan_next: bool = False
+) -> RecordDict:
+    """Ask a client to train the `resident` experts, bool [E] per layer; `tensors` has whole gates and their rows.
+
+    Args:
+        plan_next: it shall also say what it will hold in the next round.
+    """
+    facts: dict[str, object] = {"round": round, RESIDENT: pack_bits(resident)}
+    return record(facts | ({PLAN_NEXT: True} if plan_next else {}), tensors)
 
 
 def train_reply(update: Update) -> RecordDict:
@@ -256,7 +282,8 @@ def train_reply(update: Update) -> RecordDict:
     losses = [work.pop(name) for name in LOSSES if name in work]
     if len(losses) == len(LOSSES):
         work["step_losses"] = losses  # in one fact, to save bytes
-    return record({"trained": pack_bits(update.trained), **work}, update.tensors | vectors)
+    facts, tensors = _parts(update.next)
+    return record({"trained": pack_bits(update.trained), **work, **facts}, update.tensors | vectors | (tensors or {}))
 
 
 def measure_reply(result: OwnResult) -> RecordDict:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from hfedmoe import __version__
 from hfedmoe.config import RunConfig
-from hfedmoe.wire.messages import MAX_VALUE, InvalidReplyError, facts_of, other_version, tensors_of, unpack_bits
+from hfedmoe.wire.messages import (
+    MAX_VALUE,
+    PLAN_NEXT,
+    RESIDENT,
+    InvalidReplyError,
+    facts_of,
+    other_version,
+    tensors_of,
+    unpack_bits,
+)
 
 MOST = {
     "federation.rounds": 1_000_000,
@@ -56,6 +65,11 @@ def round_of(message: Message, rounds: int) -> int:
     return value
 
 
+def plans_next(message: Message) -> bool:
+    """Whether the server wants to know with the update what the client will hold in the next round."""
+    return _facts(message).get(PLAN_NEXT) is True
+
+
 def residents_of(message: Message, num_experts: list[int], at_least: list[int], allowed: int) -> list[Tensor]:
     """The experts to train, bool [E] per layer: `at_least` per layer, at most `allowed` over all layers.
 
@@ -63,7 +77,7 @@ def residents_of(message: Message, num_experts: list[int], at_least: list[int], 
         InvalidRequestError: they are too few, too many or malformed.
     """
     try:
-        resident = unpack_bits(_facts(message).get("resident"), num_experts)
+        resident = unpack_bits(_facts(message).get(RESIDENT), num_experts)
     except InvalidReplyError as error:
         raise InvalidRequestError(str(error)) from None
     for layer, (keep, k) in enumerate(zip(resident, at_least, strict=True)):
