@@ -56,6 +56,8 @@ class ClientRound(Work):
     """(token, expert) pairs that its experts processed."""
     activation_wanted: float | None = None
     """What `activation` would be without a deadline."""
+    staleness: int = 0
+    """How many rounds the model went on while it worked."""
     routing_consistency: float | None = None
     """r(c) of eq. 18, the mean over the layers; known when the round ends."""
     bytes_down: int = 0

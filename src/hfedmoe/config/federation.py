@@ -8,13 +8,52 @@ from hfedmoe.config.section import Section
 
 
 class FederationConfig(Section):
-    """Rounds, sampling and what happens when clients are missing."""
+    """Rounds, sampling and what happens when clients are missing or slow."""
 
     rounds: Annotated[int, Field(ge=1, description="number of rounds")] = 5
     clients_per_round: Annotated[int | None, Field(ge=1, description="clients drawn for a round; None: all")] = None
     min_clients: Annotated[
         int, Field(ge=1, description="a round needs so many clients and valid updates; fewer stop the run")
     ] = 1
+    mode: Annotated[
+        Literal["rounds", "async"],
+        Field(
+            description="`rounds`: the model changes when the clients of a round have answered; `async`: after every "
+            "`buffer` updates, and who has answered goes on with the newest model"
+        ),
+    ] = "rounds"
+    buffer: Annotated[
+        int | None,
+        Field(ge=1, description="updates that change the model in mode async; None: half as many as clients"),
+    ] = None
+    spare_clients: Annotated[
+        int,
+        Field(ge=0, description="clients drawn beyond clients_per_round; a round goes on without the slowest ones"),
+    ] = 0
+    round_s: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="seconds of training after which a round goes on with the updates that are there, if they are "
+            "min_clients; None: it waits as long as timeout_s",
+        ),
+    ] = None
+    late: Annotated[
+        Literal["drop", "fold"],
+        Field(description="an update that comes after its round: drop it, or fold it into a later round"),
+    ] = "drop"
+    staleness: Annotated[
+        float,
+        Field(ge=0, description="the change of an update that comes s rounds late counts (1 + s)^-staleness"),
+    ] = 0.5
+    max_staleness: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="updates that come more rounds late are dropped; the server keeps the trained tensors of as "
+            "many rounds while it waits for them",
+        ),
+    ] = 8
     max_weight: Annotated[
         float,
         Field(

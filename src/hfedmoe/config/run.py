@@ -73,4 +73,26 @@ class RunConfig(Section):
             raise ValueError(
                 f"federation.min_clients={self.federation.min_clients} is more than the {sampled} clients of a round"
             )
+        _agree_about_time(self.federation, sampled, self.clients.count)
         return self
+
+
+def _agree_about_time(settings: FederationConfig, sampled: int, count: int) -> None:
+    """Raise ValueError if settings about slow clients contradict each other."""
+    if settings.mode == "async":
+        for name in ("spare_clients", "round_s", "late"):
+            if getattr(settings, name) != FederationConfig.model_fields[name].default:
+                raise ValueError(
+                    f"federation.{name} is about rounds, which mode async does not have: it never waits for the "
+                    "slowest; leave it out"
+                )
+        if settings.buffer is not None and settings.buffer < settings.min_clients:
+            raise ValueError(f"federation.buffer={settings.buffer} is less than min_clients={settings.min_clients}")
+        return
+    if settings.buffer is not None:
+        raise ValueError('federation.buffer is about mode async; set federation.mode = "async", or leave it out')
+    if settings.spare_clients and sampled + settings.spare_clients > count:
+        raise ValueError(
+            f"federation.clients_per_round={sampled} and spare_clients={settings.spare_clients} are more than "
+            f"clients.count={count}"
+        )

@@ -128,6 +128,15 @@ class Attendance:
         self._known = self._roll.here(self._grid)
         return {node: session for node, session in sessions.items() if node in self._known}
 
+    def waiting(self, group: str) -> Waiting:
+        """Requests to members that may outlive a round (`wire.exchange.Waiting`)."""
+        return Waiting(self._grid, group, self._config.federation.timeout_s, self._watch)
+
+    @property
+    def most_open(self) -> int | None:
+        """Requests that may be open at a time, where clients are simulated; None: all at once."""
+        return self._grid.most_open if isinstance(self._grid, LocalGrid) else None
+
     def ask(self, requests: Iterable[Request], group: str) -> Iterator[Answer]:
         """The answers of members to requests of a round (`wire.exchange.exchange`)."""
         return exchange(self._grid, requests, group, self._config.federation.timeout_s, self._watch)

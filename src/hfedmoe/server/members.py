@@ -81,9 +81,8 @@ class Roll(Protocol):
         """Those that are connected, by node. A start waits for who is overdue."""
 
 
-def sample(members: dict[int, Member], config: RunConfig, round: int) -> list[Member]:
-    """The members who are asked in a round: `federation.clients_per_round` drawn by the seed, in ascending order."""
-    wanted = config.federation.clients_per_round
+def sample(members: dict[int, Member], config: RunConfig, round: int, wanted: int | None) -> list[Member]:
+    """The members who are asked in a round: so many of them (None: all) drawn by the seed, in ascending order."""
     everyone = list(members.values())
     if wanted is None or wanted >= len(everyone):
         return everyone

@@ -53,7 +53,8 @@ class RoundRecord:
         self.phases = Phases()
         self._consistency = RoutingConsistency(num_experts, tau)
         self._notes = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (until `close`)
-        self._at: dict[int, int] = {}
+        self._at: list[tuple[int, int]] = []
+        """Client and place of every note. In mode async a client may have several."""
 
     def close(self) -> None:
         """Drop the client records."""
@@ -64,14 +65,25 @@ class RoundRecord:
         self.bytes_down[client] = self.bytes_down.get(client, 0) + size
 
     def received(
-        self, client: int, update: Update, resident: list[Tensor], size: int, weight: int, activation_wanted: float
+        self,
+        client: int,
+        update: Update,
+        resident: list[Tensor],
+        size: int,
+        weight: int,
+        activation_wanted: float,
+        own: tuple[int, int] | None = None,
+        staleness: int = 0,
     ) -> ClientRound:
         """Note a valid update of `size` bytes, without its tensors.
 
         Args:
             weight: |D_c|, limited by `federation.max_weight`.
             activation_wanted: experts per layer that a step would train without a deadline.
+            own: other bytes sent and received for this update; None: all of the client in this round.
+            staleness: rounds that the model went on while the client worked.
         """
+        down, up = own or (self.bytes_down.get(client, 0), self.bytes_up.get(client, 0))
         self.bytes_up[client] = self.bytes_up.get(client, 0) + size
         self.training_seconds += update.work.seconds
         held, trained = torch.cat(resident), torch.cat(update.trained)
@@ -84,27 +96,28 @@ class RoundRecord:
             total_experts=len(held),
             tokens=sum(float(tokens.sum()) for tokens in update.tokens),
             activation_wanted=activation_wanted,
-            bytes_down=self.bytes_down.get(client, 0),
-            bytes_up=self.bytes_up[client],
+            staleness=staleness,
+            bytes_down=down,
+            bytes_up=up + size,
         )
         self._note(done, self._consistency.add(update.usage))
         self.add_row(client, torch.cat(update.usage), torch.cat(update.importance), held, trained)
         return done
 
-    def left_out(self, client: int, status: str, reason: str) -> ClientRound:
-        """Note a client without a valid update."""
+    def left_out(self, client: int, status: str, reason: str, own: tuple[int, int] | None = None) -> ClientRound:
+        """Note a client without a valid update; `own` as for `received`."""
         self.num_missing += 1
         if len(self.missing) < REASONS:
             self.missing[client] = reason
-        down, up = self.bytes_down.get(client, 0), self.bytes_up.get(client, 0)
+        down, up = own or (self.bytes_down.get(client, 0), self.bytes_up.get(client, 0))
         done = ClientRound(client=client, status=status, reason=reason, bytes_down=down, bytes_up=up)
         self._note(done, None)
         return done
 
     def clients(self) -> Iterator[ClientRound]:
         """The record of every client by number, with r(c) of eq. 18. All clients must have answered before."""
-        for client in sorted(self._at):
-            self._notes.seek(self._at[client])
+        for _, place in sorted(self._at):
+            self._notes.seek(place)
             entry, counts = json.loads(self._notes.readline())
             if counts is not None:
                 entry["routing_consistency"] = self._consistency.value(counts)
@@ -130,5 +143,5 @@ class RoundRecord:
         }
 
     def _note(self, done: ClientRound, counts: list[int] | None) -> None:
-        self._at[done.client] = self._notes.seek(0, 2)
+        self._at.append((done.client, self._notes.seek(0, 2)))
         self._notes.write(json.dumps([done.to_json(), counts]).encode() + b"\n")

@@ -1,9 +1,11 @@
 """The server: rounds of sampling, planning, training and folding, with a checkpoint after each."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,12 +22,15 @@ from hfedmoe.method.row import Residents, Wish
 from hfedmoe.moe.payload import pack, public
 from hfedmoe.moe.ranks import cut
 from hfedmoe.server.attendance import Attendance
+from hfedmoe.server.collecting import collect, outlives
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.fold import Fold
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.members import Member, Roll, reply_of, sample
 from hfedmoe.server.records import RoundRecord
 from hfedmoe.server.sites import ask_sites
+from hfedmoe.server.staleness import discount, on_the_model_of_now
+from hfedmoe.server.works import Work, Works
 from hfedmoe.wire import checks
 from hfedmoe.wire.exchange import LEFT, Answer, Request, clean
 from hfedmoe.wire.messages import (
@@ -78,6 +83,8 @@ class Server:
         self._asked = checks.Asked.of(self.config, self.top_k)
         self._method = METHODS[self.config.method.name]
         self._at_least = self._method.at_least(self.top_k)
+        self._works: Works | None = None
+        """Training that may outlive its round; None: every round waits for all."""
 
     def run(self, grid: Grid) -> None:
         """All rounds that are left, then the last evaluation.
@@ -88,6 +95,7 @@ class Server:
         attendance = self.attendance(grid)
         attendance.gather()
         self._announce(attendance)
+        self._works = Works(attendance) if outlives(self.config.federation) else None
         last = self.config.federation.rounds
         if self.round == 0 and not self.keeper.scores:
             metrics = self._measure("all", 0)
@@ -151,7 +159,7 @@ class Server:
         self.watcher.round_started(round)
         with self.keeper.recording(round, self.num_experts, self.config.method.tau) as log:
             with self.keeper.taking_rows(log):
-                planned = self._plan(attendance, sample(attendance.members, self.config, round), log)
+                planned = self._plan(attendance, self._asked_in(attendance, round), log)
                 log.planning_seconds = time.perf_counter() - started
                 fold = self._fold(attendance, planned, log)
                 self._require_enough(fold.clients, log)
@@ -169,33 +177,102 @@ class Server:
             self.config.train.rank,
             None if usage is None else list(usage.split(self.num_experts)),
         )
-        requests = (self._train_request(member, log.round, log) for member in planned)
-        by_node = {member.node: member for member in planned}
-        for answer in in_order(attendance.ask(requests, f"train-{log.round}"), list(by_node)):
-            self._take(answer, by_node[answer.node], fold, attendance, log)
+        if self._works is not None:
+            for work, answer in self._collected(self._works, planned, log):
+                self._take(answer, work, fold, attendance, log)
+                answer.reply = None
+            self._part(self._works, log)
+            return fold
+        works = {member.node: self._work(member, log) for member in planned}
+        requests = (self._train_request(work, log) for work in works.values())
+        for answer in in_order(attendance.ask(requests, f"train-{log.round}"), list(works)):
+            self._take(answer, works[answer.node], fold, attendance, log)
             answer.reply = None  # folded in: the next client works without it in memory
         return fold
 
-    def _take(self, answer: Answer, member: Member, fold: Fold, attendance: Attendance, log: RoundRecord) -> None:
+    def _asked_in(self, attendance: Attendance, round: int) -> list[Member]:
+        """The members who are asked in a round, of those who are not busy with an earlier one."""
+        settings, members = self.config.federation, attendance.members
+        wanted, works = settings.clients_per_round, self._works
+        if works is not None:
+            for work, _ in works.answers(lambda: not works.waits and all(map(works.is_busy, members.values()))):
+                assert work.dropped  # only such are left; one of them is free again
+            members = {client: member for client, member in members.items() if not works.is_busy(member)}
+            if wanted is not None:
+                wanted += settings.spare_clients - (len(works.going_on) if settings.mode == "async" else 0)
+                wanted = max(0, wanted)
+        return sample(members, self.config, round, wanted)
+
+    def _collected(self, works: Works, planned: list[Member], log: RoundRecord) -> Iterator[tuple[Work, Answer]]:
+        """Have the clients train, and yield the answers that count in this round."""
+
+        def begin(work: Work) -> tuple[Work, Request]:
+            return work, self._train_request(work, log)
+
+        def again(work: Work, answer: Answer) -> None:
+            """Give the next work to a client that has answered, if it has said what it will hold."""
+            member = work.member
+            if self.config.federation.clients_per_round is not None or not self._plans_next(log.round):
+                return
+            with contextlib.suppress(InvalidReplyError):  # its update will be refused for it
+                plan = checks.next_plan(reply_of(answer), self._room(member))
+                if plan is not None and plan.resident is not None:
+                    member.resident_bits = pack_bits(plan.resident)
+                    works.ask(partial(begin, Work(member, log.round, member.resident_bits, self.tensors)))
+
+        for member in planned:
+            work = self._work(member, log)
+            work.tensors = self.tensors
+            works.ask(partial(begin, work))
+        clients = self.config.clients.count
+        yield from collect(works, self.config.federation, log.round, len(planned), clients, again)
+
+    def _part(self, works: Works, log: RoundRecord) -> None:
+        """Say of those who still work whether their updates will count."""
+        settings = self.config.federation
+        for work in works.going_on:
+            if settings.mode == "rounds" and work.round == log.round:
+                client, member = work.member.about.client, work.member
+                folds = settings.late == "fold"
+                reason = "its update counts when it comes" if folds else "the round went on without it"
+                done = log.left_out(client, "late", reason, (work.bytes_down, work.bytes_up))
+                work.bytes_down = work.bytes_up = 0  # noted
+                self.watcher.client_done(log.round, member.position, done)
+                work.dropped = not folds
+            if log.round + 1 - work.round > settings.max_staleness:
+                work.dropped = True
+            if work.dropped:
+                work.tensors = {}
+
+    def _work(self, member: Member, log: RoundRecord) -> Work:
+        """What a client has been asked to plan, and will be asked to train."""
+        client = member.about.client
+        down, up = log.bytes_down.get(client, 0), log.bytes_up.get(client, 0)
+        return Work(member, log.round, member.resident_bits, {}, down, up)
+
+    def _take(self, answer: Answer, work: Work, fold: Fold, attendance: Attendance, log: RoundRecord) -> None:
         """Check a client's answer, fold its update in and note it, or leave the client out."""
-        resident = member.resident
+        member, resident, late = work.member, work.resident, log.round - work.round
         try:
             with log.phases("check"):
-                room = self._room(member) if self._plans_next(log.round) else None
-                update = checks.update(reply_of(answer), resident, self.tensors, self._asked, self._rank(member), room)
+                room, rank = self._room(member) if self._plans_next(work.round) else None, self._rank(member)
+                update = checks.update(reply_of(answer), resident, self.tensors, self._asked, rank, room)
             if update.work.examples != member.about.examples:
                 raise InvalidReplyError(f"says it has {update.work.examples} examples, but had {member.about.examples}")
         except InvalidReplyError as error:
-            self._leave_out(log, attendance, member, answer, error)
+            self._leave_out(log, attendance, work, answer, error)
             return
-        member.plans(log.round + 1, update.next)
+        if late:
+            factor = discount(late, self.config.federation.staleness)
+            private = self._method.private
+            update.tensors = on_the_model_of_now(update, work.tensors, self.tensors, factor, rank, private)
+        member.plans(log.round + 1 if self.config.federation.mode == "async" else work.round + 1, update.next)
         size = wire_bytes(answer.reply.content)  # type: ignore[union-attr]
         with log.phases("fold"):
             fold.add(update, resident, member.weight)
         with log.phases("note"):
-            done = log.received(
-                member.about.client, update, resident, size, member.weight, self._activation_wanted(resident)
-            )
+            wanted, own = self._activation_wanted(resident), (work.bytes_down, work.bytes_up)
+            done = log.received(member.about.client, update, resident, size, member.weight, wanted, own, late)
             self.keeper.took(member.about.client, update.usage, resident, member.weight, update.work.last_loss)
             held, trained = (torch.cat(bits).tolist() for bits in (resident, update.trained))
             self.watcher.client_experts(log.round, member.position, held, trained)
@@ -236,7 +313,7 @@ class Server:
                 plans[member.about.client] = checks.plan(reply, self._room(member))
                 log.bytes_up[member.about.client] = wire_bytes(reply.content)
             except InvalidReplyError as error:
-                self._leave_out(log, attendance, member, answer, error)
+                self._leave_out(log, attendance, self._work(member, log), answer, error)
         # Always in the same order, so that a run does not depend on who answers first.
         planned = sorted((m for m in sampled if m.about.client in plans), key=lambda member: member.about.client)
         self._settle(planned, plans)
@@ -274,11 +351,14 @@ class Server:
         held = torch.zeros(sum(self.num_experts)) if held is None else held
         return self._method.assign([wishes[member.about.client] for member in planned], held, self.config.method)
 
-    def _train_request(self, member: Member, round: int, log: RoundRecord) -> Request:
+    def _train_request(self, work: Work, log: RoundRecord) -> Request:
+        member = work.member
         with log.phases("pack"):
-            content = train_request(round, member.resident, self._tensors_for(member), self._plans_next(round))
-        log.sent(member.about.client, wire_bytes(content))
-        self.watcher.client_started(round, member.position, self.config.train.steps)
+            content = train_request(work.round, work.resident, self._tensors_for(member), self._plans_next(work.round))
+        size = wire_bytes(content)
+        log.sent(member.about.client, size)
+        work.bytes_down += size
+        self.watcher.client_started(work.round, member.position, self.config.train.steps)
         return Request(member.node, TRAIN, content)
 
     def _rank(self, member: Member) -> int | None:
@@ -296,13 +376,14 @@ class Server:
         return sum(held) / len(held)
 
     def _leave_out(
-        self, log: RoundRecord, attendance: Attendance, member: Member, answer: Answer, error: InvalidReplyError
+        self, log: RoundRecord, attendance: Attendance, work: Work, answer: Answer, error: InvalidReplyError
     ) -> None:
+        member, own = work.member, (work.bytes_down, work.bytes_up)
         status = "invalid" if answer.status == "ok" else answer.status
         if isinstance(error, checks.TroubleError):
             status = error.status
         reason = clean(str(error))
-        self.watcher.client_done(log.round, member.position, log.left_out(member.about.client, status, reason))
+        self.watcher.client_done(log.round, member.position, log.left_out(member.about.client, status, reason, own))
         if status != LEFT:
             self.watcher.warning(f"round {log.round}: {member.about.name} is left out ({status}): {reason}")
         if not isinstance(error, checks.TroubleError) or error.status in (REFUSED, FAILED):

@@ -229,6 +229,11 @@ def update(
     return Update(tensors=tensors, sent=sent, trained=trained, work=work, next=planned, **vectors)
 
 
+def next_plan(message: Message, room: Room) -> Plan | None:
+    """The experts that a client will hold next, from its update; None: it does not say. Raises InvalidReplyError."""
+    return _next(facts_of(message), None, room)
+
+
 def _next(facts: ConfigRecord, scores: Tensor | None, room: Room | None) -> Plan | None:
     """The plan for the next round in an update; None: it has none."""
     if room is None:

@@ -46,6 +46,32 @@ def in_order(answers: Iterable[Answer], nodes: Sequence[int], room: int = ROOM) 
                 del due
 
 
+class Shelf:
+    """Answers that wait until all of a round are there. Beyond `room` bytes each waits in a temporary file."""
+
+    def __init__(self, room: int = ROOM) -> None:
+        self._room, self._held = room, 0
+        self._files = contextlib.ExitStack()
+        self._kept: list[tuple[tuple[int, ...], int, _Early]] = []
+
+    def put(self, key: tuple[int, ...], answer: Answer) -> None:
+        """Keep an answer. Raises UserError if the disk has no room for it."""
+        one = _Early(answer)
+        if self._held + one.size > self._room:
+            one.store(self._files)
+        self._held += one.in_memory
+        self._kept.append((key, len(self._kept), one))
+
+    def take(self) -> Iterator[tuple[tuple[int, ...], Answer]]:
+        """All answers by key, equal ones in the order in which they came; each is forgotten then."""
+        with self._files:
+            self._kept.sort(key=lambda kept: kept[:2], reverse=True)
+            while self._kept:
+                key, _, one = self._kept.pop()
+                yield key, one.restored()
+                del one
+
+
 class _Early:
     """An answer that waits for its turn."""
 
