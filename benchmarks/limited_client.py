@@ -135,6 +135,7 @@ def one_round(folder: Path, limit_bytes: int, how: str = "auto", whole: bool = F
         checks.trouble(_message(planned))
         budget = sum(num_experts)
         resident = checks.plan(_message(planned), checks.Room(num_experts, top_k, budget)).resident
+        assert resident is not None
         answer = ask(TRAIN, train_request(1, resident, pack(tensors, resident)))
     finally:
         (folder / STOP).touch()

@@ -1,9 +1,9 @@
 """A carrier in simulated time: every client takes as long as it is told, and nobody waits for it in reality."""
 
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -65,9 +65,9 @@ class SimulatedTime(Grid):
         """All clients."""
         return self._clients.get_node_ids()
 
-    def get_nodes(self) -> Iterable[SimpleNamespace]:
+    def get_nodes(self) -> Iterable[NodeInfo]:
         """All clients, always connected."""
-        return [SimpleNamespace(node_id=node, last_activated_at="", public_key=b"") for node in self.get_node_ids()]
+        return [NodeInfo(node_id=node) for node in self.get_node_ids()]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Not used."""

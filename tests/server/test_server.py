@@ -67,9 +67,10 @@ def test_how_lora_is_averaged_reaches_the_fold(lora: str, exact: bool, monkeypat
 
 def test_clients_are_drawn_by_seed_and_round_and_come_in_the_order_of_their_numbers() -> None:
     def drawn(seed: int) -> list[list[int]]:
-        run = Federation(None, tiny_config(*QUICK, "federation.clients_per_round=3", f"seed={seed}"))
+        run = Federation(None, tiny_config(*QUICK, f"seed={seed}"))
         members = joined(run)
-        return [[member.about.client for member in sample(members, run.server.config, round)] for round in range(1, 9)]
+        config = run.server.config
+        return [[member.about.client for member in sample(members, config, round, 3)] for round in range(1, 9)]
 
     found = drawn(0)
     assert all(clients == sorted(clients) for clients in found)

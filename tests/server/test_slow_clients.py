@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.simulated_time import SimulatedTime
 from flwr.app import Message
 
-from benchmarks.simulated_time import SimulatedTime
 from hfedmoe.errors import UserError
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN

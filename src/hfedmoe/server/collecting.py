@@ -69,7 +69,7 @@ def collect(
         good = _is_update(answer)
         total += good
         fresh += good and work.round == round
-        key = (work.round, work.member.about.client)
+        key: tuple[int, ...] = (work.round, work.member.about.client)
         by_key.setdefault(key, []).append(work)
         shelf.put(key, answer)
         if good and is_async and total < wanted:
