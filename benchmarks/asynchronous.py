@@ -2,10 +2,10 @@
 
     python -m benchmarks.asynchronous [CONFIG] [--seeds 0 1 2] [--quick] [--json FILE]
 
-Training takes simulated time: a client takes `SPEEDS` seconds, in turn. All arms have the same splits, budgets and seeds,
-and run until as much simulated time is over as the rounds of the configuration take. The target is the accuracy that
-`rounds` ends with. `late` goes on with the first six of eight and folds the others in when they come; `spare` drops them;
-`async` changes the model after every four updates.
+Training takes simulated time: a client takes `SPEEDS` seconds, in turn. All arms have the same splits, budgets and
+seeds, and run until as much simulated time is over as the rounds of the configuration take. The target is the accuracy
+that `rounds` ends with. `late` goes on with the first six of eight and folds the others in when they come; `spare`
+drops them; `async` changes the model after every four updates.
 """
 
 import contextlib
