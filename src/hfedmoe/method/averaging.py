@@ -4,7 +4,8 @@
     mean <- mean + w / W * (x - mean)        W and mean start at 0, so the first share is 1 and gives x itself
 
 In float32, this form returns exactly the same bits if all clients sent the same rows, for any weights. The order of
-clients matters only by rounding. Memory: one float32 buffer of the size of the rows. Time: sent rows are read once, and
+clients matters only by rounding. So does a tree: an average of some clients can be merged into that of others, as one
+client whose weight is the sum of theirs. Memory: one float32 buffer of the size of the rows. Time: sent rows are read once, and
 their rows in the buffer are read and written once.
 """
 
@@ -94,6 +95,22 @@ class StacksAverage:
         # One call for all runs of neighbouring rows: no gathered copy of the buffer, and no loop in Python over rows.
         torch._foreach_lerp_(into, new, shares)
 
+    def merge(self, other: "StacksAverage") -> None:
+        """Add all clients of another average, as one client whose weights are their sums: up to rounding the same.
+
+        Raises ValueError if the other one has other stacks.
+        """
+        if other._stretches != self._stretches:
+            raise ValueError("averages of different stacks cannot be merged")
+        index = other._weight.nonzero()[:, 0]
+        if not len(index):
+            return
+        stacks = {}
+        for name, mean in other._means.items():
+            first, number = self._stretches[name]
+            stacks[name] = mean[(index[(index >= first) & (index < first + number)] - first).to(mean.device)]
+        self.add(stacks, index, other._weight[index], checked=True)
+
     def _sent(self, index: list[int]) -> dict[tuple[int, int], Runs]:
         """The sent rows of every stretch."""
         return {stretch: runs_of(index, *stretch) for stretch in self._names}
@@ -144,6 +161,10 @@ class RowAverage:
             rows, index, weight = rows[order], index[order], weight[order]
         self._stacks.add({"rows": rows}, index, weight, checked)
 
+    def merge(self, other: "RowAverage") -> None:
+        """As `StacksAverage.merge`."""
+        self._stacks.merge(other._stacks)
+
     def result(self, previous: Tensor) -> Tensor:
         """The averages, as `StacksAverage.result`."""
         return self._stacks.result({"rows": previous})["rows"]
@@ -176,6 +197,14 @@ class MeanAverage:
             self._mean = new.clone()
         else:
             self._mean.lerp_(new.to(self._mean.device), weight / self._weight)
+
+    def merge(self, other: "MeanAverage") -> None:
+        """Add all clients of another average, as one client whose weight is their sum: up to rounding the same.
+
+        Raises ValueError if its tensors have another shape.
+        """
+        if other._mean is not None:
+            self.add(other._mean, other._weight, checked=True)
 
     def result(self, previous: Tensor) -> Tensor:
         """The average in the dtype of `previous` [...], or `previous` bit for bit if all weights are 0.

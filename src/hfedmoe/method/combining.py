@@ -31,6 +31,10 @@ class StacksCombined:
         """
         self._kept.append((dict(stacks), index.tolist(), weight.float()))
 
+    def merge(self, other: "StacksCombined") -> None:
+        """Keep all clients of another one too."""
+        self._kept += other._kept
+
     def result(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The new stacks; an expert without a copy of positive weight keeps its value bit for bit."""
         new = {name: tensor.clone() for name, tensor in previous.items()}

@@ -61,6 +61,14 @@ class GateAverage:
         elif self._by_examples is not None:
             self._by_examples.add(tensor, examples, checked=True)
 
+    def merge(self, other: "GateAverage") -> None:
+        """Add all clients of another average (`MeanAverage.merge`)."""
+        self._by_alpha.merge(other._by_alpha)
+        if other._by_examples is None:
+            self._by_examples = None
+        elif self._by_examples is not None:
+            self._by_examples.merge(other._by_examples)
+
     def result(self, previous: Tensor) -> Tensor:
         """The mean in the dtype of `previous` [...]; `previous` bit for bit if all weights are 0."""
         mean = self._by_alpha if self._by_examples is None else self._by_examples

@@ -35,6 +35,23 @@ class _Products:
                 self.dense = product if self.dense is None else self.dense.add_(product)
             self.pairs = []
 
+    def merge(self, other: "_Products") -> None:
+        """Add all products of another sum."""
+        if other.dense is not None:
+            self.dense = other.dense.clone() if self.dense is None else self.dense.add_(other.dense)
+            self.weight += other.weight
+            self._close()
+        else:
+            for pair in other.pairs:
+                self.add(*pair)
+
+    def _close(self) -> None:
+        """Add what is stored as factors to the dense product."""
+        assert self.dense is not None
+        for a, b, weight in self.pairs:
+            self.dense.add_(weight * (b @ a))
+        self.pairs = []
+
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U [out, n], S [n], V^T [n, in] of the weighted mean product."""
         if self.dense is not None:
@@ -102,6 +119,17 @@ class ProductAverage:
         self._shape = shape
         for row, expert in enumerate(index.tolist()):
             self._experts.setdefault(expert, _Products()).add(a[row], b[row], float(weight[row]))
+
+    def merge(self, other: "ProductAverage") -> None:
+        """Add all clients of another average: up to rounding as if they had been added here.
+
+        Raises ValueError if its experts or its rank are others.
+        """
+        if (other.num_rows, other.rank) != (self.num_rows, self.rank):
+            raise ValueError("averages of other experts or of another rank cannot be merged")
+        self._shape = self._shape or other._shape
+        for expert, products in other._experts.items():
+            self._experts.setdefault(expert, _Products()).merge(products)
 
     def result(self, previous_a: Tensor, previous_b: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of every expert's mean product, in the dtypes of previous_a [E, R, in] and previous_b [E, out, R].

@@ -30,6 +30,12 @@ class Arrived:
             ranks = self._ranks.setdefault(layer, torch.zeros(len(counts), dtype=torch.int64))
             ranks[counts] = ranks[counts].clamp_min(tensors[a].shape[1])
 
+    def merge(self, other: "Arrived") -> None:
+        """Note the updates of another one."""
+        for layer, ranks in other._ranks.items():
+            own = self._ranks.get(layer)
+            self._ranks[layer] = ranks.clone() if own is None else torch.maximum(own, ranks)
+
     def keep_the_others(self, new: dict[str, Tensor], before: dict[str, Tensor]) -> None:
         """Put the components of `before` that did not arrive into `new`, in place; all are [E, ...]."""
         for a, b in expert_pairs(new):

@@ -127,6 +127,28 @@ class Fold:
         assert weights is not None
         return weights
 
+    def merge(self, other: "Fold") -> None:
+        """Add all clients of another fold of the same round: a tree of folds is one fold, up to rounding.
+
+        A region's aggregator folds its own clients and sends on the result, which has the size of one update. Methods
+        that compare all copies of an expert with each other (`Method.combine`) keep every update until the end, here
+        too. The other fold must not be used any more.
+
+        Args:
+            other: of the same global tensors and settings.
+        """
+        self.clients += other.clients
+        assert type(self._experts) is type(other._experts)
+        self._experts.merge(other._experts)  # type: ignore[arg-type]
+        self._kept.merge(other._kept)
+        self._gates.merge(other._gates)
+        if self._arrived is not None and other._arrived is not None:
+            self._arrived.merge(other._arrived)
+        for pair, products in (*self._products.items(), *self._shared_products.items()):
+            products.merge(other._products[pair] if pair in other._products else other._shared_products[pair])
+        for name, mean in self._shared.items():
+            mean.merge(other._shared[name])
+
     def result(self) -> dict[str, Tensor]:
         """The new global tensors; what no client trained keeps its value bit for bit."""
         new = dict(self._tensors)

@@ -59,6 +59,17 @@ class GateFold:
         assert rows is not None
         return rows
 
+    def merge(self, other: "GateFold") -> None:
+        """Add all clients of another fold of the same round."""
+        for name, whole in self._whole.items():
+            whole.merge(other._whole[name])
+        for name, rows in other._rows.items():
+            self._rows.setdefault(name, RowAverage(rows.num_rows)).merge(rows)
+        if other._mass:
+            self._mass = [a + b for a, b in zip(self._mass or [0.0] * len(other._mass), other._mass, strict=True)]
+            union = self._union or [torch.zeros_like(used) for used in other._union]
+            self._union = [a | b for a, b in zip(union, other._union, strict=True)]
+
     def result(self, previous: dict[str, Tensor]) -> dict[str, Tensor]:
         """The new tensors; where no update has weight, the value stays the same bit for bit."""
         new = {}

@@ -25,6 +25,11 @@ class KeptRows:
         self._sent = sent.float() if self._sent is None else self._sent + sent
         self._kept = kept.float() if self._kept is None else self._kept + kept
 
+    def merge(self, other: "KeptRows") -> None:
+        """Add the weights of another one's clients."""
+        if other._sent is not None and other._kept is not None:
+            self.add(other._sent, other._kept)
+
     def mixed(self, before: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """before + share (mean - before) of every row, where share is the weight sent over all weight.
 
