@@ -5,8 +5,8 @@
 
 In float32, this form returns exactly the same bits if all clients sent the same rows, for any weights. The order of
 clients matters only by rounding. So does a tree: an average of some clients can be merged into that of others, as one
-client whose weight is the sum of theirs. Memory: one float32 buffer of the size of the rows. Time: sent rows are read once, and
-their rows in the buffer are read and written once.
+client whose weight is the sum of theirs. Memory: one float32 buffer of the size of the rows. Time: sent rows are read
+once, and their rows in the buffer are read and written once.
 """
 
 from collections.abc import Mapping
