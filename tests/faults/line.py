@@ -1,0 +1,66 @@
+"""A line between two machines that can be slow, far, cut or gone: a proxy for TCP on loopback."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+CHUNK = 1 << 14
+
+
+class Line:
+    """Carries bytes from a port of its own to the server's."""
+
+    def __init__(self, server: tuple[str, int]) -> None:
+        self._server = server
+        self._listener = socket.create_server((server[0], 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.delay_s = 0.0
+        """Seconds in each direction."""
+        self.up_bytes_s: float | None = None
+        """Most bytes per second towards the server; None: no limit."""
+        self._open = threading.Event()
+        self._open.set()
+        self.up = self.down = 0
+        """Bytes carried."""
+        self._free_at = 0.0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """During the block nothing passes, and nobody is told."""
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
+
+    def _accept(self) -> None:
+        while True:
+            device, _ = self._listener.accept()
+            self._open.wait()
+            with contextlib.suppress(OSError):
+                server = socket.create_connection(self._server)
+                for one, other, up in ((device, server, True), (server, device, False)):
+                    threading.Thread(target=self._pump, args=(one, other, up), daemon=True).start()
+                continue
+            device.close()
+
+    def _pump(self, source: socket.socket, target: socket.socket, up: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(CHUNK):
+                time.sleep(self.delay_s)
+                if up and self.up_bytes_s is not None:
+                    self._free_at = max(time.monotonic(), self._free_at) + len(data) / self.up_bytes_s
+                    time.sleep(max(0.0, self._free_at - time.monotonic()))
+                self._open.wait()
+                target.sendall(data)
+                if up:
+                    self.up += len(data)
+                else:
+                    self.down += len(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
