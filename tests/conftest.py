@@ -30,3 +30,11 @@ def federation(tmp_path: Path) -> "Callable[..., Federation]":
         return Federation(RunFolder.create(tmp_path / "run", config), config, watcher)
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with tests that take long, on both of two workers: at the end they would run alone."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    rest = [item for item in items if not item.get_closest_marker("slow")]
+    half = len(rest) // 2
+    items[:] = [*slow[::2], *rest[:half], *slow[1::2], *rest[half:]]

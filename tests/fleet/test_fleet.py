@@ -221,8 +221,10 @@ def test_three_devices_end_with_the_weights_of_one_process_even_if_the_server_st
         assert torch.equal(got.tensors[name], tensor), name
     for one, other in zip(ours.read_rounds()[1:], theirs.read_rounds()[1:3], strict=True):
         for mine, deployed in zip(one["clients"], other["clients"], strict=True):
-            for key in ("client", "examples", "resident", "trained", "bytes_down", "first_loss", "last_loss"):
+            for key in ("client", "examples", "resident", "trained", "first_loss", "last_loss"):
                 assert mine[key] == deployed[key], key
+            if one["round"] == 1:  # a server that was started again asks for plans that it was told before
+                assert mine["bytes_down"] == deployed["bytes_down"]
 
     if tracking:  # one run for TensorBoard, although the server was started twice
         sent = [(line["round"], line["bytes_up"]) for line in theirs.read_rounds()[1:]]
