@@ -82,6 +82,31 @@ def test_a_start_waits_for_a_sign_of_life_from_who_owes_one(
     assert heard.phases == ["3 of 4 here, waiting for east", "4 of 4 here"]
 
 
+def test_who_comes_between_two_looks_at_the_carrier_is_waited_for(
+    federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The carrier is asked who is connected, and then the roll, which asks again who they are."""
+    known, come = attendance.connected, iter([1, 3, 4, 4, 4, 4])
+
+    def connected(grid: Any) -> Any:
+        return {node: session for node, session in known(grid).items() if node <= number}
+
+    monkeypatch.setattr(attendance, "WAIT_S", 0.0)
+    monkeypatch.setattr(attendance, "connected", connected)
+    number = 0
+
+    class Late(Roll):
+        def here(self, grid: Any) -> dict[int, Known]:
+            nonlocal number
+            number = next(come)
+            return super().here(grid)
+
+    ready, heard = federation(), Heard()
+    assert len(asked(ready, Late(["north", "south", "east", "west"], come=4), heard)) == 4
+    assert heard.phases[-1] == "4 of 4 here"
+    assert len(heard.phases) == 4
+
+
 def test_a_client_counts_for_no_more_rows_than_the_roll_allows(federation: Callable[..., Federation]) -> None:
     ready, heard = federation(), Heard()
     found = asked(ready, Roll(["a", "b", "c", "d"], come=4, most=10), heard)

@@ -125,7 +125,8 @@ class Attendance:
         sessions = connected(self._grid)
         if self._roll is None:
             return sessions
-        self._known = self._roll.here(self._grid)
+        # Somebody may come between the two looks; only who was there both times counts.
+        self._known = {node: one for node, one in self._roll.here(self._grid).items() if node in sessions}
         return {node: session for node, session in sessions.items() if node in self._known}
 
     def waiting(self, group: str) -> Waiting:
