@@ -17,7 +17,7 @@ from hfedmoe.fleet.folder import opened
 from hfedmoe.fleet.front import Board, Seen
 from hfedmoe.fleet.keys import as_flower_has_it, new_key, private_key, public_of
 from hfedmoe.fleet.notes import Notes
-from hfedmoe.fleet.serving import FleetRoll, ending
+from hfedmoe.fleet.serving import EndsHere, FleetRoll, ending
 from hfedmoe.runs.identity import DEPLOYED, SIMULATED, Identity, write_identity
 from hfedmoe.server.members import Known
 from tests.fleet.places import hfedmoe, new_fleet
@@ -115,11 +115,14 @@ def test_status_shows_what_the_server_notes(here: Path, capsys: pytest.CaptureFi
 def test_a_round_ends_before_the_run_does(here: Path) -> None:
     new_fleet(here, "north")
     with Notes(Silent(), Board(opened(here / "fleet")), here / "run") as notes, ending(notes) as asked:
-        with pytest.raises(KeyboardInterrupt):  # nothing is lost outside of a round
-            os.kill(os.getpid(), signal.SIGINT)
         notes.round_started(1)
         os.kill(os.getpid(), signal.SIGINT)
         assert asked.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with Notes(Silent(), Board(opened(here / "fleet")), here / "run") as notes, ending(notes):
+        with pytest.raises(EndsHere):  # nothing is lost outside of a round
+            os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     with Notes(Silent(), Board(opened(here / "fleet")), here / "run") as notes, ending(notes):

@@ -148,6 +148,8 @@ def _serve(
         try:
             with link.serving(link.start_run({"config": offer.config, "run": key})) as grid:
                 server.run(grid)
+        except EndsHere:
+            pass  # said below, as where a round ends first
         except KeyboardInterrupt:
             watcher.finish(f"stopped; `{CONTINUED_BY} {folder.path}` continues")
             raise
@@ -185,6 +187,10 @@ class FleetRoll:
         }
 
 
+class EndsHere(BaseException):
+    """The run's owner ends it between two rounds. Like KeyboardInterrupt it is no error that anything may catch."""
+
+
 @dataclass
 class Ending:
     """Whether the run's owner wants it to end after its round."""
@@ -194,16 +200,23 @@ class Ending:
 
 @contextlib.contextmanager
 def ending(notes: Notes) -> Iterator[Ending]:
-    """During the block, Ctrl-C lets the round end first; outside of a round, or a second time, it ends at once.
+    """During the block, Ctrl-C lets the round end first; a second time, it ends at once.
 
-    SIGTERM ends at once: it comes from the system, which does not wait long.
+    Outside of a round nothing is lost, and it ends the run there. SIGTERM ends at once: it comes from the system, which
+    does not wait long.
+
+    Raises:
+        EndsHere: Ctrl-C outside of a round.
+        KeyboardInterrupt: a second Ctrl-C, or SIGTERM.
     """
     wish = Ending()
 
     def interrupted(_: int, __: FrameType | None) -> None:
-        if wish.asked or not notes.in_round:
+        if wish.asked:
             raise KeyboardInterrupt
         wish.asked = True
+        if not notes.in_round:
+            raise EndsHere
         notes.warning("ending after this round; once more ends now")
 
     def terminated(_: int, __: FrameType | None) -> None:
