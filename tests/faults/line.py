@@ -1,6 +1,7 @@
 """A line between two machines that can be slow, far, cut or gone: a proxy for TCP on loopback."""
 
 import contextlib
+import queue
 import socket
 import threading
 import time
@@ -48,19 +49,32 @@ class Line:
             device.close()
 
     def _pump(self, source: socket.socket, target: socket.socket, up: bool) -> None:
+        on_its_way: queue.Queue[tuple[float, bytes]] = queue.Queue()
+        threading.Thread(target=self._deliver, args=(on_its_way, target, up), daemon=True).start()
+        data = b"x"
         with contextlib.suppress(OSError):
-            while data := source.recv(CHUNK):
-                time.sleep(self.delay_s)
+            while data:
+                data = source.recv(CHUNK)
                 if up and self.up_bytes_s is not None:
                     self._free_at = max(time.monotonic(), self._free_at) + len(data) / self.up_bytes_s
                     time.sleep(max(0.0, self._free_at - time.monotonic()))
+                on_its_way.put((time.monotonic() + self.delay_s, data))
+        if data:
+            on_its_way.put((0.0, b""))
+
+    def _deliver(self, on_its_way: "queue.Queue[tuple[float, bytes]]", target: socket.socket, up: bool) -> None:
+        """Pass on what is due, in its order; many chunks may be on their way at a time."""
+        with contextlib.suppress(OSError):
+            while True:
+                due, data = on_its_way.get()
+                time.sleep(max(0.0, due - time.monotonic()))
                 self._open.wait()
+                if not data:
+                    break
                 target.sendall(data)
                 if up:
                     self.up += len(data)
                 else:
                     self.down += len(data)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)

@@ -21,6 +21,7 @@ from tests.fleet.processes import Command, Commands, commands
 
 pytestmark = pytest.mark.faults
 NAMES = ("north", "south", "east")
+GONE = ("left", "absent")
 CONFIG = """
 threads = 1
 name = "faults"
@@ -61,9 +62,7 @@ class Place:
             assert hfedmoe("invite", name) == 0
         self.line = Line((HOST, self.port))
         invitation = folder / "north.invite"
-        far = invitation.read_text().replace(f"{HOST}:{self.port}", f"{HOST}:{self.line.port}")
-        assert far != invitation.read_text()
-        invitation.write_text(far)
+        invitation.write_text(json.dumps(json.loads(invitation.read_text()) | {"port": self.line.port}))
         self.servers = [self._serve("my.toml", "--out", "run")]
         self.devices = {name: self.join(name) for name in NAMES}
         self.server.wait_for("round 2/5000 done")
@@ -98,15 +97,18 @@ class Place:
             time.sleep(0.2)
         return found[before:]
 
-    def until(self, status: str, name: str = "north", within_s: float = 240.0) -> tuple[dict[str, Any], float]:
-        """The first new round in which a device has this status, and the seconds until it was finished."""
+    def until(self, *statuses: str, name: str = "north", within_s: float = 240.0) -> tuple[dict[str, Any], float]:
+        """The first new round in which a device has one of these statuses, and the seconds until it was finished.
+
+        "absent": it is not asked, because it was gone before the round.
+        """
         begin = time.monotonic()
         while True:
             (line,) = self.more_rounds(1, within_s)
             found = {row["client"]: row["status"] for row in line["clients"]}.get(NAMES.index(name), "absent")
-            if found == status:
+            if found in statuses:
                 return line, time.monotonic() - begin
-            assert time.monotonic() - begin < within_s, f"{name} is {found}, not {status}:\n{self.server.said}"
+            assert time.monotonic() - begin < within_s, f"{name} is {found}, not {statuses}:\n{self.server.said}"
 
     def processes(self, name: str, of: str) -> list[psutil.Process]:
         """The processes of a device whose command contains a word."""
@@ -152,8 +154,8 @@ def test_a_device_whose_machine_dies_is_missed_and_comes_back(place: Place) -> N
     tree = psutil.Process(place.devices["north"].process.pid)
     for process in (*tree.children(recursive=True), tree):
         process.kill()
-    line, missed = place.until("left")
-    assert line["short"]
+    line, missed = place.until(*GONE)
+    assert line["short"] == (len(line["clients"]) == 3)
     place.devices["north"] = place.join("north")
     _, back = place.until("ok")
     note("device killed", seconds_until_missed=round(missed), seconds_until_it_takes_part_again=round(back))
@@ -163,7 +165,7 @@ def test_a_device_that_hangs_costs_its_time_to_answer(place: Place) -> None:
     (worker,) = place.processes("north", "hfedmoe.fleet.worker")
     worker.send_signal(signal.SIGSTOP)
     try:
-        line, seconds = place.until("late")
+        line, seconds = place.until("late")  # it still has a heart: its SuperNode is another process
         assert line["seconds"] < 40 + 30  # federation.timeout_s, and what the others take
         place.more_rounds(2)  # without it
     finally:
@@ -173,7 +175,7 @@ def test_a_device_that_hangs_costs_its_time_to_answer(place: Place) -> None:
 
 def test_a_line_that_is_cut_for_a_minute_and_more(place: Place) -> None:
     with place.line.cut():
-        _, missed = place.until("left", within_s=200)
+        _, missed = place.until(*GONE, within_s=200)
         place.more_rounds(2)  # without it
     _, back = place.until("ok")
     note("line cut", seconds_until_missed=round(missed), seconds_until_it_takes_part_again=round(back))
@@ -186,7 +188,7 @@ def test_a_line_of_300_ms(place: Place) -> None:
         far = sum(place.until("ok")[0]["seconds"] for _ in range(3)) / 3
     finally:
         place.line.delay_s = 0.0
-    assert far < near + 20
+    assert far < near + 30  # some tens of requests, one after the other
     note("300 ms in each direction", seconds_of_a_round=round(far, 1), without=round(near, 1))
 
 
@@ -212,7 +214,6 @@ def test_the_superlink_is_killed(place: Place, moment: str) -> None:
     begin = time.monotonic()
     for link in links:
         link.kill()
-    place.server.wait_for("the SuperLink ended")
     place.more_rounds(2, within_s=300)
     seconds = time.monotonic() - begin
     note(f"SuperLink killed {moment}", after=line["round"], seconds_until_two_more_rounds=round(seconds))
