@@ -46,7 +46,7 @@ test: $(VENV)/.setup-dev
 
 .PHONY: faults
 faults: $(VENV)/.setup-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m faults --capture no tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m faults --capture no tests
 
 .PHONY: docs
 docs: $(VENV)/.setup-dev

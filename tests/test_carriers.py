@@ -112,8 +112,9 @@ def without(names: str, line: Any) -> Any:
 @with_ray
 @pytest.mark.slow
 def test_workers_that_each_serve_two_clients_end_with_the_weights_of_one_process(whole: Path, tmp_path: Path) -> None:
-    notes = Notes()
+    notes, handler = Notes(), signal.getsignal(signal.SIGTERM)
     path = run(tiny_config(*SETTINGS, *RAY), tmp_path / "run", notes)
+    assert signal.getsignal(signal.SIGTERM) is handler  # Ray replaces it
     check_same(whole, path)
     identity = read_identity(path)
     assert identity is not None
@@ -124,7 +125,7 @@ def test_workers_that_each_serve_two_clients_end_with_the_weights_of_one_process
 
 
 @with_ray
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_run_on_a_cluster_that_was_killed_goes_on_there(whole: Path, tmp_path: Path, address: str) -> None:
     settings = (*SETTINGS, RAY[0], "carrier.clients_at_once=1", f"carrier.address={address}")
     command = [sys.executable, "-c", CHILD, str(tmp_path / "run"), *settings]
@@ -155,7 +156,7 @@ class Fatal(WorkerApp):
 
 
 @with_ray
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_worker_that_dies_costs_one_update_and_the_run_goes_on(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,10 @@ resumed.
 import importlib.util
 import math
 import os
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -77,6 +79,7 @@ def connected(settings: CarrierConfig, clients: int, cores: int) -> Iterator[Clu
                 "include_dashboard": False,
                 "_temp_dir": folder,  # its logs and spilled objects go when the run ends
             }
+        stack.callback(_handle_again, signal.getsignal(signal.SIGTERM))
         try:
             ray.init(log_to_driver=False, logging_level="ERROR", **options)
         except (Exception, SystemExit) as error:  # Ray ends the process where the port is not one of Ray
@@ -84,6 +87,12 @@ def connected(settings: CarrierConfig, clients: int, cores: int) -> Iterator[Clu
             raise UserError(f"{at}: Ray cannot be used ({_line(error)})") from None
         stack.callback(ray.shutdown)
         yield Cluster(settings, _room(settings, clients))
+
+
+def _handle_again(handler: Any) -> None:
+    """Put the handler of SIGTERM back, which Ray replaces for good; only a main thread may, and only there Ray does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _reach(address: str) -> None:
