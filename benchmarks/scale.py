@@ -18,11 +18,9 @@ import psutil
 import torch
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from benchmarks.common import parser, report
+from benchmarks.device_grid import DeviceGrid
 from benchmarks.folding import global_tensors, update_with
 from hfedmoe.config import load_config
 from hfedmoe.events import Silent
@@ -49,22 +47,18 @@ DIFFERENT = 4
 """Sets of experts that clients hold, in turn."""
 
 
-class Registered(Grid):
+class Registered(DeviceGrid):
     """Clients that answer everything at once, with replies made when they are taken."""
 
     def __init__(
         self, clients: int, num_experts: list[int], replies: list[RecordDict], plans: list[RecordDict]
     ) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0  # messages to devices name them
+        super().__init__()
         self._nodes = [NodeInfo(node_id=node) for node in range(1, clients + 1)]
         self._num_experts, self._replies, self._plans = num_experts, replies, plans
         self._numbers = itertools.count(1)
         self._open: dict[str, Message] = {}
         self.down: Counter[str] = Counter()
-
-    def create_message(self, *arguments: object, **named: object) -> Message:
-        """Not used: messages are made as for devices."""
-        raise NotImplementedError
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Count the bytes, and forget the content."""
@@ -108,17 +102,6 @@ class Registered(Grid):
     def get_nodes(self) -> Iterable[NodeInfo]:
         """All clients, always connected."""
         return self._nodes
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Not used."""
-        raise NotImplementedError
-
-    def set_run(self, run: Run) -> None:
-        """Does nothing: there is only one run."""
-
-    @property
-    def run(self) -> Run:
-        raise RuntimeError("a simulated run is not registered with a SuperLink")
 
 
 class Rounds(Keeper):

@@ -4,15 +4,13 @@ from collections.abc import Callable, Iterable
 
 from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
+from benchmarks.device_grid import DeviceGrid
 from hfedmoe.wire.local import LocalGrid
 from hfedmoe.wire.messages import TRAIN
 
 
-class SimulatedTime(Grid):
+class SimulatedTime(DeviceGrid):
     """Clients of another grid as devices, each with a speed of its own.
 
     A client works in this process when its reply is taken; the reply is there when the simulated clock says so. The
@@ -23,17 +21,13 @@ class SimulatedTime(Grid):
     """
 
     def __init__(self, clients: LocalGrid, seconds: Callable[[int], float]) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0  # messages to devices name them
+        super().__init__()
         self._clients, self._seconds = clients, seconds
         self._open: dict[str, float] = {}
         """When the reply to a message is ready."""
         self._free_at: dict[int, float] = {}
         self.now = 0.0
         """Seconds since the begin."""
-
-    def create_message(self, *arguments: object, **named: object) -> Message:
-        """Not used: messages are made as for devices."""
-        raise NotImplementedError
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Ask clients; a busy one begins when it is done with what it was asked before."""
@@ -68,14 +62,3 @@ class SimulatedTime(Grid):
     def get_nodes(self) -> Iterable[NodeInfo]:
         """All clients, always connected."""
         return [NodeInfo(node_id=node) for node in self.get_node_ids()]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Not used."""
-        raise NotImplementedError
-
-    def set_run(self, run: Run) -> None:
-        """Does nothing: there is only one run."""
-
-    @property
-    def run(self) -> Run:
-        raise RuntimeError("a simulated run is not registered with a SuperLink")

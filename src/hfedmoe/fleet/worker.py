@@ -45,6 +45,7 @@ from hfedmoe.fleet.invite import read_invitation
 from hfedmoe.fleet.memory import RunMemory
 from hfedmoe.fleet.superlink import ACQUIRE
 from hfedmoe.runs.settings import run_config_toml
+from hfedmoe.wire.exchange import Pause
 from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, InvalidReplyError, facts_of, trouble_reply
 from hfedmoe.wire.requests import OtherVersionError, check_version
 
@@ -139,7 +140,7 @@ def work(worker: Worker, port: int, secret: bytes) -> None:
     executor = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})
     wanted = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
     with RuntimeHttpClient.from_server_address(address, True, None, [version, executor]) as client:
-        pause = POLL_S
+        pause = Pause(POLL_S, MOST_POLL_S)
         while True:
             try:
                 found = client.AcquireTask(wanted)
@@ -147,12 +148,11 @@ def work(worker: Worker, port: int, secret: bytes) -> None:
                     token = RuntimeTokenHttpInterceptor(found.token)
                     with RuntimeHttpClient.from_server_address(address, True, None, [version, token]) as one:
                         _one_task(worker, one)
-                    pause = POLL_S
+                    pause.reset()
                     continue
             except httpx.HTTPError as error:
                 logger.debug("the SuperNode does not answer: %s", error)
-            time.sleep(pause)
-            pause = min(2 * pause, MOST_POLL_S)
+            pause.wait()
 
 
 def _one_task(worker: Worker, client: RuntimeHttpClient) -> None:

@@ -30,10 +30,7 @@ class _Products:
         self.pairs.append((a, b, weight))
         too_many = sum(len(a) for a, _, _ in self.pairs) > min(len(b), a.shape[1])
         if self.dense is not None or (too_many and len(self.pairs) > 1):
-            for a, b, weight in self.pairs:
-                product = weight * (b @ a)
-                self.dense = product if self.dense is None else self.dense.add_(product)
-            self.pairs = []
+            self._close()
 
     def merge(self, other: "_Products") -> None:
         """Add all products of another sum."""
@@ -47,9 +44,9 @@ class _Products:
 
     def _close(self) -> None:
         """Add what is stored as factors to the dense product."""
-        assert self.dense is not None
         for a, b, weight in self.pairs:
-            self.dense.add_(weight * (b @ a))
+            product = weight * (b @ a)
+            self.dense = product if self.dense is None else self.dense.add_(product)
         self.pairs = []
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:

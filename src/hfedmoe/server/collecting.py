@@ -54,9 +54,9 @@ def collect(
 
     def goes_on() -> bool:
         if total < settings.min_clients:
-            return bool(works.waits)
+            return works.waits
         if is_async:
-            return total < wanted and bool(works.waits)
+            return total < wanted and works.waits
         if fresh >= wanted and asked:
             return False
         own = works.waits_for(round)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.members import Member
-from hfedmoe.wire.exchange import LOOK_S, MOST_POLL_S, POLL_S, Answer, Request
+from hfedmoe.wire.exchange import LOOK_S, MOST_POLL_S, POLL_S, Answer, Pause, Request
 from hfedmoe.wire.messages import unpack_bits
 
 
@@ -58,11 +58,11 @@ class Works:
     @property
     def waits(self) -> bool:
         """Whether an update is still to be expected."""
-        return bool(self._queue) or any(not work.dropped for work in self._by_node.values())
+        return bool(self._queue or self.going_on)
 
     def waits_for(self, round: int) -> bool:
         """Whether an update of this round is still to be expected."""
-        return bool(self._queue) or any(work.round == round and not work.dropped for work in self._by_node.values())
+        return bool(self._queue) or any(work.round == round for work in self.going_on)
 
     @property
     def going_on(self) -> list[Work]:
@@ -75,7 +75,7 @@ class Works:
 
     def answers(self, goes_on: Callable[[], bool]) -> Iterator[tuple[Work, Answer]]:
         """Ask, and yield answers as they come, while `goes_on` says so and an answer is to be expected."""
-        pause = POLL_S
+        pause = Pause(POLL_S, MOST_POLL_S)
         while goes_on() and (self._queue or self._by_node):
             found = False
             for pair in self._arrived():
@@ -84,10 +84,9 @@ class Works:
                 if not goes_on():
                     return
             if found:
-                pause = POLL_S
+                pause.reset()
             elif self._most_open is None:
-                time.sleep(pause)
-                pause = min(2 * pause, MOST_POLL_S)
+                pause.wait()
 
     def _arrived(self) -> Iterator[tuple[Work, Answer]]:
         yield from self._send()

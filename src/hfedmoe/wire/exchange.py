@@ -34,6 +34,27 @@ def clean(text: str) -> str:
     return "".join(character for character in line.strip() if character.isprintable())[:MAX_REASON] or "no reason given"
 
 
+class Pause:
+    """Waits between looks for something that comes at any time: each is twice as long as the one before it.
+
+    Args:
+        least, most: seconds of the first wait, and of the longest.
+    """
+
+    def __init__(self, least: float, most: float) -> None:
+        self._least = self._next = least
+        self._most = most
+
+    def wait(self) -> None:
+        """Nothing came: wait, and longer the next time."""
+        time.sleep(self._next)
+        self._next = min(2 * self._next, self._most)
+
+    def reset(self) -> None:
+        """Something came: the next wait is short again."""
+        self._next = self._least
+
+
 @dataclass
 class Request:
     """One message to one client."""
@@ -84,16 +105,15 @@ def exchange(
             # Replies of earlier requests must not grow too old while others are sent.
             yield from waiting.replies()
             looked = time.monotonic()
-    pause = POLL_S
+    pause = Pause(POLL_S, MOST_POLL_S)
     while waiting:
         before = len(waiting)
         yield from waiting.replies()
         yield from waiting.given_up()
         if len(waiting) < before:
-            pause = POLL_S
+            pause.reset()
         elif local is None:
-            time.sleep(pause)
-            pause = min(2 * pause, MOST_POLL_S)
+            pause.wait()
 
 
 @dataclass(frozen=True)
