@@ -3,12 +3,14 @@
 Both are said before anything imports the hub's client or torch, and hold for the processes that tests start.
 """
 
+import contextlib
 import os
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,21 @@ def federation(tmp_path: Path) -> "Callable[..., Federation]":
         return Federation(RunFolder.create(tmp_path / "run", config), config, watcher)
 
     return make
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 KiB; only root can mount one."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)]
+    mounted = False
+    with contextlib.suppress(OSError):
+        mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a file system is not allowed here")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class DiskError(UserError):
+    """A file cannot be written: the disk is full, or the owner does not allow it."""
+
+
 class TrainingError(RuntimeError):
     """The local training cannot give a usable update; the message says why."""
 

@@ -30,14 +30,30 @@ def test_a_state_is_there_after_a_restart_and_is_another_runs_never(tmp_path: Pa
 def test_a_round_that_begins_again_begins_with_the_same_state(tmp_path: Path) -> None:
     memory = RunMemory(tmp_path, RUN)
     for round in (1, 2, 3):
-        memory.recall(round)
+        memory.recall(round, plans=True)
         memory.keep(state(round))
-    assert told(memory.recall(3)) == 2  # the server was killed in round 3, and asks for it again
+    assert told(memory.recall(3, plans=True)) == 2  # the server was killed in round 3, and asks for it again
     memory.keep(state(33))
-    assert told(memory.recall(2)) == 1  # and now it goes on from round 1
+    assert told(memory.recall(2, plans=True)) == 1  # and now it goes on from round 1
     memory.keep(state(22))
-    assert told(memory.recall(3)) == 22
+    assert told(memory.recall(3, plans=True)) == 22
     assert told(memory.recall()) == 22
+
+
+def test_a_round_that_was_planned_with_the_one_before_can_begin_again_too(tmp_path: Path) -> None:
+    memory = RunMemory(tmp_path, RUN)
+    assert told(memory.recall(1, plans=True)) is None
+    memory.keep(state(10))  # planned
+    assert told(memory.recall(1)) == 10
+    memory.keep(state(11))  # trained, and round 2 planned
+    assert told(memory.recall(2)) == 11
+    memory.keep(state(22))
+    # The server was killed in round 2: it asks what the device will hold, and then to train.
+    assert told(memory.recall(2, plans=True)) == 11
+    memory.keep(state(20))
+    assert told(memory.recall(2)) == 20
+    # And now it goes on from before round 1.
+    assert told(memory.recall(1, plans=True)) is None
 
 
 def test_old_rounds_and_old_runs_are_deleted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,23 @@ def test_code_of_a_checkpoint_is_never_run(worker: Worker, caplog: pytest.LogCap
     with pytest.raises(checks.TroubleError):
         checks.trouble(reply)
     assert "which devices refuse" in caplog.text
+
+
+def test_a_device_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(
+    tmp_path: Path, tiny_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
+    worker = Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model"))), 2, tiny_disk / "memory")
+    describe(worker)
+    (tiny_disk / "other").write_bytes(bytes(shutil.disk_usage(tiny_disk).free))
+    plan = ask(worker, PLAN, plan_request(1), CONFIG.format(model="theirs/model", more=""))
+    with pytest.raises(checks.TroubleError, match="cannot write what it remembers, perhaps because its disk is full"):
+        checks.trouble(plan)
+    assert set(facts_of(plan)) == {"status", "code", "count"}
+    assert "No space left on device" in caplog.text
+    (tiny_disk / "other").unlink()
+    plan = ask(worker, PLAN, plan_request(1), CONFIG.format(model="theirs/model", more=""))
+    assert "resident" in facts_of(plan)
 
 
 def test_without_a_model_of_its_own_a_device_opens_packaged_ones_only(

@@ -1,11 +1,9 @@
 """What is left of a run after kills and full disks."""
 
-import contextlib
 import logging
 import os
 import random
 import signal
-import subprocess
 import time
 
 import pytest
@@ -123,21 +121,6 @@ def test_a_full_disk_is_a_user_error_and_harms_nothing(run):
     assert run.read_rounds() == [{"round": 1}]
     assert run.read_expert_rows()["round"].tolist() == [1]
     assert not list(run.path.glob(".tmp-*"))
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A real file system of 256 KiB; only root can mount one."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)]
-    mounted = False
-    with contextlib.suppress(OSError):
-        mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
-    if not mounted:
-        pytest.skip("mounting a file system is not allowed here")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_no_space_left_on_a_real_disk(tiny_disk):

@@ -15,7 +15,7 @@ from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.place import Place
 from hfedmoe.client.policy import PolicyError
-from hfedmoe.errors import OwnDataError, UserError
+from hfedmoe.errors import DiskError, OwnDataError, UserError
 from hfedmoe.method.row import CannotHoldError
 from hfedmoe.moe.payload import MismatchError
 from hfedmoe.wire import requests
@@ -31,6 +31,7 @@ from hfedmoe.wire.messages import (
     usage_of,
 )
 from hfedmoe.wire.trouble import (
+    DISK,
     FAILED,
     FAULT,
     OUT_OF_MEMORY,
@@ -239,6 +240,8 @@ def trouble_of(error: Exception) -> Trouble:
         return Trouble(REFUSED, "", error.code)
     if isinstance(error, OwnDataError):
         return Trouble(REFUSED, "", OWN_DATA)
+    if isinstance(error, DiskError):
+        return Trouble(FAILED, "", DISK)
     if isinstance(error, UserError):
         return Trouble(REFUSED, "", SETTINGS)
     if isinstance(error, requests.OtherVersionError):

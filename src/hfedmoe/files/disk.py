@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from hfedmoe.errors import UserError
+from hfedmoe.errors import DiskError, UserError
 from hfedmoe.files.locks import HeldError, claim
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ UNFINISHED = ".tmp-"  # prefix of files that are being written or deleted; they 
 
 @contextmanager
 def disk_errors(path: Path, then: str) -> Iterator[None]:
-    """Turn a failed write at or below `path` into a UserError with the path, the reason and what to do `then`."""
+    """Turn a failed write at or below `path` into a DiskError with the path, the reason and what to do `then`."""
     try:
         yield
     except OSError as error:
@@ -36,10 +36,10 @@ def disk_errors(path: Path, then: str) -> Iterator[None]:
         raise _explain(path, int(code[1]), os.strerror(int(code[1])), then) from None
 
 
-def _explain(path: Path, code: int | None, reason: str, then: str) -> UserError:
+def _explain(path: Path, code: int | None, reason: str, then: str) -> DiskError:
     if code in FULL:
-        return UserError(f"{path}: cannot be written ({reason}); free some space, then {then}")
-    return UserError(f"{path}: cannot be written ({reason}); make it writable, then {then}")
+        return DiskError(f"{path}: cannot be written ({reason}); free some space, then {then}")
+    return DiskError(f"{path}: cannot be written ({reason}); make it writable, then {then}")
 
 
 def resume_hint(run: Path) -> str:

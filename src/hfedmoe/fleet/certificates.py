@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-CA_DAYS, SERVER_DAYS = 3650, 825
+BEFORE_DAYS, CA_DAYS, SERVER_DAYS = 7, 3650, 825
 LOOPBACK = "127.0.0.1"
 MAX_COMMON_NAME = 64
 
@@ -28,7 +28,7 @@ class Certificates:
 def make_certificates(name: str) -> Certificates:
     """A new authority and a certificate for a server that is reached as `name` and, from its own machine, 127.0.0.1.
 
-    Keys are on P-384. The clock may be a day wrong: certificates are valid from yesterday.
+    Keys are on P-384. The clock of a device may be behind: certificates are valid since a week ago.
     """
     ca_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
     authority = _named(f"hfedmoe fleet of {name}")
@@ -70,7 +70,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_before(now - datetime.timedelta(days=BEFORE_DAYS))
         .not_valid_after(now + datetime.timedelta(days=days))
     )
 

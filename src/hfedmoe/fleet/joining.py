@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -54,7 +55,7 @@ def join(path: Path, key: Path | None, allowed: Allowed, place: Path) -> int:
     invitation = read_invitation(path)
     private = key_of(invitation, key)
     folder = DeviceFolder(place)
-    with _alone(folder), _leaving(), folder.log.open("a", encoding="utf-8") as log:
+    with _alone(folder), _leaving(), folder.log.open("ab", buffering=0) as log:
         device = _Joined(folder, invitation, private, _Voice(log))
         try:
             device.prepare(path, key, allowed)
@@ -69,13 +70,19 @@ def join(path: Path, key: Path | None, allowed: Allowed, place: Path) -> int:
 class _Voice:
     """Shows lines, and writes them to the log with their time. Used from two threads."""
 
-    def __init__(self, log: IO[str]) -> None:
-        self._log = log
+    def __init__(self, log: FileIO) -> None:
+        self._log = log  # without a buffer, which would keep what cannot be written
+        self._fails = False
 
     def say(self, text: str) -> None:
         print(text, flush=True)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        try:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
+            self._fails = False
+        except OSError as error:  # a device with a full disk still has an owner who reads the screen
+            if not self._fails:
+                print(f"warning: {self._log.name}: cannot be written ({error.strerror})", flush=True)
+            self._fails = True
 
 
 class _Joined:

@@ -38,16 +38,24 @@ class RunMemory:
             raise UserError("the server's key of the run is not valid")
         self._path = folder / run
 
-    def recall(self, round: int | None = None) -> RecordDict:
+    def recall(self, round: int | None = None, plans: bool = False) -> RecordDict:
         """The state at the beginning of a message.
 
         Args:
-            round: the round that begins with it, so that the same round can begin again; None: it begins none.
+            round: the round that the message belongs to, so that the same round can begin again; None: to none.
+            plans: the message asks what the device will hold, with which a round begins, perhaps again. Without, it
+                goes on with its round, or begins one that was planned with the round before.
+
+        Raises:
+            DiskError: the disk is full.
+            UserError: what is remembered is damaged.
         """
         if round is None:
             return self._read(NOW)
         begun = sorted(number for number in self._begun() if number >= round)
-        # If there is one, the server goes on from an earlier round than this device.
+        if round in begun and not plans:
+            return self._read(NOW)
+        # With a later one, the server goes on from an earlier round than this device.
         state = self._read(f"{BEFORE}{begun[0]}" if begun else NOW)
         self._write(f"{BEFORE}{round}", state)
         for number in self._begun():
@@ -56,7 +64,7 @@ class RunMemory:
         return state
 
     def keep(self, state: RecordDict) -> None:
-        """Write the state after a message. Raises UserError if the disk is full."""
+        """Write the state after a message. Raises DiskError if the disk is full."""
         self._write(NOW, state)
 
     def _begun(self) -> list[int]:

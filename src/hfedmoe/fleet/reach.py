@@ -6,6 +6,7 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
 from hfedmoe.errors import UserError
 from hfedmoe.fleet.findings import PATH as REPORT_PATH
@@ -16,8 +17,8 @@ from hfedmoe.fleet.offer import PATH, VERSION_HEADER, Offer, versions
 
 TIMEOUT_S = 15.0
 MOST_BYTES, MOST_VERSIONS = 1 << 25, 80
-CLOCK_S = 30.0
-"""Seconds that two clocks may differ; Flower accepts a signature only for a short time."""
+AHEAD_S, BEHIND_S = SYSTEM_TIME_TOLERANCE - 1.0, TIMESTAMP_TOLERANCE - 1.0
+"""How far a device's clock may differ: Flower accepts a signature for a short time, and a date has whole seconds."""
 
 
 class VersionsError(UserError):
@@ -28,11 +29,15 @@ class NoAnswerError(UserError):
     """The server cannot be reached now, or serves no run; it may be worth trying again."""
 
 
+class ClockError(NoAnswerError):
+    """The clocks of device and server differ; it is worth trying again, because clocks are set after a start."""
+
+
 def ask(invitation: Invitation, key: ec.EllipticCurvePrivateKey) -> Offer:
     """The run that the server of an invitation serves.
 
     Raises:
-        NoAnswerError: the server is away, or serves no run now.
+        NoAnswerError: the server is away, or serves no run now; or clocks differ (ClockError).
         VersionsError: it has another version.
         UserError: the server is another one, or does not know this device.
     """
@@ -59,6 +64,11 @@ def _call(
             headers = signed(key) | {VERSION_HEADER: versions()}
             answer = client.request(method, f"https://{where}{path}", headers=headers, content=content)
     except httpx.TransportError as error:
+        if "certificate is not yet valid" in str(error):
+            now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+            raise ClockError(
+                f"{where}: its certificate is not valid yet by this device's clock ({now}); set the clock"
+            ) from None
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise UserError(
                 f"{where}: is not the server of this invitation, or this device's clock is wrong "
@@ -71,21 +81,23 @@ def _call(
         theirs = "".join(letter for letter in answer.text[:MOST_VERSIONS] if letter.isprintable())
         raise VersionsError(f"the server has {theirs}, this device {versions()}; install the server's versions")
     if answer.status_code == httpx.codes.UNAUTHORIZED:
-        off = _seconds_off(answer)
-        if off > CLOCK_S:
-            raise UserError(f"{where}: this device's clock and the server's differ by {off:.0f} s; set the clock")
+        ahead = _seconds_ahead(answer)
+        if not -BEHIND_S < ahead < AHEAD_S:
+            apart = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'}"
+            raise ClockError(f"{where}: this device's clock is {apart} the server's; set the clock")
         raise UserError(f"{where}: does not know the key of {invitation.name}; ask for a new invitation")
     if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
         raise NoAnswerError(f"{where}: answers, but serves no run now; try again when one is served")
     raise UserError(f"{where}: answers with {answer.status_code}; is it an hfedmoe server of this version?")
 
 
-def _seconds_off(answer: httpx.Response) -> float:
+def _seconds_ahead(answer: httpx.Response) -> float:
+    """By how much this device's clock is ahead of the server's."""
     try:
         there = parsedate_to_datetime(answer.headers["date"])
     except (KeyError, ValueError):
         return 0.0
-    return abs((datetime.datetime.now(datetime.UTC) - there).total_seconds())
+    return (datetime.datetime.now(datetime.UTC) - there).total_seconds()
 
 
 def _reason(error: Exception) -> str:

@@ -104,7 +104,7 @@ class Worker:
                 run_id=context.run_id,
                 node_id=context.node_id,
                 node_config=self._allowed.node_config(self._number),
-                state=memory.recall(self._round if kind == PLAN else None),
+                state=memory.recall(self._round if kind in (PLAN, TRAIN) else None, plans=kind == PLAN),
                 run_config={"config": run_config_toml(config).decode()},
             )
             reply = self._app(message, own)

@@ -17,7 +17,7 @@ OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED = (
 STATUSES = (OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED)
 """The status in such a reply, shown without underscores. TOO_SMALL: no room for the experts that the method needs."""
 
-OWN_DATA, SETTINGS, REQUEST, VERSION, FAULT = "own_data", "settings", "request", "version", "fault"
+OWN_DATA, SETTINGS, REQUEST, VERSION, DISK, FAULT = "own_data", "settings", "request", "version", "disk", "fault"
 POLICY_MODEL, POLICY_STEPS, POLICY_BATCH, POLICY_EXPERTS = (
     "policy_model",
     "policy_steps",
@@ -32,6 +32,7 @@ CODES = {
     OWN_DATA: "its own rows do not fit the run; its log says which",
     SETTINGS: "cannot take part with its settings, model or data; its log says why",
     REQUEST: "refuses what the server asked; its log says why",
+    DISK: "cannot write what it remembers, perhaps because its disk is full; its log says where",
     VERSION: "has another version of hfedmoe; its log says which",
     POLICY_MODEL: "does not allow the run's model (model.name)",
     POLICY_STEPS: "allows fewer steps per round than the run asks for (train.steps)",

@@ -38,6 +38,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
 
 def one_page(stories: Sequence[Story], live: bool = False) -> str:
     """The whole page as HTML, with everything that it needs inside; `live`: it loads itself again after each round."""
+    from bokeh.document import Document
     from bokeh.embed import components
     from bokeh.resources import Resources
     from jinja2 import Environment, PackageLoader, select_autoescape
@@ -65,6 +66,10 @@ def one_page(stories: Sequence[Story], live: bool = False) -> str:
             "failed": story.failed,
         }
     plots = [plot for group in groups.values() for plot in group]
+    document = Document()
+    with document.models.freeze():  # else bokeh looks at all figures again after each
+        for plot in plots:
+            document.add_root(plot.figure)
     script, divs = components([plot.figure for plot in plots]) if plots else ("", ())
     drawn = {id(plot): div for plot, div in zip(plots, divs, strict=True)}
     environment = Environment(
