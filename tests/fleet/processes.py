@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 WAIT_S = 240.0
@@ -14,7 +14,7 @@ WAIT_S = 240.0
 class Command:
     """A running `hfedmoe` command and what it has said so far."""
 
-    def __init__(self, log: Path, *arguments: str | Path) -> None:
+    def __init__(self, log: Path, *arguments: str | Path, env: Mapping[str, str] | None = None) -> None:
         self.log, self.arguments = log, arguments
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
@@ -24,7 +24,7 @@ class Command:
                 stderr=subprocess.STDOUT,
                 cwd=log.parent,
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
             )
 
     @property
@@ -74,6 +74,6 @@ class Commands:
         self._folder = folder
         self.all: list[Command] = []
 
-    def start(self, name: str, *arguments: str | Path) -> Command:
-        self.all.append(Command(self._folder / f"{name}.log", *arguments))
+    def start(self, name: str, *arguments: str | Path, env: Mapping[str, str] | None = None) -> Command:
+        self.all.append(Command(self._folder / f"{name}.log", *arguments, env=env))
         return self.all[-1]

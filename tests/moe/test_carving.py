@@ -85,6 +85,11 @@ def test_a_carved_model_is_the_masked_one(family, experts, hub_layout, tmp_path)
         update, carved_update = payload.extract(whole, resident), payload.extract(carved, resident)
         assert update.keys() == carved_update.keys()
         assert all(torch.equal(update[name], carved_update[name]) for name in update)
+        live = payload.extract(carved, resident, live=True)
+        assert all(torch.equal(update[name], live[name]) for name in update)
+        own = {tensor.data_ptr() for state in carved.states for tensor in state.trained.stacks.values()}
+        assert all(live[name].data_ptr() in own for name in live if name.startswith("experts"))  # no copy
+        assert not any(carved_update[name].data_ptr() in own for name in live)
 
 
 @pytest.mark.parametrize("family", CORE)

@@ -1,5 +1,6 @@
 """Clients come, leave and come back while a run goes on."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,37 @@ def test_who_comes_late_takes_part_and_who_left_comes_back_as_the_same_client() 
     assert [done.rounds for done in ready.server.keeper.final_totals()] == [4, 3, 4, 3]
     history = ready.grid.context(2).state  # of the client that came back: it went on with what it remembered
     assert "history" in history.config_records
+
+
+def test_half_of_the_clients_fail_in_each_of_twenty_rounds(clock: Clock) -> None:
+    """Who fails is chosen by lot: it is gone when it should train, and back under another id for the next round."""
+    ready, network, heard = changing(1, 2, 3, 4, overrides=("federation.rounds=20", "train.lr=3e-3"))
+    draws = random.Random(0)
+    fails = {round: set(draws.sample(range(4), 2)) for round in range(1, 21)}
+    ids = dict(enumerate((1, 2, 3, 4)))
+    start = {name: tensor.clone() for name, tensor in ready.server.tensors.items()}
+
+    def gone(client: int) -> None:
+        del network.up[ids[client]]
+
+    def back(round: int) -> None:
+        for client in fails[round]:
+            ids[client] += 10
+            network.up[ids[client]], network.is_now[ids[client]] = "again", client + 1
+
+    for round, failing in fails.items():
+        for client in failing:
+            heard.training[round, client] = lambda client=client: gone(client)  # type: ignore[misc]
+        heard.after[round] = lambda round=round: back(round)  # type: ignore[misc]
+    ready.server.run(network)  # type: ignore[arg-type]
+    assert heard.rounds == {
+        round: {client: "left" if client in failing else "ok" for client in range(4)}
+        for round, failing in fails.items()
+    }
+    assert clock.now < 20 * ready.prepared.config.federation.timeout_s
+    took_part = [sum(client not in failing for failing in fails.values()) for client in range(4)]
+    assert [done.rounds for done in ready.server.keeper.final_totals()] == took_part
+    assert any((tensor != start[name]).any() for name, tensor in ready.server.tensors.items())
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["away", "restarted under the same id"])

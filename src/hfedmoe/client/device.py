@@ -217,7 +217,11 @@ class Device:
         return compared(trained, self.kept, before, self.judge(self.kept))
 
     def train(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor], round: int) -> Update:
-        """Train the resident experts and return what changed."""
+        """Train the resident experts and return what changed.
+
+        Its tensors are those of the model as far as possible, so that a large message is not copied: write it before
+        the model is used again.
+        """
         method, rank = self.learner.method, self.place.rank
         if method.own == "graft" and history.private is None and not history.observed:
             self.first_pass(history)  # shows which experts are worth most to the client
@@ -243,7 +247,7 @@ class Device:
             peak = sub_model_bytes(self.model, resident)
         sent = local.trained if method.sends == "trained" else resident
         return Update(
-            tensors=cut(public(extract(self.model, sent), method.private), rank),
+            tensors=cut(public(extract(self.model, sent, live=True), method.private), rank),
             sent=sent,
             trained=local.trained,
             usage=local.usage,

@@ -8,9 +8,11 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DTYPES = {
@@ -38,8 +40,29 @@ MAX_DIMENSIONS = 8
 """No trained tensor has more; this limit keeps the product of a header's numbers small."""
 
 
-def chunks(tensors: Mapping[str, "Tensor"]) -> list[Any]:
-    """The blob in pieces (byte buffers): the header, then each tensor, without a copy if possible.
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a tensor [n, ...], which are copied only when they are written."""
+
+    tensor: "Tensor"
+    index: "Tensor"
+    """int64 [m], of the rows."""
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.index), *self.tensor.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.tensor.dtype.itemsize
+
+
+def chunks(tensors: Mapping[str, "Tensor | Rows"]) -> list[Any]:
+    """The blob in pieces (byte buffers): the header, then each tensor or row, without a copy if possible.
 
     Raises:
         ValueError: safetensors cannot store a tensor's dtype.
@@ -56,13 +79,28 @@ def chunks(tensors: Mapping[str, "Tensor"]) -> list[Any]:
             raise ValueError(f"{name}: safetensors cannot store {tensor.dtype}")
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        pieces.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        pieces += [_buffer(tensor)] if isinstance(tensor, torch.Tensor) else _row_buffers(tensor)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little") + text, *pieces]
 
 
-def dumps(tensors: Mapping[str, "Tensor"]) -> bytes:
+def _buffer(tensor: "Tensor") -> Any:
+    """The bytes of a tensor; a copy only if it is elsewhere or not in one piece."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _row_buffers(rows: Rows) -> list[Any]:
+    """The bytes of rows, one after the other, as views where that is possible."""
+    if rows.tensor.device.type != "cpu" or not rows.tensor.is_contiguous():
+        return [_buffer(rows.tensor[rows.index])]
+    flat = _buffer(rows.tensor).reshape(len(rows.tensor), -1)
+    return [flat[row] for row in rows.index.tolist()]
+
+
+def dumps(tensors: Mapping[str, "Tensor | Rows"]) -> bytes:
     """The whole blob; every tensor is copied once. Raises ValueError like `chunks`."""
     return b"".join(chunks(tensors))
 

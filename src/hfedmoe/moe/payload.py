@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hfedmoe.files.blob import Rows
 from hfedmoe.moe.attention import A, B
 from hfedmoe.moe.experts.state import ExpertState
 from hfedmoe.moe.model import MoEModel
@@ -72,21 +73,34 @@ def pack(tensors: dict[str, Tensor], experts: list[Tensor]) -> dict[str, Tensor]
     Args:
         experts: bool [E] per layer.
     """
-    packed = {}
+    chosen = select(tensors, experts)
+    return {name: one.tensor[one.index] if isinstance(one, Rows) else one for name, one in chosen.items()}
+
+
+def select(tensors: Mapping[str, Tensor], experts: list[Tensor]) -> dict[str, Tensor | Rows]:
+    """As `pack`, for a message that is written at once: rows are not copied before."""
+    index = [None if bool(keep.all()) else keep.nonzero()[:, 0] for keep in experts]
+    chosen: dict[str, Tensor | Rows] = {}
     for name, tensor in tensors.items():
-        kind, layer, _ = (*name.split(".", 2), "")[:3]
-        whole = kind != "experts" or bool(experts[int(layer)].all())
-        packed[name] = tensor if whole else tensor[experts[int(layer)].to(tensor.device)]
-    return packed
+        rows = index[layer_of(name)] if kind_of(name) == "experts" else None
+        chosen[name] = tensor if rows is None else Rows(tensor, rows.to(tensor.device))
+    return chosen
 
 
-def extract(model: MoEModel, experts: list[Tensor]) -> dict[str, Tensor]:
-    """The tensors from a client: copies of gates and shared tensors, and the rows of some (resident) experts."""
-    packed = {name: tensor.detach().clone() for name, tensor in whole_tensors(model).items()}
+def extract(model: MoEModel, experts: list[Tensor], live: bool = False) -> dict[str, Tensor]:
+    """The tensors from a client: gates and shared tensors, and the rows of some (resident) experts.
+
+    Args:
+        live: the model's own tensors instead of copies where that is possible: for a message that is written at once.
+    """
+    packed = {
+        name: tensor.detach() if live else tensor.detach().clone() for name, tensor in whole_tensors(model).items()
+    }
     for state in _trained(model):
         rows = _local_rows(state, experts[state.layer.index])
         for name, stack in _stacks(state).items():
-            packed[f"experts.{state.layer.index}.{name}"] = stack.index_select(0, rows)
+            whole = live and torch.equal(rows, torch.arange(len(stack), device=rows.device))
+            packed[f"experts.{state.layer.index}.{name}"] = stack.detach() if whole else stack.index_select(0, rows)
     return packed
 
 

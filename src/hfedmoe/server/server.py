@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +17,10 @@ from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import in_experts
 from hfedmoe.errors import UserError
 from hfedmoe.events import Evaluation, Watcher
+from hfedmoe.files.blob import Rows
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Residents, Wish
-from hfedmoe.moe.payload import pack, public
+from hfedmoe.moe.payload import public, select
 from hfedmoe.moe.ranks import cut
 from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.collecting import collect, outlives
@@ -123,11 +124,11 @@ class Server:
         gains = ask_sites(answers, {m.node: m for m in asked}, self.config, choices, self.watcher)
         self.keeper.save_sites(self.round, gains)
 
-    def _tensors_for(self, member: Member) -> dict[str, Tensor]:
-        """The global tensors that a client gets for what it planned to hold."""
+    def _tensors_for(self, member: Member) -> Mapping[str, Tensor | Rows]:
+        """The global tensors that a client gets for what it planned to hold, to be written at once."""
         tensors = cut(public(self.tensors, self._method.private), self._rank(member))
         # Experts that are merged on the device are all sent.
-        return tensors if self._method.merged is not None else pack(tensors, member.resident)
+        return tensors if self._method.merged is not None else select(tensors, member.resident)
 
     def attendance(self, grid: Grid) -> Attendance:
         """Who is here, before anybody was asked."""

@@ -21,6 +21,7 @@ hundreds. Everything else is scalars and bytes in one record (`FACTS`).
 Nothing that a client sends is trusted: see `checks.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from hfedmoe import __version__
 from hfedmoe.events import OwnResult, Work
-from hfedmoe.files.blob import dumps, loads
+from hfedmoe.files.blob import Rows, dumps, loads
 from hfedmoe.wire.trouble import FAULT, Trouble
 
 DESCRIBE, PLAN, TRAIN, MEASURE = "query.describe", "query.plan", "train", "query.measure"
@@ -114,7 +115,7 @@ def unpack_bits(data: object, num_experts: list[int]) -> list[Tensor]:
     return list(torch.from_numpy(bits).split(num_experts))
 
 
-def record(facts: dict[str, object], tensors: dict[str, Tensor] | None = None) -> RecordDict:
+def record(facts: dict[str, object], tensors: Mapping[str, Tensor | Rows] | None = None) -> RecordDict:
     """A message's content."""
     content = RecordDict({FACTS: ConfigRecord(facts)})  # type: ignore[arg-type]
     if tensors is not None:
@@ -263,7 +264,7 @@ def trouble_reply(trouble: Trouble, private: bool = False) -> RecordDict:
 
 
 def train_request(
-    round: int, resident: list[Tensor], tensors: dict[str, Tensor], plan_next: bool = False
+    round: int, resident: list[Tensor], tensors: Mapping[str, Tensor | Rows], plan_next: bool = False
 ) -> RecordDict:
     """Ask a client to train the `resident` experts, bool [E] per layer; `tensors` has whole gates and their rows.
 
