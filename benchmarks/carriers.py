@@ -86,7 +86,7 @@ def measured(carrier: str, at_once: int, model: str, quick: bool) -> dict[str, A
         )
         peak = 0
         while child.poll() is None:
-            peak = max(peak, _memory(child.pid))
+            peak = max(peak, process_memory(child.pid))
             time.sleep(LOOK_S)
         assert child.stdout is not None
         text = child.stdout.read()
@@ -97,7 +97,7 @@ def measured(carrier: str, at_once: int, model: str, quick: bool) -> dict[str, A
     return {"carrier": carrier, "at once": at_once, **found, "peak_MB": peak / 1e6}
 
 
-def _memory(pid: int) -> int:
+def process_memory(pid: int) -> int:
     """Bytes of a process and of all that descend from it; those that end meanwhile are left out."""
     total = 0
     try:
