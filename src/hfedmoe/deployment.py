@@ -192,6 +192,7 @@ def open_device(message: Message, context: Context) -> Device:
         base=base_digest(config),
         budget_experts=_experts(context, config, budget, prepared, str(place)),
         notes=_notes(context, number),
+        tuned=_notes(context, number).with_suffix(".tuned.safetensors"),
         policy=policy,
     )
     known = device.place
