@@ -182,7 +182,7 @@ def client_app(
         return with_experts(message, context, device, history, "train", work)
 
     def once(message: Message, context: Context, doing: str, mark: str, work: Last) -> RecordDict:
-        """Answer a request that comes after the last round, once in a run: a server could else ask about many models."""
+        """Answer a request for after the last round, once in a run: a server could else ask about many models."""
         found = asked(message, context)
         if isinstance(found, RecordDict):
             return found

@@ -101,8 +101,8 @@ class Policy:
             raise PolicyError("the run asks devices to train on for themselves; this device has tune off", POLICY_TUNE)
         if self.max_steps is not None and steps > self.max_steps:
             raise PolicyError(
-                f"the run asks for {steps} steps after the last round (evaluation.tune_steps); max-steps of this device "
-                f"is {self.max_steps}",
+                f"the run asks for {steps} steps after the last round (evaluation.tune_steps); max-steps of this "
+                f"device is {self.max_steps}",
                 POLICY_TUNE,
             )
 

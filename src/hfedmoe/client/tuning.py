@@ -8,8 +8,9 @@ trained with other routers than they are used with would be another model.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hfedmoe.client.device import Device
@@ -32,9 +33,8 @@ class Tuned:
     memory: Memory
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file."""
-        facts = {name: str(getattr(self, name)) for name in FACTS}
-        return save(self.memory.to_tensors(""), facts)
+        """As a safetensors file: equal bytes for equal contents, which its metadata would not give."""
+        return save(self.memory.to_tensors("") | {ABOUT: torch.tensor([self.client, self.round, self.steps])})
 
     @classmethod
     def read(cls, path: Path, num_experts: list[int]) -> "Tuned":
@@ -46,32 +46,33 @@ class Tuned:
         Raises:
             ValueError: the file is no such one, is damaged, or belongs to a model with other experts.
         """
-        facts = facts_of(path)
+        about = about_of(path)
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return cls(**facts, memory=Memory.from_tensors(tensors, "", num_experts))
+            tensors = load_file(path)
+            del tensors[ABOUT]
+            return cls(*about, Memory.from_tensors(tensors, "", num_experts))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(str(error)) from None
 
 
-FACTS = ("client", "round", "steps")
+ABOUT = "about"
+"""Tensor with client, round and steps, int64 [3]."""
 
 
-def facts_of(path: Path) -> dict[str, int]:
-    """Who trained what is in a file, from which round, and in how many steps. Raises ValueError as `Tuned.read`."""
+def about_of(path: Path) -> tuple[int, int, int]:
+    """Client, round and steps of a file; its large tensors are not read. Raises ValueError as `Tuned.read`."""
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
-        return {name: int(told[name]) for name in FACTS}
-    except (OSError, SafetensorError, KeyError) as error:
+            client, round, steps = file.get_tensor(ABOUT).tolist()
+        return int(client), int(round), int(steps)
+    except (OSError, SafetensorError, TypeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def tune(
     device: Device, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor]
 ) -> tuple[OwnResult, Tuned]:
-    """Train `evaluation.tune_steps` steps from the final model; what was gained on the client's own rows, and the result.
+    """Train `evaluation.tune_steps` steps from the final model; what that gains on its own rows, and the result.
 
     The history stays as it is, so that the same request gets the same answer.
 

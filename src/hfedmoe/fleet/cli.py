@@ -208,7 +208,7 @@ def join(
     tune: Annotated[
         bool,
         typer.Option(
-            help="Where a run asks for it, go on training after its last round for this device itself, which keeps that."
+            help="Where a run asks for it, train on after its last round for this device itself, which keeps that."
         ),
     ] = True,
     folder: Annotated[
