@@ -196,6 +196,7 @@ class Tuning:
     """What a client gained by training the experts that it holds further, for itself."""
 
     steps: int
+    """That it was asked for; with a deadline it may have done fewer."""
     before: Score
     """Of its sub-model of the shared model: the experts that it held in its last round."""
     after: Score

@@ -101,7 +101,7 @@ def keep(device: Device, tuned: Tuned) -> bytes | None:
     blob = tuned.to_bytes()
     if device.tuned is None:
         return blob
-    with disk_errors(device.tuned, "it is not trained again in this run"):
+    with disk_errors(device.tuned, "take part in the next run"):
         device.tuned.parent.mkdir(parents=True, exist_ok=True)
         with replacing(device.tuned) as file:
             file.write(blob)
