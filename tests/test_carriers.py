@@ -35,7 +35,13 @@ from tests.ray_cluster import ray_cluster
 with_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason='Ray is not installed: pip install "hfedmoe[ray]"'
 )
-SETTINGS = ("federation.rounds=2", "method.score=taylor", "method.gate=rows", "evaluation.alone=true")
+SETTINGS = (
+    "federation.rounds=2",
+    "method.score=taylor",
+    "method.gate=rows",
+    "evaluation.alone=true",
+    "evaluation.tune_steps=1",
+)
 RAY = ("carrier.kind=ray", "carrier.clients_at_once=2")
 
 CHILD = """
@@ -97,6 +103,9 @@ def check_same(one: Path, other: Path, leaving_out: str = "seconds") -> None:
     lines = [[without(leaving_out, line) for line in run.read_rounds()] for run in (a, b)]
     assert lines[0] == lines[1]
     assert (one / "experts.npy").read_bytes() == (other / "experts.npy").read_bytes()
+    tuned = [{file.name: file.read_bytes() for file in (path / "tuned").iterdir()} for path in (one, other)]
+    assert len(tuned[0]) == 4
+    assert tuned[0] == tuned[1]
 
 
 def without(names: str, line: Any) -> Any:

@@ -38,7 +38,7 @@ from hfedmoe.device.capacity import experts_of, memory_of, planner_of
 from hfedmoe.device.limits import hold_process_to
 from hfedmoe.errors import UserError
 from hfedmoe.events import Silent, Watcher
-from hfedmoe.files.cache import cache_folder
+from hfedmoe.files.cache import cache_folder, data_folder
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Method
 from hfedmoe.models.digest import base_digest
@@ -192,6 +192,7 @@ def open_device(message: Message, context: Context) -> Device:
         base=base_digest(config),
         budget_experts=_experts(context, config, budget, prepared, str(place)),
         notes=_notes(context, number),
+        tuned=data_folder() / "tuned" / f"{context.run_id}-client-{number}.safetensors",
         policy=policy,
     )
     known = device.place

@@ -192,6 +192,22 @@ class OwnResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Tuning:
+    """What a client gained by training the experts that it holds further, for itself."""
+
+    steps: int
+    """That it was asked for; with a deadline it may have done fewer."""
+    before: Score
+    """Of its sub-model of the shared model: the experts that it held in its last round."""
+    after: Score
+    """Of the same experts, trained further."""
+    gain: float | None = None
+    """Accuracy after less before."""
+    gain_interval: tuple[float, float] | None = None
+    """With 95 % confidence."""
+
+
+@dataclass(frozen=True, slots=True)
 class SiteGain:
     """What the federation gave to one site, on rows of its own that nobody trained on."""
 
@@ -212,10 +228,15 @@ class SiteGain:
     """Accuracy of the federation less that alone, or less that before where that was not measured."""
     gain_interval: tuple[float, float] | None = None
     """With 95 % confidence."""
+    tuning: Tuning | None = None
+    """None: it did not train further (`evaluation.tune_steps`), or does not say."""
 
     def to_json(self) -> dict[str, Any]:
         """Its entry in metrics.jsonl."""
-        return asdict(self)
+        entry = asdict(self)
+        if self.tuning is None:
+            del entry["tuning"]
+        return entry
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Self:
@@ -227,8 +248,13 @@ class SiteGain:
         def score(value: Any) -> Any:
             return None if value is None else Score(**(value | {"interval": pair(value["interval"])}))
 
-        scores = {name: score(entry[name]) for name in ("before", "federated", "alone")}
-        return cls(**(entry | scores | {"gain_interval": pair(entry["gain_interval"])}))
+        def with_interval(part: dict[str, Any], *models: str) -> dict[str, Any]:
+            return part | {name: score(part[name]) for name in models} | {"gain_interval": pair(part["gain_interval"])}
+
+        found = with_interval(entry, "before", "federated", "alone")
+        if "tuning" in entry:
+            found["tuning"] = Tuning(**with_interval(entry["tuning"], "before", "after"))
+        return cls(**found)
 
 
 class Watcher:

@@ -87,6 +87,13 @@ def _pooled(prepared: Prepared, parts: list[list[int]]) -> tuple[Prepared, list[
     return one, [sorted(row for part in parts for row in part)]
 
 
+def let_measure(prepared: Prepared, devices: list[Device], sites: Sites) -> None:
+    """Let every device measure itself on the rows that it keeps back."""
+    for device, rows in zip(devices, sites.kept, strict=True):
+        device.kept = [prepared.task.train[row] for row in rows]
+        device.judge = prepared.measure_now
+
+
 def predict_peaks(prepared: Prepared, devices: list[Device]) -> None:
     """Let every device say the peak that `hfedmoe plan` predicts for what it holds. Raises UserError if it cannot."""
     peaks = peaks_of(prepared.config, str(prepared.model.device))
@@ -132,6 +139,8 @@ class WorkerApp:
                 "same files under the same paths"
             )
         _, devices = devices_of(prepared, sites.trained, sites.names, on_step)
+        if self.config.evaluation.tune_steps:
+            let_measure(prepared, devices, sites)
         with contextlib.suppress(UserError):  # the server says it
             predict_peaks(prepared, devices)
         return app_of(devices)

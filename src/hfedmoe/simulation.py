@@ -28,7 +28,9 @@ from hfedmoe.runs.refusals import require_trackers
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
-from hfedmoe.simulated import WorkerApp, app_of, devices_of, identity, predict_peaks, split
+from hfedmoe.server.sites import with_tuning
+from hfedmoe.simulated import WorkerApp, app_of, devices_of, identity, let_measure, predict_peaks, split
+from hfedmoe.tuning import tune_clients
 from hfedmoe.wire.cluster import Cluster, connected
 from hfedmoe.wire.inprocess import InProcessGrid
 from hfedmoe.wire.local import LocalGrid, changed_contexts, restore_contexts
@@ -144,8 +146,10 @@ def _run(
         simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names, workers)
         _predict_peaks(simulation, prepared, watcher)
         tracking.follow(simulation.server.keeper)
+        if prepared.config.evaluation.tune_steps:
+            let_measure(prepared, simulation.devices, sites)
         simulation.run()
-        _measure_gains(prepared, sites, simulation, alone, watcher, workers)
+        _measure_gains(prepared, sites, simulation, folder, alone, watcher, workers)
     watcher.finish(f"done: {folder.path}")
     simulation.server.keeper.show_totals(watcher)
 
@@ -164,17 +168,21 @@ def _measure_gains(
     prepared: Prepared,
     sites: Sites,
     simulation: "Simulation",
+    folder: RunFolder,
     alone: bool,
     watcher: Watcher,
     workers: Workers | None,
 ) -> None:
     """What each site gained: in the run folder already, or measured and written there."""
     last, keeper = prepared.config.federation.rounds, simulation.server.keeper
-    if keeper.knows_sites(last) or not sites.measurable:
+    steps = prepared.config.evaluation.tune_steps
+    if keeper.knows_sites(last) or not (sites.measurable or steps):
         return
+    tuned = tune_clients(simulation.server, simulation.grid, folder) if steps else {}
     simulation.grid.close()
     by_itself = _trained_alone(prepared, sites, watcher, workers).model_of if alone else None
-    keeper.save_sites(last, site_gains(prepared, sites, simulation.model_of, by_itself, watcher))
+    gains = site_gains(prepared, sites, simulation.model_of, by_itself, watcher)
+    keeper.save_sites(last, with_tuning(gains, tuned, steps))
 
 
 def _trained_alone(prepared: Prepared, sites: Sites, watcher: Watcher, workers: Workers | None) -> "Simulation":

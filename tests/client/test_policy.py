@@ -11,6 +11,7 @@ from hfedmoe.errors import UserError
     [
         ANYTHING,
         Policy(max_experts=10, max_steps=4, max_seconds=2.5, min_batch=2, models=("/a", "/b"), measure=False),
+        Policy(tune=False),
     ],
 )
 def test_a_node_config_says_the_policy(policy: Policy) -> None:
@@ -25,6 +26,7 @@ def test_a_node_config_says_the_policy(policy: Policy) -> None:
         ({"max-experts": True}, "max-experts = True"),
         ({"min-batch": 1.5}, "min-batch = 1.5"),
         ({"measure": 1}, "measure = 1: give true or false"),
+        ({"tune": "no"}, "tune = 'no': give true or false"),
     ],
 )
 def test_bad_values_are_named(settings: dict[str, object], message: str) -> None:

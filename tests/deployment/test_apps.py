@@ -52,3 +52,5 @@ def test_a_node_that_allows_it_takes_part_and_its_note_is_of_this_run() -> None:
     assert device.config.model.trust_remote_code
     assert device.notes is not None
     assert device.notes.name == "7-client-0.json"
+    assert device.tuned is not None
+    assert device.tuned.name == "7-client-0.safetensors"

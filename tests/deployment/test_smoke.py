@@ -59,13 +59,22 @@ def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Pa
 def test_a_round_in_flowers_simulation_ends_with_the_in_process_weights(tmp_path: Path) -> None:
     """Flower starts as many workers as it finds processors; each serves several of the four clients."""
     pytest.importorskip("ray", reason='Ray is not installed: pip install "hfedmoe[ray]"')
-    config = tiny_config("federation.rounds=1", "federation.min_clients=4")
+    config = tiny_config("federation.rounds=1", "federation.min_clients=4", "evaluation.tune_steps=1")
     run(config, tmp_path / "inprocess", Silent())
-    with deployment(APP, [], simulated=4, env={"OMP_NUM_THREADS": "1"}) as flower:
+    with deployment(APP, [], simulated=4, env={"OMP_NUM_THREADS": "1", "XDG_DATA_HOME": str(tmp_path)}) as flower:
         document = run_config_toml(config).decode()
         result = flower.run({"config": document, "out": str(tmp_path / "simulated")}, timeout=400)
         assert result.exit_code == 0, result.log + "\n".join(flower.logs().values())
     check_equal(tmp_path / "inprocess", tmp_path / "simulated")
+    # What devices trained for themselves is theirs, and what it gained is what it gains in process.
+    assert not (tmp_path / "simulated" / "tuned").exists()
+    own = {path.name.partition("-")[2]: path.read_bytes() for path in (tmp_path / "hfedmoe" / "tuned").iterdir()}
+    assert own == {path.name: path.read_bytes() for path in (tmp_path / "inprocess" / "tuned").iterdir()}
+    assert len(own) == 4
+    one, other = (RunFolder.open(tmp_path / name).read_rounds()[1]["sites"] for name in ("inprocess", "simulated"))
+    assert one
+    for mine, theirs in zip(one, other, strict=True):
+        assert theirs["tuning"]["after"]["loss"] == pytest.approx(mine["tuning"]["after"]["loss"], rel=1e-5)
 
 
 def check_equal(one: Path, other: Path) -> None:

@@ -7,16 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import Context, Message, Metadata, RecordDict
 
-from hfedmoe.client.policy import Policy
+from hfedmoe.client.policy import ANYTHING, Policy
+from hfedmoe.client.tuning import Tuned
+from hfedmoe.config import config_from_text
 from hfedmoe.data.terms import Terms
 from hfedmoe.fleet.allowed import Allowed
 from hfedmoe.fleet.check import check_offer
+from hfedmoe.fleet.device import DeviceFolder
 from hfedmoe.fleet.offer import Offer, versions
 from hfedmoe.fleet.worker import Worker
+from hfedmoe.models.loading import load
+from hfedmoe.models.wrapping import wrap
+from hfedmoe.moe.payload import global_tensors, pack
 from hfedmoe.wire import checks
-from hfedmoe.wire.messages import DESCRIBE, PLAN, describe_request, facts_of, plan_request, unpack_bits
+from hfedmoe.wire.messages import (
+    DESCRIBE,
+    PLAN,
+    TENSORS,
+    TRAIN,
+    TUNE,
+    describe_request,
+    facts_of,
+    plan_request,
+    train_request,
+    unpack_bits,
+)
 from tests.deployment.nodes import rows_file
 from tests.fleet.places import save_tiny
 
@@ -28,7 +46,7 @@ TERMS = Terms("classification", "classification", ("acq", "crude", "earn"), True
 @pytest.fixture
 def worker(tmp_path: Path) -> Worker:
     own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
-    return Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model"))), 2, tmp_path / "memory")
+    return Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model"))), 2, DeviceFolder(tmp_path))
 
 
 def ask(worker: Worker, kind: str, content: RecordDict, config: str, **node: Any) -> Message:
@@ -81,7 +99,7 @@ def test_beyond_the_owners_limits_the_setting_is_named_and_the_server_gets_a_cod
 ) -> None:
     own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
     model = str(save_tiny(tmp_path / "model"))
-    reply = describe(Worker(Allowed(own, 16, model, policy=policy), 2, tmp_path / "memory"), more=more)
+    reply = describe(Worker(Allowed(own, 16, model, policy=policy), 2, DeviceFolder(tmp_path)), more=more)
     with pytest.raises(checks.TroubleError, match=told):
         checks.trouble(reply)
     assert set(facts_of(reply)) == {"status", "code", "count"}
@@ -94,7 +112,7 @@ def test_beyond_the_owners_limits_the_setting_is_named_and_the_server_gets_a_cod
 def test_a_device_holds_no_more_experts_than_its_owner_allows(tmp_path: Path) -> None:
     own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
     policy = Policy(max_experts=10, max_steps=4, min_batch=2, max_seconds=60.0, measure=False)
-    worker = Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model")), policy=policy), 2, tmp_path / "memory")
+    worker = Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model")), policy=policy), 2, DeviceFolder(tmp_path))
     more = "[train]\nsteps = 4\nbatch_size = 2"
     assert facts_of(describe(worker, more=more))["budget"] == 10
     plan = ask(worker, PLAN, plan_request(1), CONFIG.format(model="theirs/model", more=more))
@@ -107,7 +125,7 @@ def test_models_come_from_the_owners_folders_only(tmp_path: Path, caplog: pytest
     save_tiny(tmp_path / "models" / "base")
     elsewhere = save_tiny(tmp_path / "elsewhere")
     policy = Policy(models=(str(tmp_path / "none"), str(tmp_path / "models")))
-    worker = Worker(Allowed(own, 16, policy=policy), 2, tmp_path / "memory")
+    worker = Worker(Allowed(own, 16, policy=policy), 2, DeviceFolder(tmp_path))
     assert facts_of(describe(worker, model="/srv/of/the/server/base"))["client"] == 2
     assert facts_of(describe(worker, model="tiny"))["client"] == 2
     for name in (str(elsewhere), "hub/other", "/srv/..", "..", f"{tmp_path}/models/../elsewhere"):
@@ -147,7 +165,7 @@ def test_a_device_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(
     tmp_path: Path, tiny_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
-    worker = Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model"))), 2, tiny_disk / "memory")
+    worker = Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model"))), 2, DeviceFolder(tiny_disk))
     describe(worker)
     (tiny_disk / "other").write_bytes(bytes(shutil.disk_usage(tiny_disk).free))
     plan = ask(worker, PLAN, plan_request(1), CONFIG.format(model="theirs/model", more=""))
@@ -164,7 +182,7 @@ def test_without_a_model_of_its_own_a_device_opens_packaged_ones_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
-    worker = Worker(Allowed(own, "50%"), 2, tmp_path / "memory")
+    worker = Worker(Allowed(own, "50%"), 2, DeviceFolder(tmp_path))
     theirs = save_tiny(tmp_path / "model")
     with caplog.at_level(logging.ERROR):
         reply = describe(worker, model=str(theirs))
@@ -172,3 +190,41 @@ def test_without_a_model_of_its_own_a_device_opens_packaged_ones_only(
         checks.trouble(reply)
     assert "say with --model where this device has it" in caplog.text
     assert facts_of(describe(worker, model="tiny"))["client"] == 2
+
+
+def test_what_a_device_trains_for_itself_is_in_its_folder_and_in_no_reply(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    own, base = rows_file(tmp_path / "own.csv", "earn", "acq", rows=60), str(save_tiny(tmp_path / "model"))
+    written = CONFIG.format(model=base, more="[train]\nsteps = 2\nlr = 1e-2\n[evaluation]\ntune_steps = 3")
+    config = config_from_text(written, "the test")
+    loaded = load(config.model, config.seed)
+    tensors = global_tensors(wrap(loaded.model, config, loaded.store))
+    keep = [torch.arange(8) < 3 for _ in range(4)]
+    final = train_request(1, keep, pack(tensors, keep))
+
+    def worker(policy: Policy = ANYTHING) -> Worker:  # every time another process
+        return Worker(Allowed(own, 16, base, policy=policy), 2, DeviceFolder(tmp_path))
+
+    ask(worker(), DESCRIBE, describe_request(TERMS.to_json()), written)
+    assert facts_of(ask(worker(), TUNE, final, written))["code"] == "request"  # before it has trained
+    checks.trouble(ask(worker(), TRAIN, final, written))
+    file = DeviceFolder(tmp_path).tuned / f"{RUN}.safetensors"
+    refused = ask(worker(Policy(tune=False)), TUNE, final, written)
+    with pytest.raises(checks.TroubleError, match=r"does not go on training .* \(evaluation.tune_steps\)"):
+        checks.trouble(refused)
+    assert not file.exists()
+    reply = ask(worker(), TUNE, final, written)
+    told = checks.own_result(reply, config.evaluation.own_rows, choices=True)
+    assert (told.trained_rows, told.own_rows) == (50, 10)
+    assert told.loss_after < told.loss_before
+    assert TENSORS not in reply.content.array_records
+    assert all(isinstance(value, int | float) for value in facts_of(reply).values())
+    assert f"its experts are in {file}, and nowhere else" in capsys.readouterr().out
+    tuned = Tuned.read(file, [8] * 4)
+    assert (tuned.client, tuned.steps) == (2, 3)
+    assert [known.tolist() for known in tuned.memory.experts] == [part.tolist() for part in keep]
+    moved = [name for name, part in tuned.memory.tensors.items() if not torch.equal(part, pack(tensors, keep)[name])]
+    assert any(name.startswith("experts.") for name in moved)
+    assert file.stat().st_size > (tmp_path / "memory" / RUN / "now").stat().st_size  # it is not in its memory as well
+    assert facts_of(ask(worker(), TUNE, final, written))["code"] == "request"  # once

@@ -1,20 +1,26 @@
 """What devices say that they gained: measured on the device, checked by the server, and told once."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from hfedmoe.client.app import OWN_EXPERTS, trouble_of
 from hfedmoe.client.judging import compared
+from hfedmoe.client.policy import Policy, PolicyError
+from hfedmoe.client.tuning import Tuned
 from hfedmoe.data.example import Example
 from hfedmoe.data.kept import LEAST
-from hfedmoe.events import OwnResult, SiteGain
+from hfedmoe.events import OwnResult, Score, SiteGain, Tuning
+from hfedmoe.moe.payload import layer_of
 from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.evaluation import Metrics
-from hfedmoe.server.sites import gain_of
+from hfedmoe.server.sites import ask_sites, gain_of, with_tuning
 from hfedmoe.wire import checks
 from hfedmoe.wire.messages import InvalidReplyError, measure_reply, pack_bits
+from hfedmoe.wire.trouble import POLICY_TUNE
 from tests.federation import Federation, tiny_config
 from tests.test_simulation import Notes
 from tests.wire.test_checks import message
@@ -32,15 +38,24 @@ TOLD = OwnResult(
 )
 
 
+STEPS, NONE = 3, Score(None, None, 0.0)
+
+
 @pytest.fixture(scope="module")
-def measured() -> tuple[Federation, Notes]:
-    """A run of one round; of its clients two kept rows back, one too few, and one does not measure."""
-    notes = Notes()
-    config = tiny_config("federation.rounds=1", 'clients.budgets=["100%","25%","50%","50%"]')
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Notes]:
+    """A run of one round; of its clients two kept rows back, one too few, and one does not measure.
+
+    After it they train on for themselves, except the third, whose owner does not allow it.
+    """
+    notes, folder = Notes(), tmp_path_factory.mktemp("devices")
+    more = (f"evaluation.tune_steps={STEPS}", 'clients.budgets=["100%","25%","50%","50%"]')
+    config = tiny_config("federation.rounds=1", *more)
     run = Federation(None, config, notes)
     for device, count in zip(run.devices, (12, LEAST, LEAST - 1, 12), strict=True):
         device.kept = [run.prepared.task.test[(device.number + i) % 30] for i in range(count)]
         device.judge = run.prepared.measure_now if device.number != 3 else None
+        device.tuned = folder / str(device.number) / "tuned.safetensors"
+        device.policy = Policy(tune=device.number != 2)
     run.server.asks_sites = True
     run.run()
     return run, notes
@@ -64,15 +79,54 @@ def test_devices_that_can_say_what_they_gained(measured: tuple[Federation, Notes
     assert gain.federated.loss != gain.before.loss
 
 
-def test_a_device_measures_once(measured: tuple[Federation, Notes]) -> None:
+def test_what_a_device_trains_for_itself_stays_with_it(measured: tuple[Federation, Notes]) -> None:
     run, notes = measured
-    before = list(run.server.keeper.gains)
-    assert notes.warnings == []
-    run.server._ask_sites(here(run))
-    assert len(notes.warnings) == 4  # also those with nothing to tell were asked
-    assert all("it has measured in this run already" in text for text in notes.warnings)
+    assert [device.tuned.is_file() for device in run.devices if device.tuned] == [True, True, False, True]
+    assert len(notes.warnings) == 1
+    assert "client 2 does not train on for itself: " in notes.warnings[0]
+    assert "this device has tune off" in notes.warnings[0]
+    assert not any(OWN_EXPERTS in context.state for context in run.grid.contexts.values())
+    assert (run.server.keeper.gains[0].tuning or Tuning(0, NONE, NONE)).steps == STEPS
+    # What is in the first one's file is what it said: it holds every expert, so both models are whole.
+    device, gain = run.devices[0], run.server.keeper.gains[0]
+    assert device.tuned is not None
+    assert gain.tuning is not None
+    tuned = Tuned.read(device.tuned, run.server.num_experts)
+    assert (tuned.client, tuned.round, tuned.steps) == (0, 1, STEPS)
+    after = run.prepared.measure_on(device.kept, tuned.memory.tensors)
+    assert gain.tuning.after.loss == pytest.approx(after.loss)
+    assert gain.tuning.before.loss == pytest.approx(gain.federated.loss)
+    assert gain.tuning.after.loss != gain.tuning.before.loss
+    assert gain.tuning.before.accuracy == gain.federated.accuracy
+    # The second has a file of its eight experts only.
+    device = run.devices[1]
+    assert device.tuned is not None
+    own = Tuned.read(device.tuned, run.server.num_experts).memory
+    assert sum(int(known.sum()) for known in own.experts) == 8
+    assert all(
+        len(own.tensors[name]) == int(own.experts[layer_of(name)].sum()) for name in own.tensors if "exp" in name
+    )
+
+
+def test_a_device_measures_and_trains_on_once(measured: tuple[Federation, Notes]) -> None:
+    run, notes = measured
+    before, seen = list(run.server.keeper.gains), len(notes.warnings)
+    written = [device.tuned.stat().st_mtime_ns for device in run.devices if device.tuned and device.number != 2]
+    ask_sites(run.server, here(run))
+    warned = notes.warnings[seen:]
+    assert sum("it has measured in this run already" in text for text in warned) == 4
+    assert sum("it has tuned in this run already" in text for text in warned) == 3
+    assert len(warned) == 8  # also those with nothing to tell were asked
     assert run.server.keeper.gains == []
+    assert written == [d.tuned.stat().st_mtime_ns for d in run.devices if d.tuned and d.number != 2]
     run.server.keeper.gains = before
+
+
+def test_an_owners_most_steps_hold_after_the_last_round_too() -> None:
+    Policy(max_steps=4).check_tuning(4)
+    with pytest.raises(PolicyError, match=r"5 steps after the last round .* max-steps of this device is 4") as caught:
+        Policy(max_steps=4).check_tuning(5)
+    assert trouble_of(caught.value).code == POLICY_TUNE
 
 
 def here(run: Federation) -> Attendance:
@@ -94,6 +148,19 @@ def test_counts_become_accuracies_and_a_gain() -> None:
     low, high = gain.gain_interval or (0, 0)
     assert low < 0.3 < high
     assert SiteGain.from_json(gain.to_json()) == gain
+
+
+def test_counts_also_say_what_training_on_gained() -> None:
+    gain = gain_of(3, "north", replace(TOLD, won=3))
+    nothing = OwnResult(trained_rows=90, own_rows=0)
+    assert with_tuning([gain], {}, 4) == with_tuning([gain], {3: nothing}, 4) == [gain]
+    assert "tuning" not in gain.to_json()
+    (tuned,) = with_tuning([gain], {3: TOLD}, 4)
+    assert tuned.tuning is not None
+    assert (tuned.tuning.steps, tuned.tuning.before.accuracy, tuned.tuning.after.accuracy) == (4, 5 / 20, 11 / 20)
+    assert tuned.tuning.gain == 6 / 20
+    assert replace(tuned, tuning=None) == gain
+    assert SiteGain.from_json(json.loads(json.dumps(tuned.to_json()))) == tuned
 
 
 def test_what_is_compared_are_the_same_rows() -> None:

@@ -137,6 +137,18 @@ def test_replies_come_in_the_order_of_requests_and_clients_remember(address: str
         assert not notes.warnings
 
 
+def test_messages_of_which_nobody_waits_for_the_end_change_no_client(address: str, notes: Notes) -> None:
+    with grid(address, notes) as carrier:
+        ask(carrier, {})
+        slow = RecordDict({"do": ConfigRecord({"what": "", "s": 60.0})})
+        carrier.push_messages([carrier.create_message(slow, "train", node, "late", 90.0) for node in (1, 2, 3)])
+        carrier.abandon()
+        started = time.monotonic()
+        assert facts(ask(carrier, {}), "before") == [1] * 6
+        assert time.monotonic() - started < 60
+    assert not notes.warnings
+
+
 def test_death_and_errors_cost_one_reply_each(address: str, notes: Notes, caplog: pytest.LogCaptureFixture) -> None:
     with grid(address, notes, clients_at_once=1) as carrier:
         answers = ask(carrier, {1: ("die", 0.0), 3: ("raise", 0.0), 4: ("die", 0.0)})

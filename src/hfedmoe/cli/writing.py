@@ -28,9 +28,19 @@ def export(
         ),
     ] = "merged",
     client: Annotated[int | None, typer.Option(help="For --as client: the client's number.")] = None,
-    checkpoint: Annotated[str, typer.Option(help="best, last or the number of a round.")] = "best",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="best, last or the number of a round; default: what the client trained for itself after the last "
+            "round, with --as client of a run that has that, else best."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's, float32 for an adapter.")
+    ] = None,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For --as client: what a device trained for itself, from its own folder."),
     ] = None,
 ) -> None:
     """Write a result of a run as something that transformers or PEFT loads, with a model card."""
@@ -39,14 +49,14 @@ def export(
     from hfedmoe.files.whole import check_free
     from hfedmoe.runs.choice import which_of
 
-    check_options(form, client, dtype)
+    check_options(form, client, dtype, tuned, checkpoint)
     check_outside(out, run)
     check_free(out)
     check_fits(run, found.config, form, client)
-    found.require_checkpoint(which_of(checkpoint))
+    found.require_checkpoint(which_of(checkpoint or "best"))
     from hfedmoe.export.exporting import export_run
 
-    typer.echo(export_run(run, out, form, client, checkpoint, dtype))
+    typer.echo(export_run(run, out, form, client, checkpoint, dtype, tuned))
 
 
 def upcycle(

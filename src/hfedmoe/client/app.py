@@ -1,8 +1,9 @@
-"""The Flower ClientApp of a client: it answers describe, plan, train and measure requests."""
+"""The Flower ClientApp of a client: it answers describe, plan, train, measure and tune requests."""
 
 import contextlib
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -15,7 +16,9 @@ from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.place import Place
 from hfedmoe.client.policy import PolicyError
+from hfedmoe.client.tuning import keep, tune
 from hfedmoe.errors import DiskError, OwnDataError, UserError
+from hfedmoe.events import OwnResult
 from hfedmoe.method.row import CannotHoldError
 from hfedmoe.moe.payload import MismatchError
 from hfedmoe.wire import requests
@@ -44,10 +47,14 @@ from hfedmoe.wire.trouble import (
     Trouble,
 )
 
-HISTORY, TRAINED, MEASURED = "history", "trained", "measured"
+HISTORY, MEASURED, TUNED = "history", "measured", "tuned"
+OWN_EXPERTS = "own experts"
+"""What a simulated client trained for itself; a real device keeps it in a file."""
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[Message, Context], RecordDict]
+Last = Callable[[Device, ClientHistory, list[Tensor], dict[str, Tensor]], OwnResult]
+"""Something that a client does with the final model."""
 
 
 def client_app(
@@ -171,27 +178,44 @@ def client_app(
             if requests.plans_next(message) and round < device.config.federation.rounds:
                 with contextlib.suppress(CannotHoldError):  # the server asks, and is told
                     update.next = _plan(device.place, history, round + 1, None, _no_first_pass)
-            context.state[TRAINED] = ConfigRecord({"round": round})
             return train_reply(update)
 
         return with_experts(message, context, device, history, "train", work)
 
-    def measure(message: Message, context: Context) -> RecordDict:
+    def once(message: Message, context: Context, doing: str, mark: str, work: Last) -> RecordDict:
+        """Answer a request for after the last round, once in a run: a server could else ask about many models."""
         found = asked(message, context)
         if isinstance(found, RecordDict):
             return found
         device, history = found
-        if TRAINED not in context.state:
-            raise requests.InvalidRequestError("to measure comes after training")
-        if MEASURED in context.state:
-            raise requests.InvalidRequestError("it has measured in this run already")
+        if not history.rounds:
+            raise requests.InvalidRequestError(f"to {doing} comes after training")
+        if mark in context.state:
+            raise requests.InvalidRequestError(f"it has {mark} in this run already")
 
-        def work(resident: list[Tensor]) -> RecordDict:
-            return measure_reply(device.measure(history, resident, requests.trainables_of(message)))
+        def answered(resident: list[Tensor]) -> RecordDict:
+            return measure_reply(work(device, history, resident, requests.trainables_of(message)))
 
-        done = with_experts(message, context, device, history, "measure", work)
-        context.state[MEASURED] = ConfigRecord({"once": True})
+        done = with_experts(message, context, device, history, doing, answered)
+        context.state[mark] = ConfigRecord({"once": True})
         return done
+
+    def measure(message: Message, context: Context) -> RecordDict:
+        return once(message, context, "measure", MEASURED, Device.measure)
+
+    def tune_experts(message: Message, context: Context) -> RecordDict:
+        def work(device: Device, *given: Any) -> OwnResult:
+            steps = device.config.evaluation.tune_steps
+            if not steps:
+                raise requests.InvalidRequestError("the run's settings have no evaluation.tune_steps")
+            device.policy.check_tuning(steps)
+            told, tuned = tune(device, *given)
+            blob = keep(device, tuned)
+            if blob is not None:
+                context.state[OWN_EXPERTS] = ConfigRecord({"blob": blob})
+            return told
+
+        return once(message, context, "tune", TUNED, work)
 
     def tried(
         context: Context, device: Device, history: ClientHistory, doing: str, held: int, work: Callable[[], RecordDict]
@@ -213,6 +237,7 @@ def client_app(
     app.query("describe")(answering(describe))
     app.query("plan")(answering(plan))
     app.query("measure")(answering(measure))
+    app.train("tune")(answering(tune_experts))
     app.train()(answering(train_round))
     return app
 

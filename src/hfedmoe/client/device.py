@@ -18,7 +18,7 @@ from hfedmoe.client.own import begin_own
 from hfedmoe.client.place import Place
 from hfedmoe.client.policy import ANYTHING, Policy
 from hfedmoe.client.scoring import bootstrap
-from hfedmoe.client.training import train
+from hfedmoe.client.training import LocalUpdate, train
 from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import in_experts
 from hfedmoe.data.encoding import Encoder
@@ -63,6 +63,8 @@ class Device:
     """Rows of its own that it never trains on (`data.kept`); simulated clients leave it empty."""
     judge: Callable[[list[Example]], Judged] | None = None
     """Measures the model as it is on rows; None: the device does not measure."""
+    tuned: Path | None = None
+    """File in which a real device keeps what it trains for itself; simulated clients keep it in their state."""
     policy: Policy = ANYTHING
     """What its owner allows."""
     clock: Clock = time.perf_counter
@@ -125,7 +127,7 @@ class Device:
         least = [min(number, layer.top_k) for number, layer in zip(most, self.model.layers, strict=True)]
         return Pace(history.step_times, self.deadline_s, self.config.train.steps, most, least, self.clock)
 
-    def _with_own(
+    def with_own(
         self, history: ClientHistory, resident: list[Tensor], received: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """What was received, and what the client keeps of its own. Raises MismatchError if it was sent that."""
@@ -148,7 +150,7 @@ class Device:
             MismatchError: among what was received is something that the client keeps.
         """
         method, numbers = self.learner.method, self.model.num_experts
-        received = self._with_own(history, resident, received)
+        received = self.with_own(history, resident, received)
         if method.own is not None:
             begin_own(received, history.contribution())
         if method.begin is None:
@@ -182,7 +184,7 @@ class Device:
         if method.begin is not None:
             history.ended = (history.ended or Memory.nothing(numbers)).updated(now, resident)
 
-    def _hold(
+    def hold(
         self,
         history: ClientHistory,
         resident: list[Tensor],
@@ -202,19 +204,49 @@ class Device:
             room = method.merged(self.model.num_experts, self.place.allowed(history), self.config.method)
             self.model.stand_in(mixtures(self.model, resident, room, history.usage), tensors)
 
+    def learn(self, history: ClientHistory, resident: list[Tensor], round: int) -> LocalUpdate:
+        """The local steps of a round, with the model as it is. Raises TrainingError."""
+        per_token = self.learner.method.experts_per_token
+        most = None if per_token is None else per_token(self.place.share, self.place.top_k[0])
+        on_step = self.on_step
+        with self.model.limited_top_k(most):
+            return train(
+                self.learner,
+                history,
+                activation_budget=self.activation_budget(),
+                lr_factor=self.lr_factor(round),
+                on_step=None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
+                pace=self.pace(history, resident),
+            )
+
     def measure(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor]) -> OwnResult:
         """Measure its sub-model on the rows that it kept back: as it was before any training, and with these tensors.
 
         Fewer than `kept.LEAST` rows are not measured: a right answer of one row would say too much about that row.
         """
-        trained = len(self.examples)
-        if self.judge is None or len(self.kept) < LEAST:
-            return OwnResult(trained_rows=trained, own_rows=0)
+        if not self.measurable:
+            return self.told(None, None)
         restore(self.model, self.initial)
         self.model.set_resident(resident, self.place.at_least)
-        before = self.judge(self.kept)
-        self._hold(history, resident, tensors, self._with_own)
-        return compared(trained, self.kept, before, self.judge(self.kept))
+        before = self.judged()
+        self.hold(history, resident, tensors, self.with_own)
+        return self.told(before, self.judged())
+
+    @property
+    def measurable(self) -> bool:
+        """Whether it measures, and kept enough rows back for that."""
+        return self.judge is not None and len(self.kept) >= LEAST
+
+    def judged(self) -> Judged | None:
+        """The model as it is, on the rows that it kept back; None: it is not measurable."""
+        return self.judge(self.kept) if self.judge is not None and self.measurable else None
+
+    def told(self, before: Judged | None, after: Judged | None) -> OwnResult:
+        """What the server may know of two measurements; nothing but the number of rows that it trains on without."""
+        trained = len(self.examples)
+        if before is None or after is None:
+            return OwnResult(trained_rows=trained, own_rows=0)
+        return compared(trained, self.kept, before, after)
 
     def train(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor], round: int) -> Update:
         """Train the resident experts and return what changed.
@@ -225,19 +257,8 @@ class Device:
         method, rank = self.learner.method, self.place.rank
         if method.own == "graft" and history.private is None and not history.observed:
             self.first_pass(history)  # shows which experts are worth most to the client
-        self._hold(history, resident, tensors, self._begin)
-        per_token = method.experts_per_token
-        most = None if per_token is None else per_token(self.place.share, self.place.top_k[0])
-        on_step = self.on_step
-        with self.model.limited_top_k(most):
-            local = train(
-                self.learner,
-                history,
-                activation_budget=self.activation_budget(),
-                lr_factor=self.lr_factor(round),
-                on_step=None if on_step is None else lambda step, loss: on_step(self.number, step, loss),
-                pace=self.pace(history, resident),
-            )
+        self.hold(history, resident, tensors, self._begin)
+        local = self.learn(history, resident, round)
         self._remember(history, resident, local.usage)
         if not self.simulated:
             peak = peak_bytes(self.model.device)

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfedmoe.errors import UserError
-from hfedmoe.wire.trouble import POLICY_BATCH, POLICY_EXPERTS, POLICY_MODEL, POLICY_STEPS
+from hfedmoe.wire.trouble import POLICY_BATCH, POLICY_EXPERTS, POLICY_MODEL, POLICY_STEPS, POLICY_TUNE
 
 if TYPE_CHECKING:
     from hfedmoe.config import RunConfig
+
+
+SWITCHES = ("measure", "tune")
+"""What an owner may turn off."""
 
 
 class PolicyError(UserError):
@@ -41,12 +45,15 @@ class Policy:
     measure: bool = True
     """Whether it keeps rows back and says at the end of a run, in counts, what it gained (docs/gains.md)."""
 
+    tune: bool = True
+    """Whether it goes on training its experts for itself after the last round, where a run asks for it."""
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Policy":
         """From a node config, where `models` is one text with `:` between the folders.
 
         Raises:
-            UserError: a value is not a number, or not above 0; or `measure` is neither true nor false.
+            UserError: a value is not a number, or not above 0; or `measure` or `tune` is neither true nor false.
         """
         found: dict[str, Any] = {}
         for key in ("max_experts", "max_steps", "max_seconds", "min_batch"):
@@ -59,18 +66,18 @@ class Policy:
             found[key] = value
         if (folders := settings.get("models")) is not None:
             found["models"] = tuple(folder for folder in str(folders).split(":") if folder)
-        if not isinstance(measure := settings.get("measure", True), bool):
-            raise UserError(f"this node's measure = {measure!r}: give true or false")
-        return cls(**found, measure=measure)
+        for key in SWITCHES:
+            if not isinstance(value := settings.get(key, True), bool):
+                raise UserError(f"this node's {key} = {value!r}: give true or false")
+            found[key] = value
+        return cls(**found)
 
     def node_config(self) -> dict[str, bool | int | float | str]:
         """The inverse of `of`."""
         known = {key.replace("_", "-"): value for key, value in asdict(self).items() if value is not None}
         if self.models is not None:
             known["models"] = ":".join(self.models)
-        if self.measure:
-            del known["measure"]
-        return known
+        return {key: value for key, value in known.items() if key not in SWITCHES or not value}
 
     def check(self, config: "RunConfig") -> None:
         """Raise PolicyError if a run's settings ask for more than is allowed."""
@@ -86,6 +93,17 @@ class Policy:
                 f"the run has batches of {train.batch_size} rows (train.batch_size); min-batch of this device is "
                 f"{self.min_batch}",
                 POLICY_BATCH,
+            )
+
+    def check_tuning(self, steps: int) -> None:
+        """Raise PolicyError if it may not take so many steps for itself after the last round."""
+        if not self.tune:
+            raise PolicyError("the run asks devices to train on for themselves; this device has tune off", POLICY_TUNE)
+        if self.max_steps is not None and steps > self.max_steps:
+            raise PolicyError(
+                f"the run asks for {steps} steps after the last round (evaluation.tune_steps); max-steps of this "
+                f"device is {self.max_steps}",
+                POLICY_TUNE,
             )
 
     def check_rows(self, rows: int) -> None:

@@ -99,6 +99,14 @@ class EvaluationConfig(Section):
             "steps, to measure what the federation is worth to it; takes about as long as the run"
         ),
     ] = False
+    tune_steps: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="steps that every client goes on training the experts that it holds after the last round, for "
+            "itself: they stay with it, and the table of sites says what that gains (docs/gains.md); 0: none",
+        ),
+    ] = 0
     batch_size: Annotated[int, Field(ge=1, description="rows per forward pass")] = 32
     scoring: Annotated[
         Literal["auto", "first_token", "loglikelihood"],

@@ -60,6 +60,8 @@ class RunConfig(Section):
                     f'evaluation.alone: a client of the method "{self.method.name}" trains parts that no other method '
                     "has; use `hfedmoe compare --methods` with local"
                 )
+            if self.evaluation.tune_steps and (words := METHODS[self.method.name].cannot_tune):
+                raise ValueError(f'evaluation.tune_steps: method.name = "{self.method.name}": {words}; leave it out')
         device, gpus = self.model.device, self.carrier.gpus_per_client
         if self.carrier.kind == "ray" and device.startswith("cuda") and (device != "cuda" or not gpus):
             raise ValueError(

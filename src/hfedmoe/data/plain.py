@@ -29,12 +29,16 @@ def classification_examples(
     return examples
 
 
-def choice_examples(rows: Rows, config: DataConfig) -> list[Example]:
-    """Rows of prompt, choices and answer; choices are a list, or a JSON list in a text cell."""
+def choice_examples(rows: Rows, config: DataConfig, answered: bool = True) -> list[Example]:
+    """Rows of prompt, choices and answer; choices are a list, or a JSON list in a text cell.
+
+    Args:
+        answered: whether rows have an answer; if not, the first choice stands in for it.
+    """
     texts = texts_of(rows, config)
     cells = rows.column(config.choices, "data.choices")
     choices = [_choices(cell, rows, i, config.choices) for i, cell in enumerate(cells)]
-    answers = answer_indices(rows, choices, config)
+    answers = answer_indices(rows, choices, config) if answered else [0] * len(rows)
     return [
         Example(text, options, answer, origin=rows.at(i))
         for i, (text, options, answer) in enumerate(zip(texts, choices, answers, strict=True))

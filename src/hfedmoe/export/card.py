@@ -45,6 +45,8 @@ class Export:
     kept: list[list[int]] = field(default_factory=list)
     """Of a client's sub-model: for each layer, its experts by their numbers in the whole model."""
     scores_round: int | None = None
+    tuned_steps: int = 0
+    """Steps that the client trained it further for itself, after the last round."""
     prediction_layers: int = 0
     """Layers for multi-token prediction that the base's config declares; the export does not have them."""
     classifier: Classifier | None = None
@@ -90,7 +92,8 @@ def _opening(config: RunConfig, checkpoint: Checkpoint, export: Export) -> str:
         "merged": "The fine-tuned model as a plain transformers checkpoint; the trained changes are in its weights.",
         "adapter": f"The trained parts of the model ({', '.join(_trained(config))}) as a PEFT adapter.",
         "client": f"The personal sub-model of client {export.client}, with only its most valuable experts, as a plain "
-        "transformers checkpoint.",
+        "transformers checkpoint."
+        + (f" The client trained it {export.tuned_steps} steps further for itself." if export.tuned_steps else ""),
     }[export.form]
     model = config.model
     name = Path(model.name).name if is_local(model) else model.name

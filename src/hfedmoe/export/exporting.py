@@ -22,6 +22,8 @@ from hfedmoe.export.mixtral import write_mixtral
 from hfedmoe.export.options import check_fits, check_options, check_outside
 from hfedmoe.export.personal import experts_per_layer, last_scores, most_valuable, router_groups, shrink
 from hfedmoe.export.task_file import task_json
+from hfedmoe.export.tuned import about as about_tuned
+from hfedmoe.export.tuned import tuned_file, with_tuned
 from hfedmoe.export.written import check_written
 from hfedmoe.files.whole import check_free, writing, written_whole
 from hfedmoe.models.carved import quantisation_of
@@ -44,29 +46,34 @@ def export_run(
     out: Path,
     form: str = "merged",
     client: int | None = None,
-    checkpoint: str = "best",
+    checkpoint: str | None = None,
     dtype: str | None = None,
+    tuned: Path | None = None,
 ) -> str:
     """Write a checkpoint of a run to `out`, whole or not at all; returns one line that says what was written.
 
     Args:
         form: "merged", "adapter" or "client".
         client: number of the client, for the form "client".
-        checkpoint: "best", "last" or the number of a round.
+        checkpoint: "best", "last" or the number of a round; None: what the client trained for itself after the last
+            round, if it did so and the form is "client", else "best".
         dtype: of the files; None: that of the model, or float32 for an adapter.
+        tuned: for the form "client", a file of what it trained for itself; None: that in the run folder, if any.
 
     Raises:
         UserError: bad options, no such run or checkpoint, or the run cannot be exported in this form.
     """
     # PEFT imports bitsandbytes, which reports a missing package that is not needed here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    check_options(form, client, dtype)
+    check_options(form, client, dtype, tuned, checkpoint)
     check_outside(out, path)
     check_free(out)
     with RunFolder.open(path) as run:
         config = run.config
         check_fits(path, config, form, client)
-        chosen = checkpoint_of(run, checkpoint)
+        own = tuned_file(run, client, tuned, checkpoint)
+        _, round, steps = (0, "best", 0) if own is None else about_tuned(own)
+        chosen = checkpoint_of(run, checkpoint or str(round))
         stored = {"dtype": "float32"} if _needs_float32(config.model, form, dtype) else {}
         config = for_merging(config, "cpu")
         config = config.model_copy(update={"model": config.model.model_copy(update=stored)})
@@ -81,12 +88,13 @@ def export_run(
                 whole_type=_whole_type(config.model),
                 encoder_decoder=loaded.encoder_decoder,
                 client=client,
+                tuned_steps=steps,
             )
             labels = _labels(path, config)
             if labels:
                 about = replace(about, classifier=classifier_of(config, labels, loaded))
             write = {"merged": _merged, "adapter": _adapter, "client": _client}[form]
-            about = write(_Job(run, config, loaded, chosen, out), scratch, about)
+            about = write(_Job(run, config, loaded, chosen, out, own), scratch, about)
             text = card(run, chosen, about)
             with writing(out):
                 loaded.tokenizer.save_pretrained(scratch)
@@ -106,6 +114,8 @@ class _Job:
     loaded: Loaded
     checkpoint: Checkpoint
     out: Path
+    tuned: Path | None
+    """File of what the client trained for itself."""
 
 
 def _labels(path: Path, config: RunConfig) -> tuple[str, ...]:
@@ -170,9 +180,12 @@ def _made_here(model: ModelConfig) -> bool:
 
 
 def _trained(job: _Job) -> MoEModel:
-    """The model with the trained tensors of the checkpoint."""
+    """The model with the trained tensors of the checkpoint, and what a client trained for itself in their place."""
     model = wrap(job.loaded.model, job.config, job.loaded.store)
-    load_checkpoint(job.checkpoint, model)
+    checkpoint = job.checkpoint
+    if job.tuned is not None:
+        checkpoint = with_tuned(checkpoint, job.tuned, model.num_experts)
+    load_checkpoint(checkpoint, model)
     return model
 
 
@@ -227,6 +240,7 @@ def _client(job: _Job, scratch: Path, about: Export) -> Export:
         "round": job.checkpoint.round,
         "scores_of_round": scores.round,
         "experts_held": scores.held,
+        **({"tuned_steps": about.tuned_steps} if job.tuned is not None else {}),
         "experts_per_layer": number,
         "layers": [
             {"layer": layer.index, "name": layer.name, "of": layer.num_experts, "experts": experts}
@@ -251,6 +265,8 @@ def _told(out: Path, checkpoint: Checkpoint, about: Export) -> str:
         return f"{place}: PEFT adapter of round {checkpoint.round}; load it with PeftModel on its base, {where}"
     if about.form == "client":
         what = f"sub-model of client {about.client} with {len(about.kept[0])} experts per layer"
+        if about.tuned_steps:
+            what += f", which it trained {about.tuned_steps} steps further for itself,"
     else:
         what = "merged model"
     return f"{place}: {what} of round {checkpoint.round} in {about.dtype}; {auto}.from_pretrained loads it"

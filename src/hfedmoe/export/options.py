@@ -11,8 +11,10 @@ FORMS = ("merged", "adapter", "client")
 DTYPES = get_args(ModelConfig.model_fields["dtype"].annotation)
 
 
-def check_options(form: str, client: int | None, dtype: str | None) -> None:
-    """Raise UserError for a form, client or precision that there is not, or that do not go together."""
+def check_options(
+    form: str, client: int | None, dtype: str | None, tuned: Path | None = None, checkpoint: str | None = None
+) -> None:
+    """Raise UserError for a form, client, precision or file that there is not, or that do not go together."""
     if form not in FORMS:
         raise UserError(f"--as {form}: expected {', '.join(FORMS)}")
     if dtype is not None and dtype not in DTYPES:
@@ -21,6 +23,14 @@ def check_options(form: str, client: int | None, dtype: str | None) -> None:
         raise UserError("--as client: no client is given; add --client with its number")
     if form != "client" and client is not None:
         raise UserError(f"--client {client}: allowed only with --as client")
+    if tuned is None:
+        return
+    if form != "client":
+        raise UserError(f"--tuned {tuned}: allowed only with --as client")
+    if checkpoint is not None:
+        raise UserError(f"--tuned {tuned}: says itself with which round it began; leave --checkpoint out")
+    if not tuned.is_file():
+        raise UserError(f"--tuned {tuned}: no such file")
 
 
 def check_outside(out: Path, run: Path) -> None:

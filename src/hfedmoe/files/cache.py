@@ -1,4 +1,7 @@
-"""The folder for files that can be made again: `$XDG_CACHE_HOME/hfedmoe`, usually `~/.cache/hfedmoe`."""
+"""The folder for files that can be made again: `$XDG_CACHE_HOME/hfedmoe`, usually `~/.cache/hfedmoe`.
+
+And that for a device's own results, which cannot: `$XDG_DATA_HOME/hfedmoe`, usually `~/.local/share/hfedmoe`.
+"""
 
 import os
 import shutil
@@ -12,6 +15,12 @@ from hfedmoe.files.disk import disk_errors
 def cache_folder() -> Path:
     """The folder for converted models and digests."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "hfedmoe"
+
+
+def data_folder() -> Path:
+    """The folder for what a device of plain Flower keeps for itself."""
+    base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(base) / "hfedmoe"
 
 

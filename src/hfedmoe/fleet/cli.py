@@ -205,6 +205,12 @@ def join(
         bool,
         typer.Option(help="Keep some rows back, and say at the end of a run, in counts, what this device gained."),
     ] = True,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            help="Where a run asks for it, train on after its last round for this device itself, which keeps that."
+        ),
+    ] = True,
     folder: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For log files and memory of runs; default: beside the invitation."),
@@ -223,7 +229,7 @@ def join(
     if model is not None and models:
         raise UserError("--model says where the model of every run is, --models where to look for it; give one of them")
     folders = tuple(str(path.expanduser().absolute()) for path in models) if models else None
-    policy = Policy(max_experts, max_steps, max_seconds, min_batch, folders, measure)
+    policy = Policy(max_experts, max_steps, max_seconds, min_batch, folders, measure, tune)
     try:
         allowed = Allowed(data, budget_of(budget), model, encoding, delimiter, policy)
     except ValueError as error:

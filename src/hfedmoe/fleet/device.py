@@ -1,4 +1,4 @@
-"""The folder of a device: its log files, its key for Flower, and what it remembers of its runs."""
+"""The folder of a device: its log files, its key for Flower, what it remembers of its runs, and its own experts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,11 @@ class DeviceFolder:
     def memory(self) -> Path:
         """What it remembers of its runs."""
         return self.path / "memory"
+
+    @property
+    def tuned(self) -> Path:
+        """The folder of what it trained for itself after the last rounds of its runs, a file of each."""
+        return self.path / "tuned"
 
     @property
     def log(self) -> Path:

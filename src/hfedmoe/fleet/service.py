@@ -57,7 +57,8 @@ def arguments(invitation: Path, key: Path | None, allowed: Allowed, folder: Path
         found += [] if value is None else [option, str(value)]
     for models in policy.models or ():
         found += ["--models", models]
-    return found if policy.measure else [*found, "--no-measure"]
+    found += [] if policy.measure else ["--no-measure"]
+    return found if policy.tune else [*found, "--no-tune"]
 
 
 def unit(device: str, name: str, command: Sequence[str], folder: Path) -> str:

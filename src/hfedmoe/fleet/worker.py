@@ -46,7 +46,7 @@ from hfedmoe.fleet.memory import RunMemory
 from hfedmoe.fleet.superlink import ACQUIRE
 from hfedmoe.runs.settings import run_config_toml
 from hfedmoe.wire.exchange import Pause
-from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, InvalidReplyError, facts_of, trouble_reply
+from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, TUNE, InvalidReplyError, facts_of, trouble_reply
 from hfedmoe.wire.requests import OtherVersionError, check_version
 
 logger = logging.getLogger("hfedmoe.fleet.worker")
@@ -63,11 +63,12 @@ class Worker:
     Args:
         allowed: what the device's owner allows.
         number: of the client, from the invitation.
-        memory: the folder of what it remembers.
+        folder: of the device, in which it remembers, and keeps what it trains for itself.
     """
 
-    def __init__(self, allowed: Allowed, number: int, memory: Path) -> None:
-        self._allowed, self._number, self._memory = allowed, number, memory
+    def __init__(self, allowed: Allowed, number: int, folder: DeviceFolder) -> None:
+        self._allowed, self._number, self._folder = allowed, number, folder
+        self._run = ""
         self._round = 0
         self._said = 0.0
         self._app = client_app(self._open, known_place, private=True)
@@ -81,7 +82,7 @@ class Worker:
                 self._said = time.monotonic()
                 say(f"round {self._round}: step {step}/{steps}, loss {loss:.3f}")
 
-        return replace(device, on_step=on_step)
+        return replace(device, on_step=on_step, tuned=self._folder.tuned / f"{self._run}.safetensors")
 
     def answer(self, message: Message, context: Context) -> Message:
         """The reply to a message; what the device remembers is on its disk then.
@@ -92,13 +93,16 @@ class Worker:
         try:
             if message.metadata.message_type == DESCRIBE:
                 check_version(message)  # before the configuration, which may be another version's
-            memory = RunMemory(self._memory, str(context.run_config.get("run")))
+            self._run = str(context.run_config.get("run"))
+            memory = RunMemory(self._folder.memory, self._run)  # checks the key
             config = _with_room(self._allowed.config_of(str(context.run_config.get("config"))), self._number)
             kind = message.metadata.message_type
             if kind in (PLAN, TRAIN):
                 self._round = _round_of(message)
             if kind == PLAN:
                 say(f"round {self._round}")
+            if kind == TUNE:
+                say(f"after the last round: {config.evaluation.tune_steps} steps more, for this device itself")
             # A context of its own: Flower's would give what is written into it back with the next message.
             own = Context(
                 run_id=context.run_id,
@@ -112,8 +116,10 @@ class Worker:
         except (UserError, InvalidReplyError, OtherVersionError) as error:
             logger.error("%s", error)
             return Message(trouble_reply(trouble_of(error), private=True), reply_to=message)
-        if message.metadata.message_type == TRAIN:
+        if kind == TRAIN:
             say(f"round {self._round}: answered")
+        if kind == TUNE and "status" not in facts_of(reply):
+            say(f"its experts are in {self._folder.tuned / self._run}.safetensors, and nowhere else")
         return reply
 
 
@@ -190,7 +196,7 @@ def main(path: Path, only_check: bool = False) -> int:
     if only_check:
         return 0
     folder.ready.touch()
-    work(Worker(allowed, invitation.number, folder.memory), int(asked["port"]), folder.secret.read_bytes())
+    work(Worker(allowed, invitation.number, folder), int(asked["port"]), folder.secret.read_bytes())
     return 0
 
 

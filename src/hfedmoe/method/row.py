@@ -206,6 +206,15 @@ class Method:
         return self.own is not None or self.frozen_experts or self.experts_per_token is not None
 
     @property
+    def cannot_tune(self) -> str:
+        """Why clients cannot go on training for themselves after the last round; empty: they can."""
+        if self.pooled:
+            return "there is one client with the rows of all"
+        if self.merged is not None:
+            return "merged experts stand in for those that a client does not hold, and are no model that it could keep"
+        return "its clients train parts that no exported model has" if self.changes_model else ""
+
+    @property
     def limits_otherwise(self) -> bool:
         """Whether budgets limit something else than the experts that clients hold."""
         return self.experts_per_token is not None or self.rank is not None

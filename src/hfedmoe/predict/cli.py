@@ -12,6 +12,7 @@ from hfedmoe.predict.target import check_keys, check_target
 ALLOWED = (
     "data.text",
     "data.label",
+    "data.choices",
     "data.encoding",
     "data.delimiter",
     "evaluation.batch_size",
@@ -34,7 +35,9 @@ def predict(
         Path,
         typer.Argument(metavar="TARGET", help="A run folder, or the folder of an export: merged, adapter or client."),
     ],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Rows without labels: CSV, JSONL, Parquet and others.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Rows without labels or answers: CSV, JSONL, Parquet and others.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="Result: a .csv, .jsonl or .parquet file; default: FILE's name with .predicted in it."),
@@ -55,7 +58,7 @@ def predict(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A column's name, the device, ...; may be repeated."),
     ] = None,
 ) -> None:
-    """Write the label of every row of a file, with probabilities."""
+    """Write the label, or the right choice, of every row of a file, with probabilities."""
     from hfedmoe.predict.written import output_for
 
     check_keys(overrides, ALLOWED)

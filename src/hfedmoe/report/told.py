@@ -1,8 +1,8 @@
-"""What a run says before its first round: which rows measure what, and what its loss means."""
+"""What a run says before its first round: which rows measure what, what its loss means, and what comes after it."""
 
 import math
 
-from hfedmoe.config import EvaluationConfig
+from hfedmoe.config import EvaluationConfig, RunConfig
 from hfedmoe.data.task import Task
 from hfedmoe.server.keeper import DECIDING
 
@@ -32,3 +32,12 @@ def loss_words(task: Task, trained: str) -> str:
         guess = f", {math.log(len(task.labels)):.2f} is guessing" if task.labels else ""
     setting = f'train.loss = "{trained}"'
     return f"loss: of the right answer among {among} ({setting}), a mean over rows; 0 is best{guess}"
+
+
+def tuning_words(config: RunConfig) -> str:
+    """What `evaluation.tune_steps` costs."""
+    steps, rounds = config.evaluation.tune_steps, config.evaluation.tune_steps / config.train.steps
+    return (
+        f"evaluation.tune_steps: after the run every client that took part trains {steps} steps more for itself; this "
+        f"takes about as long as {rounds:.3g} round{'' if rounds == 1 else 's'} of all clients"
+    )

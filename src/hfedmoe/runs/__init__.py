@@ -8,6 +8,7 @@ RUN/answers.jsonl            what the model answered to the held-out rows, one l
 RUN/report.html              the report (`hfedmoe report RUN`)
 RUN/experts.npy              usage, importance, resident, trained per round, client, layer, expert
 RUN/checkpoints/round-0003/  model.safetensors, clients.safetensors, state.json; written whole or not at all
+RUN/tuned/client-3.safetensors  what a simulated client trained for itself after the last round
 RUN/tracking.json            what trackers have got (docs/tracking.md), and tracking.log, tensorboard/, wandb/
 RUN/best.json                the best checkpoint, with metric and score
 ```

@@ -10,12 +10,15 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
-from hfedmoe.files.disk import UNFINISHED, disk_errors, lock, replacing, resume_hint
+from hfedmoe.files.disk import UNFINISHED, discard, disk_errors, lock, replacing, resume_hint
 from hfedmoe.runs import about, checkpoints, experts, rounds
 from hfedmoe.runs.settings import read_run_config, run_config_toml
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+TUNED = "tuned"
 
 
 class RunFolder:
@@ -166,6 +169,25 @@ class RunFolder:
         with self._writing(about.ANSWERS):
             about.append_answers(self.path, round, predicted)
 
+    # what clients trained for themselves
+
+    def tuned(self, client: int) -> Path:
+        """The file of what a simulated client trained for itself after the last round (`client.tuning`)."""
+        return self.path / TUNED / f"client-{client}.safetensors"
+
+    def save_tuned(self, client: int, blob: bytes) -> None:
+        """Write the file of a client."""
+        with self._writing(TUNED) as root:
+            root.mkdir(exist_ok=True)
+            with replacing(self.tuned(client)) as file:
+                file.write(blob)
+
+    def drop_tuned(self) -> None:
+        """Delete the files of all clients."""
+        with self._writing(TUNED) as root:
+            if root.is_dir():
+                discard(root)
+
     # checkpoints
 
     def saved_rounds(self) -> list[int]:
@@ -212,6 +234,8 @@ class RunFolder:
         with self._writing("checkpoints") as root:
             checkpoints.drop_after(root, round)
         self._note_best()
+        if round < self.config.federation.rounds:
+            self.drop_tuned()
         with self._writing("metrics.jsonl") as path:
             rounds.drop_after(path, round)
         with self._writing(about.ANSWERS) as path:

@@ -35,7 +35,6 @@ from hfedmoe.server.works import Work, Works
 from hfedmoe.wire import checks
 from hfedmoe.wire.exchange import LEFT, Answer, Request, clean
 from hfedmoe.wire.messages import (
-    MEASURE,
     PLAN,
     TRAIN,
     InvalidReplyError,
@@ -107,22 +106,13 @@ class Server:
             self.round += 1
             if self.ends_early():
                 return
-        if self.asks_sites and self.config.evaluation.own_share and self._method.merged is None:
-            self._ask_sites(attendance)
+        if self.asks_sites and self._method.merged is None:
+            ask_sites(self, attendance)
 
-    def _ask_sites(self, attendance: Attendance) -> None:
-        """Let the devices measure what the federation gave to them, once in a run."""
-        if self.keeper.knows_sites(self.round):
-            return
-        self.watcher.phase("the devices measure what they gained")
-        asked = [member for member in attendance.members.values() if member.resident_bits]
-        requests = (
-            Request(m.node, MEASURE, train_request(self.round, m.resident, self._tensors_for(m))) for m in asked
-        )
-        choices = bool(self.keeper.scores) and self.keeper.scores[0].accuracy is not None
-        answers = attendance.ask(requests, "measure")
-        gains = ask_sites(answers, {m.node: m for m in asked}, self.config, choices, self.watcher)
-        self.keeper.save_sites(self.round, gains)
+    def last_request(self, member: Member, kind: str) -> Request:
+        """A request with the final model, for what a client planned to hold."""
+        content = train_request(self.round, member.resident, self._tensors_for(member))
+        return Request(member.node, kind, content)
 
     def _tensors_for(self, member: Member) -> Mapping[str, Tensor | Rows]:
         """The global tensors that a client gets for what it planned to hold, to be written at once."""

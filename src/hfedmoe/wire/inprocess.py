@@ -38,6 +38,10 @@ class InProcessGrid(LocalGrid):
             if message is not None:
                 yield self._deliver(message)
 
+    def abandon(self) -> None:
+        """As `LocalGrid`."""
+        self._waiting.clear()
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Deliver all messages and return their replies."""
         return list(self.pull_messages(self.push_messages(messages)))

@@ -54,6 +54,9 @@ class LocalGrid(Grid):
             self.contexts[context.node_id] = context
             self.changed.add(context.node_id)
 
+    def abandon(self) -> None:
+        """Nobody waits for the open messages any more: they are not answered, and leave nothing with the clients."""
+
     def close(self) -> None:
         """No message is sent any more; what clients remember stays."""
 

@@ -13,7 +13,10 @@ train             down: round, resident bits; gates, shared tensors, rows of the
                         if asked for, what a plan request for the next round would bring, which then is not sent
 measure (query)   down: as train, after the last round
                   up:   `events.OwnResult`: counts and means on rows that the client kept back
-plan, train and measure
+tune              down: as measure
+                  up:   as measure: its sub-model before and after it went on training for itself; what it trained
+                        stays with it
+plan, train, measure and tune
                   up:   if the client cannot do it, a status and the reason instead (`trouble.py`)
 
 All tensors of a message are sent as one safetensors blob (`TENSORS`): no pickle, and Flower moves one object instead of
@@ -34,7 +37,7 @@ from hfedmoe.events import OwnResult, Work
 from hfedmoe.files.blob import Rows, dumps, loads
 from hfedmoe.wire.trouble import FAULT, Trouble
 
-DESCRIBE, PLAN, TRAIN, MEASURE = "query.describe", "query.plan", "train", "query.measure"
+DESCRIBE, PLAN, TRAIN, MEASURE, TUNE = "query.describe", "query.plan", "train", "query.measure", "train.tune"
 TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
 
 

@@ -104,6 +104,14 @@ class RayGrid(LocalGrid):
             replies += list(self.pull_messages(ids[len(replies) :]))
         return replies
 
+    def abandon(self) -> None:
+        """As `LocalGrid`; workers that have one of them are replaced."""
+        self._queue.clear()
+        self._open.clear()
+        busy, self._busy = self._busy, {}
+        for call in busy.values():
+            self._replace(call.worker)
+
     def close(self) -> None:
         """End all workers, which makes room for those of another grid."""
         import ray

@@ -23,6 +23,7 @@ from hfedmoe.wire.messages import (
 MOST = {
     "federation.rounds": 1_000_000,
     "train.steps": 100_000,
+    "evaluation.tune_steps": 100_000,
     "train.batch_size": 65_536,
     "train.rank": 4_096,
     "data.max_tokens": 1 << 20,

@@ -49,7 +49,8 @@ def _arc(row: Row, wording: Wording) -> list[Example]:
     if not isinstance(options, dict) or not isinstance(options.get("label"), list):
         raise row.error("choices", 'must be an object such as {"text": ["x", "y"], "label": ["A", "B"]}')
     texts = row.checked_texts("choices", options.get("text"))
-    labels, key = [str(label) for label in options["label"]], row.cell("answerKey")
+    labels = [str(label) for label in options["label"]]
+    key = row.cell("answerKey") if row.answered else next(iter(labels), None)
     if isinstance(key, int) and not isinstance(key, bool):
         key = str(key)
     if len(labels) != len(texts) or key not in labels:

@@ -18,6 +18,8 @@ class Row:
 
     rows: Rows
     index: int
+    answered: bool = True
+    """False: the right choice is to be predicted, and the first one stands in for it."""
 
     def has(self, column: str) -> bool:
         """Whether the table has the column."""
@@ -62,8 +64,11 @@ class Row:
     def index_of(self, column: str, count: int) -> int:
         """The cell as an index below `count`: a number, digits, or a letter from A. Raises UserError otherwise.
 
-        The letters: the hub's loader replaces numbers by names if a column is declared as labels.
+        The letters: the hub's loader replaces numbers by names if a column is declared as labels. 0 if the row is not
+        `answered`.
         """
+        if not self.answered:
+            return 0
         value = self.cell(column)
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # pandas writes 1 as 1.0 if another row is empty
@@ -139,8 +144,12 @@ class KnownSet:
         used = label_words(self.labels, config.model_copy(update={"label_words": words}))
         return Wording(used, config.chat == "plain", config.chat_system == "merge")
 
-    def read_rows(self, rows: Rows, wording: Wording) -> Iterator[list[Example]]:
-        """The examples of every row, read lazily. Raises UserError for a malformed row."""
+    def read_rows(self, rows: Rows, wording: Wording, answered: bool = True) -> Iterator[list[Example]]:
+        """The examples of every row, read lazily. Raises UserError for a malformed row.
+
+        Args:
+            answered: whether rows say the right choice (`Row.answered`).
+        """
         for index in range(len(rows)):
-            found = self.examples(Row(rows, index), wording)
+            found = self.examples(Row(rows, index, answered), wording)
             yield [replace(example, origin=rows.at(index)) for example in found]

@@ -5,20 +5,23 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from hfedmoe.events import Score, SiteGain
+from hfedmoe.events import Score, SiteGain, Tuning
 from hfedmoe.report.words import decimal, percent, points
 
 
 def gains_table(gains: Sequence[SiteGain]) -> Table:
     """One line per site; columns that no site has are left out."""
     alone = any(gain.alone is not None for gain in gains)
+    tuned = any(gain.tuning is not None for gain in gains)
     labelled = any(gain.labels for gain in gains)
     choices = any(gain.federated.accuracy is not None for gain in gains)
     models = ("before", "alone", "federated") if alone else ("before", "federated")
     table = Table(title="What each site gained", title_justify="left", title_style="bold")
     table.add_column("site", overflow="fold")
     headings = ["trained on", "kept back", *(["classes"] if labelled else []), *models]
-    for heading in headings + (["95 %", "gain (95 %)"] if choices else []):
+    headings += ["95 %", "gain (95 %)"] if choices else []
+    headings += ["tuned"] + (["tuning gains (95 %)"] if choices else []) if tuned else []
+    for heading in headings:
         table.add_column(heading, justify="right", overflow="fold")
     for gain in gains:
         table.add_row(
@@ -28,6 +31,7 @@ def gains_table(gains: Sequence[SiteGain]) -> Table:
             *([f"{len(gain.labels)} of {gain.num_labels}"] if labelled else []),
             *(_shown(getattr(gain, model)) for model in models),
             *([_between(gain.federated), _gained(gain)] if choices else []),
+            *([_tuned(gain.tuning)] + ([_gained(gain.tuning)] if choices else []) if tuned else []),
         )
     return table
 
@@ -52,6 +56,12 @@ def explained(gains: Sequence[SiteGain]) -> str:
     text += f"; gain: points of accuracy, federated less {than}." if choices else "."
     if than == "before":
         text += " evaluation.alone = true adds what each would have reached by itself."
+    tuned = next((gain.tuning for gain in gains if gain.tuning is not None), None)
+    if tuned is not None:
+        text += (
+            f" tuned: the experts that the site held, as the shared model has them, and after {tuned.steps} steps more "
+            "for itself."
+        )
     return text
 
 
@@ -62,8 +72,16 @@ def _between(score: Score) -> str:
     return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
-def _gained(gain: SiteGain) -> str:
-    if gain.gain is None or gain.gain_interval is None:
+def _tuned(tuning: Tuning | None) -> str:
+    """From what to what a site came by training further."""
+    if tuning is None:
+        return "-"
+    pair = (tuning.before, tuning.after)
+    return " to ".join(decimal(one.loss) if one.accuracy is None else percent(one.accuracy) for one in pair)
+
+
+def _gained(gain: SiteGain | Tuning | None) -> str:
+    if gain is None or gain.gain is None or gain.gain_interval is None:
         return "-"
     low, high = gain.gain_interval
     return f"{points(gain.gain)} ({points(low)} to {points(high)})"

@@ -57,6 +57,7 @@ def one_page(stories: Sequence[Story], live: bool = False) -> str:
             "examples": examples(story),
             "sites": story.sites,
             "alone": any(site["alone"] for site in story.sites),
+            "tuned": next((site["tuning"] for site in story.sites if site.get("tuning")), None),
             "clients": client_rows(story.clients),
             "left_out": any(client.left_out for client in story.clients),
             "measured": any(client.measured for client in story.clients),

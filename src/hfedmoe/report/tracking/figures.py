@@ -123,13 +123,27 @@ def of_gains(sites: Iterable[dict[str, Any]], every_client: bool) -> Figures:
             "sites/gained": sum(gain > 0 for gain in gains),
             "sites/measured": len(gains),
         }
+    tuned = [site["tuning"]["gain"] for site in sites if site.get("tuning") and site["tuning"]["gain"] is not None]
+    if tuned:
+        found |= {
+            "sites/tuning_gain_mean": sum(tuned) / len(tuned),
+            "sites/tuning_gain_min": min(tuned),
+            "sites/tuning_gain_max": max(tuned),
+        }
     for site in sites if every_client else ():
         name = f"client/{site['client']}"
         found[f"{name}/gain"] = site["gain"]
         for model in ("before", "federated", "alone"):
             if site[model] is not None:
-                found |= {f"{name}/{model}_{key}": site[model][key] for key in ("accuracy", "macro_f1", "loss")}
+                found |= _scores(f"{name}/{model}", site[model])
+        if site.get("tuning") is not None:
+            found[f"{name}/tuning_gain"] = site["tuning"]["gain"]
+            found |= _scores(f"{name}/tuned", site["tuning"]["after"])
     return _known(found)
+
+
+def _scores(name: str, score: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}_{key}": score[key] for key in ("accuracy", "macro_f1", "loss")}
 
 
 def _known(found: dict[str, Any]) -> Figures:
