@@ -1,7 +1,7 @@
 """The console blocks of the pages, and what each of them says about who runs it.
 
-A block without a mark is run by `tests/pages/test_run.py`. A comment on the line before a block, or on the first line of
-a page for all its blocks, says that it is not, and why:
+A block without a mark is run by `tests/pages/test_run.py`. A comment on the line before a block, or on the first line
+of a page for all its blocks, says that it is not, and why:
 
     <!-- needs: a download -->
     <!-- run by: tests/fleet/test_fleet.py::test_three_devices -->

@@ -56,6 +56,7 @@ def check_python(words: list[str]) -> None:
         options = words[2:]
     else:
         file, options = ROOT / words[0], words[1:]
+        assert file.is_file() or "/" not in words[0], words[0]  # without a folder: the page says what is in it
     if not options:
         return
     parse = argparse.ArgumentParser.parse_args

@@ -30,6 +30,7 @@ def test_commands_can_be_parsed(block: Block) -> None:
         ("docker build -f examples/nothing .", AssertionError),
         ("python -m benchmarks.nothing", ValueError),
         ("python -m benchmarks.expert_scores bases/olmoe-15m --nonsense", SystemExit),
+        ("python tools/nothing.py", AssertionError),
         ("pip install hfedmoe[nothing]", AssertionError),
         ("make nothing", AssertionError),
         ("flwr run examples/nothing", AssertionError),
