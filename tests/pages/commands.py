@@ -23,8 +23,9 @@ def context_of(words: list[str]) -> click.Context:
     command = typer.main.get_command(app)
     context = command.make_context("hfedmoe", list(words), resilient_parsing=False)
     while isinstance(command, click.Group):
-        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-        assert command is not None
+        name, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert found is not None
+        command = found
         context = command.make_context(name, rest, parent=context)
     return context
 
