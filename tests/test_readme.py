@@ -44,7 +44,8 @@ def test_commands_and_options_in_the_text_exist(paper):
             continue
         assert words[1] in COMMANDS, line
         parts = getattr(COMMANDS[words[1]], "commands", {"": COMMANDS[words[1]]}).values()  # of a group, any command
-        known = {option for part in parts for parameter in part.params for option in parameter.opts} | {"--help"}
+        params = [parameter for part in parts for parameter in part.params]
+        known = {"--help"}.union(*([*one.opts, *one.secondary_opts] for one in params))
         assert {word for word in words if word.startswith("--")} <= known, line
 
 
