@@ -134,11 +134,12 @@ def deployed(folder: Path, rounds: int, budget: str) -> tuple[Path, int]:
     config = folder / "plain.toml"
     config.write_text(settings(folder, rounds, budget))
     document, out = run_config_toml(load_config(config)).decode(), folder / "plain"
-    with deployment(APP, [{"partition-id": 0}], env={}) as flower:
+    node: dict[str, bool | int | float | str] = {"partition-id": 0, "data": str(folder / "rows.csv")}
+    with deployment(APP, [node], env={}) as flower:
         with watched(lambda: flower.supernodes[0].popen.pid) as peak:
             result = flower.run({"config": document, "out": str(out)}, timeout=7200)
         if result.exit_code:
-            raise RuntimeError(result.log)
+            raise RuntimeError("\n".join([result.log, *flower.logs().values()]))
     return out, peak[0]
 
 
