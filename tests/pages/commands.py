@@ -49,8 +49,14 @@ class Parsed(Exception):
     """Arguments were read without an error."""
 
 
+OTHERS = ("sglang.", "llama_cpp_python-")
+"""How modules and files of others begin."""
+
+
 def check_python(words: list[str]) -> None:
     """`python -m MODULE` or `python FILE`: it is there, and its parser takes the options."""
+    if words[words[0] == "-m"].startswith(OTHERS):
+        return
     if words[0] == "-m":
         path = words[1].replace(".", "/")
         (file,) = [place / f"{path}.py" for place in (ROOT / "src", ROOT) if (place / f"{path}.py").is_file()]
@@ -116,7 +122,7 @@ CHECKS = {
     "make": check_make,
     "pytest": check_path,
     "flwr": check_path,
-    **dict.fromkeys((".", "cat", "tensorboard", "flower-superlink", "flower-supernode"), check_nothing),
+    **dict.fromkeys((".", "cat", "tar", "tensorboard", "vllm", "flower-superlink", "flower-supernode"), check_nothing),
 }
 
 
