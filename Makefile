@@ -42,7 +42,7 @@ test: $(VENV)/.setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --num-workers 2 || $(BIN)/mypy  # its workers get three seconds to start, too few on a busy machine
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal  # there is a process for every core already
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 .PHONY: faults
 faults: $(VENV)/.setup-dev

@@ -49,9 +49,18 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(mount)], check=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with tests that take long, on both of two workers: at the end they would run alone."""
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many again as there are cores: servers and devices wait for each other for most of their time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + cores // 2
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every worker gets a share of neighbours, and begins with tests that take long: at the end they would run alone."""
+    workers = getattr(config, "workerinput", {"workercount": 1})["workercount"]
     slow = [item for item in items if item.get_closest_marker("slow")]
     rest = [item for item in items if not item.get_closest_marker("slow")]
-    half = len(rest) // 2
-    items[:] = [*slow[::2], *rest[:half], *slow[1::2], *rest[half:]]
+    items.clear()
+    for worker in range(workers):
+        begin, end = (len(rest) * number // workers for number in (worker, worker + 1))
+        items += [*slow[worker::workers], *rest[begin:end]]
