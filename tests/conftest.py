@@ -56,7 +56,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Every worker gets a share of neighbours, and begins with tests that take long: at the end they would run alone."""
+    """Every worker gets a share of neighbours, and begins with tests that take long, which would end alone."""
     workers = getattr(config, "workerinput", {"workercount": 1})["workercount"]
     slow = [item for item in items if item.get_closest_marker("slow")]
     rest = [item for item in items if not item.get_closest_marker("slow")]
