@@ -137,11 +137,13 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
     "initializer_range": 0.1,
 }
+QWEN3 = {"norm_topk_prob": True}
+"""llama.cpp takes it as given, as in all published models; the default of transformers is false."""
 FAMILIES: dict[str, Any] = {
     "mixtral": lambda own: MixtralConfig(**SIZES, **own, num_key_value_heads=2, num_local_experts=4),
     "olmoe": lambda own: OlmoeConfig(**SIZES, **own, num_key_value_heads=4, num_experts=4),
     "qwen3_moe": lambda own: Qwen3MoeConfig(
-        **SIZES, **own, num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=32
+        **SIZES, **own, **QWEN3, num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=32
     ),
 }
 
