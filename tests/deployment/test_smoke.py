@@ -55,7 +55,7 @@ def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Pa
             assert mine[key] == deployed[key], key
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # it takes minutes: Ray, and a process of torch for every processor
 def test_a_round_in_flowers_simulation_ends_with_the_in_process_weights(tmp_path: Path) -> None:
     """Flower starts as many workers as it finds processors; each serves several of the four clients."""
     pytest.importorskip("ray", reason='Ray is not installed: pip install "hfedmoe[ray]"')
