@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     workers = getattr(config, "workerinput", {"workercount": 1})["workercount"]
     slow = [item for item in items if item.get_closest_marker("slow")]
     rest = [item for item in items if not item.get_closest_marker("slow")]
+    files = list(dict.fromkeys(item.path for item in slow))  # the tests of a file may share a cluster
     items.clear()
     for worker in range(workers):
         begin, end = (len(rest) * number // workers for number in (worker, worker + 1))
-        items += [*slow[worker::workers], *rest[begin:end]]
+        items += [item for item in slow if files.index(item.path) % workers == worker] + rest[begin:end]

@@ -22,6 +22,7 @@ from hfedmoe.wire.worker import MakeApp, OnStep
 from tests.ray_cluster import ray_cluster
 
 pytest.importorskip("ray", reason='Ray is not installed: pip install "hfedmoe[ray]"')
+pytestmark = pytest.mark.slow
 
 
 class Notes(Silent):
