@@ -27,7 +27,6 @@ from benchmarks import checkpoints
 from benchmarks.carriers import APP, process_memory
 from benchmarks.common import parser, report
 from hfedmoe.config import load_config
-from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.settings import run_config_toml
 
@@ -44,9 +43,9 @@ def write_model(shape: str, folder: Path) -> None:
     """A checkpoint with random weights."""
     config = SHAPES[shape]
     if config is None:
-        tokenizer = tiny_tokenizer()
-        tiny_model(len(tokenizer), seed=0).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        from tests.fleet.places import save_tiny
+
+        save_tiny(folder)
     else:
         checkpoints.write(config(), folder, torch.bfloat16 if shape == "olmoe-1b-7b" else torch.float32)
 
