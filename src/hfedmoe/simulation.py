@@ -19,6 +19,7 @@ from hfedmoe.events import Silent, Watcher
 from hfedmoe.gains import Sites, site_gains
 from hfedmoe.method.methods import METHODS
 from hfedmoe.prepare import Prepared, prepare, server_for
+from hfedmoe.report.told import alone_words
 from hfedmoe.report.tracking.tracking import tracked
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import DEPLOYED, Identity, check_identity, read_identity, write_identity
@@ -133,10 +134,7 @@ def _run(
     prepared.announce(watcher, folder)
     alone = prepared.config.evaluation.alone and sites.measurable
     if alone:
-        watcher.note(
-            f"evaluation.alone: after the run the {len(sites.names)} sites train again, each by itself, with as many "
-            "steps; this takes about as long as the run"
-        )
+        watcher.note(alone_words(len(sites.names)))
     small = [name for name, kept in zip(sites.names, sites.kept, strict=True) if not kept]
     if sites.measurable and small:
         shown = ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else "")

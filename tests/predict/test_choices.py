@@ -45,6 +45,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_the_card_says_what_to_do_with_a_file(place: Path) -> None:
+    assert "`hfedmoe predict . FILE` names the most probable choice" in (place / "merged" / "README.md").read_text()
+
+
 def test_every_row_gets_the_text_and_index_of_its_choice_and_probabilities(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -145,6 +145,19 @@ def test_what_a_budget_does_not_say(plan):
     assert "ignores budgets" not in told()
 
 
+def test_what_comes_after_the_last_round(plan):
+    def told(**changes):
+        evaluation = plan.config.evaluation.model_copy(update=changes)
+        return " ".join(
+            as_text(replace(plan, config=plan.config.model_copy(update={"evaluation": evaluation}))).split()
+        )
+
+    steps = 2 * plan.config.train.steps
+    assert "after the run" not in told()
+    assert f"{steps} steps more for itself; this takes about as long as 2 rounds" in told(tune_steps=steps)
+    assert f"the {plan.config.clients.count} sites train again, each by itself" in told(alone=True)
+
+
 def test_json_holds_everything(plan):
     tree = json.loads(to_json(plan))
     assert (tree["num_experts"], tree["top_k"], tree["smallest"], tree["margin"]) == ([8] * 4, [2] * 4, 8, MARGIN)

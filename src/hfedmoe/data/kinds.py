@@ -4,7 +4,7 @@ from typing import cast
 
 from hfedmoe.config import DataConfig
 from hfedmoe.config.data import Kind
-from hfedmoe.data.known import KNOWN
+from hfedmoe.data.known import KNOWN, known_set
 from hfedmoe.data.rows import Rows
 from hfedmoe.errors import UserError
 
@@ -32,6 +32,12 @@ def kind_of(rows: Rows, config: DataConfig) -> Kind:
         f'(choices) or "{config.completion}" (completion); columns present: {", ".join(rows.names) or "none"}; '
         "name yours with data.label, data.choices, data.answer or data.completion"
     )
+
+
+def settled_kind(config: DataConfig) -> str:
+    """The kind of a run's task, from its settings alone: "auto" if only its rows would say."""
+    known = known_set(config)
+    return config.format if known is None else known.kind
 
 
 def _named_set(rows: Rows) -> str | None:

@@ -51,6 +51,8 @@ class Export:
     """Layers for multi-token prediction that the base's config declares; the export does not have them."""
     classifier: Classifier | None = None
     """Of a task with labels: how the model says each."""
+    choices: bool = False
+    """Whether the task is multiple choice."""
 
 
 def card(run: RunFolder, checkpoint: Checkpoint, export: Export) -> str:
@@ -144,6 +146,11 @@ def _loading(config: RunConfig, export: Export) -> str:
     if export.classifier is not None:
         text += (
             "\nFor the rows of a file: `hfedmoe predict . FILE`. `hfedmoe.json` tells it the labels and the prompt.\n"
+        )
+    elif export.choices:
+        text += (
+            "\nFor the rows of a file, each with choices of its own: `hfedmoe predict . FILE` names the most probable "
+            "choice. `hfedmoe.json` tells it the columns and the prompt.\n"
         )
     return text
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hfedmoe.config import ModelConfig, RunConfig
+from hfedmoe.data.kinds import settled_kind
 from hfedmoe.data.known import known_set
 from hfedmoe.data.tasks import labels_of_run
 from hfedmoe.errors import UserError
@@ -89,6 +90,7 @@ def export_run(
                 encoder_decoder=loaded.encoder_decoder,
                 client=client,
                 tuned_steps=steps,
+                choices=settled_kind(config.data) == "choices",
             )
             labels = _labels(path, config)
             if labels:
@@ -120,8 +122,7 @@ class _Job:
 
 def _labels(path: Path, config: RunConfig) -> tuple[str, ...]:
     """The labels of a run; empty if its task has none. Raises UserError if they are not known any more."""
-    known = known_set(config.data)
-    if (config.data.format if known is None else known.kind) != "classification":
+    if settled_kind(config.data) != "classification":
         return ()
     try:
         return labels_of_run(config.data, config.partition, config.seed)

@@ -13,6 +13,7 @@ from hfedmoe.config.data import Kind
 from hfedmoe.data.chat import plain_prompt, render
 from hfedmoe.data.encoding import Encoder
 from hfedmoe.data.example import Example
+from hfedmoe.data.kinds import settled_kind
 from hfedmoe.data.known import known_set
 from hfedmoe.data.labels import label_words
 from hfedmoe.data.task import Task
@@ -131,7 +132,7 @@ def open_answerer(target: Path, checkpoint: str = "best", overrides: list[str] |
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     known = known_set(config.data)
-    kind = config.data.format if known is None else known.kind
+    kind = settled_kind(config.data)
     labels = () if kind in ("choices", "completion") else labels_of_run(config.data, config.partition, config.seed)
     words = (
         () if not labels else label_words(labels, config.data) if known is None else known.wording(config.data).words

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfedmoe.config import RunConfig, load_config
-from hfedmoe.data.known import known_set
+from hfedmoe.data.kinds import settled_kind
 from hfedmoe.data.rows import Rows
 from hfedmoe.data.task import Task
 from hfedmoe.data.tasks import labels_of_run
@@ -55,8 +55,7 @@ def predict(asked: Asked, watcher: Watcher) -> str:
     else:
         config = read_task(asked.target, asked.overrides)
     watcher.phase("reading the rows")
-    known = known_set(config.data)
-    kind = config.data.format if known is None else known.kind
+    kind = settled_kind(config.data)
     if kind == "completion":
         raise UserError(
             f"{asked.target}: its task is completion, so there are no labels to name; `hfedmoe evaluate` measures it, "

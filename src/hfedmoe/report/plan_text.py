@@ -9,6 +9,7 @@ from hfedmoe.device.workload import Workload
 from hfedmoe.report.device_presets import human_flops
 from hfedmoe.report.plan import DevicePlan, Plan
 from hfedmoe.report.table import WIDTH, table, tables
+from hfedmoe.report.told import alone_words, tuning_words
 from hfedmoe.report.words import human_bytes, human_seconds
 
 NAMES = {
@@ -164,6 +165,10 @@ def _notes(plan: Plan) -> Iterator[str]:
         )
     if plan.config.method.residency == "all":
         yield from _wrapped('method.residency = "all": a run with these settings ignores budgets.')
+    if plan.config.evaluation.tune_steps:
+        yield from _wrapped(f"{tuning_words(plan.config)}.")
+    if plan.config.evaluation.alone:
+        yield from _wrapped(f"{alone_words(plan.config.clients.count)}.")
 
 
 def _refusal(plan: Plan, device: DevicePlan) -> Iterator[str]:

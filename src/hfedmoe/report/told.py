@@ -41,3 +41,11 @@ def tuning_words(config: RunConfig) -> str:
         f"evaluation.tune_steps: after the run every client that took part trains {steps} steps more for itself; this "
         f"takes about as long as {rounds:.3g} round{'' if rounds == 1 else 's'} of all clients"
     )
+
+
+def alone_words(sites: int) -> str:
+    """What `evaluation.alone` costs."""
+    return (
+        f"evaluation.alone: after the run the {sites} sites train again, each by itself, with as many steps; this "
+        "takes about as long as the run"
+    )
