@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ class Line:
         self.up = self.down = 0
         """Bytes carried."""
         self._free_at = 0.0
+        self._ends: set[socket.socket] = set()
+        """Both ends of every connection."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     @contextlib.contextmanager
@@ -37,12 +40,21 @@ class Line:
         finally:
             self._open.set()
 
+    def reset(self) -> None:
+        """End every connection at once, as a router does that was started again."""
+        for end in list(self._ends):
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close sends a reset
+                end.shutdown(socket.SHUT_RD)  # wakes the thread that reads from it
+                end.close()
+
     def _accept(self) -> None:
         while True:
             device, _ = self._listener.accept()
             self._open.wait()
             with contextlib.suppress(OSError):
                 server = socket.create_connection(self._server)
+                self._ends |= {device, server}
                 for one, other, up in ((device, server, True), (server, device, False)):
                     threading.Thread(target=self._pump, args=(one, other, up), daemon=True).start()
                 continue
@@ -78,3 +90,4 @@ class Line:
                     self.down += len(data)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)
+        self._ends.discard(target)

@@ -3,6 +3,7 @@
 One server and three devices, as processes, with TLS and keys. One device's line to the server can be cut or slow.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from hfedmoe.files.cache import cache_folder
 from hfedmoe.runs.folder import RunFolder
 from tests.deployment.nodes import rows_file
 from tests.faults.line import Line
@@ -66,7 +68,12 @@ class Place:
         self.line = Line((HOST, self.port))
         invitation = folder / "north.invite"
         invitation.write_text(json.dumps(json.loads(invitation.read_text()) | {"port": self.line.port}))
-        self.servers = [self._serve("my.toml", "--out", "run")]
+        (folder / "disk").mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder / "disk")]
+        self.small_disk = may_mount(command)
+        """Whether the run folder is on a small disk of its own."""
+        self.run = folder / "disk" / "run"
+        self.servers = [self._serve("my.toml", "--out", str(self.run))]
         self.devices = {name: self.join(name) for name in NAMES}
         self.server.wait_for("round 2/5000 done")
 
@@ -80,7 +87,7 @@ class Place:
         return self.servers[-1]
 
     def serve_again(self) -> None:
-        self.servers.append(self._serve("--resume", "run"))
+        self.servers.append(self._serve("--resume", str(self.run)))
 
     def join(self, name: str, env: Mapping[str, str] | None = None) -> Command:
         number = len(list(self.folder.glob(f"{name}-*.log")))
@@ -89,7 +96,7 @@ class Place:
 
     def rounds(self) -> list[dict[str, Any]]:
         """The lines of the rounds that are finished."""
-        return [line for line in RunFolder.open(self.folder / "run").read_rounds() if line["round"]]
+        return [line for line in RunFolder.open(self.run).read_rounds() if line["round"]]
 
     def more_rounds(self, number: int = 1, within_s: float = 240.0) -> list[dict[str, Any]]:
         """The lines of the next rounds."""
@@ -113,10 +120,21 @@ class Place:
                 return line, time.monotonic() - begin
             assert time.monotonic() - begin < within_s, f"{name} is {found}, not {statuses}:\n{self.server.said}"
 
+    def kill(self, name: str) -> None:
+        """Kill everything of a device at once, as when its machine dies."""
+        tree = psutil.Process(self.devices[name].process.pid)
+        for process in (*tree.children(recursive=True), tree):
+            process.kill()
+
     def processes(self, name: str, of: str) -> list[psutil.Process]:
         """The processes of a device whose command contains a word."""
         own = psutil.Process(self.devices[name].process.pid).children(recursive=True)
         return [process for process in own if any(of in word for word in process.cmdline())]
+
+
+def may_mount(command: list[str]) -> bool:
+    """Whether this command could mount a file system."""
+    return os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def note(what: str, **figures: object) -> None:
@@ -129,7 +147,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("faults")
     with pytest.MonkeyPatch.context() as patch, commands(folder) as started:
         patch.chdir(folder)
-        yield Place(folder, started)
+        served = Place(folder, started)
+        try:
+            yield served
+        finally:
+            if served.small_disk:
+                subprocess.run(["umount", "--lazy", str(folder / "disk")], check=True)
 
 
 @pytest.fixture(autouse=True)
@@ -145,18 +168,40 @@ def nothing_is_lost(place: Place) -> Iterator[None]:
         assert line["short"] == any(row["status"] != "ok" for row in line["clients"])
 
 
-def test_a_device_that_is_killed_while_it_works_is_missed_and_comes_back(place: Place) -> None:
+def test_a_device_that_is_killed_while_it_trains_comes_back(place: Place) -> None:
     (worker,) = place.processes("north", "hfedmoe.fleet.worker")
+    deadline, notes = time.monotonic() + 240, cache_folder() / "devices"
+    began = time.time()
+    while True:  # a device notes what it attempts
+        assert time.monotonic() < deadline
+        with contextlib.suppress(OSError):
+            own = [path for path in notes.glob("*-client-0.json") if path.stat().st_mtime >= began]
+            if any('"train"' in path.read_text() for path in own):
+                break
     worker.kill()  # `join` starts it again
     line, seconds = place.until("ok")
     place.devices["north"].wait_for("the worker ended (killed")
-    note("worker of a device killed", seconds_until_it_takes_part=round(seconds), short=line["short"])
+    note("device killed while it trains", seconds_until_it_takes_part=round(seconds), short=line["short"])
+
+
+def test_a_device_that_dies_while_it_sends_is_missed_and_comes_back(place: Place) -> None:
+    place.line.up_bytes_s = 20e3
+    try:
+        before, deadline = place.line.up, time.monotonic() + 240
+        while place.line.up < before + 100_000:  # of 383 kB; all other messages of a round are a few kB
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        place.kill("north")
+        _, missed = place.until("failed", "late", *GONE)
+    finally:
+        place.line.up_bytes_s = None
+    place.devices["north"] = place.join("north")
+    _, back = place.until("ok")
+    note("device killed while it sends", seconds_until_missed=round(missed), seconds_until_it_takes_part=round(back))
 
 
 def test_a_device_whose_machine_dies_is_missed_and_comes_back(place: Place) -> None:
-    tree = psutil.Process(place.devices["north"].process.pid)
-    for process in (*tree.children(recursive=True), tree):
-        process.kill()
+    place.kill("north")
     line, missed = place.until(*GONE)
     assert line["short"] == (len(line["clients"]) == 3)
     place.devices["north"] = place.join("north")
@@ -199,8 +244,7 @@ def test_a_device_whose_disk_is_full_is_left_out_until_there_is_room(place: Plac
     place.devices["north"].process.terminate()
     assert place.devices["north"].ended() == 0
     place.until(*GONE)
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+    if not may_mount(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]):
         place.devices["north"] = place.join("north")
         pytest.skip("mounting a file system is not allowed here")
     try:
@@ -227,6 +271,14 @@ def test_a_line_that_is_cut_for_a_minute_and_more(place: Place) -> None:
         place.more_rounds(2)  # without it
     _, back = place.until("ok")
     note("line cut", seconds_until_missed=round(missed), seconds_until_it_takes_part_again=round(back))
+
+
+def test_a_line_whose_connections_break(place: Place) -> None:
+    for _ in range(3):
+        place.server.wait_for_since(len(place.server.said), ": held ")  # in a round
+        place.line.reset()
+    line, seconds = place.until("ok")
+    note("connections reset three times", seconds_until_it_takes_part=round(seconds), short=line["short"])
 
 
 def test_a_line_of_300_ms(place: Place) -> None:
@@ -278,3 +330,21 @@ def test_the_server_is_killed_and_goes_on(place: Place) -> None:
     place.serve_again()
     place.more_rounds(1, within_s=300)
     note("server killed", seconds_until_the_next_round=round(time.monotonic() - begin))
+
+
+def test_the_disk_of_the_run_folder_is_full(place: Place) -> None:
+    if not place.small_disk:
+        pytest.skip("mounting a file system is not allowed here")
+    place.more_rounds()
+    done, other = len(place.rounds()), place.run.parent / "other"
+    other.write_bytes(bytes(shutil.disk_usage(place.run).free))
+    assert place.server.ended() == 2, place.server.said
+    last = place.server.said.splitlines()[-1]
+    assert "No space left" in last
+    assert "--resume" in last
+    assert len(place.rounds()) >= done
+    other.unlink()
+    begin = time.monotonic()
+    place.serve_again()
+    place.more_rounds(1, within_s=300)
+    note("disk of the server full", seconds_until_the_next_round=round(time.monotonic() - begin), said=last)

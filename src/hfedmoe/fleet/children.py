@@ -83,6 +83,12 @@ def listens(port: int) -> bool:
         return probe.connect_ex((LOOPBACK, port)) == 0
 
 
+FRUGAL = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "2"}
+"""For Flower's programs, which carry messages in pieces of 5 MiB: freed pieces go back to the system at once (glibc).
+
+By default the C library keeps them and they become fragmented, so that a SuperNode grew with every round."""
+
+
 def quiet(home: Path) -> dict[str, str]:
     """The environment of Flower's programs: their own folder, no telemetry, no question for updates."""
     home.mkdir(parents=True, exist_ok=True)

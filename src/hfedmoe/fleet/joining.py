@@ -27,7 +27,7 @@ from hfedmoe.files.disk import disk_errors
 from hfedmoe.files.locks import HeldError, claim
 from hfedmoe.fleet.allowed import Allowed
 from hfedmoe.fleet.certificates import LOOPBACK
-from hfedmoe.fleet.children import free_port, program, quiet, start, stop
+from hfedmoe.fleet.children import FRUGAL, free_port, program, quiet, start, stop
 from hfedmoe.fleet.device import DOES_NOT_FIT, DeviceFolder
 from hfedmoe.fleet.invite import Invitation, key_of, read_invitation
 from hfedmoe.fleet.offer import TO_CHECK, TO_RUN
@@ -198,7 +198,7 @@ class _Joined:
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(folder.secret)]
         command += ["--host", LOOPBACK, "--port", str(self._port)]
         command += ["--node-config", f"partition-id={self.invitation.number}"]
-        self._node = start(command, folder.node_log, quiet(folder.path / "flwr"))
+        self._node = start(command, folder.node_log, quiet(folder.path / "flwr") | FRUGAL)
         self.voice.say(f"{self.invitation.name} is connected to {self.invitation.address}")
 
     def _end(self) -> None:

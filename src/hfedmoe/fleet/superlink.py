@@ -38,7 +38,7 @@ from flwr.superlink.grid import HttpGrid
 from hfedmoe.errors import UserError
 from hfedmoe.fleet.bundle import bundle
 from hfedmoe.fleet.certificates import LOOPBACK
-from hfedmoe.fleet.children import free_port, listens, program, quiet, start, stop
+from hfedmoe.fleet.children import FRUGAL, free_port, listens, program, quiet, start, stop
 from hfedmoe.fleet.folder import Folder
 from hfedmoe.fleet.roster import Invited
 from hfedmoe.fleet.secret import write_secret
@@ -74,7 +74,7 @@ class SuperLink:
         command += ["--ssl-keyfile", str(self.folder.key), "--enable-supernode-auth"]
         command += ["--database", str(self.folder.database), "--disable-runtime-dependency-installation"]
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(self.secret)]
-        return start(command, self.folder.logs / "superlink.log", quiet(self.folder.path / "flwr"))
+        return start(command, self.folder.logs / "superlink.log", quiet(self.folder.path / "flwr") | FRUGAL)
 
     def register(self, invited: dict[bytes, Invited]) -> None:
         """Make Flower know exactly the keys on the roster."""
