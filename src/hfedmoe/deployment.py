@@ -34,6 +34,7 @@ from hfedmoe.data.kept import kept_by
 from hfedmoe.data.partition import partition
 from hfedmoe.data.sources import is_path
 from hfedmoe.data.terms import Terms
+from hfedmoe.device.beside import left_of
 from hfedmoe.device.capacity import experts_of, memory_of, planner_of
 from hfedmoe.device.limits import hold_process_to
 from hfedmoe.errors import UserError
@@ -158,7 +159,8 @@ def open_device(message: Message, context: Context) -> Device:
     place = device_of(config.model.device)
     memory = None if _method(config).ignores_budgets(config.method) else memory_of(budget, str(place))
     # Also without a limit: this process may have served a client with a limit before.
-    hold_process_to(memory if place.type == "cpu" and budget != AUTO else None)
+    limited = memory is not None and place.type == "cpu" and budget != AUTO
+    hold_process_to(left_of(memory, place.type) if limited else None)
     own, form, state = _own(context)
     if own is None:
         _check_source(config, context)

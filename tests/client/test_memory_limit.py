@@ -9,6 +9,7 @@ from benchmarks.checkpoints import write
 from benchmarks.limited_client import one_round
 from transformers import MixtralConfig
 
+from hfedmoe.device.beside import beside
 from hfedmoe.device.limits import why_no_cgroup
 
 pytestmark = [
@@ -16,6 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits are Linux's"),
 ]
 LIMIT = 900 << 20
+"""Of the process that trains."""
+BUDGET = LIMIT + beside("cpu")
 CLIENT = """
 [model]
 name = "{model}"
@@ -23,7 +26,7 @@ name = "{model}"
 max_tokens = 16
 [clients]
 count = 1
-budgets = ["900MiB"]
+budgets = ["{budget}B"]
 [method]
 bootstrap = "stream"
 bootstrap_batches = 1
@@ -49,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
     )
     assert write(config, folder / "model", torch.bfloat16) > 250_000_000
-    (folder / "client.toml").write_text(CLIENT.format(model=folder / "model"))
+    (folder / "client.toml").write_text(CLIENT.format(model=folder / "model", budget=BUDGET))
     return folder
 
 

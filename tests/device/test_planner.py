@@ -12,6 +12,7 @@ from safetensors.torch import save
 from transformers import MixtralConfig
 
 from hfedmoe.config import RunConfig, load_config
+from hfedmoe.device.beside import JOIN_BYTES, SUPERNODE_BYTES
 from hfedmoe.device.forecast import KINDS
 from hfedmoe.device.planner import FRAMEWORK_BYTES, PARQUET_BYTES, Planner
 from hfedmoe.device.rehearsal import Rehearsed
@@ -181,7 +182,9 @@ def test_attention_lora_counts_as_adapters(simple: Planner) -> None:
 
 
 def test_the_most_experts_that_fit(simple: Planner) -> None:
-    exact = math.ceil(simple.forecast(6).highest * 1.05) + 1
+    six = simple.forecast(6)
+    assert six.beside == JOIN_BYTES + SUPERNODE_BYTES + six.bytes_down + six.bytes_up
+    exact = math.ceil(six.highest * 1.05) + 1 + six.beside
     fit = simple.fit(exact)
     assert (fit.fits, fit.residents, fit.forecast) == (True, 6, simple.forecast(6))
     assert fit.needed_bytes <= exact
@@ -193,13 +196,13 @@ def test_where_nothing_fits_it_says_what_would_be_needed(simple: Planner) -> Non
     fit = simple.fit(1 << 20)
     assert (fit.fits, fit.residents) == (False, 0)
     assert fit.forecast == simple.forecast(simple.smallest)
-    assert fit.needed_bytes == round(fit.forecast.highest * 1.05)
+    assert fit.needed_bytes == round(fit.forecast.highest * 1.05) + fit.forecast.beside
     assert simple.smallest_change(1 << 20) is None
 
 
 def test_the_smallest_change_is_shorter_text_if_that_is_enough(simple: Planner) -> None:
     shorter = simple.forecast(simple.smallest, replace(simple.workload, length=32))
-    change = simple.smallest_change(math.ceil(shorter.highest * 1.05) + 1)
+    change = simple.smallest_change(shorter.needed(1.05) + 1)
     assert change is not None
     assert change.settings == {"data.max_tokens": 32}
     assert str(change) == "data.max_tokens = 32"
@@ -208,7 +211,7 @@ def test_the_smallest_change_is_shorter_text_if_that_is_enough(simple: Planner) 
 def test_two_changes_where_one_is_not_enough(simple: Planner) -> None:
     # 8 x 64 tokens: the shortest text leaves a quarter of the activations, one row an eighth, checkpointing a quarter.
     changed = replace(simple.workload, length=24, batch_size=1)
-    change = simple.smallest_change(math.ceil(simple.forecast(4, changed).highest * 1.05) + 1)
+    change = simple.smallest_change(simple.forecast(4, changed).needed(1.05) + 1)
     assert change is not None
     assert change.settings == {"data.max_tokens": 24, "train.batch_size": 1}
     assert str(change) == "data.max_tokens = 24, train.batch_size = 1"

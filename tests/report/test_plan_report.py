@@ -100,7 +100,7 @@ def test_the_budgets_of_the_clients_are_one_row_each():
 
 
 def test_the_smallest_change_can_be_pasted_and_fits(devices):
-    memory = round(devices["25%"].forecast.highest * MARGIN) - 1  # one byte too few for top-2 everywhere
+    memory = devices["25%"].forecast.needed(MARGIN) - 1  # one byte too few for top-2 everywhere
     budget = f"{memory}B"
     refused = plan_for(config(), [budget])
     assert refused.devices[0].fits is False
@@ -165,7 +165,7 @@ def test_json_holds_everything(plan):
         forecast = told["forecast"]
         assert (told["budget"], told["fits"]) == (device.budget, device.fits)
         assert sum(forecast["kinds"].values()) == forecast["peak"] == device.forecast.peak
-        assert told["needed_bytes"] == round(forecast["highest"] * MARGIN)
+        assert told["needed_bytes"] == round(forecast["highest"] * MARGIN) + forecast["beside"]
         assert told["deadlines"][1]["deadline_s"] == 1e9
     assert tree["devices"][4]["change"] is None
 

@@ -37,6 +37,8 @@ class Forecast:
     bytes_down: int
     bytes_up: int
     """Of the messages of a round in which all resident experts are trained."""
+    beside: int
+    """Bytes of the device's other processes."""
 
     @property
     def num_residents(self) -> int:
@@ -53,6 +55,10 @@ class Forecast:
         """Peak bytes at any time: loading, bootstrap or training."""
         return max(self.peak, self.loading_peak, self.bootstrap_peak)
 
+    def needed(self, margin: float) -> int:
+        """Bytes that a device must give: the peak times a margin, and its other processes."""
+        return round(self.highest * margin) + self.beside
+
     def seconds_per_step(self, flops_per_second: float) -> float:
         """Time of a step at a sustained speed."""
         return self.flops / flops_per_second
@@ -68,7 +74,7 @@ class Fit:
     forecast: Forecast
     """With these residents; if nothing fits, with the fewest that can train (top-k per layer)."""
     needed_bytes: int
-    """What `forecast` needs, safety margin included."""
+    """What `forecast` needs, safety margin and the device's other processes included."""
 
     @property
     def fits(self) -> bool:

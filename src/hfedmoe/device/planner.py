@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hfedmoe.config import RunConfig
+from hfedmoe.device.beside import beside
 from hfedmoe.device.forecast import KINDS, Change, Fit, Forecast
 from hfedmoe.device.rehearsal import GROUPS, Rehearsed, rehearse
 from hfedmoe.device.weights import ModelBytes, blob_bytes
@@ -137,6 +138,7 @@ class Planner:
             bootstrap_peak=base + forward,
             bytes_down=down,
             bytes_up=up,
+            beside=beside(workload.device, down, up),
         )
 
     def _framework(self, workload: Workload) -> int:
@@ -192,27 +194,23 @@ class Planner:
         return _REHEARSED[key]
 
     def fit(self, memory_bytes: int, workload: Workload | None = None, margin: float = MARGIN) -> Fit:
-        """The most experts with which the process stays within `memory_bytes`, at least top-k in every layer.
+        """The most experts with which a device stays within `memory_bytes`, at least top-k in every layer.
 
         Args:
             margin: the predicted peak is multiplied by this.
         """
-
-        def needs(forecast: Forecast) -> int:
-            return round(forecast.highest * margin)
-
         low, high = self.smallest, sum(self.num_experts)
         best = self.forecast(low, workload)
-        if needs(best) > memory_bytes:
-            return Fit(memory_bytes, 0, best, needs(best))
+        if best.needed(margin) > memory_bytes:
+            return Fit(memory_bytes, 0, best, best.needed(margin))
         while low < high:
             middle = (low + high + 1) // 2
             forecast = self.forecast(middle, workload)
-            if needs(forecast) <= memory_bytes:
+            if forecast.needed(margin) <= memory_bytes:
                 low, best = middle, forecast
             else:
                 high = middle - 1
-        return Fit(memory_bytes, low, best, needs(best))
+        return Fit(memory_bytes, low, best, best.needed(margin))
 
     def smallest_change(
         self, memory_bytes: int, workload: Workload | None = None, margin: float = MARGIN
@@ -228,7 +226,7 @@ class Planner:
                 settings = self._least(workload, chosen, memory_bytes, margin)
                 if settings is not None:
                     changed = replace(workload, **settings)
-                    needed = round(self.forecast(self.smallest, changed).highest * margin)
+                    needed = self.forecast(self.smallest, changed).needed(margin)
                     return Change({_SETTINGS[key]: value for key, value in settings.items()}, needed)
         return None
 
@@ -254,7 +252,7 @@ class Planner:
             # A cheap check first: often the weights alone do not fit.
             if sum(self._held(self._at_least(), changed).values()) * margin > memory_bytes:
                 return False
-            return self.forecast(self.smallest, changed).highest * margin <= memory_bytes
+            return self.forecast(self.smallest, changed).needed(margin) <= memory_bytes
 
         settings = {field: values[-1] for field, values in ladders}
         if not fits(settings):

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hfedmoe.errors import UserError
 from hfedmoe.fleet.certificates import LOOPBACK
 
 _GRACE_S = 10.0
@@ -23,15 +21,6 @@ if sys.platform == "linux":
         sys.exit(1)
 os.execv(sys.argv[2], sys.argv[2:])
 """
-
-
-def program(name: str) -> str:
-    """The path of a program that is installed beside this Python. Raises UserError if it is not there."""
-    beside = str(Path(sys.executable).parent)
-    found = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
-    if found is None:
-        raise UserError(f"{name}: not found beside {sys.executable}; install hfedmoe again")
-    return found
 
 
 def start(
@@ -81,12 +70,6 @@ def listens(port: int) -> bool:
     with contextlib.closing(socket.socket()) as probe:
         probe.settimeout(1.0)
         return probe.connect_ex((LOOPBACK, port)) == 0
-
-
-FRUGAL = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "2"}
-"""For Flower's programs, which carry messages in pieces of 5 MiB: freed pieces go back to the system at once (glibc).
-
-By default the C library keeps them and they become fragmented, so that a SuperNode grew with every round."""
 
 
 def quiet(home: Path) -> dict[str, str]:

@@ -27,9 +27,10 @@ from hfedmoe.files.disk import disk_errors
 from hfedmoe.files.locks import HeldError, claim
 from hfedmoe.fleet.allowed import Allowed
 from hfedmoe.fleet.certificates import LOOPBACK
-from hfedmoe.fleet.children import FRUGAL, free_port, program, quiet, start, stop
+from hfedmoe.fleet.children import free_port, quiet, start, stop
 from hfedmoe.fleet.device import DOES_NOT_FIT, DeviceFolder
 from hfedmoe.fleet.invite import Invitation, key_of, read_invitation
+from hfedmoe.fleet.lean import FRUGAL, lean
 from hfedmoe.fleet.offer import TO_CHECK, TO_RUN
 from hfedmoe.fleet.reach import NoAnswerError, ask
 from hfedmoe.fleet.secret import write_secret
@@ -193,7 +194,7 @@ class _Joined:
 
     def _start_node(self) -> None:
         folder = self.folder
-        command = [program("flower-supernode"), "--superlink", self.invitation.address]
+        command = [*lean("flower-supernode"), "--superlink", self.invitation.address]
         command += ["--root-certificates", str(folder.ca), "--auth-supernode-private-key", str(folder.key)]
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(folder.secret)]
         command += ["--host", LOOPBACK, "--port", str(self._port)]

@@ -38,8 +38,9 @@ from flwr.superlink.grid import HttpGrid
 from hfedmoe.errors import UserError
 from hfedmoe.fleet.bundle import bundle
 from hfedmoe.fleet.certificates import LOOPBACK
-from hfedmoe.fleet.children import FRUGAL, free_port, listens, program, quiet, start, stop
+from hfedmoe.fleet.children import free_port, listens, quiet, start, stop
 from hfedmoe.fleet.folder import Folder
+from hfedmoe.fleet.lean import FRUGAL, lean
 from hfedmoe.fleet.roster import Invited
 from hfedmoe.fleet.secret import write_secret
 
@@ -69,7 +70,7 @@ class SuperLink:
 
     def launch(self) -> "Popen[bytes]":
         """Start the process. It keeps nodes and runs in the fleet's database, so it can be started again."""
-        command = [program("flower-superlink"), "--host", LOOPBACK, "--port", str(self.port)]
+        command = [*lean("flower-superlink"), "--host", LOOPBACK, "--port", str(self.port)]
         command += ["--ssl-ca-certfile", str(self.folder.ca), "--ssl-certfile", str(self.folder.certificate)]
         command += ["--ssl-keyfile", str(self.folder.key), "--enable-supernode-auth"]
         command += ["--database", str(self.folder.database), "--disable-runtime-dependency-installation"]

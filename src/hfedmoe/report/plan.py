@@ -69,7 +69,7 @@ class DevicePlan:
     @property
     def needed_bytes(self) -> int:
         """The highest memory use in the forecast, with the safety margin."""
-        return round(self.forecast.highest * MARGIN)
+        return self.forecast.needed(MARGIN)
 
     @property
     def name(self) -> str:

@@ -135,10 +135,12 @@ def _kinds(plan: Plan) -> list[list[str]]:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
+    others = max(device.forecast.beside for device in plan.devices)
+    beside = f", and up to {human_bytes(others)} for `hfedmoe join` and Flower's SuperNode" if others else ""
     yield from _wrapped(
-        "Peak is the highest memory use at any time: loading, first pass or training. A device fits if it has that and "
-        f"{_percent(MARGIN)} more. Step and round are training at the device's sustained speed. Down and up are a "
-        "client's messages of a round."
+        "Peak is the highest memory use of training at any time: loading, first pass or training. A device fits if it "
+        f"has that and {_percent(MARGIN)} more{beside}. Step and round are training at the device's sustained speed. "
+        "Down and up are a client's messages of a round."
     )
     for device in plan.devices:
         if device.limit is not None:
@@ -178,7 +180,7 @@ def _refusal(plan: Plan, device: DevicePlan) -> Iterator[str]:
         number = "" if isinstance(device.budget, int) else f" ({device.asked} experts)"
         yield from _wrapped(f'{device.name}{number}: too few: {least} ("{share}%"), as shown.')
         return
-    text = f"{device.name}: {least} experts, as shown, and {_gib(device.needed_bytes)} with the margin."
+    text = f"{device.name}: {least} experts, as shown, and {_gib(device.needed_bytes)} all in all."
     if device.change is None:
         yield from _wrapped(f"{text} No change of settings fits; use a smaller model.")
         return

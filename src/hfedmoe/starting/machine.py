@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from hfedmoe.config import RunConfig
 from hfedmoe.config.budgets import AUTO
+from hfedmoe.device.beside import beside
 from hfedmoe.device.capacity import workload_for
 from hfedmoe.device.planner import MARGIN, Planner
 from hfedmoe.device.probe import available_memory, matmul_flops
@@ -37,7 +38,7 @@ def machine_for(config: RunConfig) -> Machine:
     total = sum(planner.num_experts)
     forecast = planner.forecast(total, workload)
     needed = round(forecast.highest * MARGIN)
-    share = 100 if needed <= free else 100 * planner.fit(free, workload).residents // total
+    share = 100 if needed <= free else 100 * planner.fit(free + beside(workload.device), workload).residents // total
     clients = config.federation.clients_per_round or config.clients.count
     steps = config.federation.rounds * config.train.steps * clients
     return Machine(free, needed, share, steps * forecast.seconds_per_step(matmul_flops(device)))
