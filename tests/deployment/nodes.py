@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from hfedmoe import deployment
 from hfedmoe.client.device import Device
@@ -34,7 +35,10 @@ class Node:
         )
 
     def ask(self, kind: str, content: RecordDict) -> Message:
-        return deployment.client(_message(kind, content), self.context)
+        reply = deployment.client(_message(kind, content), self.context)
+        if "data" in self.settings:
+            check_holds_no_row(reply, Path(str(self.settings["data"])))
+        return reply
 
     def device(self) -> Device:
         """As a later message opens it."""
@@ -51,6 +55,16 @@ class Node:
 
     def measure(self, content: RecordDict) -> Message:
         return self.ask(MEASURE, content)
+
+
+def check_holds_no_row(reply: Message, file: Path) -> None:
+    """Check that none of the bytes that a device sends are the name of its file or a text in it."""
+    sent = b"".join(part.deflate() for part in get_all_nested_objects(reply).values())
+    assert file.name.encode() not in sent
+    if file.suffix == ".csv" and file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+            text = line.rpartition(",")[0].strip('"')
+            assert len(text) < 4 or text.encode() not in sent, text
 
 
 def _message(kind: str, content: RecordDict) -> Message:

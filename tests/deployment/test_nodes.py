@@ -1,5 +1,6 @@
 """Devices with data of their own, and what leaves them: the real ClientApp, without a network."""
 
+import contextlib
 import logging
 from dataclasses import fields
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from hfedmoe import deployment
 from hfedmoe.config import config_from_text
@@ -20,7 +21,7 @@ from hfedmoe.server.keeper import Keeper
 from hfedmoe.wire import checks, requests
 from hfedmoe.wire.checks import TroubleError
 from hfedmoe.wire.messages import DESCRIBE, facts_of, record, tensors_of, train_request, unpack_bits
-from tests.deployment.nodes import Node, rows_file
+from tests.deployment.nodes import Node, check_holds_no_row, rows_file
 
 CONFIG = """
 threads = 1
@@ -91,6 +92,15 @@ def test_labels_have_the_same_numbers_and_tokens_on_every_node(config: str, tmp_
         same = next(row for row in reference.task.train if row.choices[row.answer] == label)
         (batch,) = reference.encoder.training_batch([same]).choice_tokens.tolist()  # type: ignore[union-attr]
         assert found == {(same.answer, *batch)}
+
+
+def test_a_row_in_a_message_would_be_found(tmp_path: Path) -> None:
+    own = rows_file(tmp_path / "own.csv", "earn")
+    text = own.read_text().splitlines()[2].partition(",")[0]
+    for said, found in ((text, True), (own.name, True), ("nothing", False)):
+        told = Message(RecordDict({"facts": ConfigRecord({"words": f"no: {said}"})}), 1, "train")
+        with pytest.raises(AssertionError) if found else contextlib.nullcontext():
+            check_holds_no_row(told, own)
 
 
 def test_one_row_is_enough(config: str, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from hfedmoe.wire.messages import (
     train_request,
     unpack_bits,
 )
-from tests.deployment.nodes import rows_file
+from tests.deployment.nodes import check_holds_no_row, rows_file
 from tests.fleet.places import save_tiny
 
 RUN = "a" * 32
@@ -54,6 +54,7 @@ def ask(worker: Worker, kind: str, content: RecordDict, config: str, **node: Any
     metadata = Metadata(5, "1", 0, 6, "", "", 0.0, 60.0, kind)
     before = dict(context.run_config)
     reply = worker.answer(Message(content, metadata=metadata), context)  # type: ignore[call-overload]
+    check_holds_no_row(reply, worker._folder.path / "own.csv")
     assert context.run_config == before  # Flower gives it back with the next message
     return reply
 
