@@ -35,14 +35,14 @@ class Node:
         )
 
     def ask(self, kind: str, content: RecordDict) -> Message:
-        reply = deployment.client(_message(kind, content), self.context)
+        reply = deployment.client(request(kind, content), self.context)
         if "data" in self.settings:
             check_holds_no_row(reply, Path(str(self.settings["data"])))
         return reply
 
     def device(self) -> Device:
         """As a later message opens it."""
-        return deployment.open_device(_message(PLAN, plan_request(1)), self.context)
+        return deployment.open_device(request(PLAN, plan_request(1)), self.context)
 
     def describe(self, terms: Terms) -> Message:
         return self.ask(DESCRIBE, describe_request(terms.to_json()))
@@ -67,7 +67,7 @@ def check_holds_no_row(reply: Message, file: Path) -> None:
             assert len(text) < 4 or text.encode() not in sent, text
 
 
-def _message(kind: str, content: RecordDict) -> Message:
+def request(kind: str, content: RecordDict) -> Message:
     return Message(content, metadata=Metadata(1, "1", 0, 1, "", "", 0.0, 60.0, kind))  # type: ignore[call-overload]
 
 

@@ -21,7 +21,7 @@ from hfedmoe.server.keeper import Keeper
 from hfedmoe.wire import checks, requests
 from hfedmoe.wire.checks import TroubleError
 from hfedmoe.wire.messages import DESCRIBE, facts_of, record, tensors_of, train_request, unpack_bits
-from tests.deployment.nodes import Node, check_holds_no_row, rows_file
+from tests.deployment.nodes import Node, check_holds_no_row, request, rows_file
 
 CONFIG = """
 threads = 1
@@ -98,7 +98,7 @@ def test_a_row_in_a_message_would_be_found(tmp_path: Path) -> None:
     own = rows_file(tmp_path / "own.csv", "earn")
     text = own.read_text().splitlines()[2].partition(",")[0]
     for said, found in ((text, True), (own.name, True), ("nothing", False)):
-        told = Message(RecordDict({"facts": ConfigRecord({"words": f"no: {said}"})}), 1, "train")
+        told = request("train", RecordDict({"facts": ConfigRecord({"words": f"no: {said}"})}))
         with pytest.raises(AssertionError) if found else contextlib.nullcontext():
             check_holds_no_row(told, own)
 
