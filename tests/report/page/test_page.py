@@ -1,6 +1,8 @@
 """The page itself: one file that needs nothing else."""
 
 import re
+import shlex
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
+from hfedmoe.report.page.beside import differing, reached
 from hfedmoe.report.page.page import write_report
+from hfedmoe.report.page.story import read_story
 from hfedmoe.runs.folder import RunFolder
 from tests.report.page.browser import browser, errors, needs_browser
 from tests.report.page.runs import entry, figures, small_run
@@ -18,9 +22,10 @@ MB = 10**6
 
 
 def test_a_page_holds_everything_and_nothing_of_a_text_becomes_markup(tmp_path: Path) -> None:
-    path = write_report([small_run(tmp_path / "run")])
+    path = write_report([small_run(tmp_path / "a run")])
     page = path.read_text(encoding="utf-8")
-    assert path == tmp_path / "run" / "report.html"
+    assert path == tmp_path / "a run" / "report.html"
+    assert shlex.join(["hfedmoe", "run", f"{path.parent}/config.toml", "--out", "another-folder"]) in unescape(page)
     assert len(page) < 3 * MB
     body = page[page.index("</head>\n<body>") :]
     head = page[: page.index("<script")]
@@ -31,9 +36,10 @@ def test_a_page_holds_everything_and_nothing_of_a_text_becomes_markup(tmp_path: 
     assert "late: no answer (1)" in body
     assert "Rounds with fewer clients than asked: 2." in body
     assert "1 of 5 experts were trained by nobody" in body
-    assert "an abacus" in body
+    assert "95 %: 30 to 95 %" in body
+    assert "On an abacus, 2 threads, cpu, 16.0 GiB of memory." in body
     assert "hfedmoe run" in body
-    assert body.count("data:text/csv;base64,") == body.count("<figure>") == 14
+    assert body.count("data:text/csv;base64,") == body.count("<figure>") == 12
 
 
 def site(client: int, **other: Any) -> dict[str, Any]:
@@ -52,21 +58,37 @@ def test_what_each_site_gained(tmp_path: Path) -> None:
         folder.append_round({"round": 3, "evaluation": {}, "clients": [], "sites": [site(0), other]})
     page = write_report([path]).read_text(encoding="utf-8")
     assert "What did each site gain?" in page
-    assert ">site 0</td><td>18</td><td>2</td>\n<td>1 of 2</td>" in page
-    assert "<td>12.5 %</td>" in page
-    assert "25.0 % to 75.0 %" in page
-    assert 'class="good">+38 (+10 to +60)</td>' in page
-    assert "<td>loss 2.500</td>" in page
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[page.index("What did each site gain?") :])
+    assert cells[:9] == [
+        *("site 0", "18", "2", "1 of 2", "12.5 %, F1 0.40", "50.0 %, F1 0.40", "25.0 % to 75.0 %"),
+        *("+38 (+10 to +60)", "site 1"),
+    ]
+    assert 'data-value="0.375" class="good">+38' in page
+    assert '<td data-value="2.5">loss 2.500</td>' in page
+    assert "Accuracy and macro-F1 (F1) on rows" in page
     assert "federated less\nbefore." in page
+    assert ">alone<" not in page
     assert "What did each site gain?" not in write_report([small_run(tmp_path / "other")]).read_text(encoding="utf-8")
 
 
 def test_several_runs_are_beside_each_other(tmp_path: Path) -> None:
-    runs = [small_run(tmp_path / place / "run") for place in ("here", "there")]
+    runs = [small_run(tmp_path / place / "run", seed=seed) for place, seed in (("here", 0), ("there", 7))]
+    with RunFolder.open(runs[1], to_write=True) as folder:
+        folder.amend_round(2, {"sites": [site(0), site(1, gain=-0.125)]})
     page = write_report(runs, tmp_path / "both.html").read_text(encoding="utf-8")
     assert "here/run, all held-out rows" in page
     assert "there/run, watched rows" in page
     assert "Which experts did what?" not in page
+    shown = reached([read_story(path) for path in runs], ["here/run", "there/run"])
+    here, there = ({head: cell.text for head, cell in zip(shown.heads, row, strict=True)} for row in shown.rows)
+    assert (here["accuracy"], here["95 %"], here["sites gained"]) == ("75.0 %", "30 to 95 %", "–")
+    assert (there["sites gained"], there["machine"]) == ("+12 on before", "an abacus")  # the mean of +37.5 and -12.5
+    settings = differing([read_story(path) for path in runs], ["here/run", "there/run"])
+    assert settings.heads == ["setting", "here/run", "there/run"]
+    assert [[cell.text for cell in row] for row in settings.rows] == [["seed", "0", "7"]]
+    same = write_report([runs[0], runs[0]], tmp_path / "same.html").read_text(encoding="utf-8")
+    assert "All settings are the same." in same
+    assert ">sites gained<" not in same  # nobody measured it
 
 
 def test_a_run_without_rounds_is_named(tmp_path: Path) -> None:
@@ -102,7 +124,7 @@ def test_a_browser_shows_it_without_an_error_and_sorts_tables(tmp_path: Path) ->
     drawn = "return [...document.querySelectorAll('figure [data-root-id]')].filter(d => d.children.length).length"
     with browser(tmp_path) as driver:
         driver.get(path.as_uri())
-        WebDriverWait(driver, 180).until(lambda driver: driver.execute_script(drawn) == 14)
+        WebDriverWait(driver, 180).until(lambda driver: driver.execute_script(drawn) == 12)
         head = next(b for b in driver.find_elements(By.CSS_SELECTOR, "th button") if b.text == "rounds")
         shown = []
         for _ in range(2):
