@@ -152,7 +152,7 @@ def test_split_and_curves(tmp_path: Path) -> None:
     assert (low[0], high[0]) == share_interval(1, 4)
     assert [story.points[2].interval(kind) for kind in ("all", "watch")] == [share_interval(3, 4), share_interval(2, 4)]
     # the same values over all three axes, and no band where it is not known
-    for title, over in (("Macro-F1", "macro-f1"), ("Loss on the right answers", "loss on the right answers")):
+    for title, over in (("Macro-F1", "macro-F1"), ("Loss on the right answers", "loss on the right answers")):
         assert [*list(accuracy)[:-1], over] == list(by_title[title].columns)
 
 

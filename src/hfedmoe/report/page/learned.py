@@ -31,7 +31,9 @@ def curves(stories: Sequence[Story], names: Sequence[str]) -> list[Plot]:
         drawn = _drawn(stories, names, key)
         if drawn:
             note = "Around a line: where the accuracy may well lie (95 %), since rows are few." if drawn[0].band else ""
-            made.append(lines(title, next(iter(ACROSS)), title.lower(), drawn, note, share=key == "accuracy"))
+            made.append(
+                lines(title, next(iter(ACROSS)), title[0].lower() + title[1:], drawn, note, share=key == "accuracy")
+            )
     return made
 
 

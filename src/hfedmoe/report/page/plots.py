@@ -65,15 +65,18 @@ SWITCHED = "switched"
 """The tag of figures whose lines can be drawn over something else."""
 
 
-def lines(title: str, across: str, up: str, drawn: Sequence[Line], note: str = "", share: bool = False) -> Plot:
+def lines(
+    title: str, across: str, up: str, drawn: Sequence[Line], note: str = "", share: bool = False, whole: bool = False
+) -> Plot:
     """Values over something. Points without a value (NaN) are left out.
 
     Args:
         across, up: what the axes are, with the unit.
         drawn: all with a band, or none; and all with the same others.
         share: values are shares of 1, written as percentages.
+        whole: values are numbers of things: 0 and more, without parts.
     """
-    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.models import BasicTicker, ColumnDataSource, HoverTool
 
     figure = _figure(across, up)
     others = list(drawn[0].others) if drawn else []
@@ -102,6 +105,8 @@ def lines(title: str, across: str, up: str, drawn: Sequence[Line], note: str = "
         tips.append(("95 %", " to ".join(f"@{{{name}}}{form}" for name in BAND)))
     figure.add_tools(HoverTool(tooltips=tips))
     figure.tags = [SWITCHED] if others else []
+    if whole:
+        figure.y_range.start, figure.yaxis[0].ticker = 0, BasicTicker(min_interval=1)
     if share:
         figure.yaxis[0].formatter = _percent()
     return Plot(title, figure, columns, note, legend if len(drawn) > 1 else ())

@@ -73,7 +73,7 @@ def expert_plots(experts: Experts, names: dict[int, str]) -> list[Plot]:
     ]
     rounds = [float(round) for round in experts.rounds]
     never = Line("experts", rounds, experts.never.tolist())
-    made.append(lines("Experts that nobody has trained yet", "round", "experts", [never]))
+    made.append(lines("Experts that nobody has trained yet", "round", "experts", [never], whole=True))
     drift = [Line("between clients", rounds, experts.apart.tolist())]
     if len(rounds) > 1:
         drift.append(Line("from the round before", rounds[1:], experts.moved.tolist()))
