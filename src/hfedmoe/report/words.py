@@ -1,5 +1,8 @@
 """Format numbers for people. An unknown number is a dash."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant
 from hfedmoe.server.intervals import share_interval
 
@@ -109,3 +112,11 @@ def describe(score: Evaluation) -> str:
     if score.trained_loss is not None:
         parts.append(f"loss {decimal(score.trained_loss)}")
     return ", ".join(parts)
+
+
+def machine_words(known: Mapping[str, Any]) -> str:
+    """The machine of a run (`runs.about`); what a run of an earlier version did not write down is left out."""
+    parts = [known.get("processor"), f"{known['threads']} threads" if "threads" in known else None, known.get("device")]
+    if "memory_bytes" in known:
+        parts.append(f"{human_bytes(known['memory_bytes'])} of memory")
+    return ", ".join(part for part in (*parts, known.get("system")) if part)

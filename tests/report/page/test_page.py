@@ -14,6 +14,7 @@ from hfedmoe.errors import UserError
 from hfedmoe.report.page.beside import differing, reached
 from hfedmoe.report.page.page import write_report
 from hfedmoe.report.page.story import read_story
+from hfedmoe.report.page.tables import Cell
 from hfedmoe.runs.folder import RunFolder
 from tests.report.page.browser import browser, errors, needs_browser
 from tests.report.page.runs import entry, figures, small_run
@@ -37,7 +38,7 @@ def test_a_page_holds_everything_and_nothing_of_a_text_becomes_markup(tmp_path: 
     assert "Rounds with fewer clients than asked: 2." in body
     assert "1 of 5 experts were trained by nobody" in body
     assert "95 %: 30 to 95 %" in body
-    assert "On an abacus, 2 threads, cpu, 16.0 GiB of memory." in body
+    assert "a run ran on an abacus, 2 threads, cpu, 16.0 GiB of memory." in body
     assert "hfedmoe run" in body
     assert body.count("data:text/csv;base64,") == body.count("<figure>") == 12
 
@@ -80,11 +81,11 @@ def test_several_runs_are_beside_each_other(tmp_path: Path) -> None:
     assert "there/run, watched rows" in page
     assert "Which experts did what?" not in page
     shown = reached([read_story(path) for path in runs], ["here/run", "there/run"])
-    here, there = ({head: cell.text for head, cell in zip(shown.heads, row, strict=True)} for row in shown.rows)
+    here, there = ({head.text: cell.text for head, cell in zip(shown.heads, row, strict=True)} for row in shown.rows)
     assert (here["accuracy"], here["95 %"], here["sites gained"]) == ("75.0 %", "30 to 95 %", "–")
-    assert (there["sites gained"], there["machine"]) == ("+12 on before", "an abacus")  # the mean of +37.5 and -12.5
+    assert there["sites gained"] == "+12 on before"  # the mean of +37.5 and -12.5
     settings = differing([read_story(path) for path in runs], ["here/run", "there/run"])
-    assert settings.heads == ["setting", "here/run", "there/run"]
+    assert settings.heads == [Cell("setting"), Cell("here/run", style="text"), Cell("there/run", style="text")]
     assert [[cell.text for cell in row] for row in settings.rows] == [["seed", "0", "7"]]
     same = write_report([runs[0], runs[0]], tmp_path / "same.html").read_text(encoding="utf-8")
     assert "All settings are the same." in same

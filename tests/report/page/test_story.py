@@ -37,7 +37,7 @@ def test_rounds_add_up(tmp_path: Path) -> None:
 def test_clients_add_up_and_say_why_they_were_left_out(tmp_path: Path) -> None:
     path = small_run(tmp_path / "run")
     shown = client_table(read_story(path).clients)
-    north, south = ({head: cell.text for head, cell in zip(shown.heads, row, strict=True)} for row in shown.rows)
+    north, south = ({head.text: cell.text for head, cell in zip(shown.heads, row, strict=True)} for row in shown.rows)
     assert list(north.values()) == [
         *("north.csv", "10", "4 (80 %)", "2", "3/5", "2", "2.0 KiB", "1000 B", "2.0 KiB", "3.0 s"),
         *("2.000", "3.000", ""),  # of each round, the mean over its steps
@@ -48,7 +48,7 @@ def test_clients_add_up_and_say_why_they_were_left_out(tmp_path: Path) -> None:
 
 def test_a_column_without_values_is_left_out() -> None:
     shown = client_table([Client(0, "north.csv", 10)])  # never took part: no budget, no experts, no losses
-    assert shown.heads == ["client", "rows", "rounds", "received", "sent"]
+    assert [head.text for head in shown.heads] == ["client", "rows", "rounds", "received", "sent"]
     assert client_table([Client(0, "x", left_out=Counter({"late": 2}))]).rows[0][-1] == Cell("late (2)", 2, "text")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from hfedmoe.report.page.story import Point, Story
 from hfedmoe.report.page.tables import Cell, Column, Table, count, duration, number, share, size, table, words
-from hfedmoe.report.words import interval_words, points
+from hfedmoe.report.words import interval_words, machine_words, points
 
 Run = tuple[str, Story]
 
@@ -18,7 +18,6 @@ def reached(stories: Sequence[Story], names: Sequence[str]) -> Table:
         [
             Column("run", lambda run: Cell(run[0])),
             Column("method", lambda run: Cell(run[1].config.method.name)),
-            Column("seed", lambda run: count(run[1].config.seed)),
             Column("clients", lambda run: count(len(run[1].clients))),
             Column("rounds", lambda run: count(run[1].points[-1].round)),
             Column("accuracy before", lambda run: share(_figure(run[1].before, "accuracy"))),
@@ -29,14 +28,16 @@ def reached(stories: Sequence[Story], names: Sequence[str]) -> Table:
             Column("sites gained", _gained),
             Column("sent", lambda run: size(run[1].points[-1].bytes)),
             Column("time", lambda run: duration(run[1].points[-1].seconds)),
-            Column("machine", lambda run: words(run[1].about.machine.get("processor", ""))),
         ],
     )
 
 
 def differing(stories: Sequence[Story], names: Sequence[str]) -> Table:
-    """One row per setting that is not the same in all runs, with a column for each run."""
-    settings = [dict(_flat(story.config.model_dump(mode="json"))) for story in stories]
+    """One row per setting that is not the same in all runs, with a column for each run; the machine counts as one."""
+    settings = [
+        dict(_flat(story.config.model_dump(mode="json"))) | {"machine": machine_words(story.about.machine)}
+        for story in stories
+    ]
     known = dict.fromkeys(key for one in settings for key in one)
     keys = [key for key in known if any(one.get(key) != settings[0].get(key) for one in settings)]
     return table(keys, [Column("setting", Cell), *map(_setting, names, settings)])

@@ -1,7 +1,7 @@
 """Write the page: figures and tables of one run, or of several beside each other, in one file."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from hfedmoe.report.page.learned import ACROSS, confusion, curves, examples
 from hfedmoe.report.page.plots import SWITCHED, Plot
 from hfedmoe.report.page.story import Story, read_story
 from hfedmoe.report.page.who import alarms, client_table, expert_plots, split_plot
-from hfedmoe.report.words import decimal, human_bytes, human_seconds, interval_words, percent
+from hfedmoe.report.words import decimal, human_bytes, human_seconds, interval_words, machine_words, percent
 
 NAME = "report.html"
 
@@ -65,7 +65,6 @@ def one_page(stories: Sequence[Story], live: bool = False) -> str:
             "tuned": next((site.tuning for site in story.sites if site.tuning is not None), None),
             "clients": client_table(story.clients),
             "alarms": [] if story.experts is None else alarms(story.experts),
-            "machine": _machine(story.about.machine),
             "short": story.short,
             "failed": story.failed,
         }
@@ -126,12 +125,5 @@ def _head(story: Story, name: str) -> dict[str, Any]:
         "bytes": story.points[-1].bytes,
         "seconds": story.points[-1].seconds,
         "settings": story.settings,
+        "machine": machine_words(story.about.machine),
     }
-
-
-def _machine(known: Mapping[str, Any]) -> str:
-    """The machine in words; what a run of an earlier version did not write down is left out."""
-    parts = [known.get("processor"), f"{known['threads']} threads" if "threads" in known else None, known.get("device")]
-    if "memory_bytes" in known:
-        parts.append(f"{human_bytes(known['memory_bytes'])} of memory")
-    return ", ".join(part for part in (*parts, known.get("system")) if part)

@@ -38,7 +38,7 @@ class Column(Generic[Row]):
 class Table:
     """What is left of it."""
 
-    heads: list[str]
+    heads: list[Cell]
     rows: list[list[Cell]]
 
 
@@ -47,9 +47,15 @@ def table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> Table:
     filled = [[column.cell(row) for row in rows] for column in columns]
     kept = [number for number, cells in enumerate(filled) if not all(cell.empty for cell in cells)]
     return Table(
-        [columns[number].head for number in kept],
+        [Cell(columns[number].head, style=_common(filled[number])) for number in kept],
         [[filled[number][row] for number in kept] for row in range(len(rows))],
     )
+
+
+def _common(cells: Sequence[Cell]) -> str:
+    """The style of a column's head: that of its cells, if they have the same."""
+    styles = {cell.style for cell in cells}
+    return styles.pop() if styles == {"text"} else ""
 
 
 def words(text: str) -> Cell:
