@@ -15,6 +15,7 @@ from hfedmoe.report.page.beside import differing, reached
 from hfedmoe.report.page.page import write_report
 from hfedmoe.report.page.story import read_story
 from hfedmoe.report.page.tables import Cell
+from hfedmoe.runs.about import LONGEST, TEXTS, About, Part
 from hfedmoe.runs.folder import RunFolder
 from tests.report.page.browser import browser, errors, needs_browser
 from tests.report.page.runs import entry, figures, small_run
@@ -43,11 +44,14 @@ def test_a_page_holds_everything_and_nothing_of_a_text_becomes_markup(tmp_path: 
     assert body.count("data:text/csv;base64,") == body.count("<figure>") == 12
 
 
+SCORE = {"accuracy": 0.5, "macro_f1": 0.4, "loss": 1.0, "interval": [0.25, 0.75]}
+TUNED = {"steps": 4, "before": SCORE, "after": SCORE, "gain": 0.25, "gain_interval": [0.1, 0.3]}
+
+
 def site(client: int, **other: Any) -> dict[str, Any]:
     """What a site gained, as in metrics.jsonl."""
-    score = {"accuracy": 0.5, "macro_f1": 0.4, "loss": 1.0, "interval": [0.25, 0.75]}
     found = {"client": client, "name": f"site {client}", "trained_rows": 18, "own_rows": 2, "labels": {"acq": 20}}
-    found |= {"num_labels": 2, "before": score | {"accuracy": 0.125}, "federated": score, "alone": None}
+    found |= {"num_labels": 2, "before": SCORE | {"accuracy": 0.125}, "federated": SCORE, "alone": None}
     return found | {"gain": 0.375, "gain_interval": [0.1, 0.6]} | other
 
 
@@ -100,20 +104,34 @@ def test_a_run_without_rounds_is_named(tmp_path: Path) -> None:
         write_report([tmp_path / "nothing"])
 
 
-def test_a_thousand_clients_and_a_hundred_rounds_fit(tmp_path: Path) -> None:
-    experts = [32] * 8
-    with RunFolder.create(tmp_path / "run", RunConfig()) as folder:
-        draws = np.random.default_rng(0)
-        usage = draws.random((50, sum(experts)), np.float32)
-        clients = [entry(client) for client in range(1000)]
+def large_run(path: Path, every: int) -> Path:
+    """1,000 clients and 100 rounds with all that a page can tell; clients and experts of one in `every` rounds."""
+    experts, clients, draws = [32] * 8, range(1000), np.random.default_rng(0)
+    usage = draws.random((len(clients), sum(experts)), np.float32)
+    labels, rows = [f"topic {label}" for label in range(20)], 5000
+    parts = [Part(n, f"site {n}.csv", 100, draws.integers(0, 10, 20).tolist(), 64) for n in clients]
+    truth, texts = draws.integers(0, 20, rows).tolist(), ["word " * (LONGEST // 5)] * TEXTS
+    with RunFolder.create(path, RunConfig()) as folder:
+        folder.describe(About({"processor": "an abacus"}, labels, parts, truth, texts))
         folder.append_round({"round": 0, "evaluation": {"all": figures(0.1)}, "clients": []})
+        folder.append_answers(0, truth)
         for round in range(1, 101):
+            asked = clients if round % every == 0 else clients[:1]
             with folder.expert_rows(round, experts) as add:
-                for client in range(50):
+                for client in asked:
                     add(client, usage[client], usage[client], usage[client] > 0.5, usage[client] > 0.6)
-            line = {"round": round, "evaluation": {"watch": figures(round / 100)}, "bytes_down": 1, "bytes_up": 1}
-            folder.append_round(line | {"seconds": 1.0}, clients if round % 20 == 0 else clients[:50])
-    assert write_report([tmp_path / "run"]).stat().st_size < 10 * MB
+            found = {kind: figures(round / 100) for kind in ("all", "watch")}
+            late = {"status": "late", "reason": "no answer in 600 s"}
+            line = {"round": round, "evaluation": found, "bytes_down": 1, "bytes_up": 1, "seconds": 1.0}
+            line |= {"sites": [site(client, tuning=TUNED) for client in clients]} if round == 100 else {}
+            folder.append_round(line, [entry(n) | (late if n % 3 == 0 == round % 20 else {}) for n in asked])
+            folder.append_answers(round, draws.integers(0, 20, rows).tolist())
+    return path
+
+
+@pytest.mark.parametrize("every", [50, pytest.param(1, marks=pytest.mark.faults)])  # 1 takes a minute
+def test_a_thousand_clients_and_a_hundred_rounds_fit(tmp_path: Path, every: int) -> None:
+    assert write_report([large_run(tmp_path / "run", every)]).stat().st_size < 10 * MB
 
 
 @needs_browser
