@@ -134,6 +134,10 @@ def test_a_thousand_clients_and_a_hundred_rounds_fit(tmp_path: Path, every: int)
     assert write_report([large_run(tmp_path / "run", every)]).stat().st_size < 10 * MB
 
 
+SWITCHED = """return Bokeh.documents.flatMap(page => page.roots()).filter(figure => figure.tags.includes("switched"))
+    .map(figure => [figure.below[0].axis_label, [...figure.renderers[0].data_source.data.x]])"""
+
+
 @needs_browser
 def test_a_browser_shows_it_without_an_error_and_sorts_tables(tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
@@ -150,6 +154,14 @@ def test_a_browser_shows_it_without_an_error_and_sorts_tables(tmp_path: Path) ->
             head.click()
             shown.append(driver.find_element(By.CSS_SELECTOR, "table.sortable tbody td").text)
         assert shown == ["south.csv", "north.csv"]
+        driver.find_element(By.CSS_SELECTOR, "input[name=across][value^=minutes]").click()
+        figures = driver.execute_script(SWITCHED)
+        assert [axis for axis, _ in figures] == ["minutes of all rounds"] * 3
+        assert figures[0][1] == [0, 2]
+        opened = (
+            "dispatchEvent(new Event('beforeprint')); return [...document.querySelectorAll('details')].map(d => d.open)"
+        )
+        assert driver.execute_script(opened) == [True, True]  # on paper nobody can open them
         assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
         assert errors(driver) == []
         driver.set_window_size(400, 800)  # a phone
