@@ -131,7 +131,7 @@ def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", str(hfedmoe.run.__doc__), re.DOTALL)
     exec("\n".join(line.strip() for line in code.splitlines()), {})
     accuracies, experts, report = capsys.readouterr().out.splitlines()
-    assert len(eval(accuracies)) == 2
+    assert all(0 <= float(share) <= 1 for share in accuracies.split(" ", 1))
     assert experts.endswith("experts trained by each client")
     assert Path(report).is_file()
 

@@ -20,21 +20,17 @@ def main(run: Path, picture: Path) -> None:
     """Print the run's final table on a recording console and save the picture."""
     with RunFolder.open(run) as folder, open("/dev/null", "w") as nowhere:
         keeper, rounds = Keeper(folder), folder.read_rounds()
-        clients = sorted({row["client"] for line in rounds for row in line["clients"]})
-        keeper.name_clients({number: f"client {number}" for number in clients})
         console = Console(record=True, width=104, file=nowhere, force_terminal=False)
         watcher = Live(console)
-        lines = keeper.final_totals()
         first = next(line for line in rounds if line["round"] == 1)
-        total = lines[0].total_experts
-        examples = {row["client"]: row["examples"] for row in first["clients"]}
-        budgets = {row["client"]: row["resident"] for row in first["clients"]}
-        watcher.start(
-            folder.config.name,
-            folder.config.federation.rounds,
-            1,
-            [Participant(f"client {n}", examples[n], budgets[n], budgets[n] / total) for n in clients],
-        )
+        rows = {row["client"]: row for row in first["clients"]}
+        who = {
+            n: Participant(f"client {n}", row["examples"], row["resident"], row["resident"] / row["total_experts"])
+            for n, row in sorted(rows.items())
+        }
+        keeper.folder = None  # nothing is written
+        keeper.introduce(who)
+        watcher.start(folder.config.name, folder.config.federation.rounds, 1, list(who.values()))
         for line in rounds:
             for kind, metrics in line["evaluation"].items():
                 accuracy, macro_f1, loss = (metrics[name] for name in ("accuracy", "macro_f1", "loss"))
@@ -42,7 +38,7 @@ def main(run: Path, picture: Path) -> None:
                 watcher.evaluated(Evaluation(line["round"], accuracy, macro_f1, loss, metrics["examples"], which))
             if line["round"]:
                 watcher.round_done(line["round"], line["seconds"], line["bytes_down"], line["bytes_up"])
-        watcher.final_table(lines, keeper.scores[0], keeper.scores[-1])
+        watcher.final_table(keeper.final_totals(), keeper.scores[0], keeper.scores[-1])
         svg = console.export_svg(title="hfedmoe run")
         # Use the reader's own monospace font: a picture in a README must not download one.
         picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))

@@ -81,9 +81,9 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The rounds so far, the model as it was (round 0) first.
 
-        A round has `round`, `accuracy`, `macro_f1` and `loss` (of the rows that were measured in it: None if none
-        were), `evaluation` (the same on `all` held-out rows and on the `watch`ed ones), `bytes_down`, `bytes_up`,
-        `seconds`, and `clients`, with what each of them did.
+        A round has `round`, `evaluation` (accuracy, macro-F1 and loss on `all` held-out rows, and on the few `watch`ed
+        ones: what was measured in it), `bytes_down`, `bytes_up`, `seconds`, and `clients`, with what each of them did.
+        Its `accuracy`, `macro_f1` and `loss` are those of `all`, else of `watch`, else None: not one series.
         """
         return self._folder.read_rounds()
 
@@ -168,7 +168,8 @@ def run(
         import hfedmoe
 
         run = hfedmoe.run("tiny", {"federation.rounds": 1, "train.steps": 2}, out="first", progress=False)
-        print([line["accuracy"] for line in run.metrics])
+        before, after = (run.metrics[round]["evaluation"]["all"] for round in (0, -1))
+        print(before["accuracy"], after["accuracy"])
         print(run.experts.trained.sum(axis=(1, 2)), "experts trained by each client")
         model = run.model()  # an ordinary transformers model
         print(run.report)

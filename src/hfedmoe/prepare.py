@@ -1,5 +1,6 @@
 """Make a configuration ready to run: load the model and the data, and check that they fit each other."""
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -23,7 +24,7 @@ from hfedmoe.data.tasks import load_watched_task
 from hfedmoe.data.terms import Terms, own_task, terms_of
 from hfedmoe.device.allocator import give_back_freed_memory, keep_freed_memory, trim
 from hfedmoe.device.capacity import budgets_in_experts
-from hfedmoe.device.probe import processor_name
+from hfedmoe.device.probe import processor_name, total_memory
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
 from hfedmoe.files.disk import require_room
@@ -71,19 +72,24 @@ class Prepared:
         """
         names = self.task.part_names if names is None else names
         counts = label_counts(self.task, parts or [])
+        answered = bool(self.task.test[0].choices)
+        shown = self.task.test[:TEXTS]
         return About(
             machine={
                 "processor": processor_name(),
                 "threads": torch.get_num_threads(),
                 "device": str(self.model.device),
+                "memory_bytes": total_memory(),
+                "system": f"{platform.system()} {platform.release()}",
             },
             labels=list(self.task.labels),
             parts=[
                 Part(number, f"client {number}" if names is None else names[number], len(rows), counts[number])
                 for number, rows in enumerate(parts or [])
             ],
-            truth=[row.answer for row in self.task.test] if self.task.test[0].choices else [],
-            texts=[cut(row.text) for row in self.task.test[:TEXTS]],
+            truth=[row.answer for row in self.task.test] if answered else [],
+            texts=[cut(row.text) for row in shown],
+            choices=[list(map(cut, row.choices)) for row in shown] if answered and not self.task.labels else [],
         )
 
     @property

@@ -87,7 +87,7 @@ round 1/5
   client 0: held 14/56 experts, trained 12, received 3.0 MiB, sent 1.0 MiB, loss 1.700, 4.0 s, \
 peak 700.0 MiB (predicted)
   client 1: late: no reply after 30 s
-  after round 1: accuracy 50.0 %, macro-F1 0.400, loss 1.400 (64 watched rows)
+  after round 1: accuracy 50.0 % (95 %: 38 to 62 %), macro-F1 0.400, loss 1.400 (64 watched rows)
 round 1/5 done in 1:01: 3.0 MiB down, 1.0 MiB up, about 4:04 left
 warning: round 1 was short: 1 of 2 clients [late]
 round 2/5

@@ -67,6 +67,13 @@ def processor_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def total_memory() -> int:
+    """Bytes of memory of the machine, whatever is free of it."""
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
 def _physical() -> list[tuple[int, str]]:
     """Free memory plus this process's own memory."""
     import psutil

@@ -1,6 +1,10 @@
 """Format numbers for people. An unknown number is a dash."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant
+from hfedmoe.server.intervals import share_interval
 
 
 def human_bytes(count: float | None) -> str:
@@ -29,6 +33,12 @@ def human_seconds(seconds: float | None) -> str:
 def percent(share: float | None) -> str:
     """A share in percent, with one decimal."""
     return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def interval_words(interval: tuple[float, float]) -> str:
+    """An interval of a share."""
+    low, high = interval
+    return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
 def decimal(value: float | None) -> str:
@@ -87,12 +97,26 @@ def deadline_cost(done: ClientRound) -> str:
 
 
 def describe(score: Evaluation) -> str:
-    """An evaluation in a few words; figures that the task does not have are left out."""
+    """An evaluation in a few words; figures that the task does not have are left out.
+
+    The watched rows are few, so their accuracy comes with its interval.
+    """
     parts = []
     if score.accuracy is not None:
         parts.append(f"accuracy {percent(score.accuracy)}")
+        if score.kind == "watch":
+            known = share_interval(round(score.accuracy * score.rows), score.rows)
+            parts[-1] += f" (95 %: {interval_words(known)})"
     if score.macro_f1 is not None:
         parts.append(f"macro-F1 {decimal(score.macro_f1)}")
     if score.trained_loss is not None:
         parts.append(f"loss {decimal(score.trained_loss)}")
     return ", ".join(parts)
+
+
+def machine_words(known: Mapping[str, Any]) -> str:
+    """The machine of a run (`runs.about`); what a run of an earlier version did not write down is left out."""
+    parts = [known.get("processor"), f"{known['threads']} threads" if "threads" in known else None, known.get("device")]
+    if "memory_bytes" in known:
+        parts.append(f"{human_bytes(known['memory_bytes'])} of memory")
+    return ", ".join(part for part in (*parts, known.get("system")) if part)

@@ -1,17 +1,19 @@
 """about.json and answers.jsonl: what a report says of a run besides its figures.
 
-about.json is written when a run begins: the machine, how many rows each client has and with which labels (only where
-this process split them), and of the held-out rows the right answers and a few texts. The server measures these rows
-itself, so they are its own. answers.jsonl has a line per evaluation on all held-out rows: what the model answered.
+about.json is written when a run begins, and when a client comes: the machine, how many rows and what budget each client
+has and with which labels (only where this process split the rows), and of the held-out rows the right answers and a few
+texts. The server measures these rows itself, so they are its own. answers.jsonl has a line per evaluation on all
+held-out rows: what the model answered.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hfedmoe.errors import UserError
+from hfedmoe.events import Participant
 from hfedmoe.files.disk import replacing
 from hfedmoe.runs import rounds
 
@@ -31,6 +33,8 @@ class Part:
     rows: int
     labels: list[int] = field(default_factory=list)
     """Rows of each label; empty: rows have none, or only the device knows."""
+    budget: int | None = None
+    """Experts over all layers, as the client told last; None: it did not take part yet."""
 
 
 @dataclass
@@ -38,15 +42,17 @@ class About:
     """What is known when a run begins."""
 
     machine: dict[str, Any] = field(default_factory=dict)
-    """Of the server: processor, threads, versions."""
+    """Of the server: processor, threads, device, memory, system."""
     labels: list[str] = field(default_factory=list)
     """In classification; else empty."""
     parts: list[Part] = field(default_factory=list)
-    """Of every client, where this process split the rows."""
+    """Of every client where this process split the rows; else of those that took part."""
     truth: list[int] = field(default_factory=list)
     """The right answer of each held-out row, as an index into its choices; empty for completions."""
     texts: list[str] = field(default_factory=list)
     """Of the first held-out rows, cut."""
+    choices: list[list[str]] = field(default_factory=list)
+    """Of the same rows in multiple choice, cut; empty where all rows have the same choices (`labels`) or none."""
 
 
 def cut(text: str) -> str:
@@ -75,6 +81,20 @@ def read(folder: Path) -> About:
         return About()
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is damaged ({error}); delete it: only the report needs it") from None
+
+
+def note_clients(folder: Path, clients: Mapping[int, Participant]) -> None:
+    """Add clients that take part, by number, and what they say of themselves; what is known of their rows stays.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    known = read(folder)
+    parts = {part.client: part for part in known.parts}
+    for client, who in clients.items():
+        parts.setdefault(client, Part(client, who.name, who.examples)).budget = who.budget
+    known.parts = [parts[client] for client in sorted(parts)]
+    write(folder, known)
 
 
 def append_answers(folder: Path, round: int, predicted: Sequence[int]) -> None:

@@ -3,13 +3,14 @@
 import datetime
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
+from hfedmoe.events import Participant
 from hfedmoe.files.disk import UNFINISHED, discard, disk_errors, lock, replacing, resume_hint
 from hfedmoe.runs import about, checkpoints, experts, rounds
 from hfedmoe.runs.settings import read_run_config, run_config_toml
@@ -163,6 +164,11 @@ class RunFolder:
         """Write about.json: what is known when the run begins."""
         with self._writing(about.NAME):
             about.write(self.path, known)
+
+    def note_clients(self, clients: Mapping[int, Participant]) -> None:
+        """Add to about.json who takes part, by number, with what budget. Raises UserError if the file is damaged."""
+        with self._writing(about.NAME):
+            about.note_clients(self.path, clients)
 
     def append_answers(self, round: int, predicted: Sequence[int]) -> None:
         """Add what the model of a round answered to each held-out row to answers.jsonl."""

@@ -227,13 +227,9 @@ class Attendance:
         for member in new if before else ():
             self._watcher.joined(member.position, self._participant(member), member.about.client in before)
 
-    def participants(self) -> list[Participant]:
-        """The members for a watcher, by position at the start of a run."""
-        return [self._participant(member) for member in self.members.values()]
-
-    def names(self) -> dict[int, str]:
-        """Of the members, by client number."""
-        return {client: member.about.name for client, member in self.members.items()}
+    def participants(self) -> dict[int, Participant]:
+        """The members by client number; at the start of a run this is the order of their positions."""
+        return {client: self._participant(member) for client, member in self.members.items()}
 
     def _participant(self, member: Member) -> Participant:
         about = member.about

@@ -1,7 +1,7 @@
 """Write a federation's progress to its run folder, and read it when the run is resumed."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.errors import UserError
-from hfedmoe.events import ClientRound, ClientTotals, Evaluation, SiteGain, Watcher
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, SiteGain, Watcher
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import PAST, Past
 from hfedmoe.method.usage import FederationUsage, HeldCounts
@@ -59,7 +59,7 @@ class Keeper:
         self.scores: list[Evaluation] = []
         self.totals: dict[int, ClientTotals] = {}
         """Of the clients that took part so far."""
-        self._names: dict[int, str] = {}
+        self._who: dict[int, Participant] = {}
         self.gains: list[SiteGain] = []
         """What each site gained, at the end of the run."""
         self.usage = FederationUsage()
@@ -124,13 +124,16 @@ class Keeper:
             return ""
         return f"; `{self._continued_by} {self.folder.path}` continues from there"
 
-    def name_clients(self, names: dict[int, str]) -> None:
-        """Remember the names of clients that take part, for the last table."""
-        self._names |= names
+    def introduce(self, clients: Mapping[int, Participant]) -> None:
+        """Remember who takes part, by number, for the last table and the report."""
+        news = {client: who for client, who in clients.items() if self._who.get(client) != who}
+        self._who |= news
+        if news and self.folder is not None:
+            self.folder.note_clients(news)
 
     def name_of(self, client: int) -> str:
         """A client's name."""
-        return self._names.get(client, f"client {client}")
+        return self._who[client].name if client in self._who else f"client {client}"
 
     def save_start(self, tensors: dict[str, Tensor], metrics: Metrics) -> None:
         """Round 0: the model before any training."""
@@ -171,9 +174,9 @@ class Keeper:
 
     def final_totals(self) -> list[ClientTotals]:
         """The totals of every client that completed a round, by number."""
-        known = [(client, done) for client, done in sorted(self.totals.items()) if client in self._names]
+        known = [(client, done) for client, done in sorted(self.totals.items()) if client in self._who]
         for client, done in known:
-            done.name = self._names[client]
+            done.name = self._who[client].name
         return [done for _, done in known if done.rounds]
 
     def show_totals(self, watcher: Watcher) -> None:

@@ -126,8 +126,9 @@ class Server:
 
     def _announce(self, attendance: Attendance) -> None:
         clients = attendance.participants()
-        self.keeper.name_clients(attendance.names())
-        self.watcher.start(self.config.name, self.config.federation.rounds, self.round + 1, clients, self.keeper.scores)
+        self.keeper.introduce(clients)
+        rounds = self.config.federation.rounds
+        self.watcher.start(self.config.name, rounds, self.round + 1, list(clients.values()), self.keeper.scores)
 
     def _measure(self, kind: Literal["all", "watch"], round: int) -> Metrics:
         metrics = self.evaluate(self.tensors, kind)
@@ -146,7 +147,7 @@ class Server:
 
     def _one_round(self, attendance: Attendance, round: int) -> None:
         started = time.perf_counter()
-        self.keeper.name_clients(attendance.names())
+        self.keeper.introduce(attendance.participants())
         self.watcher.round_started(round)
         with self.keeper.recording(round, self.num_experts, self.config.method.tau) as log:
             with self.keeper.taking_rows(log):

@@ -1,16 +1,25 @@
 """What a page reads from the folder of a run."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
+from hfedmoe.events import Participant
 from hfedmoe.report.page.learned import confusion, curves, examples
 from hfedmoe.report.page.plots import heat
-from hfedmoe.report.page.story import read_story
-from hfedmoe.report.page.who import alarms, client_rows, expert_plots, split_plot
-from tests.report.page.runs import small_run
+from hfedmoe.report.page.story import Client, read_story
+from hfedmoe.report.page.tables import Cell
+from hfedmoe.report.page.who import alarms, client_table, expert_plots, split_plot
+from hfedmoe.runs import about
+from hfedmoe.runs.about import About
+from hfedmoe.runs.folder import RunFolder
+from hfedmoe.server.intervals import share_interval
+from hfedmoe.server.keeper import Keeper
+from tests.report.page.runs import LABELS, figures, small_run
 
 
 def test_rounds_add_up(tmp_path: Path) -> None:
@@ -26,17 +35,33 @@ def test_rounds_add_up(tmp_path: Path) -> None:
 
 
 def test_clients_add_up_and_say_why_they_were_left_out(tmp_path: Path) -> None:
-    north, south = client_rows(read_story(small_run(tmp_path / "run")).clients)
-    assert (north["name"], north["rows"], north["rounds"], north["down"], north["up"]) == (
-        "north.csv",
-        10,
-        2,
-        2000,
-        1000,
-    )
-    assert (north["held"], north["trained"], north["total"], north["seconds"]) == (3, 2, 5, 3.0)
-    assert (north["first"], north["last"], north["left_out"]) == (2.0, 1.0, "")
-    assert (south["name"], south["rounds"], south["left_out"]) == ("south.csv", 1, "late: no answer (1)")
+    path = small_run(tmp_path / "run")
+    shown = client_table(read_story(path).clients)
+    north, south = ({head.text: cell.text for head, cell in zip(shown.heads, row, strict=True)} for row in shown.rows)
+    assert list(north.values()) == [
+        *("north.csv", "10", "4 (80 %)", "2", "3/5", "2", "2.0 KiB", "1000 B", "2.0 KiB", "3.0 s"),
+        *("2.000", "3.000", ""),  # of each round, the mean over its steps
+    ]
+    assert (south["client"], south["rounds"], south["budget"]) == ("south.csv", "1", "–")
+    assert south["left out, and why"] == "late: no answer (1)"
+
+
+def test_a_column_without_values_is_left_out() -> None:
+    shown = client_table([Client(0, "north.csv", 10)])  # never took part: no budget, no experts, no losses
+    assert [head.text for head in shown.heads] == ["client", "rows", "rounds", "received", "sent"]
+    assert client_table([Client(0, "x", left_out=Counter({"late": 2}))]).rows[0][-1] == Cell("late (2)", 2, "text")
+
+
+def test_devices_are_known_by_what_they_told_last(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", RunConfig()) as folder:
+        folder.describe(About({}, LABELS))  # their rows are elsewhere
+        keeper = Keeper(folder)
+        keeper.introduce({7: Participant("phone", 12, 4, 0.5)})
+        keeper.introduce({7: Participant("phone", 12, 3, 0.375)})
+    (phone,) = read_story(tmp_path / "run").clients
+    assert (phone.number, phone.name, phone.rows, phone.budget) == (7, "phone", 12, 3)
+    (tmp_path / "run" / "about.json").write_text('{"parts": [{"client": 7, "name": "phone", "rows": 12}]}')
+    assert read_story(tmp_path / "run").clients[0].budget is None  # as earlier versions wrote it
 
 
 def test_experts_hand_worked(tmp_path: Path) -> None:
@@ -52,11 +77,31 @@ def test_experts_hand_worked(tmp_path: Path) -> None:
     assert experts.never.tolist() == [1, 1]
     np.testing.assert_allclose(experts.effective[0], [np.exp(1.5 * np.log(2)), 2.0], rtol=1e-6)
     assert alarms(experts) == ["1 of 5 experts were trained by nobody: they are as in the base model."]
-    experts.usage[:, 0] = [[1, 1, 1], [1, 0, 0]]
-    assert not any("collapsed" in text for text in alarms(experts))  # 1 of 3 is more than a quarter
-    experts.usage, experts.trained = (np.zeros((2, 1, 5), np.float32) for _ in range(2))
-    experts.usage[:, 0] = [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
-    assert "Layer 0 has collapsed: it really uses 1.0 experts; in the first round it used 5.0." in alarms(experts)
+
+
+def test_a_collapsed_layer_is_named_also_if_it_began_so(tmp_path: Path) -> None:
+    experts = read_story(small_run(tmp_path / "run")).experts
+    assert experts is not None
+    experts.usage, experts.trained = (np.ones((2, 1, 8), np.float32) for _ in range(2))
+
+    def told(first: list[float], last: list[float]) -> list[str]:
+        experts.usage[:, 0] = np.array([first + [0.0] * (8 - len(first)), last + [0.0] * (8 - len(last))])
+        return alarms(experts)
+
+    assert told([1] * 8, [1, 1]) == []  # 2 of 8 are a quarter
+    assert told([1] * 8, [1]) == [
+        "Layer 0 has collapsed: it really uses 1.0 of 8 experts; in the first round it used 8.0."
+    ]
+    began = "Layer 0 has collapsed: it really uses 1.0 of 8 experts; it was so in the first round already."
+    assert told([1], [1]) == [began]
+    assert told([1], [1] * 8) == []
+    experts.usage = np.array([[[1, 1, 1]], [[1, 0, 0]]], np.float32)  # a quarter of 3 is less than one
+    experts.trained = np.ones((2, 1, 3), np.float32)
+    assert alarms(experts) == [
+        "Layer 0 has collapsed: it really uses 1.0 of 3 experts; in the first round it used 3.0."
+    ]
+    experts.usage, experts.trained = np.ones((2, 1, 1), np.float32), np.ones((2, 1, 1), np.float32)
+    assert alarms(experts) == []
 
 
 def test_overlap_of_clients(tmp_path: Path) -> None:
@@ -94,14 +139,40 @@ def test_split_and_curves(tmp_path: Path) -> None:
     story.about.parts = []  # on real machines only the devices know
     assert split_plot(story) is None
     by_title = {plot.title: plot for plot in curves([story], ["run"])}
-    accuracy = by_title["Accuracy over rounds"].columns
+    assert list(by_title) == ["Accuracy", "Macro-F1", "Loss on the right answers"]
+    accuracy = dict(by_title["Accuracy"].columns)
+    low, high = accuracy.pop("from"), accuracy.pop("to")
+    assert list(accuracy) == ["line", "round", "MB sent, both ways, all clients", "minutes of all rounds", "accuracy"]
     assert list(zip(*accuracy.values(), strict=True)) == [
-        ("all held-out rows", 0, 0.25),
-        ("all held-out rows", 2, 0.75),
-        ("watched rows", 1, 0.5),
-        ("watched rows", 2, 0.5),
+        ("all held-out rows", 0, 0.0, 0, 0.25),
+        ("all held-out rows", 2, 0.006, 2, 0.75),
+        ("watched rows", 1, 0.003, 1, 0.5),
+        ("watched rows", 2, 0.006, 2, 0.5),
     ]
-    assert by_title["Accuracy over time"].columns["minutes of all rounds"] == [0, 2, 1, 2]
+    assert (low[0], high[0]) == share_interval(1, 4)
+    assert [story.points[2].interval(kind) for kind in ("all", "watch")] == [share_interval(3, 4), share_interval(2, 4)]
+    # the same values over all three axes, and no band where it is not known
+    for title, over in (("Macro-F1", "macro-F1"), ("Loss on the right answers", "loss on the right answers")):
+        assert [*list(accuracy)[:-1], over] == list(by_title[title].columns)
+
+
+def test_the_loss_is_the_one_that_was_trained(tmp_path: Path) -> None:
+    path = small_run(tmp_path / "run")
+    with RunFolder.open(path, to_write=True) as folder:
+        folder.append_round(
+            {"round": 3, "clients": [], "evaluation": {"all": figures(0.5, 9.0) | {"choice_loss": 0.5}}}
+        )
+    (loss,) = (plot for plot in curves([read_story(path)], ["run"]) if plot.title.startswith("Loss"))
+    assert loss.columns["loss on the right answers"] == [3.0, 1.0, 0.5, 1.0, 1.0]
+
+
+def test_examples_of_multiple_choice_show_the_choices_of_their_row(tmp_path: Path) -> None:
+    path = small_run(tmp_path / "run")
+    known = about.read(path)
+    known.labels, known.choices = [], [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]]
+    about.write(path, known)
+    shown = examples(read_story(path))
+    assert [(row["right"], row["before"], row["after"]) for row in shown[:2]] == [("a", "b", "a"), ("g", "h", "g")]
 
 
 def test_runs_of_earlier_versions_and_damaged_ones(tmp_path: Path) -> None:

@@ -12,40 +12,44 @@ EXAMPLES = 10
 KINDS = {"all": "all held-out rows", "watch": "watched rows"}
 
 
+ACROSS: dict[str, Callable[[Point], float]] = {
+    "round": lambda point: point.round,
+    "MB sent, both ways, all clients": lambda point: point.bytes / 1e6,
+    "minutes of all rounds": lambda point: point.seconds / 60,
+}
+"""What a figure of the model can be drawn over; the page has a switch."""
+
+
 def curves(stories: Sequence[Story], names: Sequence[str]) -> list[Plot]:
-    """Accuracy, macro-F1 and loss after every round, and accuracy over what it costs; one line per run and kind of row.
+    """Accuracy, macro-F1 and loss after rounds, over rounds, bytes and time; one line per run and kind of row.
 
     Args:
         names: of the runs, for the lines; with one run, lines are named by their rows.
     """
     made = []
     for key, title in (("accuracy", "Accuracy"), ("macro_f1", "Macro-F1"), ("loss", "Loss on the right answers")):
-        drawn = _drawn(stories, names, key, lambda point: point.round)
+        drawn = _drawn(stories, names, key)
         if drawn:
-            made.append(lines(f"{title} over rounds", "round", title.lower(), drawn, share=key == "accuracy"))
-    key, title = ("accuracy", "Accuracy") if any(_has(story, "accuracy") for story in stories) else ("loss", "Loss")
-    for name, across, cost in (
-        ("bytes", "MB sent, both ways, all clients", lambda point: point.bytes / 1e6),
-        ("time", "minutes of all rounds", lambda point: point.seconds / 60),
-    ):
-        drawn = _drawn(stories, names, key, cost)
-        if drawn:
-            made.append(lines(f"{title} over {name}", across, title.lower(), drawn, share=key == "accuracy"))
+            note = "Around a line: where the accuracy may well lie (95 %), since rows are few." if drawn[0].band else ""
+            made.append(
+                lines(title, next(iter(ACROSS)), title[0].lower() + title[1:], drawn, note, share=key == "accuracy")
+            )
     return made
 
 
-def _has(story: Story, key: str) -> bool:
-    return any((found or {}).get(key) is not None for point in story.points for found in (point.all, point.watch))
-
-
-def _drawn(stories: Sequence[Story], names: Sequence[str], key: str, cost: Callable[[Point], float]) -> list[Line]:
+def _drawn(stories: Sequence[Story], names: Sequence[str], key: str) -> list[Line]:
     drawn = []
     for story, name in zip(stories, names, strict=True):
         for kind, rows in KINDS.items():
             points = [point for point in story.points if (getattr(point, kind) or {}).get(key) is not None]
             if points:
                 label = rows if len(stories) == 1 else f"{name}, {rows}"
-                drawn.append(Line(label, [cost(p) for p in points], [getattr(p, kind)[key] for p in points]))
+                (_, first), *others = ((across, [cost(p) for p in points]) for across, cost in ACROSS.items())
+                values = [getattr(p, kind)[key] for p in points]
+                # With several runs, the bands of all lines would hide each other: the table has the intervals.
+                banded = key == "accuracy" and len(stories) == 1
+                band = [known for p in points if banded and (known := p.interval(kind)) is not None]
+                drawn.append(Line(label, first, values, band, dict(others)))
     return drawn
 
 
@@ -71,8 +75,8 @@ def confusion(story: Story) -> list[Plot]:
 
 def examples(story: Story) -> list[dict[str, Any]]:
     """Up to ten held-out rows with what was answered before and at the end: those that changed first."""
-    labels, about = story.about.labels, story.about
-    if not labels or not story.answers or not about.texts:
+    about = story.about
+    if not story.answers or not about.texts or not (about.labels or about.choices):
         return []
     (_, before), (_, after) = story.answers[0], story.answers[-1]
     rows = range(min(len(about.texts), len(before), len(after), len(about.truth)))
@@ -83,13 +87,14 @@ def examples(story: Story) -> list[dict[str, Any]]:
     return [
         {
             "text": about.texts[row],
-            "right": labels[about.truth[row]],
-            "before": labels[before[row]],
-            "after": labels[after[row]],
+            "right": choices[about.truth[row]],
+            "before": choices[before[row]],
+            "after": choices[after[row]],
             "was": before[row] == about.truth[row],
             "is": after[row] == about.truth[row],
         }
         for row in sorted(rows, key=interest)[:EXAMPLES]
+        for choices in [about.labels or about.choices[row]]
     ]
 
 

@@ -1,5 +1,6 @@
 """Write the page: figures and tables of one run, or of several beside each other, in one file."""
 
+import shlex
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import Any
 
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import disk_errors, replacing
-from hfedmoe.report.page.learned import confusion, curves, examples
-from hfedmoe.report.page.plots import Plot
+from hfedmoe.report.page.beside import differing, reached
+from hfedmoe.report.page.gained import gains
+from hfedmoe.report.page.learned import ACROSS, confusion, curves, examples
+from hfedmoe.report.page.plots import SWITCHED, Plot
 from hfedmoe.report.page.story import Story, read_story
-from hfedmoe.report.page.who import alarms, client_rows, expert_plots, split_plot
-from hfedmoe.report.words import decimal, human_bytes, human_seconds, percent, points
+from hfedmoe.report.page.who import alarms, client_table, expert_plots, split_plot
+from hfedmoe.report.words import decimal, human_bytes, human_seconds, interval_words, machine_words, percent
 
 NAME = "report.html"
 
@@ -55,17 +58,18 @@ def one_page(stories: Sequence[Story], live: bool = False) -> str:
         groups["split"] = [] if split is None else [split]
         parts |= {
             "examples": examples(story),
-            "sites": story.sites,
-            "alone": any(site["alone"] for site in story.sites),
-            "tuned": next((site["tuning"] for site in story.sites if site.get("tuning")), None),
-            "clients": client_rows(story.clients),
-            "left_out": any(client.left_out for client in story.clients),
-            "measured": any(client.measured for client in story.clients),
+            "completions": bool(story.about.texts) and not story.about.truth,
+            "sites": gains(story.sites),
+            "alone": any(site.alone is not None for site in story.sites),
+            "f1": any(site.federated.macro_f1 is not None for site in story.sites),
+            "tuned": next((site.tuning for site in story.sites if site.tuning is not None), None),
+            "clients": client_table(story.clients),
             "alarms": [] if story.experts is None else alarms(story.experts),
-            "machine": story.about.machine,
             "short": story.short,
             "failed": story.failed,
         }
+    else:
+        parts |= {"reached": reached(stories, names), "differing": differing(stories, names)}
     plots = [plot for group in groups.values() for plot in group]
     document = Document()
     with document.models.freeze():  # else bokeh looks at all figures again after each
@@ -80,13 +84,15 @@ def one_page(stories: Sequence[Story], live: bool = False) -> str:
         "size": human_bytes,
         "percent": percent,
         "number": decimal,
-        "points": points,
+        "interval": interval_words,
         "time": human_seconds,
     }
     return environment.get_template("page.html.jinja").render(
         **parts,
         title=", ".join(names),
         live=live,
+        across=list(ACROSS),
+        switched=SWITCHED,
         groups={key: [(plot, drawn[id(plot)]) for plot in group] for key, group in groups.items()},
         style=files("hfedmoe.report.page").joinpath("page.css").read_text(encoding="utf-8"),
         library=Resources(mode="inline", components=["bokeh"]).render_js() if plots else "",
@@ -104,20 +110,20 @@ def _names(stories: Sequence[Story]) -> list[str]:
 
 
 def _head(story: Story, name: str) -> dict[str, Any]:
-    whole = story.whole
     return {
         "name": name,
-        "path": str(story.path),
+        "again": shlex.join(["hfedmoe", "run", str(story.path / "config.toml"), "--out", "another-folder"]),
         "method": story.config.method.name,
         "model": story.config.model.name,
         "source": story.config.data.source,
-        "seed": story.config.seed,
         "rounds": story.points[-1].round,
         "asked": story.config.federation.rounds,
         "clients": len(story.clients),
-        "before": whole[0].all if whole and whole[0].round == 0 else None,
-        "after": whole[-1].all if whole and whole[-1].round > 0 else None,
+        "before": None if story.before is None else story.before.all,
+        "after": None if story.after is None else story.after.all,
+        "between": None if story.after is None else story.after.interval("all"),
         "bytes": story.points[-1].bytes,
         "seconds": story.points[-1].seconds,
         "settings": story.settings,
+        "machine": machine_words(story.about.machine),
     }

@@ -4,7 +4,7 @@ import base64
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ DASHES = ("solid", "dashed", "dotted", "dotdash")
 GREY = "#808080"
 """Of text and lines: it can be read on white and on black."""
 HEIGHT = 260
+BAND = ("from", "to")
+"""Columns of a band."""
 
 
 @dataclass(frozen=True)
@@ -53,33 +55,58 @@ class Line:
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    band: Sequence[tuple[float, float]] = ()
+    """Where each value may well lie instead, from and to; empty: not known."""
+    others: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What else it can be drawn over, by the name of the axis: the page has a switch for it (`SWITCHED`)."""
 
 
-def lines(title: str, across: str, up: str, drawn: Sequence[Line], note: str = "", share: bool = False) -> Plot:
+SWITCHED = "switched"
+"""The tag of figures whose lines can be drawn over something else."""
+
+
+def lines(
+    title: str, across: str, up: str, drawn: Sequence[Line], note: str = "", share: bool = False, whole: bool = False
+) -> Plot:
     """Values over something. Points without a value (NaN) are left out.
 
     Args:
         across, up: what the axes are, with the unit.
+        drawn: all with a band, or none; and all with the same others.
         share: values are shares of 1, written as percentages.
+        whole: values are numbers of things: 0 and more, without parts.
     """
-    from bokeh.models import HoverTool
+    from bokeh.models import BasicTicker, ColumnDataSource, HoverTool
 
     figure = _figure(across, up)
-    columns: dict[str, list[Any]] = {"line": [], across: [], up: []}
+    others = list(drawn[0].others) if drawn else []
+    banded = bool(drawn and drawn[0].band)
+    columns: dict[str, list[Any]] = {name: [] for name in ("line", across, *others, up, *(BAND if banded else ()))}
     legend = []
     for number, line in enumerate(drawn):
-        kept = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y == y]
-        xs, ys = [x for x, _ in kept], [y for _, y in kept]
+        kept = [index for index, y in enumerate(line.y) if y == y]
+        own: dict[str, list[Any]] = {"line": [line.name] * len(kept)}
+        for name, values in ((across, line.x), *line.others.items(), (up, line.y)):
+            own[name] = [values[index] for index in kept]
+        for end, name in enumerate(BAND if banded else ()):
+            own[name] = [line.band[index][end] for index in kept]
         colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-        source: dict[str, list[Any]] = {"x": xs, "y": ys, "name": [line.name] * len(xs)}
+        source = ColumnDataSource(own | {"x": own[across], "y": own[up]})
+        if banded:
+            figure.varea("x", *BAND, source=source, fill_color=colour, fill_alpha=0.15)
         figure.line("x", "y", source=source, color=colour, line_width=2, line_dash=dash)
         figure.scatter("x", "y", source=source, color=colour, size=6)
         legend.append((line.name, colour, dash if dash in ("solid", "dotted") else "dashed"))
-        columns["line"] += source["name"]
-        columns[across] += xs
-        columns[up] += ys
-    shown = "@y{0.0 %}" if share else "@y{0.000}"
-    figure.add_tools(HoverTool(tooltips=[("", "@name"), (across, "@x{0.[0]}"), (up, shown)]))
+        for name, values in own.items():
+            columns[name] += values
+    form = "{0.0 %}" if share else "{0.000}"
+    tips = [("", "@line"), *((name, f"@{{{name}}}{{0.[0]}}") for name in (across, *others)), (up, f"@y{form}")]
+    if banded:
+        tips.append(("95 %", " to ".join(f"@{{{name}}}{form}" for name in BAND)))
+    figure.add_tools(HoverTool(tooltips=tips))
+    figure.tags = [SWITCHED] if others else []
+    if whole:
+        figure.y_range.start, figure.yaxis[0].ticker = 0, BasicTicker(min_interval=1)
     if share:
         figure.yaxis[0].formatter = _percent()
     return Plot(title, figure, columns, note, legend if len(drawn) > 1 else ())

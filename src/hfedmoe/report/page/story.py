@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from hfedmoe.config import RunConfig
+from hfedmoe.events import SiteGain
 from hfedmoe.runs import about
 from hfedmoe.runs.about import About
 from hfedmoe.runs.folder import RunFolder
+from hfedmoe.server.intervals import share_interval
 
 
 @dataclass
@@ -27,6 +29,13 @@ class Point:
     all: dict[str, Any] | None = None
     """Figures on all held-out rows."""
 
+    def interval(self, kind: str) -> tuple[float, float] | None:
+        """Of the accuracy on rows of a kind ("watch" or "all"), with 95 % confidence; None: there is no accuracy."""
+        figures = getattr(self, kind)
+        if figures is None or figures.get("accuracy") is None:
+            return None
+        return share_interval(round(figures["accuracy"] * figures["examples"]), figures["examples"])
+
 
 @dataclass
 class Client:
@@ -35,6 +44,8 @@ class Client:
     number: int
     name: str
     rows: int = 0
+    budget: int | None = None
+    """Experts over all layers, as it told last; None: unknown, as in runs of earlier versions."""
     rounds: int = 0
     """With a valid update."""
     resident: int = 0
@@ -48,8 +59,9 @@ class Client:
     """Whether the peak was measured; else it is predicted."""
     seconds: float = 0.0
     first_loss: float | None = None
-    """Before its first step."""
+    """The mean over the steps of its first round."""
     last_loss: float | None = None
+    """The same of its last round."""
     left_out: Counter[str] = field(default_factory=Counter)
     """How often it gave no valid update, by reason."""
 
@@ -110,13 +122,23 @@ class Story:
     failed: list[int]
     experts: Experts | None
     answers: list[tuple[int, list[int]]]
-    sites: list[dict[str, Any]]
-    """What each site gained, as in metrics.jsonl; empty: not measured, or the run goes on."""
+    sites: list[SiteGain]
+    """What each site gained; empty: not measured, or the run goes on."""
 
     @property
     def whole(self) -> list[Point]:
         """Measured on all held-out rows."""
         return [point for point in self.points if point.all is not None]
+
+    @property
+    def before(self) -> Point | None:
+        """The model before training, on all held-out rows; None: not measured."""
+        return next((point for point in self.whole if point.round == 0), None)
+
+    @property
+    def after(self) -> Point | None:
+        """The model of the last round that was measured on all held-out rows; None: none was, after training."""
+        return next((point for point in reversed(self.whole) if point.round > 0), None)
 
 
 def read_story(path: Path) -> Story:
@@ -125,7 +147,7 @@ def read_story(path: Path) -> Story:
     known = about.read(path)
     names = {part.client: part.name for part in known.parts}
     points: list[Point] = []
-    clients: dict[int, Client] = {part.client: Client(part.client, part.name, part.rows) for part in known.parts}
+    clients = {part.client: Client(part.client, part.name, part.rows, part.budget) for part in known.parts}
     short, failed = [], []
     sites: list[dict[str, Any]] = []
     sent, seconds = 0, 0.0
@@ -133,7 +155,7 @@ def read_story(path: Path) -> Story:
         sent += line.get("bytes_down", 0) + line.get("bytes_up", 0)
         seconds += line.get("seconds") or 0.0
         found = line["evaluation"]
-        points.append(Point(line["round"], sent, seconds, found.get("watch"), found.get("all")))
+        points.append(Point(line["round"], sent, seconds, _figures(found, "watch"), _figures(found, "all")))
         sites = line.get("sites", sites)
         if line.get("short"):
             short.append(line["round"])
@@ -154,8 +176,16 @@ def read_story(path: Path) -> Story:
         failed,
         experts,
         about.answers(path),
-        sites,
+        [SiteGain.from_json(site) for site in sites],
     )
+
+
+def _figures(found: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    """Of an evaluation. Its loss is the one that was trained, as on screen."""
+    figures = found.get(kind)
+    if figures is None or figures.get("choice_loss") is None:
+        return figures
+    return figures | {"loss": figures["choice_loss"]}
 
 
 def _count(client: Client, row: dict[str, Any]) -> None:
@@ -171,8 +201,9 @@ def _count(client: Client, row: dict[str, Any]) -> None:
     client.peak = max(client.peak, row.get("peak_bytes") or 0)
     client.measured = bool(row.get("peak_is_measured"))
     client.seconds += row.get("seconds") or 0.0
-    client.first_loss = row.get("first_loss") if client.first_loss is None else client.first_loss
-    client.last_loss = row.get("last_loss")
+    # A client's loss is the mean over its steps; earlier versions kept only the last.
+    client.last_loss = row.get("last_loss") if row.get("mean_loss") is None else row["mean_loss"]
+    client.first_loss = client.last_loss if client.first_loss is None else client.first_loss
 
 
 def _experts(rows: np.ndarray | None) -> Experts | None:

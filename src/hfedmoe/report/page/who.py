@@ -1,39 +1,60 @@
 """Who took part with what, what the experts did, and how rows were split: the middle of a page."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hfedmoe.report.page.plots import Line, Plot, heat, lines
 from hfedmoe.report.page.story import Client, Experts, Story
+from hfedmoe.report.page.tables import Cell, Column, Table, count, duration, number, size, table
 
 SHOWN = 60
 """Clients of a figure, at most."""
 COLLAPSED = 0.25
-"""A layer that really uses less than this share of the experts that it used in the first round has collapsed."""
+"""A layer that really uses less than this share of its experts has collapsed."""
+ALONE = 1.2
+"""So has one that really uses less than so many: nearly all goes to one expert."""
 
 
-def client_rows(clients: Sequence[Client]) -> list[dict[str, Any]]:
-    """The table of clients: numbers to sort by, and texts to read."""
-    return [
-        {
-            "name": client.name,
-            "rows": client.rows,
-            "rounds": client.rounds,
-            "held": client.resident,
-            "trained": client.trained,
-            "total": client.total,
-            "down": client.bytes_down,
-            "up": client.bytes_up,
-            "peak": client.peak,
-            "seconds": client.seconds,
-            "first": client.first_loss,
-            "last": client.last_loss,
-            "left_out": "; ".join(f"{reason} ({times})" for reason, times in client.left_out.most_common()),
-        }
-        for client in clients
-    ]
+def client_table(clients: Sequence[Client]) -> Table:
+    """One row per client: what it has, what it did, what it cost, and why it was left out."""
+    measured = any(client.measured for client in clients)
+    return table(
+        clients,
+        [
+            Column("client", lambda client: Cell(client.name)),
+            Column("rows", lambda client: count(client.rows)),
+            Column("budget", _budget),
+            Column("rounds", lambda client: count(client.rounds)),
+            Column("held", _told(lambda client: Cell(f"{client.resident}/{client.total}", client.resident))),
+            Column("trained", _told(lambda client: count(client.trained))),
+            Column("received", lambda client: size(client.bytes_down)),
+            Column("sent", lambda client: size(client.bytes_up)),
+            Column("peak" if measured else "peak (predicted)", _told(lambda client: size(client.peak))),
+            Column("time", _told(lambda client: duration(client.seconds))),
+            Column("loss, first round", lambda client: number(client.first_loss)),
+            Column("loss, last round", lambda client: number(client.last_loss)),
+            Column("left out, and why", _left_out),
+        ],
+    )
+
+
+def _told(cell: Callable[[Client], Cell]) -> Callable[[Client], Cell]:
+    """What is known only of a client that completed a round."""
+    return lambda client: cell(client) if client.rounds else Cell()
+
+
+def _budget(client: Client) -> Cell:
+    """Experts over all layers, and their share of all."""
+    if client.budget is None:
+        return Cell()
+    share = f" ({100 * client.budget / client.total:.0f} %)" if client.total else ""
+    return Cell(f"{client.budget}{share}", client.budget)
+
+
+def _left_out(client: Client) -> Cell:
+    reasons = "; ".join(f"{reason} ({times})" for reason, times in client.left_out.most_common())
+    return Cell(reasons, sum(client.left_out.values()), "text")
 
 
 def expert_plots(experts: Experts, names: dict[int, str]) -> list[Plot]:
@@ -52,7 +73,7 @@ def expert_plots(experts: Experts, names: dict[int, str]) -> list[Plot]:
     ]
     rounds = [float(round) for round in experts.rounds]
     never = Line("experts", rounds, experts.never.tolist())
-    made.append(lines("Experts that nobody has trained yet", "round", "experts", [never]))
+    made.append(lines("Experts that nobody has trained yet", "round", "experts", [never], whole=True))
     drift = [Line("between clients", rounds, experts.apart.tolist())]
     if len(rounds) > 1:
         drift.append(Line("from the round before", rounds[1:], experts.moved.tolist()))
@@ -78,17 +99,23 @@ def _overlap(experts: Experts, names: dict[int, str]) -> Plot:
 
 def alarms(experts: Experts) -> list[str]:
     """What is wrong with the routing, in sentences; nothing if all is well."""
-    first, last = experts.effective[0], experts.effective[-1]
-    found = [
-        f"Layer {layer} has collapsed: it really uses {end:.1f} experts; in the first round it used {begin:.1f}."
-        for layer, (begin, end) in enumerate(zip(first, last, strict=True))
-        if end < COLLAPSED * begin
-    ]
+    found = []
+    sizes = (~np.isnan(experts.usage[0])).sum(-1)
+    for layer, (num, begin, end) in enumerate(zip(sizes, experts.effective[0], experts.effective[-1], strict=True)):
+        least = _least(int(num))
+        if end < least:
+            first = f"in the first round it used {begin:.1f}"
+            then = "it was so in the first round already" if begin < least else first
+            found.append(f"Layer {layer} has collapsed: it really uses {end:.1f} of {num} experts; {then}.")
     never = int(experts.never[-1])
     if never:
-        exists = int((~np.isnan(experts.usage[0])).sum())
-        found.append(f"{never} of {exists} experts were trained by nobody: they are as in the base model.")
+        found.append(f"{never} of {sizes.sum()} experts were trained by nobody: they are as in the base model.")
     return found
+
+
+def _least(num_experts: int) -> float:
+    """Experts that a layer really uses, at least, if it has not collapsed; with one there is nothing to collapse."""
+    return max(COLLAPSED * num_experts, ALONE) if num_experts > 1 else 0.0
 
 
 def split_plot(story: Story) -> Plot | None:
