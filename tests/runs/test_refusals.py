@@ -41,6 +41,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "torn" / "hfedmoe.json").write_text("{")
     (place / "notes.txt").write_text("mine")
     (place / "rows.csv").write_text("text,label\nsome words,a\n")
+    (place / "dense").mkdir()
+    (place / "dense" / "config.json").write_text('{"model_type": "mistral"}')
     (place / "gone.toml").write_text('[data]\nsource = "gone.csv"\n')
     return place
 
@@ -76,6 +78,9 @@ WRONG_RUNS = [
     ("compare tiny --out notes.txt", "is a file"),
     ("compare gone.toml", "gone.csv: no such file"),
     ("run tiny --set data.source=empty", "was not written by datasets.save_to_disk"),
+    ("run gone.toml --set model.name=smollm2", "set model.upcycle = { experts = 8, top_k = 2 }, or another model.name"),
+    ("run gone.toml --set model.name=dense", "mistral has no Mixture-of-Experts layers; set model.upcycle"),
+    ("plan --model dense", "mistral has no Mixture-of-Experts layers; set model.upcycle"),
     ("init notes.txt", 'unknown format ".txt"'),
     ("init rows.csv --out empty", "is a folder"),
 ]

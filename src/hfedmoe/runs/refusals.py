@@ -7,12 +7,14 @@ from hfedmoe.config import DataConfig, ModelConfig, RunConfig, TrackingConfig
 from hfedmoe.data.known import KNOWN
 from hfedmoe.data.sources import IN_WHEEL, is_file, is_packaged, require_saved
 from hfedmoe.errors import UserError
+from hfedmoe.models.dense import refuse_dense
 from hfedmoe.models.names import PACKAGED_MODELS, locate
 
 
 def require_settings(config: RunConfig) -> None:
-    """Raise UserError if something that the settings name is not there: a model, a data file, a tracker's library."""
+    """Raise UserError if something that the settings name is not there, or the model is dense."""
     require_model(config.model)
+    refuse_dense(config.model)
     require_data(config.data)
     require_trackers(config.tracking)
 
