@@ -2,14 +2,12 @@
 
 import json
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
 import typer.main
 
 from hfedmoe.cli import app
-from hfedmoe.config import config_from_tree
 
 ROOT = Path(__file__).parents[1]
 PAPERS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
@@ -53,11 +51,6 @@ def test_every_command_is_in_the_table():
     assert {name for name in COMMANDS if f"| `hfedmoe {name} " in README or f"| `hfedmoe {name}`" in README} == set(
         COMMANDS
     )
-
-
-@pytest.mark.parametrize("block", blocks("toml"))
-def test_toml_blocks_are_configs(block):
-    config_from_tree(tomllib.loads(block), "README.md")
 
 
 @pytest.mark.parametrize("block", blocks("json"))
