@@ -11,7 +11,7 @@ import pytest
 
 from hfedmoe.config import RunConfig, Section, config_from_tree, load_config
 from hfedmoe.config.budgets import in_experts
-from hfedmoe.config.builtin import NAMES, shipped_config
+from hfedmoe.config.builtin import NAMES, load_named, shipped_config
 from hfedmoe.errors import UserError
 from hfedmoe.files.lfs import START
 
@@ -138,6 +138,15 @@ def test_budgets_in_experts(budget, total, experts):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_shipped_config_parses(path):
     assert load_config(path).clients.count >= 1
+
+
+def test_a_folder_does_not_hide_a_shipped_config_but_a_file_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert load_named(Path("tiny"), None).model.name == "tiny"
+    (tmp_path / "tiny").rmdir()
+    (tmp_path / "tiny").write_text('name = "mine"')
+    assert load_named(Path("tiny"), None).name == "mine"
 
 
 def test_the_demo_is_what_it_says():

@@ -1,7 +1,7 @@
 """The console, TOML and Python blocks of the pages, and what each of them says about who runs it.
 
-Without a mark, a console block is run by `tests/pages/test_run.py` and a config (TOML) by `tests/pages/test_configs.py`;
-a program (Python) always has one. It is a comment on the line before a block, or on the first line of a page for all
+Without a mark, a console block is run by `tests/pages/test_run.py`, a config (TOML) by `tests/pages/test_configs.py`.
+A program (Python) always has one. It is a comment on the line before a block, or on the first line of a page for all
 its blocks, and says what the block needs, so that it is not run, or which test runs it:
 
     <!-- needs: a download -->
