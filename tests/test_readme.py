@@ -2,16 +2,16 @@
 
 import json
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
 import typer.main
 
 from hfedmoe.cli import app
-from hfedmoe.config import config_from_tree
+from hfedmoe.models.packaged import INSTALL
 
 ROOT = Path(__file__).parents[1]
+MODEL = INSTALL.split()[-1]
 PAPERS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -25,6 +25,36 @@ def test_it_opens_with_the_two_commands():
     first = [line.split("#")[0].strip() for line in blocks("console")[0].splitlines()]
     assert first == ["$ make demo", "$ make test"]
     assert README.index("make demo") < README.index("**What it is.**")
+
+
+def test_the_first_screen_says_what_it_is_for_whom_if_it_is_safe_and_which_model():
+    screen = README[: README.index("**What the demo shows.**")]
+    order = ["make demo", "pip install hfedmoe", "hfedmoe run tiny", "**What it is.**", "**For whom.**"]
+    order += ["**Is it safe for private texts?**", "adds noise", "#who-can-do-what", "**Which model?**"]
+    places = [screen.index(words) for words in order]
+    assert places == sorted(places)
+    assert screen.count("\n") <= 45
+    for words in ("*Mixture of Experts* (MoE)", "the *experts*", "a *router*"):
+        assert words in screen
+    assert README.index("macro-F1, in which") == README.index("macro-F1")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_both_ways_to_install_are_shown_and_a_run_of_seconds_comes_first(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "$ make demo" in text
+    (block,) = [
+        block for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) if "pip install hfedmoe" in block
+    ]
+    commands = [line.split("#")[0].strip("$ \n") for line in block.splitlines()]
+    assert commands == ["pip install hfedmoe", "hfedmoe run tiny", INSTALL, "hfedmoe run"]
+    assert MODEL in (ROOT / "Makefile").read_text()
+
+
+def headings(page: str) -> set[str]:
+    """The anchors of a page, as GitHub and the site make them."""
+    lines = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-") for line in lines}
 
 
 def test_make_targets_exist():
@@ -55,11 +85,6 @@ def test_every_command_is_in_the_table():
     )
 
 
-@pytest.mark.parametrize("block", blocks("toml"))
-def test_toml_blocks_are_configs(block):
-    config_from_tree(tomllib.loads(block), "README.md")
-
-
 @pytest.mark.parametrize("block", blocks("json"))
 def test_json_blocks_are_rows(block):
     rows = [json.loads(line) for line in block.splitlines()]
@@ -69,6 +94,8 @@ def test_json_blocks_are_rows(block):
 @pytest.mark.parametrize("paper", PAPERS)
 def test_links_lead_somewhere(paper):
     text = (ROOT / paper).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)", text):
+    for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]*))?\)", text):
         if not target.startswith("http"):
-            assert ((ROOT / paper).parent / target).exists(), target
+            file = (ROOT / paper).parent / target if target else ROOT / paper
+            assert file.exists(), target
+            assert not anchor or anchor in headings(str(file)), f"{target}#{anchor}"

@@ -33,6 +33,42 @@ HEAD = """# Models
 Any Mixture-of-Experts model that transformers loads for causal or sequence-to-sequence language modelling can be used
 if its layers are built like those of the families below. `hfedmoe inspect MODEL` shows what is found in one.
 
+## Which model?
+
+If you do not know yet, take `smollm2-domains`, which needs no download from the hub, and another one later: only
+`model.name` changes. Three things decide.
+
+**Memory.** Every device holds the parts that all tokens use, and in each layer at least as many experts as one token
+uses (top-k). `plan` says how many experts fit into a device, and what the least is. Neither command loads weights:
+
+```console
+$ hfedmoe inspect smollm2-domains                                             # layers, experts, bytes by kind
+$ hfedmoe plan my.toml --model smollm2-domains --device 2GiB --device 4GiB
+```
+
+| `model.name` | parameters | languages | a device needs | with all experts |
+|---|---|---|---|---|
+| `smollm2-domains` | 0.3 billion | English | 1.4 GiB | 2.0 GiB |
+| `ibm-granite/granite-3.1-1b-a400m-base` | 1.3 billion | 12, from Arabic to Spanish | 2.0 GiB | 4.0 GiB |
+| `allenai/OLMoE-1B-7B-0924` | 6.9 billion | English | 4.0 GiB | 16 GiB |
+| `Qwen/Qwen3-30B-A3B` | 30.5 billion | 119 | 10 GiB | 68 GiB |
+
+These are what `plan` says for prompts of 40 tokens and 8 rows a batch, the last three with `model.dtype = "bfloat16"`.
+Longer prompts take more, `model.expert_dtype = "4bit"` less ([budgets](budgets.md)). A simulation on one machine needs
+memory for the whole model once.
+
+**Language.** Take a model whose card on the hub names the language of your texts. A few hundred rows teach it a task,
+not a language.
+
+**Task.** For labels and multiple choice any model will do, and a small one first. Conversations and free answers need
+one that was tuned for them, often called *instruct* or *chat*, with a chat template; small ones write poorly.
+
+If two would do, run both for a few rounds: round 0 is the model as it was, so you also see what it knew before. A dense
+Llama or Mistral model becomes a Mixture of Experts with `model.upcycle = {{ experts = 8, top_k = 2 }}`; its experts are
+copies at first, so it matters less which of them a device holds. `tiny` is for trying settings, and learns little.
+
+## What is tested
+
 Each of these {number} families is tested with a tiny random model and compared with the stock model: outputs; gradients
 of experts (LoRA and full training), routers and embeddings; the same outputs and gradients if absent experts are masked
 or not in memory, without training them; statistics of the unmasked router; recomputed activations and bfloat16; and

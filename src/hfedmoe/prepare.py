@@ -30,7 +30,7 @@ from hfedmoe.events import Watcher
 from hfedmoe.files.disk import require_room
 from hfedmoe.method.methods import METHODS
 from hfedmoe.models.loaded import Loaded
-from hfedmoe.models.loading import load
+from hfedmoe.models.loading import load, require_experts
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import initial_tensors, load_all
@@ -196,6 +196,7 @@ def prepare(
         keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    require_experts(config.model)
     watcher.phase("reading the data")
     watch: list[Example] = []
     if own is not None and terms is not None:

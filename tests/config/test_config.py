@@ -1,17 +1,13 @@
 """The configuration: ranges, overrides, suggestions, shipped files, and its page in the docs."""
 
 import runpy
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from hfedmoe.config import RunConfig, Section, config_from_tree, load_config
 from hfedmoe.config.budgets import in_experts
-from hfedmoe.config.builtin import NAMES, shipped_config
+from hfedmoe.config.builtin import load_named, shipped_config
 from hfedmoe.errors import UserError
 from hfedmoe.files.lfs import START
 
@@ -140,37 +136,20 @@ def test_every_shipped_config_parses(path):
     assert load_config(path).clients.count >= 1
 
 
+def test_a_folder_does_not_hide_a_shipped_config_but_a_file_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert load_named(Path("tiny"), None).model.name == "tiny"
+    (tmp_path / "tiny").rmdir()
+    (tmp_path / "tiny").write_text('name = "mine"')
+    assert load_named(Path("tiny"), None).name == "mine"
+
+
 def test_the_demo_is_what_it_says():
     config = load_config(shipped_config("demo"))
     assert (config.model.name, config.model.upcycle) == ("smollm2-domains", None)
     assert config.clients.count == len(config.clients.budgets) == 8
     assert set(config.clients.budgets) == {"25%", "50%", "100%"}
-
-
-def test_an_installed_package_brings_configs_rows_and_changes_of_experts(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "configs", source / "configs")
-    package = source / "src" / "hfedmoe"
-    for data in ("data/packaged", "models/shipped", "report/page"):
-        shutil.copytree(ROOT / "src" / "hfedmoe" / data, package / data)
-    shutil.copy(ROOT / "src" / "hfedmoe" / "__init__.py", package)
-    build = f"import setuptools.build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
-    if "No module named 'setuptools'" in done.stderr:
-        pytest.skip("setuptools is not installed here")
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = zipfile.ZipFile(wheel).namelist()
-    assert {f"hfedmoe/configs/{name}.toml" for name in NAMES} <= set(packed)
-    assert {
-        "hfedmoe/data/packaged/reuters-r8.parquet",
-        "hfedmoe/models/shipped/smollm2-domains.safetensors",
-        "hfedmoe/report/page/page.html.jinja",
-        "hfedmoe/report/page/page.css",
-    } <= set(packed)
 
 
 # the docs

@@ -111,6 +111,7 @@ def test_a_server_names_a_device_of_another_version(
         monkeypatch.setattr(reach, "versions", lambda: "hfedmoe 0.0.9, flwr 1.41.0")
         capsys.readouterr()
         assert hfedmoe("join", tmp_path / "north.invite", "--data", tmp_path / "own.csv", "--check") == 1
+        (tmp_path / "own.csv").write_text("text,label\n")
         assert hfedmoe("join", tmp_path / "north.invite", "--data", tmp_path / "own.csv") == 2
     _, (failed, refused) = lines(capsys)
     assert board.offer is not None

@@ -1,12 +1,13 @@
-"""The console blocks of the pages, and what each of them says about who runs it.
+"""The console, TOML and Python blocks of the pages, and what each of them says about who runs it.
 
-A block without a mark is run by `tests/pages/test_run.py`. A comment on the line before a block, or on the first line
-of a page for all its blocks, says that it is not, and why:
+Without a mark, a console block is run by `tests/pages/test_run.py`, a config (TOML) by `tests/pages/test_configs.py`.
+A program (Python) always has one. It is a comment on the line before a block, or on the first line of a page for all
+its blocks, and says what the block needs, so that it is not run, or which test runs it:
 
     <!-- needs: a download -->
     <!-- run by: tests/fleet/test_fleet.py::test_three_devices -->
 
-The commands of every block are parsed, whatever its mark.
+The commands and configs of every block are parsed, whatever its mark.
 """
 
 import re
@@ -20,19 +21,24 @@ _MARK = re.compile(r"<!-- (needs|run by): (.+) -->")
 _PROMPT = re.compile(r"^\w*\$ ")
 
 
+LANGUAGES = ("console", "toml", "python")
+
+
 @dataclass(frozen=True)
 class Block:
-    """A console block of a page."""
+    """A block of a page."""
 
     page: str
     """Its path from the root of the repository."""
     line: int
     """The number of the line on which it begins."""
+    language: str
+    """One of `LANGUAGES`."""
     text: tuple[str, ...]
     needs: str = ""
     """What it takes to run it; empty: nothing special."""
     run_by: str = ""
-    """The test that runs it, `file::function`; empty: `tests/pages/test_run.py`, unless it needs something."""
+    """The test that runs it, `file::function`; empty: one of `tests/pages`, unless it needs something."""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -57,7 +63,7 @@ class Block:
 
 
 def blocks_of(page: str, text: str | None = None) -> list[Block]:
-    """The console blocks of a page; `text` stands in for its content."""
+    """The blocks of a page in one of `LANGUAGES`; `text` stands in for its content."""
     lines = (text if text is not None else (ROOT / page).read_text(encoding="utf-8")).splitlines()
     of_page = _MARK.fullmatch(lines[0]) if lines else None
     found, fence, begins = [], "", 0
@@ -66,15 +72,20 @@ def blocks_of(page: str, text: str | None = None) -> list[Block]:
             fence, begins, language = opened[1], number, opened[2].strip()
         elif fence and line.strip() == fence:
             inside = tuple(lines[begins + 1 : number])
-            if language == "console" or any(_PROMPT.match(one) for one in inside):
+            if any(_PROMPT.match(one) for one in inside):
+                language = "console"
+            if language in LANGUAGES:
                 mark = (_MARK.fullmatch(lines[begins - 1]) if begins else None) or of_page
                 says = {mark[1].replace(" ", "_"): mark[2]} if mark else {}
-                found.append(Block(page, begins + 1, inside, **says))
+                found.append(Block(page, begins + 1, language, inside, **says))
             fence = ""
     return found
 
 
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+EVERY = [block for page in PAGES for block in blocks_of(page)]
+"""All of them."""
+BLOCKS = [block for block in EVERY if block.language == "console"]
+"""Those with commands."""
 
 
 def python_file(page: str, name: str) -> str:

@@ -66,7 +66,7 @@ def test_dense_models_and_what_they_would_become(tmp_path):
     BertConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
     ).save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match=r"bert has no Mixture-of-Experts layers; use a MoE model") as refused:
+    with pytest.raises(UserError, match=r"bert has no Mixture-of-Experts layers; name a MoE model") as refused:
         anatomy_of(str(tmp_path / "bert"))
     assert "--upcycle-experts" not in str(refused.value)  # it would be refused
     anatomy = anatomy_of(str(tmp_path), experts=6, top_k=3)

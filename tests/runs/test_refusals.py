@@ -41,6 +41,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "torn" / "hfedmoe.json").write_text("{")
     (place / "notes.txt").write_text("mine")
     (place / "rows.csv").write_text("text,label\nsome words,a\n")
+    (place / "dense").mkdir()
+    (place / "dense" / "config.json").write_text('{"model_type": "mistral"}')
     (place / "gone.toml").write_text('[data]\nsource = "gone.csv"\n')
     return place
 
@@ -76,6 +78,9 @@ WRONG_RUNS = [
     ("compare tiny --out notes.txt", "is a file"),
     ("compare gone.toml", "gone.csv: no such file"),
     ("run tiny --set data.source=empty", "was not written by datasets.save_to_disk"),
+    ("run gone.toml --set model.name=smollm2", "set model.upcycle = { experts = 8, top_k = 2 }, or another model.name"),
+    ("run gone.toml --set model.name=dense", "mistral has no Mixture-of-Experts layers; set model.upcycle"),
+    ("plan --model dense", "mistral has no Mixture-of-Experts layers; set model.upcycle"),
     ("init notes.txt", 'unknown format ".txt"'),
     ("init rows.csv --out empty", "is a folder"),
 ]
@@ -104,8 +109,19 @@ WRONG_PATHS = [
 OF_A_FLEET = [
     "serve gone.toml",
     "serve --resume none",
-    "join none.invite --data rows.csv",
     "join rows.csv --data rows.csv",
+]
+WRONG_ON_DEVICES = [
+    ("join none.invite --data rows.csv", "none.invite: no such invitation"),
+    ("join rows.csv --data gone.csv", "--data gone.csv: no such file"),
+    ("join rows.csv --data rows.csv --key none", "--key none: no such file"),
+]
+ON_NO_HUB = [
+    ("inspect nothing", "no folder has this name, and it is not in the cache, and the hub cannot be reached"),
+    ("run tiny --set model.name=owner/nothing", "or one of smollm2, smollm2-domains, tiny"),
+    ("init rows.csv --model a:b", "it is no hub id"),
+    ("plan --model owner/nothing", "name a folder, a hub id (owner/name)"),
+    ("evaluate owner/nothing", "model.name = owner/nothing"),
 ]
 
 
@@ -120,6 +136,20 @@ def test_wrong_paths_are_refused_at_once(tmp_path: Path) -> None:
     for command, (line, heavy) in zip(WRONG_PATHS, ended(tmp_path, WRONG_PATHS), strict=True):
         assert "none" in line, (command, line)
         assert heavy == [], command
+
+
+def test_wrong_paths_of_a_device_are_refused_before_flower_or_a_configuration_is_read(finished: Path) -> None:
+    found = ended(finished, [command for command, _ in WRONG_ON_DEVICES])
+    for (command, reason), (line, heavy) in zip(WRONG_ON_DEVICES, found, strict=True):
+        assert reason in line, (command, line)
+        assert heavy == [], command
+
+
+def test_a_model_that_no_hub_can_give_is_refused_without_torch(finished: Path) -> None:
+    found = ended(finished, [command for command, _ in ON_NO_HUB])
+    for (command, reason), (line, heavy) in zip(ON_NO_HUB, found, strict=True):
+        assert reason in line, (command, line)
+        assert not {"torch", "transformers"} & set(heavy), command
 
 
 def test_commands_of_a_fleet_refuse_without_a_model(finished: Path) -> None:

@@ -50,9 +50,11 @@ def plan(
         if "model.revision" not in keys_of(overrides):
             changed = changed.model_copy(update={"revision": None})  # it belongs to the config's own model
         settings = settings.model_copy(update={"model": changed})
+    from hfedmoe.models.dense import refuse_dense
     from hfedmoe.runs.refusals import require_model
 
     require_model(settings.model)
+    refuse_dense(settings.model)
     from hfedmoe.report.plan import plan_for, to_json
     from hfedmoe.report.plan_text import as_text
 

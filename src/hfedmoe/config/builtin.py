@@ -22,6 +22,6 @@ def load_named(config: Path | None, overrides: list[str] | None) -> "RunConfig":
 
     if config is None:
         config = shipped_config("demo")
-    elif str(config) in NAMES and not config.exists():
+    elif str(config) in NAMES and not config.is_file():  # a folder of that name is no config
         config = shipped_config(str(config))
     return load_config(config, overrides)

@@ -25,8 +25,8 @@ class ModelConfig(Section):
     """Which model, and in what precision."""
 
     name: Annotated[
-        str, Field(description="`smollm2`, `smollm2-domains` or `tiny` (packaged), a hub id, or a local folder")
-    ] = "smollm2"
+        str, Field(description="`smollm2-domains`, `smollm2` or `tiny` (packaged), a hub id, or a local folder")
+    ] = "smollm2-domains"
     revision: Annotated[str | None, Field(description="branch, tag or commit of a hub model")] = None
     upcycle: UpcycleConfig | None = None
     dtype: Annotated[

@@ -221,6 +221,12 @@ def join(
     ] = False,
 ) -> None:
     """Take part in a federation with this device's own rows, until Ctrl-C."""
+    if not invitation.is_file():
+        raise UserError(f"{invitation}: no such invitation; ask who runs the server for one, or check the path")
+    if not check:  # a check says everything that it finds
+        for option, path in (("--data", data), ("--key", key)):
+            if path is not None and not path.expanduser().exists():
+                raise UserError(f"{option} {path}: no such file")
     from hfedmoe.client.policy import Policy
     from hfedmoe.config.budgets import budget_of
     from hfedmoe.fleet.allowed import Allowed

@@ -11,6 +11,7 @@ from typing import Any
 from hfedmoe.config import ModelConfig
 from hfedmoe.errors import UserError
 from hfedmoe.models.carved import check_stored, checkpoint_folder, open_model, store_experts
+from hfedmoe.models.dense import refuse_without_experts
 from hfedmoe.models.loaded import Loaded, device_of, with_padding
 from hfedmoe.models.names import LOADING_ERRORS, PACKAGED_MODELS, explain, source_of
 from hfedmoe.moe.anatomy import UnsupportedModelError, find_moe_layers
@@ -45,6 +46,19 @@ def load(config: ModelConfig, seed: int, carve: bool = False) -> Loaded:
     if config.expert_dtype != "same":
         loaded.store = store_experts(loaded.model, config)
     return loaded
+
+
+def require_experts(config: ModelConfig) -> None:
+    """Look only at a model's config, before rows are read: is it one that can be used, with experts?
+
+    Not of GGUF files: to read what describes one takes seconds.
+
+    Raises:
+        UserError: the model is unknown, unreachable or unsupported, or dense and not upcycled.
+    """
+    if config.upcycle is None and config.name not in PACKAGED_MODELS and not config.name.endswith(".gguf"):
+        described, _ = _described(config)
+        refuse_without_experts(config.name, described)
 
 
 def _whole(config: ModelConfig, seed: int) -> Loaded:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hfedmoe.moe.families import DENSE, UNSUPPORTED
+from hfedmoe.moe.families import DENSE, UNSUPPORTED, why_dense
 
 STACKED_DOWN = "down_proj"
 STACKED_UP = ("gate_up_proj", "up_proj")
@@ -23,7 +23,7 @@ class UnsupportedModelError(ValueError):
 
 
 class DenseModelError(UnsupportedModelError):
-    """The model has no MoE layers; `can_be_upcycled` says whether `hfedmoe upcycle` supports its family."""
+    """The model has no MoE layers; `can_be_upcycled` says whether `model.upcycle` supports its family."""
 
     def __init__(self, message: str, can_be_upcycled: bool) -> None:
         super().__init__(message)
@@ -126,12 +126,7 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     if not layers and lonely:
         raise UnsupportedModelError(lonely)
     if not layers:
-        way = (
-            "`hfedmoe upcycle` can make a MoE model from it"
-            if family in DENSE
-            else f"use a MoE model, or `hfedmoe upcycle` with a dense model of the families {', '.join(DENSE)}"
-        )
-        raise DenseModelError(f"{family} has no Mixture-of-Experts layers; {way}", family in DENSE)
+        raise DenseModelError(why_dense(family), family in DENSE)
     return layers
 
 

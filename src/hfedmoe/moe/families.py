@@ -80,3 +80,12 @@ UNSUPPORTED = {
 
 DENSE = ("llama", "mistral")
 """Dense families with Mixtral's blocks: RMS norm, rotary attention without biases, SwiGLU feed-forward."""
+
+
+def why_dense(family: str) -> str:
+    """Why a model without MoE layers is refused, and the way out."""
+    if family in DENSE:
+        way = "set model.upcycle = { experts = 8, top_k = 2 }, or another model.name, such as smollm2-domains"
+    else:
+        way = f"name a MoE model, or set model.upcycle for a dense model of the families {', '.join(DENSE)}"
+    return f"{family} has no Mixture-of-Experts layers; {way}"

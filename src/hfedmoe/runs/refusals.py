@@ -7,20 +7,31 @@ from hfedmoe.config import DataConfig, ModelConfig, RunConfig, TrackingConfig
 from hfedmoe.data.known import KNOWN
 from hfedmoe.data.sources import IN_WHEEL, is_file, is_packaged, require_saved
 from hfedmoe.errors import UserError
+from hfedmoe.files.hub import why_not_on_hub
+from hfedmoe.models.dense import refuse_dense
 from hfedmoe.models.names import PACKAGED_MODELS, locate
 
 
 def require_settings(config: RunConfig) -> None:
-    """Raise UserError if something that the settings name is not there: a model, a data file, a tracker's library."""
+    """Raise UserError if something that the settings name is not there, or the model is dense."""
     require_model(config.model)
+    refuse_dense(config.model)
     require_data(config.data)
     require_trackers(config.tracking)
 
 
 def require_model(config: ModelConfig) -> None:
-    """Raise UserError if the model is a file or folder that does not exist or is not a model."""
-    if config.name not in PACKAGED_MODELS:
-        locate(config)
+    """Raise UserError if the model is a file or folder that does not exist or is no model, or a hub id out of reach."""
+    if config.name in PACKAGED_MODELS:
+        return
+    source, gguf = locate(config)
+    if gguf or Path(source).is_dir():
+        return
+    if (problem := why_not_on_hub(config.name, "config.json", config.revision)) is not None:
+        raise UserError(
+            f"model.name = {config.name}: no folder has this name, and {problem}; name a folder, a hub id (owner/name) "
+            f"that can be reached, or one of {', '.join(PACKAGED_MODELS)}"
+        )
 
 
 def require_data(config: DataConfig) -> None:

@@ -70,7 +70,7 @@ def _put_model(asked: Asked, draft: Draft) -> Anatomy:
     except UnsupportedModelError as error:
         hint = ""
         if isinstance(error, DenseModelError) and error.can_be_upcycled:
-            hint = ", and here --set model.upcycle.experts=8; or name a Mixture of Experts such as smollm2-domains"
+            hint = " (here --set model.upcycle.experts=8, or --model)"
         raise UserError(f"{asked.model}: {error}{hint}") from None
     draft.put("model.name", asked.model, shape_of(anatomy))
     if anatomy.dtype in SIXTEEN_BIT and device_of(config.device).type != "cpu":
