@@ -8,6 +8,9 @@ import pytest
 
 from hfedmoe.errors import UserError
 from hfedmoe.fleet import reach
+from hfedmoe.fleet.allowed import Allowed
+from hfedmoe.fleet.check import check
+from hfedmoe.fleet.invite import read_invitation
 from hfedmoe.models.tiny import tiny_tokenizer
 from tests.deployment.nodes import rows_file
 from tests.fleet.places import hfedmoe, new_fleet, offering, save_tiny
@@ -67,10 +70,11 @@ def test_each_thing_that_does_not_fit_has_a_line_of_its_own(
     tokenizer.add_tokens(["strange"])
     tokenizer.save_pretrained(other)
     own = rows_file(tmp_path / "own.csv", "earn", "leukaemia", rows=6)
-    with offering(tmp_path / "fleet", port, config):
+    with offering(tmp_path / "fleet", port, config) as board:
         capsys.readouterr()
         arguments = ["--data", own, "--model", other, "--budget", "2"]
         assert hfedmoe("join", tmp_path / "north.invite", *arguments, "--check") == 1
+        list(check(read_invitation(tmp_path / "north.invite"), None, Allowed(own, 2, str(other)), telling=True))
     _, failed = lines(capsys)
     weights, rows, tokens, budget = failed
     assert "other: its weights are not the server's" in weights
@@ -78,6 +82,9 @@ def test_each_thing_that_does_not_fit_has_a_line_of_its_own(
     assert "(lines 3, 5, 7)" in rows
     assert "other: its tokenizer is not the server's" in tokens
     assert "2 of 32 experts, but top-2 routing in 4 layers needs at least 8" in budget
+    weights, rows, tokens, budget = board.refused["north"].split("; its ")
+    assert weights.startswith("its base model is not the server's: other weights")
+    assert rows == "own rows do not fit the run"
 
 
 def test_a_server_does_not_choose_the_models_that_a_device_opens(

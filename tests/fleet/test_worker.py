@@ -35,6 +35,7 @@ from hfedmoe.wire.messages import (
     train_request,
     unpack_bits,
 )
+from hfedmoe.wire.same import Digests
 from tests.deployment.nodes import rows_file
 from tests.fleet.places import save_tiny
 
@@ -49,8 +50,8 @@ def worker(tmp_path: Path) -> Worker:
     return Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model"))), 2, DeviceFolder(tmp_path))
 
 
-def ask(worker: Worker, kind: str, content: RecordDict, config: str, **node: Any) -> Message:
-    context = Context(5, 6, node, RecordDict(), {"config": config, "run": RUN})
+def ask(worker: Worker, kind: str, content: RecordDict, config: str, run: str = RUN, **node: Any) -> Message:
+    context = Context(5, 6, node, RecordDict(), {"config": config, "run": run})
     metadata = Metadata(5, "1", 0, 6, "", "", 0.0, 60.0, kind)
     before = dict(context.run_config)
     reply = worker.answer(Message(content, metadata=metadata), context)  # type: ignore[call-overload]
@@ -70,6 +71,18 @@ def test_number_data_model_and_budget_are_the_devices_own(worker: Worker, tmp_pa
     assert "resident" in facts_of(plan)
     # Terms and budget came from the device's own disk: Flower's state of the second message was empty.
     assert (tmp_path / "memory" / RUN / "now").is_file()
+
+
+def test_a_device_that_stays_for_a_run_with_another_tokenizer_refuses_it_by_name(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert facts_of(describe(worker))["client"] == 2
+    other = describe_request(TERMS.to_json(), Digests(tokenizer="0" * 32))
+    reply = ask(worker, DESCRIBE, other, CONFIG.format(model="theirs/model", more=""), run="b" * 32)
+    with pytest.raises(checks.TroubleError, match="its tokenizer is not the server's; give both the same checkpoint"):
+        checks.trouble(reply)
+    assert set(facts_of(reply)) == {"status", "code", "count"}
+    assert "model: its tokenizer is not the server's; get the same model" in caplog.text
 
 
 def test_a_device_may_be_invited_after_the_run_began(worker: Worker) -> None:

@@ -88,9 +88,9 @@ def _failed(about: str, error: UserError) -> Finding:
 
 def _weights(config: "RunConfig", offer: Offer) -> tuple[str, int, int]:
     from hfedmoe.models.digest import base_digest
+    from hfedmoe.wire.same import require_base
 
-    if base_digest(config) != offer.base:
-        raise UserError(f"{config.model.name}: its weights are not the server's; get the same model")
+    require_base(config.model.name, base_digest(config), offer.base)
     return f"{config.model.name}: has the server's weights", 0, 0
 
 
@@ -109,10 +109,10 @@ def _tokens(config: "RunConfig", offer: Offer, terms: "Terms", rows: "list[Task]
     from hfedmoe.models.loading import load
     from hfedmoe.prepare import encoder_of
     from hfedmoe.server.evaluation import room_of
+    from hfedmoe.wire.same import require_tokenizer
 
     loaded = load(config.model, config.seed, carve=True)
-    if tokenizer_digest(loaded.tokenizer) != offer.tokenizer:
-        raise UserError(f"{config.model.name}: its tokenizer is not the server's; get the same model")
+    require_tokenizer(config.model.name, tokenizer_digest(loaded.tokenizer), offer.tokenizer)
     warnings: list[str] = []
     for task in rows:
         encoder = encoder_of(loaded, task, config.data)

@@ -51,8 +51,9 @@ class Report:
 
     @property
     def failed(self) -> list[str]:
-        """What does not fit, in words."""
-        return [CODES[one.code].format(count=one.count) for one in self.findings if not one.fits]
+        """What does not fit, in words, each said once."""
+        said = (CODES[one.code].format(count=one.count) for one in self.findings if not one.fits)
+        return list(dict.fromkeys(said))
 
     def about(self, what: str) -> Finding | None:
         """The finding about one of `ABOUT`."""

@@ -36,6 +36,7 @@ from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.runs.refusals import require_trackers
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.members import Known
+from hfedmoe.wire.same import Digests
 
 CONTINUED_BY = "hfedmoe serve --resume"
 KEY = "fleet.json"
@@ -120,7 +121,7 @@ def _serve(
         tensors = None if from_round is None else prepared.restore(folder, from_round).tensors
         terms = terms_of(prepared.task, prepared.config.data, prepared.encoder.first_token_only)
         offer = offer_of(prepared, terms, key)
-        server = server_for(prepared, keeper, notes, tensors, from_round or 0, offer.base)
+        server = server_for(prepared, keeper, notes, tensors, from_round or 0, Digests(offer.base, offer.tokenizer))
         link = stack.enter_context(superlink(fleet, lambda: look()))
         registered: list[Any] = [None]
 
