@@ -82,9 +82,12 @@ def test_each_thing_that_does_not_fit_has_a_line_of_its_own(
     assert "(lines 3, 5, 7)" in rows
     assert "other: its tokenizer is not the server's" in tokens
     assert "2 of 32 experts, but top-2 routing in 4 layers needs at least 8" in budget
-    weights, rows, tokens, budget = board.refused["north"].split("; its ")
+    weights, rows, tokens, budget = board.reports["north"].failed
     assert weights.startswith("its base model is not the server's: other weights")
-    assert rows == "own rows do not fit the run"
+    assert rows == "its own rows do not fit the run; its log says which"
+    assert tokens == "its tokenizer is not the server's; give both the same checkpoint"
+    assert budget == "cannot take part with its settings, model or data; its log says why"
+    assert board.refused["north"] == "; ".join((weights, rows, tokens, budget))
 
 
 def test_a_server_does_not_choose_the_models_that_a_device_opens(
