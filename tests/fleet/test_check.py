@@ -106,11 +106,11 @@ def test_other_versions_are_named(tmp_path: Path, config: str, capsys: pytest.Ca
     port = new_fleet(tmp_path, "north")
     with offering(tmp_path / "fleet", port, config) as board:
         assert board.offer is not None
-        board.offer = dataclasses.replace(board.offer, versions="hfedmoe 99.0, flwr 1.41.0")
+        board.offer = dataclasses.replace(board.offer, versions="hfedmoe 99.0, flwr 1.42.0")
         capsys.readouterr()
         assert hfedmoe("join", tmp_path / "north.invite", "--data", tmp_path / "own.csv", "--check") == 1
     _, (failed,) = lines(capsys)
-    assert "the server has hfedmoe 99.0, flwr 1.41.0, this device hfedmoe " in failed
+    assert "the server has hfedmoe 99.0, flwr 1.42.0, this device hfedmoe " in failed
 
 
 def test_a_server_names_a_device_of_another_version(
@@ -118,15 +118,15 @@ def test_a_server_names_a_device_of_another_version(
 ) -> None:
     port = new_fleet(tmp_path, "north")
     with offering(tmp_path / "fleet", port, config) as board:
-        monkeypatch.setattr(reach, "versions", lambda: "hfedmoe 0.0.9, flwr 1.41.0")
+        monkeypatch.setattr(reach, "versions", lambda: "hfedmoe 0.0.9, flwr 1.42.0")
         capsys.readouterr()
         assert hfedmoe("join", tmp_path / "north.invite", "--data", tmp_path / "own.csv", "--check") == 1
         assert hfedmoe("join", tmp_path / "north.invite", "--data", tmp_path / "own.csv") == 2
     _, (failed, refused) = lines(capsys)
     assert board.offer is not None
     for line in (failed, refused):
-        assert f"the server has {board.offer.versions}, this device hfedmoe 0.0.9, flwr 1.41.0; install the" in line
-    assert board.refused["north"].startswith(f"it has hfedmoe 0.0.9, flwr 1.41.0, the server {board.offer.versions};")
+        assert f"the server has {board.offer.versions}, this device hfedmoe 0.0.9, flwr 1.42.0; install the" in line
+    assert board.refused["north"].startswith(f"it has hfedmoe 0.0.9, flwr 1.42.0, the server {board.offer.versions};")
 
 
 def test_who_is_not_on_the_roster_is_refused(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
