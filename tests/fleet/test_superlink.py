@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
+from flwr.supercore.run import RunNotRunningException
 
 from hfedmoe.errors import UserError
 from hfedmoe.fleet.folder import opened
@@ -38,7 +39,7 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_a_superlink_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+def test_a_superlink_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_fleet(tmp_path, "north")
     folder = opened(tmp_path / "fleet")
     link = SuperLink(folder)  # never launched
@@ -49,6 +50,13 @@ def test_a_superlink_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=rf"SuperLink did not {doing} \(.*refused.*\); see .*superlink.log"):
             call()
+
+    def ended(_: object) -> None:
+        raise RunNotRunningException  # Flower's, and no Exception
+
+    monkeypatch.setattr(link.control, "ListRuns", ended)
+    with pytest.raises(UserError, match="SuperLink has ended the run"):
+        link.stop_old_runs()
     folder.ca.write_text("no certificate")
     with pytest.raises(UserError, match=r"ca.crt: cannot be read as a certificate"):
         SuperLink(folder)

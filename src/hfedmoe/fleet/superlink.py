@@ -30,6 +30,7 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
@@ -113,7 +114,9 @@ class SuperLink:
         """Turn what a call of the SuperLink raises into a UserError."""
         try:
             yield
-        except (httpx.HTTPError, ValueError) as error:  # a ValueError where an answer cannot be read
+        except RunNotRunningException:
+            raise UserError(f"Flower's SuperLink has ended the run, perhaps on request; see {self.log}") from None
+        except httpx.HTTPError as error:
             raise UserError(f"Flower's SuperLink did not {doing} ({_reason(error)}); see {self.log}") from None
 
     @contextlib.contextmanager
@@ -121,7 +124,7 @@ class SuperLink:
         """Be the server app of a run: the grid to its devices. At the end Flower is told how it ended.
 
         Raises:
-            UserError: the SuperLink does not hand out the run.
+            UserError: the SuperLink does not hand out the run, or ends it.
         """
         token = self._acquire(run_id)
         client = self._runtime(RuntimeTokenHttpInterceptor(token))
@@ -135,7 +138,8 @@ class SuperLink:
             TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
             TaskIdentity.node_id = task.context.node_id
             grid.set_run(run_from_proto(task.run))
-            yield grid
+            with self._answering("pass messages on"):
+                yield grid
             status, details = "completed", ""
         finally:
             heartbeat.stop()
