@@ -28,6 +28,7 @@ from hfedmoe.simulated import WorkerApp, identity, split
 from hfedmoe.simulation import resume, run
 from hfedmoe.wire.messages import TRAIN
 from hfedmoe.wire.requests import round_of
+from hfedmoe.wire.same import Digests
 from hfedmoe.wire.worker import OnStep
 from tests.federation import tiny_config
 from tests.ray_cluster import ray_cluster
@@ -246,7 +247,7 @@ def test_a_server_of_devices_says_that_it_ignores_the_carrier() -> None:
     prepared = prepare(tiny_config(*RAY), Silent())
     for base, warnings in (("", []), ("digest", ['carrier.kind = "ray" is ignored: the clients are devices'])):
         notes = Notes()
-        server_for(prepared, Keeper(None), notes, base=base)
+        server_for(prepared, Keeper(None), notes, digests=Digests(base))
         assert notes.warnings == warnings
 
 

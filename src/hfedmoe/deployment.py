@@ -42,7 +42,7 @@ from hfedmoe.events import Silent, Watcher
 from hfedmoe.files.cache import cache_folder, data_folder
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Method
-from hfedmoe.models.digest import base_digest
+from hfedmoe.models.digest import base_digest, tokenizer_digest
 from hfedmoe.models.loaded import device_of
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.report.live import Live
@@ -55,6 +55,7 @@ from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
 from hfedmoe.wire.messages import DESCRIBE, terms_of_request
 from hfedmoe.wire.requests import InvalidRequestError, check_settings
+from hfedmoe.wire.same import Digests
 
 PLACE, TERMS = "place", "terms"
 TRUST = "trust-remote-code"
@@ -301,7 +302,8 @@ def _server(context: Context) -> Iterator[Server]:
         write_identity(folder.path, identity_of(prepared.config, prepared.task, prepared.watch, DEPLOYED))
         folder.describe(prepared.about(None))
     keeper = Keeper(folder)
-    server = server_for(prepared, keeper, watcher, base=base_digest(config))
+    digests = Digests(base_digest(config), tokenizer_digest(prepared.encoder.tokenizer))
+    server = server_for(prepared, keeper, watcher, digests=digests)
     server.asks_sites = True
     with tracked(prepared.settled, folder, watcher, None) as tracking:
         tracking.follow(keeper)

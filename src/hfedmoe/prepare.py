@@ -42,6 +42,7 @@ from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.evaluation import Metrics, evaluate, room_of
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server
+from hfedmoe.wire.same import NO_DIGESTS, Digests
 
 
 @dataclass
@@ -269,17 +270,17 @@ def server_for(
     watcher: Watcher,
     tensors: dict[str, Tensor] | None = None,
     round: int = 0,
-    base: str = "",
+    digests: Digests = NO_DIGESTS,
 ) -> Server:
     """The server of a federation, in process or on a network.
 
     Args:
         tensors: the global tensors after `round`; None: those of the loaded model.
         round: the last complete round.
-        base: digest of the base model, if clients have copies of their own.
+        digests: of base model and tokenizer, if clients have copies of their own.
     """
     model = prepared.model
-    if base and prepared.config.carrier.kind != "process":
+    if digests.base and prepared.config.carrier.kind != "process":
         watcher.warning(f'carrier.kind = "{prepared.config.carrier.kind}" is ignored: the clients are devices')
     return Server(
         config=prepared.config,
@@ -290,7 +291,7 @@ def server_for(
         keeper=keeper,
         watcher=watcher,
         terms=terms_of(prepared.task, prepared.config.data, prepared.encoder.first_token_only).to_json(),
-        base=base,
+        digests=digests,
         watches=bool(prepared.watch),
         round=round,
     )

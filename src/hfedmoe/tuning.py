@@ -23,7 +23,7 @@ def tune_clients(server: Server, grid: LocalGrid, folder: RunFolder) -> dict[int
         UserError: the disk is full.
     """
     grid.abandon()  # training of which nobody waits for the end
-    attendance = Attendance(grid, server.config, server.num_experts, server.terms, server.base, Silent())
+    attendance = Attendance(grid, server.config, server.num_experts, server.terms, server.digests, Silent())
     attendance.gather()
     held = last_held(folder, server.num_experts)
     for client, member in attendance.members.items():

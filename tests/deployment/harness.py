@@ -8,7 +8,7 @@ sent, and every process that belongs to the deployment is gone when the context 
         result = d.run({"document": json.dumps(config)}, timeout=120)
     assert result.exit_code == 0, result.log
 
-For Linux: the last sweep for strays reads ``/proc``. Written against Flower 1.41, where the SuperLink serves all
+For Linux: the last sweep for strays reads ``/proc``. Written against Flower 1.42, where the SuperLink serves all
 its APIs on one HTTP port and a SuperNode serves one.
 """
 

@@ -11,6 +11,7 @@ from hfedmoe import deployment
 from hfedmoe.client.device import Device
 from hfedmoe.data.terms import Terms
 from hfedmoe.wire.messages import DESCRIBE, MEASURE, PLAN, TRAIN, describe_request, plan_request
+from hfedmoe.wire.same import NO_DIGESTS, Digests
 
 
 @dataclass
@@ -44,8 +45,8 @@ class Node:
         """As a later message opens it."""
         return deployment.open_device(request(PLAN, plan_request(1)), self.context)
 
-    def describe(self, terms: Terms) -> Message:
-        return self.ask(DESCRIBE, describe_request(terms.to_json()))
+    def describe(self, terms: Terms, digests: Digests = NO_DIGESTS) -> Message:
+        return self.ask(DESCRIBE, describe_request(terms.to_json(), digests))
 
     def plan(self, round: int = 1) -> Message:
         return self.ask(PLAN, plan_request(round))

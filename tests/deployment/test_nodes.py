@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,23 @@ from hfedmoe import deployment
 from hfedmoe.config import config_from_text
 from hfedmoe.data.terms import Terms
 from hfedmoe.events import Silent
+from hfedmoe.models.digest import base_digest, tokenizer_digest
 from hfedmoe.models.tiny import tiny_model, tiny_tokenizer
 from hfedmoe.moe.payload import pack
 from hfedmoe.prepare import Prepared, prepare, server_for
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.wire import checks, requests
 from hfedmoe.wire.checks import TroubleError
-from hfedmoe.wire.messages import DESCRIBE, facts_of, record, tensors_of, train_request, unpack_bits
+from hfedmoe.wire.messages import (
+    DESCRIBE,
+    InvalidReplyError,
+    facts_of,
+    record,
+    tensors_of,
+    train_request,
+    unpack_bits,
+)
+from hfedmoe.wire.same import Digests
 from tests.deployment.nodes import Node, check_holds_no_row, request, rows_file
 
 CONFIG = """
@@ -326,6 +336,25 @@ def test_a_server_of_another_version_is_refused_by_name(config: str, caplog: pyt
     with pytest.raises(TroubleError, match="has another version of hfedmoe; its log says which"):
         checks.trouble(reply)
     assert "the server has another version of hfedmoe: 0.0.9; this device has" in caplog.text
+
+
+def test_another_base_model_or_tokenizer_is_refused_by_name_on_both_sides(
+    config: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ready, terms = prepared(config), terms_of_server(config)
+    same = Digests(base_digest(ready.config), tokenizer_digest(ready.encoder.tokenizer))
+    node = Node(config, 0, dict(SHARED))
+    about = checks.description(node.describe(terms, same), ready.model.num_experts, same)
+    assert about.digests == same
+    assert "the server's base" not in caplog.text
+    for other, told, said in (
+        (replace(same, base="0" * 32), "its base model is not the server's", "tiny: its weights are not the server's"),
+        (replace(same, tokenizer="0" * 32), "its tokenizer is not the server's", "tiny: its tokenizer is not the"),
+    ):
+        assert trouble(node.describe(terms, other)).startswith(told)
+        assert said in caplog.text
+        with pytest.raises(InvalidReplyError, match=told):  # nor does the server take its word
+            checks.description(node.describe(terms), ready.model.num_experts, other)
 
 
 def test_the_words_of_a_fault_stay_on_the_device(

@@ -8,6 +8,9 @@ import pytest
 
 from hfedmoe.errors import UserError
 from hfedmoe.fleet import reach
+from hfedmoe.fleet.allowed import Allowed
+from hfedmoe.fleet.check import check
+from hfedmoe.fleet.invite import read_invitation
 from hfedmoe.models.tiny import tiny_tokenizer
 from tests.deployment.nodes import rows_file
 from tests.fleet.places import hfedmoe, new_fleet, offering, save_tiny
@@ -67,10 +70,11 @@ def test_each_thing_that_does_not_fit_has_a_line_of_its_own(
     tokenizer.add_tokens(["strange"])
     tokenizer.save_pretrained(other)
     own = rows_file(tmp_path / "own.csv", "earn", "leukaemia", rows=6)
-    with offering(tmp_path / "fleet", port, config):
+    with offering(tmp_path / "fleet", port, config) as board:
         capsys.readouterr()
         arguments = ["--data", own, "--model", other, "--budget", "2"]
         assert hfedmoe("join", tmp_path / "north.invite", *arguments, "--check") == 1
+        list(check(read_invitation(tmp_path / "north.invite"), None, Allowed(own, 2, str(other)), telling=True))
     _, failed = lines(capsys)
     weights, rows, tokens, budget = failed
     assert "other: its weights are not the server's" in weights
@@ -78,6 +82,12 @@ def test_each_thing_that_does_not_fit_has_a_line_of_its_own(
     assert "(lines 3, 5, 7)" in rows
     assert "other: its tokenizer is not the server's" in tokens
     assert "2 of 32 experts, but top-2 routing in 4 layers needs at least 8" in budget
+    weights, rows, tokens, budget = board.reports["north"].failed
+    assert weights.startswith("its base model is not the server's: other weights")
+    assert rows == "its own rows do not fit the run; its log says which"
+    assert tokens == "its tokenizer is not the server's; give both the same checkpoint"
+    assert budget == "cannot take part with its settings, model or data; its log says why"
+    assert board.refused["north"] == "; ".join((weights, rows, tokens, budget))
 
 
 def test_a_server_does_not_choose_the_models_that_a_device_opens(
@@ -96,11 +106,11 @@ def test_other_versions_are_named(tmp_path: Path, config: str, capsys: pytest.Ca
     port = new_fleet(tmp_path, "north")
     with offering(tmp_path / "fleet", port, config) as board:
         assert board.offer is not None
-        board.offer = dataclasses.replace(board.offer, versions="hfedmoe 99.0, flwr 1.41.0")
+        board.offer = dataclasses.replace(board.offer, versions="hfedmoe 99.0, flwr 1.42.0")
         capsys.readouterr()
         assert hfedmoe("join", tmp_path / "north.invite", "--data", tmp_path / "own.csv", "--check") == 1
     _, (failed,) = lines(capsys)
-    assert "the server has hfedmoe 99.0, flwr 1.41.0, this device hfedmoe " in failed
+    assert "the server has hfedmoe 99.0, flwr 1.42.0, this device hfedmoe " in failed
 
 
 def test_a_server_names_a_device_of_another_version(
@@ -108,7 +118,7 @@ def test_a_server_names_a_device_of_another_version(
 ) -> None:
     port = new_fleet(tmp_path, "north")
     with offering(tmp_path / "fleet", port, config) as board:
-        monkeypatch.setattr(reach, "versions", lambda: "hfedmoe 0.0.9, flwr 1.41.0")
+        monkeypatch.setattr(reach, "versions", lambda: "hfedmoe 0.0.9, flwr 1.42.0")
         capsys.readouterr()
         assert hfedmoe("join", tmp_path / "north.invite", "--data", tmp_path / "own.csv", "--check") == 1
         (tmp_path / "own.csv").write_text("text,label\n")
@@ -116,8 +126,8 @@ def test_a_server_names_a_device_of_another_version(
     _, (failed, refused) = lines(capsys)
     assert board.offer is not None
     for line in (failed, refused):
-        assert f"the server has {board.offer.versions}, this device hfedmoe 0.0.9, flwr 1.41.0; install the" in line
-    assert board.refused["north"].startswith(f"it has hfedmoe 0.0.9, flwr 1.41.0, the server {board.offer.versions};")
+        assert f"the server has {board.offer.versions}, this device hfedmoe 0.0.9, flwr 1.42.0; install the" in line
+    assert board.refused["north"].startswith(f"it has hfedmoe 0.0.9, flwr 1.42.0, the server {board.offer.versions};")
 
 
 def test_who_is_not_on_the_roster_is_refused(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:

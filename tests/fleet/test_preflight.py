@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def test_a_report_has_codes_and_counts_only() -> None:
         assert "leukaemia" not in text
         assert Report.from_json(text).failed == report.failed
     assert BAD.failed == ["its own rows do not fit the run; its log says which"]
+    twice = replace(BAD, findings=BAD.findings * 2)
+    assert twice.failed == BAD.failed  # one is enough
 
 
 @pytest.mark.parametrize(
@@ -48,8 +51,8 @@ def test_a_server_takes_no_other_report(change: dict[str, object]) -> None:
     tree["findings"][0] |= change
     with pytest.raises(ValueError, match="not a finding"):
         Report.from_json(json.dumps(tree))
-    for text in ("[]", '{"run": 1, "findings": []}', '{"run": "a", "findings": []}', "no"):
-        with pytest.raises(ValueError, match=r"not a report|Expecting value"):
+    for text in ("[" * 10_000, "[]", '{"run": 1, "findings": []}', '{"run": "a", "findings": []}', "no"):
+        with pytest.raises(ValueError, match=r"not a report|Expecting value|nested too deep"):
             Report.from_json(text)
 
 

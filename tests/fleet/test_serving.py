@@ -1,18 +1,23 @@
 """What `hfedmoe serve` refuses, whom it knows, and what it notes."""
 
+import contextlib
+import errno
 import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from flwr.proto.node_pb2 import NodeInfo
 
 from hfedmoe.events import ClientRound, Participant, Silent
+from hfedmoe.files.disk import replacing
 from hfedmoe.files.locks import claim
+from hfedmoe.fleet import keys
 from hfedmoe.fleet.folder import opened
 from hfedmoe.fleet.front import Board, Seen
 from hfedmoe.fleet.keys import as_flower_has_it, new_key, private_key, public_of
@@ -20,7 +25,7 @@ from hfedmoe.fleet.notes import Notes
 from hfedmoe.fleet.serving import EndsHere, FleetRoll, ending
 from hfedmoe.runs.identity import DEPLOYED, SIMULATED, Identity, write_identity
 from hfedmoe.server.members import Known
-from tests.fleet.places import hfedmoe, new_fleet
+from tests.fleet.places import HOST, hfedmoe, new_fleet
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +162,78 @@ def test_status_says_who_came_and_went(here: Path, capsys: pytest.CaptureFixture
         assert shown()["north"] == "again from round 3"
         assert hfedmoe("status") == 0
         assert all(line.endswith(" -") for line in capsys.readouterr().out.splitlines()[2:])  # nobody is left out
+
+
+def full(_: object) -> None:
+    """What opening a file on a full disk does."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_goes_on_while_the_fleets_disk_is_full(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new_fleet(here, "north")
+    said: list[str] = []
+    watcher = Silent()
+    monkeypatch.setattr(watcher, "warning", said.append)
+    with Notes(watcher, Board(opened(here / "fleet")), here / "run") as notes:
+        with monkeypatch.context() as patch:
+            patch.setattr("hfedmoe.fleet.notes.replacing", full)
+            notes.round_started(1)
+            notes.round_started(2)
+            notes.write()
+        (warning,) = said  # once
+        assert "serving.json: cannot be written (No space left on device), so `hfedmoe status` shows" in warning
+        notes.write()
+        assert json.loads((here / "fleet" / "serving.json").read_text())["round"] == 2
+    monkeypatch.setattr("hfedmoe.fleet.roster.replacing", full)
+    for command in ("remove", "invite"):
+        name = "north" if command == "remove" else "south"
+        assert "roster.json: cannot be written (No space left on device)" in refused(capsys, command, name)
+    assert not (here / "south.invite").exists()
+    assert "cannot be written (No space left" in refused(capsys, "serve", "init", HOST, "--fleet", "other")
+    monkeypatch.setattr("hfedmoe.fleet.serving.replacing", full)
+    assert "fleet.json: cannot be written (No space left on device)" in refused(
+        capsys, "serve", "tiny", "--out", "runs/x", "--listen", HOST
+    )
+    assert not (here / "runs" / "x").exists()  # nothing has run, so nothing stays
+
+
+def test_notes_take_a_small_share_of_the_time_however_many_devices_there_are(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_fleet(here, "north")
+    now, written = [0.0], []
+
+    @contextlib.contextmanager
+    def slow(path: Path) -> Iterator[BinaryIO]:
+        now[0] += 4.0  # as long as 100,000 devices take
+        written.append(now[0])
+        with replacing(path) as stream:
+            yield stream
+
+    monkeypatch.setattr("hfedmoe.fleet.notes.replacing", slow)
+    notes = Notes(Silent(), Board(opened(here / "fleet")), here / "run", lambda: now[0])
+    notes.start("run", 5, 1, [Participant("north", 90, 16, 0.5)])
+    assert len(written) == 1
+    for round in range(1, 401):  # 200 s, with an event and a look twice a second
+        now[0] += 0.5
+        notes.round_started(round)
+        notes.write()
+    assert 4.0 * len(written) <= 0.1 * now[0] + 2 * 4.0
+    assert len(written) > 3
+    now[0] += 100.0
+    notes.write()  # what was left out is written by the next look that has the time
+    assert json.loads((here / "fleet" / "serving.json").read_text())["round"] == 400
+
+
+def test_the_key_of_a_device_is_read_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_fleet(here, "north", "south")
+    read: list[bytes] = []
+    before = keys.load_ssh_public_key
+    board = Board(opened(here / "fleet"))
+    board.invited()
+    monkeypatch.setattr(keys, "load_ssh_public_key", lambda line: read.append(line) or before(line))
+    hfedmoe("remove", "north")
+    assert [device.name for device in board.invited().values()] == ["south"]
+    assert read == []

@@ -7,7 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
+from flwr.supercore.run import RunNotRunningException
 
+from hfedmoe.errors import UserError
 from hfedmoe.fleet.folder import opened
 from hfedmoe.fleet.front import Board
 from hfedmoe.fleet.superlink import SuperLink, superlink
@@ -35,6 +37,29 @@ def until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_superlink_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_fleet(tmp_path, "north")
+    folder = opened(tmp_path / "fleet")
+    link = SuperLink(folder)  # never launched
+    for call, doing in (
+        (lambda: link.register(Board(folder).invited()), "take the roster"),
+        (link.stop_old_runs, "end an earlier run"),
+        (lambda: link.start_run({"config": "x = 1"}), "start the run"),
+    ):
+        with pytest.raises(UserError, match=rf"SuperLink did not {doing} \(.*refused.*\); see .*superlink.log"):
+            call()
+
+    def ended(_: object) -> None:
+        raise RunNotRunningException  # Flower's, and no Exception
+
+    monkeypatch.setattr(link.control, "ListRuns", ended)
+    with pytest.raises(UserError, match="SuperLink has ended the run"):
+        link.stop_old_runs()
+    folder.ca.write_text("no certificate")
+    with pytest.raises(UserError, match=r"ca.crt: cannot be read as a certificate"):
+        SuperLink(folder)
 
 
 @pytest.mark.slow

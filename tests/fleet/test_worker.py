@@ -35,6 +35,8 @@ from hfedmoe.wire.messages import (
     train_request,
     unpack_bits,
 )
+from hfedmoe.wire.same import Digests
+from hfedmoe.wire.trouble import FAULT, SETTINGS
 from tests.deployment.nodes import check_holds_no_row, rows_file
 from tests.fleet.places import save_tiny
 
@@ -49,8 +51,8 @@ def worker(tmp_path: Path) -> Worker:
     return Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model"))), 2, DeviceFolder(tmp_path))
 
 
-def ask(worker: Worker, kind: str, content: RecordDict, config: str, **node: Any) -> Message:
-    context = Context(5, 6, node, RecordDict(), {"config": config, "run": RUN})
+def ask(worker: Worker, kind: str, content: RecordDict, config: str, run: str = RUN, **node: Any) -> Message:
+    context = Context(5, 6, node, RecordDict(), {"config": config, "run": run})
     metadata = Metadata(5, "1", 0, 6, "", "", 0.0, 60.0, kind)
     before = dict(context.run_config)
     reply = worker.answer(Message(content, metadata=metadata), context)  # type: ignore[call-overload]
@@ -71,6 +73,18 @@ def test_number_data_model_and_budget_are_the_devices_own(worker: Worker, tmp_pa
     assert "resident" in facts_of(plan)
     # Terms and budget came from the device's own disk: Flower's state of the second message was empty.
     assert (tmp_path / "memory" / RUN / "now").is_file()
+
+
+def test_a_device_that_stays_for_a_run_with_another_tokenizer_refuses_it_by_name(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert facts_of(describe(worker))["client"] == 2
+    other = describe_request(TERMS.to_json(), Digests(tokenizer="0" * 32))
+    reply = ask(worker, DESCRIBE, other, CONFIG.format(model="theirs/model", more=""), run="b" * 32)
+    with pytest.raises(checks.TroubleError, match="its tokenizer is not the server's; give both the same checkpoint"):
+        checks.trouble(reply)
+    assert set(facts_of(reply)) == {"status", "code", "count"}
+    assert "model: its tokenizer is not the server's; get the same model" in caplog.text
 
 
 def test_a_device_may_be_invited_after_the_run_began(worker: Worker) -> None:
@@ -108,6 +122,40 @@ def test_beyond_the_owners_limits_the_setting_is_named_and_the_server_gets_a_cod
     offer = Offer(versions(), RUN, CONFIG.format(model="theirs/model", more=more), TERMS.to_json(), "", "")
     found = [one for one in check_offer(offer, Allowed(own, 16, model, policy=policy)) if one.code.startswith("policy")]
     assert [re.search(said, one.text) is not None for one in found] == [True]
+
+
+@pytest.mark.parametrize(
+    ("config", "terms", "said"),
+    [
+        (CONFIG, "[" * 100_000, "the server's task cannot be read (it is nested too deep)"),
+        ("a = " + "[" * 20_000, TERMS.to_json(), "the server's configuration: is nested too deep"),
+        (CONFIG, TERMS.to_json().replace('["acq"', '[["acq"]'), "the server's task cannot be read (a label is not"),
+    ],
+    ids=["terms", "config", "label"],
+)
+def test_what_is_nested_too_deep_is_refused_in_one_line(
+    config: str, terms: str, said: str, tmp_path: Path, worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config.replace("{model}", "tiny").replace("{more}", "")
+    _, found = check_offer(Offer(versions(), RUN, config, terms, "", ""), worker._allowed)
+    assert (found.fits, found.code, found.about) == (False, SETTINGS, "run")
+    assert said in found.text
+    with pytest.raises(checks.TroubleError):
+        checks.trouble(ask(worker, DESCRIBE, describe_request(terms), config))
+    assert said.split("(")[-1].rstrip(")") in caplog.text
+
+
+def test_what_nobody_expected_is_one_line_of_a_check(
+    tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> str:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr("hfedmoe.models.digest.base_digest", broken)
+    offer = Offer(versions(), RUN, CONFIG.format(model="tiny", more=""), TERMS.to_json(), "", "")
+    model, *_ = [one for one in check_offer(offer, worker._allowed) if not one.fits]
+    assert model.text == "the model cannot be checked (RecursionError: maximum recursion depth exceeded)"
+    assert model.code == FAULT
 
 
 def test_a_device_holds_no_more_experts_than_its_owner_allows(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from hfedmoe.wire.messages import (
     train_reply,
 )
 from hfedmoe.wire.requests import OtherVersionError, check_version
+from hfedmoe.wire.same import Digests
 
 ABOUT = Description(client=0, name="pi", examples=10, budget=3, num_experts=[2, 2])
 
@@ -178,8 +179,10 @@ def test_products_that_would_lock_everybody_out_are_refused() -> None:
     assert max(float(tensor.abs().max()) for tensor in fold.result().values()) <= checks.MAX_VALUE
 
 
-def test_another_base_model_is_refused() -> None:
-    own = Description(0, "client 0", 10, 4, [2, 2], base="aa")
-    assert checks.description(message(describe_reply(own)), [2, 2], "aa") == own
+def test_another_base_model_or_tokenizer_is_refused() -> None:
+    own = Description(0, "client 0", 10, 4, [2, 2], Digests("aa", "cc"))
+    assert checks.description(message(describe_reply(own)), [2, 2], Digests("aa", "cc")) == own
     with pytest.raises(InvalidReplyError, match="its base model is not the server's"):
-        checks.description(message(describe_reply(own)), [2, 2], "bb")
+        checks.description(message(describe_reply(own)), [2, 2], Digests("bb", "cc"))
+    with pytest.raises(InvalidReplyError, match="its tokenizer is not the server's"):
+        checks.description(message(describe_reply(own)), [2, 2], Digests("aa", "dd"))

@@ -20,6 +20,7 @@ from hfedmoe.client.tuning import keep, tune
 from hfedmoe.errors import DiskError, OwnDataError, UserError
 from hfedmoe.events import OwnResult
 from hfedmoe.method.row import CannotHoldError
+from hfedmoe.models.digest import tokenizer_digest
 from hfedmoe.moe.payload import MismatchError
 from hfedmoe.wire import requests
 from hfedmoe.wire.messages import (
@@ -33,6 +34,7 @@ from hfedmoe.wire.messages import (
     trouble_reply,
     usage_of,
 )
+from hfedmoe.wire.same import NO_DIGESTS, Digests, OtherModelError, require_base, require_tokenizer
 from hfedmoe.wire.trouble import (
     DISK,
     FAILED,
@@ -103,11 +105,16 @@ def client_app(
         device = open_device(message, context)
         if isinstance(device, Trouble):
             return refuse(device)
+        digests = _digests(device)
+        try:
+            _require_same(device, digests, requests.digests_of(message))
+        except OtherModelError as error:
+            return refuse(Trouble(REFUSED, str(error), error.code))
         place = device.place
         allowed = place.allowed(_remember(context, place))
         budget = max(1, allowed if place.told is None else place.told)
         examples = len(device.examples)
-        return describe_reply(Description(device.number, device.name, examples, budget, place.num_experts, device.base))
+        return describe_reply(Description(device.number, device.name, examples, budget, place.num_experts, digests))
 
     def plan(message: Message, context: Context) -> RecordDict:
         known = place_of(context)
@@ -261,7 +268,7 @@ def _no_first_pass(history: ClientHistory) -> None:
 
 def trouble_of(error: Exception) -> Trouble:
     """What a real device tells the server about an exception."""
-    if isinstance(error, PolicyError):
+    if isinstance(error, PolicyError | OtherModelError):
         return Trouble(REFUSED, "", error.code)
     if isinstance(error, OwnDataError):
         return Trouble(REFUSED, "", OWN_DATA)
@@ -274,6 +281,20 @@ def trouble_of(error: Exception) -> Trouble:
     if isinstance(error, requests.InvalidRequestError | InvalidReplyError | MismatchError):
         return Trouble(REFUSED, "", REQUEST)
     return Trouble(FAILED, "", FAULT)
+
+
+def _digests(device: Device) -> Digests:
+    """Of a device's model; empty for simulated clients."""
+    return Digests(device.base, tokenizer_digest(device.encoder.tokenizer)) if device.base else NO_DIGESTS
+
+
+def _require_same(device: Device, own: Digests, servers: Digests) -> None:
+    """Raise OtherModelError if a device's base model or tokenizer is not what the server says that it has."""
+    name = device.config.model.name
+    if servers.base:
+        require_base(name, own.base, servers.base)
+    if servers.tokenizer:
+        require_tokenizer(name, own.tokenizer, servers.tokenizer)
 
 
 def _remember(context: Context, place: Place) -> ClientHistory:

@@ -42,6 +42,8 @@ def config_from_text(text: str, origin: str, overrides: list[str] | None = None)
     except tomllib.TOMLDecodeError as error:
         reason = IS_POINTER if is_pointer(text.encode("utf-8", "replace")) else f"not valid TOML: {error}"
         raise UserError(f"{origin}: {reason}") from None
+    except RecursionError:  # as a server may send it
+        raise UserError(f"{origin}: is nested too deep") from None
     tree.pop("versions", None)
     for override in overrides or []:
         apply_override(tree, override)

@@ -23,6 +23,7 @@ from hfedmoe.data.sources import read
 from hfedmoe.data.task import Task
 from hfedmoe.data.templates import template_of
 from hfedmoe.errors import OwnDataError, UserError
+from hfedmoe.files.received import received
 
 MOST_LABELS, LONGEST_LABEL = 100_000, 1_000
 
@@ -48,16 +49,18 @@ class Terms:
     @classmethod
     def from_json(cls, text: object) -> "Terms":
         """The inverse of `to_json`. The text comes from a server; raises ValueError if it is not valid."""
-        tree: Any = json.loads(text) if isinstance(text, str) and len(text) < 1 << 24 else None
+        tree: Any = received(text) if isinstance(text, str) and len(text) < 1 << 24 else None
         if not isinstance(tree, dict) or set(tree) != set(cls.__dataclass_fields__):
             raise ValueError("not the terms of a task")
         labels, kind = tree["labels"], tree["kind"]
         if tree["format"] not in (*get_args(Kind), *get_args(SetName)) or kind not in get_args(Kind):
             raise ValueError("the terms name no known format and kind")
-        if not isinstance(labels, list) or len(labels) > MOST_LABELS or len(set(map(str, labels))) != len(labels):
-            raise ValueError("the labels are not a list without repetition")
+        if not isinstance(labels, list) or len(labels) > MOST_LABELS:
+            raise ValueError(f"the labels are not a list of at most {MOST_LABELS}")
         if not all(isinstance(label, str) and 0 < len(label) <= LONGEST_LABEL for label in labels):
             raise ValueError("a label is not a short text")
+        if len(set(labels)) != len(labels):
+            raise ValueError("a label is given twice")
         day = tree["chat_date"]
         if day is not None and (not isinstance(day, str) or date.fromisoformat(day).isoformat() != day):
             raise ValueError("the date is not valid")

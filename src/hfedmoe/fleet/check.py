@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hfedmoe.data.terms import Terms
 
 logger = logging.getLogger(__name__)
+MOST_LETTERS = 200
+"""Of an error that nobody expected."""
 
 
 def check(invitation: Invitation, key: Path | None, allowed: Allowed, telling: bool = False) -> Iterator[Finding]:
@@ -52,15 +54,10 @@ def check_offer(offer: Offer, allowed: Allowed) -> Iterator[Finding]:
         yield failing(VERSIONS, f"the server has {offer.versions}, this device {here}; install the server's versions")
         return
     yield Finding(True, VERSIONS, f"both have {here}")
-    from hfedmoe.data.terms import Terms
-
     try:
-        config, terms = allowed.config_of(offer.config), Terms.from_json(offer.terms)
-    except UserError as error:
+        config, terms = _run(offer, allowed)
+    except Exception as error:
         yield _failed(RUN, error)
-        return
-    except ValueError as error:
-        yield failing(RUN, f"the server's task cannot be read ({error})")
         return
     rows: list[Task] = []
     for about, part in (
@@ -76,21 +73,36 @@ def _finding(about: str, part: Callable[[], tuple[str, int, int]]) -> Finding:
     try:
         text, count, of = part()
         return Finding(True, about, text, count, of)
-    except UserError as error:
+    except Exception as error:
         return _failed(about, error)
 
 
-def _failed(about: str, error: UserError) -> Finding:
+def _failed(about: str, error: Exception) -> Finding:
+    """The one line of an error of any kind: what else goes wrong in a check is also for its owner to read."""
     from hfedmoe.client.app import trouble_of
 
-    return failing(about, " ".join(str(error).split()), trouble_of(error).code)
+    text = " ".join(str(error).split())
+    if not isinstance(error, UserError):
+        logger.debug("this was not expected", exc_info=error)
+        text = f"the {about} cannot be checked ({type(error).__name__}: {text[:MOST_LETTERS]})"
+    return failing(about, text, trouble_of(error).code)
+
+
+def _run(offer: Offer, allowed: Allowed) -> "tuple[RunConfig, Terms]":
+    from hfedmoe.data.terms import Terms
+
+    config = allowed.config_of(offer.config)
+    try:
+        return config, Terms.from_json(offer.terms)
+    except ValueError as error:
+        raise UserError(f"the server's task cannot be read ({error})") from None
 
 
 def _weights(config: "RunConfig", offer: Offer) -> tuple[str, int, int]:
     from hfedmoe.models.digest import base_digest
+    from hfedmoe.wire.same import require_base
 
-    if base_digest(config) != offer.base:
-        raise UserError(f"{config.model.name}: its weights are not the server's; get the same model")
+    require_base(config.model.name, base_digest(config), offer.base)
     return f"{config.model.name}: has the server's weights", 0, 0
 
 
@@ -109,10 +121,10 @@ def _tokens(config: "RunConfig", offer: Offer, terms: "Terms", rows: "list[Task]
     from hfedmoe.models.loading import load
     from hfedmoe.prepare import encoder_of
     from hfedmoe.server.evaluation import room_of
+    from hfedmoe.wire.same import require_tokenizer
 
     loaded = load(config.model, config.seed, carve=True)
-    if tokenizer_digest(loaded.tokenizer) != offer.tokenizer:
-        raise UserError(f"{config.model.name}: its tokenizer is not the server's; get the same model")
+    require_tokenizer(config.model.name, tokenizer_digest(loaded.tokenizer), offer.tokenizer)
     warnings: list[str] = []
     for task in rows:
         encoder = encoder_of(loaded, task, config.data)

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
+from hfedmoe.files.disk import disk_errors
 from hfedmoe.fleet.certificates import LOOPBACK
 
 _GRACE_S = 10.0
@@ -31,11 +33,17 @@ def start(
     Args:
         log: the file to which its output is added; None: a pipe.
         extra: added to the environment.
+
+    Raises:
+        DiskError: the file cannot be written.
     """
     full = [sys.executable, "-c", _ENDS_WITH_PARENT, str(os.getpid()), *command]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(extra or {})}
     with contextlib.ExitStack() as stack:
-        out = subprocess.PIPE if log is None else stack.enter_context(log.open("ab"))
+        out: int | IO[bytes] = subprocess.PIPE
+        if log is not None:
+            with disk_errors(log, "start again"):
+                out = stack.enter_context(log.open("ab"))
         return subprocess.Popen(
             full,
             stdin=subprocess.DEVNULL,
@@ -73,8 +81,13 @@ def listens(port: int) -> bool:
 
 
 def quiet(home: Path) -> dict[str, str]:
-    """The environment of Flower's programs: their own folder, no telemetry, no question for updates."""
-    home.mkdir(parents=True, exist_ok=True)
+    """The environment of Flower's programs: their own folder, no telemetry, no question for updates.
+
+    Raises:
+        DiskError: the folder cannot be made.
+    """
+    with disk_errors(home, "start again"):
+        home.mkdir(parents=True, exist_ok=True)
     return {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",

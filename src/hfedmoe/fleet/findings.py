@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hfedmoe.files.received import received
 from hfedmoe.wire.trouble import CODES, SETTINGS
 
 PATH = "/v1/hfedmoe/report"
@@ -51,8 +52,9 @@ class Report:
 
     @property
     def failed(self) -> list[str]:
-        """What does not fit, in words."""
-        return [CODES[one.code].format(count=one.count) for one in self.findings if not one.fits]
+        """What does not fit, in words, each said once."""
+        said = (CODES[one.code].format(count=one.count) for one in self.findings if not one.fits)
+        return list(dict.fromkeys(said))
 
     def about(self, what: str) -> Finding | None:
         """The finding about one of `ABOUT`."""
@@ -66,7 +68,7 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """The inverse of `to_json`. The text comes from a device; raises ValueError if it is not valid."""
-        tree: Any = json.loads(text)
+        tree: Any = received(text)
         if not isinstance(tree, dict) or not isinstance(tree.get("run"), str) or len(tree["run"]) > 64:
             raise ValueError("not a report")
         findings = tree.get("findings")

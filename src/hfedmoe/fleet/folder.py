@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfedmoe.errors import UserError
-from hfedmoe.files.disk import replacing
+from hfedmoe.files.disk import disk_errors, replacing
 from hfedmoe.files.locks import HeldError, claim
 from hfedmoe.fleet.certificates import make_certificates
 from hfedmoe.fleet.roster import Roster
 from hfedmoe.fleet.secret import write_secret
 
+AGAIN = "give the command again"
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
@@ -81,18 +82,17 @@ def create(path: Path, name: str, port: int) -> Folder:
     if folder.settings.exists():
         raise UserError(f"{path}: has a fleet already; give another --fleet, or remove this folder to begin anew")
     made = make_certificates(name)
-    try:
+    with disk_errors(path, AGAIN):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror})") from None
     write_secret(path / "ca.key", made.ca_key)
     write_secret(folder.key, made.server_key)
     write_secret(folder.certificate, made.server)
     write_secret(folder.ca, made.ca)
-    folder.logs.mkdir(exist_ok=True)
     Roster().write(folder.roster)
-    with replacing(folder.settings) as stream:  # last: with it, the folder is complete
+    with disk_errors(path, AGAIN):
+        folder.logs.mkdir(exist_ok=True)
+    with disk_errors(path, AGAIN), replacing(folder.settings) as stream:  # last: with it, the folder is complete
         stream.write((json.dumps({"name": name, "port": port}) + "\n").encode())
     return folder
 
@@ -115,10 +115,12 @@ def opened(path: Path) -> Folder:
 
 @contextlib.contextmanager
 def changing(folder: Folder) -> Iterator[Roster]:
-    """The roster, while nobody else changes it. Raises UserError if another command does so now."""
-    try:
-        with (folder.path / "roster.lock").open("w") as lock:
+    """The roster, while nobody else changes it. Raises UserError if another command does so now, or DiskError."""
+    with disk_errors(folder.path, AGAIN):
+        lock = (folder.path / "roster.lock").open("w")
+    with lock:
+        try:
             claim(lock.fileno())
-            yield Roster.read(folder.roster)
-    except HeldError:
-        raise UserError(f"{folder.roster}: another command is changing it; try again") from None
+        except HeldError:
+            raise UserError(f"{folder.roster}: another command is changing it; try again") from None
+        yield Roster.read(folder.roster)

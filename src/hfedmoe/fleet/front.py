@@ -18,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from hfedmoe.errors import UserError
+from hfedmoe.fleet.bodies import NotItsOwnError, TooLargeError, body, declared, own_answers
 from hfedmoe.fleet.certificates import LOOPBACK
 from hfedmoe.fleet.findings import MOST_BYTES, Report
 from hfedmoe.fleet.findings import PATH as REPORT_PATH
@@ -27,12 +29,13 @@ from hfedmoe.fleet.offer import PATH, VERSION_HEADER, Offer
 from hfedmoe.fleet.roster import Invited, Roster
 from hfedmoe.wire.web import listen, served
 
+ANSWERS = "push-messages"
 CALLS = (
     "activate-node",
     "deactivate-node",
     "send-node-heartbeat",
     "pull-messages",
-    "push-messages",
+    ANSWERS,
     "get-run",
     "get-fab",
     "push-object",
@@ -72,8 +75,11 @@ class Board:
     _read: tuple[int, dict[bytes, Invited]] = (-1, {})
 
     def invited(self) -> dict[bytes, Invited]:
-        """The devices on the roster by key; it is read again when its file changed."""
-        changed = self.folder.roster.stat().st_mtime_ns
+        """The devices on the roster by key; it is read again when its file changed. Raises UserError."""
+        try:
+            changed = self.folder.roster.stat().st_mtime_ns
+        except OSError as error:
+            raise UserError(f"{self.folder.roster}: cannot be read ({error.strerror})") from None
         if changed != self._read[0]:
             self._read = changed, Roster.read(self.folder.roster).by_key()
         return self._read[1]
@@ -111,8 +117,11 @@ class Board:
 
 
 def front_app(board: Board) -> Starlette:
-    """The front as an ASGI app."""
-    trust = ssl.create_default_context(cafile=board.folder.ca)
+    """The front as an ASGI app. Raises UserError if the fleet's certificate cannot be read."""
+    try:
+        trust = ssl.create_default_context(cafile=board.folder.ca)
+    except OSError as error:
+        raise UserError(f"{board.folder.ca}: cannot be read as a certificate ({error.strerror})") from None
     client = httpx.AsyncClient(verify=trust, timeout=TIMEOUT_S, trust_env=False)
 
     async def offer(request: Request) -> Response:
@@ -133,7 +142,7 @@ def front_app(board: Board) -> Starlette:
         async for part in request.stream():
             content += part
             if len(content) > MOST_BYTES:
-                return PlainTextResponse("too large", 413)
+                return _too_large()
         try:
             board.take(device, content)
         except ValueError as error:
@@ -146,10 +155,16 @@ def front_app(board: Board) -> Starlette:
         headers = [(name, value) for name, value in request.headers.raw if name.decode("latin-1") not in _OF_ONE_HOP]
         url = f"https://{LOOPBACK}:{board.upstream}{request.url.path}"
         try:
+            declared(request)
+            content = await own_answers(request) if request.url.path.endswith(f"/{ANSWERS}") else body(request)
             if board.upstream is None:
                 raise httpx.ConnectError("no SuperLink")
-            passed = client.build_request("POST", url, headers=headers, content=request.stream())
+            passed = client.build_request("POST", url, headers=headers, content=content)
             answer = await client.send(passed, stream=True)
+        except TooLargeError:
+            return _too_large()
+        except NotItsOwnError:
+            return PlainTextResponse("not an answer of the device that sends it", 403)
         except httpx.TransportError:
             return PlainTextResponse("the server is not ready", 503)
         kept = {name: value for name, value in answer.headers.items() if name not in _OF_ONE_HOP}
@@ -171,6 +186,11 @@ async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
             yield chunk
     finally:
         await answer.aclose()
+
+
+def _too_large() -> Response:
+    """The connection is closed, because who calls might send without end."""
+    return PlainTextResponse("too large", 413, {"connection": "close"})
 
 
 def _unknown() -> Response:

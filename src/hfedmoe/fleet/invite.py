@@ -7,6 +7,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from hfedmoe.errors import UserError
+from hfedmoe.files.received import received
 from hfedmoe.fleet.folder import Folder, changing
 from hfedmoe.fleet.keys import new_key, private_key, public_line, public_of
 from hfedmoe.fleet.secret import write_secret
@@ -57,7 +58,7 @@ def invite(folder: Folder, name: str, out: Path, max_examples: int | None = None
     with changing(folder) as roster:
         changed = roster.with_device(name, public, max_examples)
         number = next(device.number for device in changed.devices if device.name == name)
-        ca = folder.ca.read_text(encoding="ascii")
+        ca = _read(folder.ca)
         content = asdict(Invitation(name, number, host, port, ca, private)) | {"format": FORMAT}
         write_secret(path, (json.dumps(content, indent=1) + "\n").encode())
         try:
@@ -71,7 +72,7 @@ def invite(folder: Folder, name: str, out: Path, max_examples: int | None = None
 def read_invitation(path: Path) -> Invitation:
     """The invitation in a file. Raises UserError if it is missing or damaged."""
     try:
-        content = json.loads(_read(path))
+        content = received(_read(path))
         if content.pop("format") != FORMAT:
             raise UserError(f"{path}: of another version of hfedmoe; ask for a new one")
         found = Invitation(**content)

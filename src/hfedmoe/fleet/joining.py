@@ -28,7 +28,8 @@ from hfedmoe.files.locks import HeldError, claim
 from hfedmoe.fleet.allowed import Allowed
 from hfedmoe.fleet.certificates import LOOPBACK
 from hfedmoe.fleet.children import free_port, quiet, start, stop
-from hfedmoe.fleet.device import DOES_NOT_FIT, DeviceFolder
+from hfedmoe.fleet.deaths import MOST, Deaths
+from hfedmoe.fleet.device import AGAIN, DOES_NOT_FIT, DeviceFolder
 from hfedmoe.fleet.invite import Invitation, key_of, read_invitation
 from hfedmoe.fleet.lean import FRUGAL, lean
 from hfedmoe.fleet.offer import TO_CHECK, TO_RUN
@@ -51,12 +52,17 @@ def join(path: Path, key: Path | None, allowed: Allowed, place: Path) -> int:
         place: the folder for log files and memory.
 
     Raises:
-        UserError: the invitation is not valid, the server does not know this device, or the folder cannot be used.
+        UserError: the invitation is not valid, the server does not know this device, the folder cannot be used, or the
+            worker dies soon after every start.
     """
     invitation = read_invitation(path)
     private = key_of(invitation, key)
     folder = DeviceFolder(place)
-    with _alone(folder), _leaving(), folder.log.open("ab", buffering=0) as log:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone(folder))
+        stack.enter_context(_leaving())
+        with disk_errors(folder.log, "join again"):
+            log = stack.enter_context(folder.log.open("ab", buffering=0))
         device = _Joined(folder, invitation, private, _Voice(log))
         try:
             device.prepare(path, key, allowed)
@@ -96,6 +102,7 @@ class _Joined:
         self._port = free_port()
         self._node: subprocess.Popen[bytes] | None = None
         self._worker: subprocess.Popen[bytes] | None = None
+        self._deaths = Deaths()
         self._reader: threading.Thread | None = None
         self._asked = time.monotonic()
         self._checked = ""
@@ -103,8 +110,9 @@ class _Joined:
     def prepare(self, invitation: Path, key: Path | None, allowed: Allowed) -> None:
         """Write the files that the two processes read."""
         folder = self.folder
-        for file in (folder.key, folder.ca, folder.secret, folder.settings, folder.ready):
-            file.unlink(missing_ok=True)
+        with disk_errors(folder.path, "join again"):
+            for file in (folder.key, folder.ca, folder.secret, folder.settings, folder.ready):
+                file.unlink(missing_ok=True)
         private = self.key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
         write_secret(folder.key, private)
         write_secret(folder.ca, self.invitation.ca.encode())
@@ -118,7 +126,11 @@ class _Joined:
         write_secret(folder.settings, json.dumps(settings).encode())
 
     def stay(self) -> int:
-        """Keep both processes running; returns the exit code if the device does not fit."""
+        """Keep both processes running; returns the exit code if the device does not fit.
+
+        Raises:
+            UserError: the worker dies soon after every start, or the server does not know this device any more.
+        """
         while True:
             if self._worker is None:
                 self._await_run()
@@ -129,6 +141,12 @@ class _Joined:
             if code == DOES_NOT_FIT:
                 return 1
             if code is not None:
+                worked = self.folder.ready.exists()
+                if code != AGAIN and self._deaths.too_many(code, worked):
+                    raise UserError(
+                        f"the worker ended soon after each of its last {MOST} starts ({_words(code)}); "
+                        f"{self.folder.log} says why"
+                    )
                 self.voice.say(f"the worker ended ({_words(code)}) and is started again")
                 self._worker = None
                 time.sleep(AGAIN_S)
@@ -185,6 +203,7 @@ class _Joined:
         self.folder.ready.unlink(missing_ok=True)
         command = [sys.executable, "-m", "hfedmoe.fleet.worker", str(self.folder.path), *options]
         self._worker = start(command, None, quiet(self.folder.path / "flwr"))
+        self._deaths.started()
         self._reader = threading.Thread(target=self._relay, args=(self._worker.stdout,), daemon=True)
         self._reader.start()
 

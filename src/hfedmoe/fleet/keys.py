@@ -6,6 +6,7 @@ A request is signed as Flower's SuperNode signs its own: the public key, a time,
 import base64
 import binascii
 import datetime
+import functools
 from collections.abc import Mapping
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -64,8 +65,9 @@ def public_line(text: str, origin: str) -> str:
     return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode("ascii")
 
 
+@functools.lru_cache(maxsize=1 << 20)
 def as_flower_has_it(line: str) -> bytes:
-    """A public key as Flower stores it."""
+    """A public key as Flower stores it. It is remembered: a roster is read again whenever a device is invited."""
     key = load_ssh_public_key(line.encode())
     assert isinstance(key, ec.EllipticCurvePublicKey)
     return public_key_to_bytes(key)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfedmoe import __version__
 from hfedmoe.config import TrackingConfig
+from hfedmoe.files.received import received
 
 if TYPE_CHECKING:
     from hfedmoe.data.terms import Terms
@@ -47,7 +48,7 @@ class Offer:
     @classmethod
     def from_json(cls, text: str) -> "Offer":
         """The inverse of `to_json`. The text comes from a server; raises ValueError if it is not valid."""
-        tree: Any = json.loads(text)
+        tree: Any = received(text)
         if not isinstance(tree, dict) or set(tree) != set(cls.__dataclass_fields__):
             raise ValueError("not an offer")
         if not all(isinstance(value, str) for value in tree.values()):

@@ -39,7 +39,7 @@ def ask(invitation: Invitation, key: ec.EllipticCurvePrivateKey) -> Offer:
     Raises:
         NoAnswerError: the server is away, or serves no run now; or clocks differ (ClockError).
         VersionsError: it has another version.
-        UserError: the server is another one, or does not know this device.
+        UserError: the server is another one, or does not know this device; or the invitation is damaged.
     """
     answer = _call(invitation, key, "GET", PATH)
     try:
@@ -58,12 +58,19 @@ def _call(
 ) -> httpx.Response:
     """A good answer of the server."""
     where = invitation.address
-    trust = ssl.create_default_context(cadata=invitation.ca)  # this fleet's authority and no other
+    try:
+        trust = ssl.create_default_context(cadata=invitation.ca)  # this fleet's authority and no other
+    except (ssl.SSLError, ValueError):
+        raise UserError(
+            f"the certificate in the invitation of {invitation.name} is damaged; ask for it again"
+        ) from None
     try:
         with httpx.Client(verify=trust, timeout=TIMEOUT_S, trust_env=False) as client:
             headers = signed(key) | {VERSION_HEADER: versions()}
             answer = client.request(method, f"https://{where}{path}", headers=headers, content=content)
-    except httpx.TransportError as error:
+    except httpx.InvalidURL as error:
+        raise UserError(f"{where}: is no address of a server ({_reason(error)}); ask for a new invitation") from None
+    except httpx.HTTPError as error:
         if "certificate is not yet valid" in str(error):
             now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
             raise ClockError(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hfedmoe.errors import UserError
-from hfedmoe.files.disk import replacing
+from hfedmoe.files.disk import disk_errors, replacing
 from hfedmoe.fleet.keys import as_flower_has_it
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
@@ -49,9 +49,9 @@ class Roster:
             raise UserError(f"{path}: not a roster ({error})") from None
 
     def write(self, path: Path) -> None:
-        """Write it whole or not at all."""
+        """Write it whole or not at all. Raises DiskError."""
         content = {"format": FORMAT, "devices": [asdict(device) for device in self.devices], "ended": self.ended}
-        with replacing(path) as stream:
+        with disk_errors(path, "give the command again"), replacing(path) as stream:
             stream.write((json.dumps(content, indent=1) + "\n").encode())
 
     @property

@@ -18,7 +18,7 @@ from hfedmoe.config import RunConfig
 from hfedmoe.data.terms import terms_of
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
-from hfedmoe.files.disk import replacing
+from hfedmoe.files.disk import disk_errors, replacing
 from hfedmoe.files.locks import HeldError, claim
 from hfedmoe.fleet.folder import Folder
 from hfedmoe.fleet.front import Board, front
@@ -36,6 +36,7 @@ from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.runs.refusals import require_trackers
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.members import Known
+from hfedmoe.wire.same import Digests
 
 CONTINUED_BY = "hfedmoe serve --resume"
 KEY = "fleet.json"
@@ -54,14 +55,15 @@ def serve(fleet: Folder, config: RunConfig, out: Path | None, address: str, watc
         config = for_roster(with_absolute_paths(config), Roster.read(fleet.roster))
         with RunFolder.create(out, config) as folder:
             try:
+                _write_key(folder.path)
                 prepared = prepare(config, watcher)
-            except BaseException:
-                folder.discard()  # nothing has run: the same folder can be used again
+            except BaseException:  # nothing has run: the same folder can be used again
+                (folder.path / KEY).unlink(missing_ok=True)
+                folder.discard()
                 raise
             folder.settle(prepared.settled)
             write_identity(folder.path, _identity(prepared))
             folder.describe(prepared.about(None))
-            _write_key(folder.path)
             _serve(fleet, folder, prepared, None, address, watcher)
             return folder.path
 
@@ -101,15 +103,25 @@ def for_roster(config: RunConfig, roster: Roster) -> RunConfig:
 
 
 def _write_key(path: Path) -> None:
-    with replacing(path / KEY) as stream:
+    with disk_errors(path / KEY, "serve again"), replacing(path / KEY) as stream:
         stream.write(json.dumps({"run": secrets.token_hex(16)}).encode())
+
+
+def _read_key(path: Path) -> str:
+    """Raises UserError if it is damaged."""
+    try:
+        return str(json.loads((path / KEY).read_text())["run"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path / KEY}: is damaged ({error}), so devices would not know the run; begin a new one"
+        ) from None
 
 
 def _serve(
     fleet: Folder, folder: RunFolder, prepared: Prepared, from_round: int | None, address: str, watcher: Watcher
 ) -> None:
     prepared.announce(watcher, folder)
-    key = str(json.loads((folder.path / KEY).read_text())["run"])
+    key = _read_key(folder.path)
     board = Board(fleet)
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(folder.path))
@@ -120,7 +132,7 @@ def _serve(
         tensors = None if from_round is None else prepared.restore(folder, from_round).tensors
         terms = terms_of(prepared.task, prepared.config.data, prepared.encoder.first_token_only)
         offer = offer_of(prepared, terms, key)
-        server = server_for(prepared, keeper, notes, tensors, from_round or 0, offer.base)
+        server = server_for(prepared, keeper, notes, tensors, from_round or 0, Digests(offer.base, offer.tokenizer))
         link = stack.enter_context(superlink(fleet, lambda: look()))
         registered: list[Any] = [None]
 
@@ -233,7 +245,9 @@ def ending(notes: Notes) -> Iterator[Ending]:
 @contextlib.contextmanager
 def only_one(fleet: Folder) -> Iterator[IO[bytes]]:
     """Serve the fleet in this process only. Raises UserError if another one does."""
-    with (fleet.path / "serve.lock").open("ab") as lock:
+    with disk_errors(fleet.path, "serve again"):
+        lock = (fleet.path / "serve.lock").open("ab")
+    with lock:
         try:
             claim(lock.fileno())
         except HeldError:

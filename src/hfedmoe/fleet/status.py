@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from hfedmoe.errors import UserError
+from hfedmoe.files.disk import disk_errors
 from hfedmoe.files.locks import HeldError, claim
 from hfedmoe.fleet.folder import Folder
 from hfedmoe.fleet.roster import Roster
@@ -20,7 +21,7 @@ heartbeat about every 20 s."""
 def serving(fleet: Folder) -> dict[str, Any] | None:
     """What the fleet's server notes (`fleet.notes`); None: nothing is served."""
     try:
-        with (fleet.path / "serve.lock").open("ab") as lock:
+        with disk_errors(fleet.path, "ask again"), (fleet.path / "serve.lock").open("ab") as lock:
             claim(lock.fileno())
         return None
     except HeldError:
@@ -36,7 +37,9 @@ def serving(fleet: Folder) -> dict[str, Any] | None:
 
 def status(fleet: Folder) -> dict[str, Any]:
     """The run that is served, and every invited device."""
-    now, found = time.time(), serving(fleet)
+    found = serving(fleet)
+    # What is noted is as old as the file, which is not always written at once.
+    now = time.time() if found is None else found.get("at", time.time())
     known = {} if found is None else found["devices"]
     devices = []
     for device in Roster.read(fleet.roster).devices:

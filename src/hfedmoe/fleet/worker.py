@@ -36,6 +36,7 @@ from hfedmoe.client.device import Device
 from hfedmoe.config import RunConfig
 from hfedmoe.deployment import known_place, open_device
 from hfedmoe.errors import UserError
+from hfedmoe.files.disk import disk_errors
 from hfedmoe.fleet.allowed import Allowed
 from hfedmoe.fleet.certificates import LOOPBACK
 from hfedmoe.fleet.check import check
@@ -195,10 +196,15 @@ def main(path: Path, only_check: bool = False) -> int:
         return AGAIN if failed == {SERVER} else DOES_NOT_FIT
     if only_check:
         return 0
-    folder.ready.touch()
+    with disk_errors(folder.ready, "join again"):
+        folder.ready.touch()
     work(Worker(allowed, invitation.number, folder), int(asked["port"]), folder.secret.read_bytes())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:] == ["--check"]))
+    try:
+        sys.exit(main(Path(sys.argv[1]), sys.argv[2:] == ["--check"]))
+    except UserError as error:
+        say(f"error: {' '.join(str(error).split())}")
+        sys.exit(2)

@@ -28,6 +28,7 @@ from hfedmoe.wire import checks
 from hfedmoe.wire.exchange import LEFT, POLL_S, Answer, Request, Sessions, Waiting, clean, connected, exchange
 from hfedmoe.wire.local import LocalGrid
 from hfedmoe.wire.messages import DESCRIBE, InvalidReplyError, describe_request
+from hfedmoe.wire.same import Digests
 
 WAIT_S = 0.5
 """Seconds between two looks at who is connected."""
@@ -41,7 +42,7 @@ class Attendance:
     Args:
         num_experts: per layer.
         terms: the run's task, for every device.
-        base: digest of the base model that every client must have; empty: not asked.
+        digests: of the base model and tokenizer that every client must have.
         roll: who the clients are; None: they say it themselves.
     """
 
@@ -51,12 +52,12 @@ class Attendance:
         config: RunConfig,
         num_experts: list[int],
         terms: str,
-        base: str,
+        digests: Digests,
         watcher: Watcher,
         roll: Roll | None = None,
     ) -> None:
         self._grid, self._config, self._num_experts = grid, config, num_experts
-        self._terms, self._base, self._watcher, self._roll = terms, base, watcher, roll
+        self._terms, self._digests, self._watcher, self._roll = terms, digests, watcher, roll
         self._in_process = isinstance(grid, LocalGrid)
         self.members: dict[int, Member] = {}
         """By client number, in ascending order."""
@@ -170,14 +171,14 @@ class Attendance:
         self._settle()
 
     def _request(self, node: int) -> Request:
-        return Request(node, DESCRIBE, describe_request(self._terms))
+        return Request(node, DESCRIBE, describe_request(self._terms, self._digests))
 
     def _take(self, answer: Answer) -> None:
         """Who a client is, or why it takes no part."""
         node = answer.node
         self._asked[node] = self._sessions.get(node, ""), time.monotonic() + AGAIN_S
         try:
-            about = checks.description(reply_of(answer), self._num_experts, self._base)
+            about = checks.description(reply_of(answer), self._num_experts, self._digests)
         except InvalidReplyError as error:
             if answer.status != LEFT:
                 self._cannot_join(node, clean(str(error)))

@@ -45,6 +45,7 @@ from hfedmoe.wire.messages import (
     wire_bytes,
 )
 from hfedmoe.wire.order import in_order
+from hfedmoe.wire.same import NO_DIGESTS, Digests
 from hfedmoe.wire.trouble import FAILED, REFUSED
 
 Evaluate = Callable[[dict[str, Tensor], str], Metrics]
@@ -67,8 +68,8 @@ class Server:
     watcher: Watcher
     terms: str = ""
     """The run's task, as every device is told (`data.terms.Terms.to_json`)."""
-    base: str = ""
-    """Digest of the base model, which every client must have; empty where all clients are of this process."""
+    digests: Digests = NO_DIGESTS
+    """Of the base model and the tokenizer, which every client must have."""
     watches: bool = True
     """Whether there are held-out rows to measure after every round."""
     round: int = 0
@@ -122,7 +123,7 @@ class Server:
 
     def attendance(self, grid: Grid) -> Attendance:
         """Who is here, before anybody was asked."""
-        return Attendance(grid, self.config, self.num_experts, self.terms, self.base, self.watcher, self.roll)
+        return Attendance(grid, self.config, self.num_experts, self.terms, self.digests, self.watcher, self.roll)
 
     def _announce(self, attendance: Attendance) -> None:
         clients = attendance.participants()

@@ -30,7 +30,8 @@ from hfedmoe.wire.messages import (
     tensors_of,
     unpack_bits,
 )
-from hfedmoe.wire.trouble import CODES, STATUSES
+from hfedmoe.wire.same import NO_DIGESTS, Digests
+from hfedmoe.wire.trouble import BASE, CODES, STATUSES, TOKENIZER
 
 MAX_EXAMPLES = 10**9
 MAX_NAME = 80
@@ -90,14 +91,14 @@ def trouble(message: Message) -> None:
     raise TroubleError(str(status).replace("_", " "), reason)
 
 
-def description(message: Message, num_experts: list[int], base: str = "") -> Description:
+def description(message: Message, num_experts: list[int], digests: Digests = NO_DIGESTS) -> Description:
     """Who the client says it is.
 
     Args:
-        num_experts, base: of the server's model; every client must have the same.
+        num_experts, digests: of the server's model; every client must have the same.
 
     Raises:
-        InvalidReplyError: something is missing or out of range, or the client has another model.
+        InvalidReplyError: something is missing or out of range, or the client has another model or tokenizer.
     """
     facts = facts_of(message)
     theirs = other_version(facts)
@@ -111,18 +112,16 @@ def description(message: Message, num_experts: list[int], base: str = "") -> Des
     experts = facts.get("num_experts")
     if experts != num_experts:
         raise InvalidReplyError(f"its model has another number of experts per layer ({str(experts)[:60]})")
-    if facts.get("base") != base:
-        raise InvalidReplyError(
-            "its base model is not the server's: other weights, another seed or another upcycling; give both the same "
-            "checkpoint and the same model settings"
-        )
+    for fact, expected, code in (("base", digests.base, BASE), ("tokenizer", digests.tokenizer, TOKENIZER)):
+        if facts.get(fact) != expected:
+            raise InvalidReplyError(CODES[code])
     return Description(
         client=_whole(facts, "client", 0, MAX_EXAMPLES),
         name=name,
         examples=_whole(facts, "examples", 1, MAX_EXAMPLES),
         budget=_whole(facts, "budget", 1, sum(num_experts)),
         num_experts=num_experts,
-        base=base,
+        digests=digests,
     )
 
 

@@ -1,8 +1,9 @@
 """All messages between server and clients.
 
 describe (query)  down: the version of hfedmoe; the terms of the task: its kind, labels and how answers are compared
-                        (`data/terms.py`)
-                  up:   the version; client number, name, examples, budget in experts, experts per layer of its model
+                        (`data/terms.py`); digests of the base model and the tokenizer (`same.py`)
+                  up:   the version; client number, name, examples, budget in experts, experts per layer of its model;
+                        both digests
 plan (query)      down: round; with method.bootstrap = "prior" the federation's usage so far, float32 [sum E_l]
                   up:   resident bits [sum E_l]; or, for a method that plans on the server, the client's scores
                         float32 [sum E_l]
@@ -35,6 +36,7 @@ from torch import Tensor
 from hfedmoe import __version__
 from hfedmoe.events import OwnResult, Work
 from hfedmoe.files.blob import Rows, dumps, loads
+from hfedmoe.wire.same import NO_DIGESTS, Digests
 from hfedmoe.wire.trouble import FAULT, Trouble
 
 DESCRIBE, PLAN, TRAIN, MEASURE, TUNE = "query.describe", "query.plan", "train", "query.measure", "train.tune"
@@ -65,8 +67,7 @@ class Description:
     budget: int
     """Experts over all layers."""
     num_experts: list[int]
-    base: str = ""
-    """Digest of its base model (`models.digest`); empty if all clients are in the server's process."""
+    digests: Digests = NO_DIGESTS
 
 
 @dataclass
@@ -183,9 +184,14 @@ def _value_bytes(value: object) -> int:
     return 8
 
 
-def describe_request(terms: str) -> RecordDict:
-    """Ask a client who it is. `terms`: the run's task, as text (`data.terms.Terms.to_json`)."""
-    return record({"version": __version__, "terms": terms})
+def describe_request(terms: str, digests: Digests = NO_DIGESTS) -> RecordDict:
+    """Ask a client who it is.
+
+    Args:
+        terms: the run's task, as text (`data.terms.Terms.to_json`).
+        digests: of the server's model; the client compares those that are not empty with its own.
+    """
+    return record({"version": __version__, "terms": terms, **asdict(digests)})
 
 
 def terms_of_request(message: Message) -> str:
@@ -214,8 +220,8 @@ def describe_reply(description: Description) -> RecordDict:
             "examples": description.examples,
             "budget": description.budget,
             "num_experts": description.num_experts,
-            "base": description.base,
             "version": __version__,
+            **asdict(description.digests),
         }
     )
 

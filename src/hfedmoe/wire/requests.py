@@ -19,6 +19,7 @@ from hfedmoe.wire.messages import (
     tensors_of,
     unpack_bits,
 )
+from hfedmoe.wire.same import Digests
 
 MOST = {
     "federation.rounds": 1_000_000,
@@ -56,6 +57,14 @@ def check_version(message: Message) -> None:
         raise OtherVersionError(
             f"the server has another version of hfedmoe: {theirs}; this device has {__version__}; install the same"
         )
+
+
+def digests_of(message: Message) -> Digests:
+    """The digests in a describe request; empty ones are not compared. Raises InvalidRequestError."""
+    base, tokenizer = (_facts(message).get(name, "") for name in ("base", "tokenizer"))
+    if not isinstance(base, str) or not isinstance(tokenizer, str):
+        raise InvalidRequestError("a digest of the server's model is not a text")
+    return Digests(base, tokenizer)
 
 
 def round_of(message: Message, rounds: int) -> int:

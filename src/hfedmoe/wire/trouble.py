@@ -18,6 +18,7 @@ STATUSES = (OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED)
 """The status in such a reply, shown without underscores. TOO_SMALL: no room for the experts that the method needs."""
 
 OWN_DATA, SETTINGS, REQUEST, VERSION, DISK, FAULT = "own_data", "settings", "request", "version", "disk", "fault"
+BASE, TOKENIZER = "base", "tokenizer"
 POLICY_MODEL, POLICY_STEPS, POLICY_BATCH, POLICY_EXPERTS, POLICY_TUNE = (
     "policy_model",
     "policy_steps",
@@ -34,6 +35,9 @@ CODES = {
     SETTINGS: "cannot take part with its settings, model or data; its log says why",
     REQUEST: "refuses what the server asked; its log says why",
     DISK: "cannot write what it remembers, perhaps because its disk is full; its log says where",
+    BASE: "its base model is not the server's: other weights, another seed or another upcycling; give both the same "
+    "checkpoint and the same model settings",
+    TOKENIZER: "its tokenizer is not the server's; give both the same checkpoint",
     VERSION: "has another version of hfedmoe; its log says which",
     POLICY_MODEL: "does not allow the run's model (model.name)",
     POLICY_STEPS: "allows fewer steps per round than the run asks for (train.steps)",
