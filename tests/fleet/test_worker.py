@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import Context, Message, Metadata, RecordDict
 
+from hfedmoe.client import scoring
 from hfedmoe.client.policy import ANYTHING, Policy
 from hfedmoe.client.tuning import Tuned
 from hfedmoe.config import config_from_text
@@ -119,6 +120,42 @@ def test_a_device_holds_no_more_experts_than_its_owner_allows(tmp_path: Path) ->
     plan = ask(worker, PLAN, plan_request(1), CONFIG.format(model="theirs/model", more=more))
     held = unpack_bits(facts_of(plan)["resident"], [8] * 4)
     assert sum(int(keep.sum()) for keep in held) <= 10
+
+
+def test_a_round_that_is_asked_for_again_and_again_does_not_pass_the_owners_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, base = rows_file(tmp_path / "own.csv", "earn", "acq", rows=60), str(save_tiny(tmp_path / "model"))
+    more = "[train]\nsteps = 2\nbatch_size = 2\n[method]\nbootstrap_batches = 100_000"
+    written, keep = CONFIG.format(model=base, more=more), [torch.arange(8) < 3 for _ in range(4)]
+    config = config_from_text(written, "the test")
+    loaded = load(config.model, config.seed)
+    start = pack(global_tensors(wrap(loaded.model, config, loaded.store)), keep)
+    batches: list[int] = []
+    honest = scoring.remember_scores
+    monkeypatch.setattr(scoring, "remember_scores", lambda *given: (batches.append(1), honest(*given)))
+    worker = Worker(Allowed(own, 16, base, policy=Policy(max_steps=2)), 2, DeviceFolder(tmp_path))
+
+    def planned(round: int = 1) -> bytes:
+        return facts_of(ask(worker, PLAN, plan_request(round), written))["resident"]  # type: ignore[return-value]
+
+    def trained(round: int) -> Message:
+        return ask(worker, TRAIN, train_request(round, keep, start), written)
+
+    describe(worker, more=more)
+    told = []
+    for again in range(3):  # a server that goes on from its checkpoint: the same answer
+        held = planned()
+        assert len(batches) == 2 * (again + 1)  # not 25 in every first pass
+        told.append((held, facts_of(trained(1))["step_losses"]))
+    assert told[0] == told[1] == told[2]
+    assert facts_of(trained(1))["code"] == "policy_round"
+    planned()  # with random experts now
+    refused = trained(1)
+    with pytest.raises(checks.TroubleError, match="asked for the same round more often than its owner's limits"):
+        checks.trouble(refused)
+    assert len(batches) == 3 * 2
+    assert "status" not in facts_of(trained(2))
 
 
 def test_models_come_from_the_owners_folders_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -18,6 +19,7 @@ from hfedmoe.client.lasting import MEASURED, TUNED
 from hfedmoe.client.once import answer_of, keep_answer
 from hfedmoe.client.place import Place
 from hfedmoe.client.policy import PolicyError
+from hfedmoe.client.spent import FIRST_PASS, counted
 from hfedmoe.client.tuning import keep, tune
 from hfedmoe.errors import DiskError, OwnDataError, UserError
 from hfedmoe.events import OwnResult
@@ -124,7 +126,7 @@ def client_app(
         history = _remember(context, place)
 
         def work() -> RecordDict:
-            return planned(message, context, place, history, device.first_pass)
+            return planned(message, context, place, history, partial(_first_pass, context, device))
 
         return tried(context, device, history, "plan", place.allowed(history), work)
 
@@ -176,7 +178,9 @@ def client_app(
         round = requests.round_of(message, device.config.federation.rounds)
 
         def work(resident: list[Tensor]) -> RecordDict:
-            update = device.train(history, resident, requests.trainables_of(message), round)
+            tensors = requests.trainables_of(message)
+            with counted(context.state, device.policy, round, device.config.train.steps, device.clock) as policy:
+                update = device.within(policy).train(history, resident, tensors, round)
             if requests.plans_next(message) and round < device.config.federation.rounds:
                 with contextlib.suppress(CannotHoldError):  # the server asks, and is told
                     update.next = _plan(device.place, history, round + 1, None, _no_first_pass)
@@ -256,6 +260,16 @@ def _plan(
     if place.method.assign is not None:
         return Plan(contribution=place.contribution(history, round, usage, first_pass))
     return Plan(place.plan(history, round, usage, first_pass))
+
+
+def _first_pass(context: Context, device: Device, history: ClientHistory) -> None:
+    """The first pass, within what the device's owner allows; with random scores if it was asked for too often."""
+    try:
+        with counted(context.state, device.policy, FIRST_PASS, device.first_steps, device.clock) as policy:
+            device.within(policy).first_pass(history)
+    except PolicyError as error:
+        logger.warning("%s; it starts with random experts", error)
+        history.prior = device.place.draw(0)
 
 
 def _no_first_pass(history: ClientHistory) -> None:

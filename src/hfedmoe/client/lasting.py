@@ -12,6 +12,8 @@ PREFIX = "lasting/"
 """The names of such records begin with it."""
 MEASURED, TUNED = f"{PREFIX}measured", f"{PREFIX}tuned"
 """What it answered after the last round (`client.once`)."""
+SPENT = f"{PREFIX}spent"
+"""How much it worked for each round (`client.spent`)."""
 
 
 def restore(state: MutableMapping[str, Any], now: MutableMapping[str, Any]) -> None:

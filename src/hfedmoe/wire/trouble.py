@@ -18,12 +18,13 @@ STATUSES = (OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED)
 """The status in such a reply, shown without underscores. TOO_SMALL: no room for the experts that the method needs."""
 
 OWN_DATA, SETTINGS, REQUEST, VERSION, DISK, FAULT = "own_data", "settings", "request", "version", "disk", "fault"
-POLICY_MODEL, POLICY_STEPS, POLICY_BATCH, POLICY_EXPERTS, POLICY_TUNE = (
+POLICY_MODEL, POLICY_STEPS, POLICY_BATCH, POLICY_EXPERTS, POLICY_TUNE, POLICY_ROUND = (
     "policy_model",
     "policy_steps",
     "policy_batch",
     "policy_experts",
     "policy_tune",
+    "policy_round",
 )
 """The run asks for more than the device's owner allows (`client.policy`)."""
 CODES = {
@@ -41,6 +42,7 @@ CODES = {
     POLICY_EXPERTS: "allows fewer experts than the run needs (method.name, model.name)",
     POLICY_TUNE: "does not go on training for itself: its owner allows no steps for it, or fewer than the run asks for "
     "(evaluation.tune_steps)",
+    POLICY_ROUND: "was asked for the same round more often than its owner's limits on steps or seconds allow",
     FAULT: "failed; its log says why",
 }
 """What a code of a real device means; {count} is the number that comes with it.
