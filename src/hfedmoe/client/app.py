@@ -109,7 +109,9 @@ def client_app(
             return refuse(device)
         place = device.place
         allowed = place.allowed(_remember(context, place))
-        budget = max(1, allowed if place.told is None else place.told)
+        # A limit that it learned may grow again within its budget; only a server that plans must know it.
+        room = place.budget if place.method.assign is None else max(1, allowed)
+        budget = room if place.told is None else place.told
         examples = len(device.examples)
         return describe_reply(Description(device.number, device.name, examples, budget, place.num_experts, device.base))
 
@@ -181,6 +183,7 @@ def client_app(
             tensors = requests.trainables_of(message)
             with counted(context.state, device.policy, round, device.config.train.steps, device.clock) as policy:
                 update = device.within(policy).train(history, resident, tensors, round)
+            device.place.trained(history)
             if requests.plans_next(message) and round < device.config.federation.rounds:
                 with contextlib.suppress(CannotHoldError):  # the server asks, and is told
                     update.next = _plan(device.place, history, round + 1, None, _no_first_pass)
