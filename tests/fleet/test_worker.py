@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hfedmoe.client.tuning import Tuned
 from hfedmoe.config import config_from_text
 from hfedmoe.data.terms import Terms
 from hfedmoe.fleet.allowed import Allowed
+from hfedmoe.fleet.asked import MOST
 from hfedmoe.fleet.check import check_offer
 from hfedmoe.fleet.device import DeviceFolder
 from hfedmoe.fleet.offer import Offer, versions
@@ -51,8 +53,8 @@ def worker(tmp_path: Path) -> Worker:
     return Worker(Allowed(own, 16, str(save_tiny(tmp_path / "model"))), 2, DeviceFolder(tmp_path))
 
 
-def ask(worker: Worker, kind: str, content: RecordDict, config: str, **node: Any) -> Message:
-    context = Context(5, 6, node, RecordDict(), {"config": config, "run": RUN})
+def ask(worker: Worker, kind: str, content: RecordDict, config: str, run: str = RUN, **node: Any) -> Message:
+    context = Context(5, 6, node, RecordDict(), {"config": config, "run": run})
     metadata = Metadata(5, "1", 0, 6, "", "", 0.0, 60.0, kind)
     before = dict(context.run_config)
     reply = worker.answer(Message(content, metadata=metadata), context)  # type: ignore[call-overload]
@@ -156,6 +158,50 @@ def test_a_round_that_is_asked_for_again_and_again_does_not_pass_the_owners_limi
         checks.trouble(refused)
     assert len(batches) == 3 * 2
     assert "status" not in facts_of(trained(2))
+
+
+def test_a_run_has_one_task_and_servers_may_ask_about_a_few_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, base, asked = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6), str(save_tiny(tmp_path / "model")), 0
+    allowed = Allowed(own, 16, base, policy=Policy(columns=("text", "label")), asked=tmp_path / "asked.json")
+    worker = Worker(allowed, 2, DeviceFolder(tmp_path))
+
+    def code(*labels: str, run: str = RUN, more: str = "") -> object:
+        """The code of the answer to a description; 2 for its number if there is none."""
+        terms = replace(TERMS, labels=labels).to_json()
+        config = CONFIG.format(model=base, more="").replace("[data]", f"[data]\n{more}")
+        facts = facts_of(ask(worker, DESCRIBE, describe_request(terms), config, run=run))
+        return facts.get("code", facts.get("client"))
+
+    assert code("acq") == "own_data"
+    assert code("acq", "crude", "earn") == 2
+    assert code("acq", "earn") == "other_task"  # would say whether there is crude
+    assert code("acq", "crude", "earn", more="max_tokens = 8") == "other_task"
+    assert code("acq", "crude", "earn", more='label = "name"') == "policy_task"
+    # Nor in a message of another kind, or after going back to before the first round.
+    config = CONFIG.format(model=base, more="")
+    assert "resident" in facts_of(ask(worker, PLAN, plan_request(1), config))
+    other = config.replace("[data]", "[data]\nmax_tokens = 8")
+    assert facts_of(ask(worker, PLAN, plan_request(1), other))["code"] == "other_task"
+    assert code("acq", "earn") == "other_task"
+    assert code("acq", "crude", "earn") == 2
+    # Another run may have another task, until there were too many.
+    for number in range(MOST):
+        asked += code("acq", "earn", f"ship {number}", run=f"{number:032x}") == 2
+    assert asked == MOST - 4
+    assert code("acq", "earn", run="f" * 32) == 2  # it was asked about that before
+    refused = code("earn", run="e" * 32)
+    assert refused == "many_tasks"
+    assert f"delete {tmp_path / 'asked.json'} and start it again" in caplog.text
+    offer = Offer(versions(), RUN, config, replace(TERMS, labels=("crude",)).to_json(), "", "")
+    assert "many_tasks" in [one.code for one in check_offer(offer, allowed)]
+
+
+def test_a_message_without_content_is_refused_and_does_not_end_the_worker(worker: Worker) -> None:
+    for kind in (DESCRIBE, PLAN, TRAIN):
+        reply = ask(worker, kind, RecordDict(), CONFIG.format(model="theirs/model", more=""))
+        assert facts_of(reply)["code"] == "request"
 
 
 def test_models_come_from_the_owners_folders_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,8 @@ PREFIX = "lasting/"
 """The names of such records begin with it."""
 MEASURED, TUNED = f"{PREFIX}measured", f"{PREFIX}tuned"
 """What it answered after the last round (`client.once`)."""
+TASK = f"{PREFIX}task"
+"""The run's task, as it was when the device read its rows for it first (`deployment`)."""
 SPENT = f"{PREFIX}spent"
 """How much it worked for each round (`client.spent`)."""
 
