@@ -125,7 +125,10 @@ def test_a_device_holds_no_more_experts_than_its_owner_allows(tmp_path: Path) ->
 
 
 def test_a_round_that_is_asked_for_again_and_again_does_not_pass_the_owners_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     own, base = rows_file(tmp_path / "own.csv", "earn", "acq", rows=60), str(save_tiny(tmp_path / "model"))
     more = "[train]\nsteps = 2\nbatch_size = 2\n[method]\nbootstrap_batches = 100_000"
@@ -151,7 +154,11 @@ def test_a_round_that_is_asked_for_again_and_again_does_not_pass_the_owners_limi
         assert len(batches) == 2 * (again + 1)  # not 25 in every first pass
         told.append((held, facts_of(trained(1))["step_losses"]))
     assert told[0] == told[1] == told[2]
+    capsys.readouterr()
     assert facts_of(trained(1))["code"] == "policy_round"
+    assert "answered" not in capsys.readouterr().out
+    assert "round 1 again, which has had 6 steps; max-steps of this device is 2" in caplog.text
+    assert "Traceback" not in caplog.text  # its owner's limit is no fault
     planned()  # with random experts now
     refused = trained(1)
     with pytest.raises(checks.TroubleError, match="asked for the same round more often than its owner's limits"):

@@ -84,8 +84,12 @@ def client_app(
             try:
                 content = handler(message, context)
             except Exception as error:  # of any kind: Flower would send its text to the server
-                logger.exception("this request could not be answered")
-                content = trouble_reply(trouble_of(error), private=True)
+                trouble = trouble_of(error)
+                if trouble.code == FAULT:
+                    logger.exception("this request could not be answered")
+                else:
+                    logger.error("%s", error)
+                content = trouble_reply(trouble, private=True)
             return Message(content, reply_to=message)
 
         return answer

@@ -118,7 +118,7 @@ class Worker:
         except (UserError, InvalidReplyError, InvalidRequestError, OtherVersionError) as error:
             logger.error("%s", error)
             return Message(trouble_reply(trouble_of(error), private=True), reply_to=message)
-        if kind == TRAIN:
+        if kind == TRAIN and "status" not in facts_of(reply):
             say(f"round {self._round}: answered")
         if kind == MEASURE and facts_of(reply).get("own_rows"):
             say("told the server, in counts, what this device gained")
