@@ -22,7 +22,7 @@ from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.regrowth import Regrowth
 from hfedmoe.device import learned
 from hfedmoe.device.kills import Kills, killed_for_memory
-from hfedmoe.device.learned import Attempt, Note
+from hfedmoe.device.learned import DOINGS, Attempt, Note
 from hfedmoe.device.limits import run_limited, why_no_cgroup
 from hfedmoe.events import Participant, Silent
 from hfedmoe.runs.folder import RunFolder
@@ -259,9 +259,9 @@ def system(monkeypatch: pytest.MonkeyPatch) -> System:
     return system
 
 
-def cut_off(path: Path, task: str, experts: int) -> None:
+def cut_off(path: Path, task: str, experts: int, doing: str = "train") -> None:
     """Leave the note of an attempt that did not end."""
-    with Note(path, task).attempting("train", experts):
+    with Note(path, task).attempting(doing, experts):
         left = path.read_bytes()
     path.write_bytes(left)
 
@@ -274,6 +274,10 @@ def test_an_attempt_killed_for_its_memory_is_found_once_and_only_by_the_same_tas
     system.kill()
     assert Note(path, "a").take_killed() == Attempt("a", "train", 16, before)
     assert Note(path, "a").take_killed() is None
+    for doing in DOINGS:
+        cut_off(path, "a", 3, doing)
+        system.kill()
+        assert Note(path, "a").take_killed() is not None, doing
     cut_off(path, "a", 16)
     system.kill()
     assert Note(path, "b").take_killed() is None
