@@ -25,15 +25,16 @@ from pydantic import ValidationError
 
 from hfedmoe.client.app import client_app
 from hfedmoe.client.device import Device
+from hfedmoe.client.lasting import TASK
 from hfedmoe.client.place import Place
-from hfedmoe.client.policy import Policy
+from hfedmoe.client.policy import Policy, PolicyError
 from hfedmoe.config import DataConfig, RunConfig, config_from_text
 from hfedmoe.config.budgets import AUTO, Budget, check_budget
-from hfedmoe.data.decoding import PLAIN, Form
+from hfedmoe.data.decoding import DEVICE, PLAIN, Form
 from hfedmoe.data.kept import kept_by
 from hfedmoe.data.partition import partition
 from hfedmoe.data.sources import is_path
-from hfedmoe.data.terms import Terms
+from hfedmoe.data.terms import Terms, task_key
 from hfedmoe.device.beside import left_of
 from hfedmoe.device.capacity import experts_of, memory_of, planner_of
 from hfedmoe.device.limits import hold_process_to
@@ -53,11 +54,12 @@ from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.runs.refusals import require_trackers
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
-from hfedmoe.wire.messages import DESCRIBE, terms_of_request
-from hfedmoe.wire.requests import InvalidRequestError, check_settings
+from hfedmoe.wire.messages import DESCRIBE
+from hfedmoe.wire.requests import check_settings, task_of
 from hfedmoe.wire.same import Digests
+from hfedmoe.wire.trouble import OTHER_TASK
 
-PLACE, TERMS = "place", "terms"
+PLACE = "place"
 TRUST = "trust-remote-code"
 """Key of the node config that lets the run's configuration turn on `model.trust_remote_code`."""
 SHARED = "shared-data"
@@ -102,7 +104,7 @@ def _own(context: Context) -> tuple[str | None, Form, tuple[int, int] | None]:
         return None, PLAIN, None
     own, said = str(settings["data"]), {key: settings[key] for key in ("encoding", "delimiter") if key in settings}
     try:
-        form = Form.of(DataConfig.model_validate(said))
+        form = Form.of(DataConfig.model_validate(said), DEVICE)
     except ValidationError as error:
         found = error.errors()[0]
         raise UserError(f"this node's {found['loc'][-1]}: {found['msg'].removeprefix('Value error, ')}") from None
@@ -165,8 +167,11 @@ def open_device(message: Message, context: Context) -> Device:
     own, form, state = _own(context)
     if own is None:
         _check_source(config, context)
-    terms = _terms(message, context)
+    policy = Policy.of(context.node_config)
+    terms, key = _terms(message, context, config)
+    policy.check_task(config.data, terms)
     prepared = _prepared(config.model_dump_json(), own, form, state, terms.to_json())
+    context.state[TASK] = ConfigRecord({"text": terms.to_json(), "key": key})
     model = prepared.model
     if memory is not None and model.masked:
         raise UserError(
@@ -178,7 +183,6 @@ def open_device(message: Message, context: Context) -> Device:
     trained, kept = list(range(len(task.train))), list[int]()
     if own is None:
         trained = partition(task, config.partition, config.clients.count, config.seed)[number]
-    policy = Policy.of(context.node_config)
     if policy.measure:
         trained, kept = kept_by(task, trained, number, config.clients.count, config.evaluation, config.seed)
     policy.check_rows(len(trained))
@@ -241,18 +245,24 @@ def _notes(context: Context, number: int) -> Path:
     return cache_folder() / "devices" / f"{context.run_id}-client-{number}.json"
 
 
-def _terms(message: Message, context: Context) -> Terms:
-    """The run's task, from the server's describe request; kept for later messages."""
+def _terms(message: Message, context: Context, config: RunConfig) -> tuple[Terms, str]:
+    """The run's task, from the server's describe request or as it was kept then, and its key.
+
+    Raises:
+        PolicyError: the device has read its rows for another task in this run: by a second one the server could ask
+            who is among them.
+    """
+    kept = context.state.config_records.get(TASK)
     if message.metadata.message_type == DESCRIBE:
-        text = terms_of_request(message)
-        context.state[TERMS] = ConfigRecord({"text": text})
-    kept = context.state.config_records.get(TERMS)
-    if kept is None:
+        terms = task_of(message)
+    elif kept is not None:
+        terms = Terms.from_json(kept["text"])
+    else:
         raise UserError("the server did not send the run's task; it must send describe before plan and train")
-    try:
-        return Terms.from_json(kept["text"])
-    except ValueError as error:
-        raise InvalidRequestError(str(error)) from None
+    key = task_key(config.data, terms)
+    if kept is not None and kept["key"] != key:
+        raise PolicyError("the run's columns, labels or settings of rows are not those of before", OTHER_TASK)
+    return terms, key
 
 
 def _budget(context: Context, config: RunConfig, number: int) -> Budget:

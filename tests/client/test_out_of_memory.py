@@ -2,11 +2,13 @@
 
 import errno
 import gc
+import json
 import logging
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfedmoe.client.attempt import attempt, is_out_of_memory, smaller
-from hfedmoe.device.learned import Attempt, Note
+from hfedmoe.client.history import ClientHistory
+from hfedmoe.client.regrowth import Regrowth
+from hfedmoe.device import learned
+from hfedmoe.device.kills import Kills, killed_for_memory
+from hfedmoe.device.learned import DOINGS, Attempt, Note
+from hfedmoe.device.limits import run_limited, why_no_cgroup
 from hfedmoe.events import Participant, Silent
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.simulation import resume, run
 from hfedmoe.wire.messages import record
-from hfedmoe.wire.trouble import Trouble
+from hfedmoe.wire.trouble import OUT_OF_MEMORY, Trouble
 from tests.federation import Federation, tiny_config
 
 Make = Callable[..., Federation]
+NO_CGROUP = why_no_cgroup() if sys.platform.startswith("linux") else "not Linux"
 QUICK = ("data.test_rows=6", "evaluation.watch_rows=1", "train.batch_size=2")
 
 
@@ -138,7 +146,7 @@ def test_a_resumed_run_keeps_the_learned_budget_and_ends_with_the_same_bits(tmp_
         run(config, tmp_path / "stopped", Watching(2))
     again = Watching(None)
     resume(tmp_path / "stopped", again)
-    assert again.budgets == [8, 14, 32, 16]
+    assert again.budgets == [8, 16, 32, 16]  # within which it may grow again
     assert [row.get("resident") for row in rows(tmp_path / "stopped", 1)] == [None, 14]
     one, other = (RunFolder.open(tmp_path / name).load_checkpoint("last") for name in ("whole", "stopped"))
     assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
@@ -221,49 +229,163 @@ import os, sys
 from pathlib import Path
 from hfedmoe.device.learned import Note
 with Note(Path(sys.argv[1]), sys.argv[2]).attempting("train", int(sys.argv[3])):
-    os.kill(os.getpid(), 9)
+    {end}
 """
 
 
-def killed(path: Path, task: str, experts: int) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path), task, str(experts)], check=False)
-    assert done.returncode == -9
+def script(path: Path, end: str) -> list[str]:
+    """A command that begins to train with 16 experts, and does not finish."""
+    return [sys.executable, "-c", KILLED.format(end=end), str(path), "a", "16"]
 
 
-def test_a_killed_attempt_is_found_once_and_only_by_the_same_task(tmp_path: Path) -> None:
-    path = tmp_path / "device" / "note.json"
-    killed(path, "a", 16)
-    assert Note(path, "a").take_killed() == Attempt("a", "train", 16)
+class System:
+    """A system whose counters a test sets."""
+
+    def __init__(self) -> None:
+        self.kills: Kills | None = Kills("boot", 5, "/group 1", 2)
+
+    def kill(self) -> None:
+        """A process of the device's group, for its memory."""
+        assert self.kills is not None
+        assert self.kills.machine is not None
+        assert self.kills.in_group is not None
+        self.kills = replace(self.kills, machine=self.kills.machine + 1, in_group=self.kills.in_group + 1)
+
+
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch) -> System:
+    system = System()
+    monkeypatch.setattr(learned, "kills_now", lambda: system.kills)
+    return system
+
+
+def cut_off(path: Path, task: str, experts: int, doing: str = "train") -> None:
+    """Leave the note of an attempt that did not end."""
+    with Note(path, task).attempting(doing, experts):
+        left = path.read_bytes()
+    path.write_bytes(left)
+
+
+def test_an_attempt_killed_for_its_memory_is_found_once_and_only_by_the_same_task(
+    tmp_path: Path, system: System
+) -> None:
+    path, before = tmp_path / "device" / "note.json", system.kills
+    cut_off(path, "a", 16)
+    system.kill()
+    assert Note(path, "a").take_killed() == Attempt("a", "train", 16, before)
     assert Note(path, "a").take_killed() is None
-    killed(path, "a", 16)
+    for doing in DOINGS:
+        cut_off(path, "a", 3, doing)
+        system.kill()
+        assert Note(path, "a").take_killed() is not None, doing
+    cut_off(path, "a", 16)
+    system.kill()
     assert Note(path, "b").take_killed() is None
     assert not path.exists()
     with Note(path, "a").attempting("plan", 3):
         assert path.exists()
     with pytest.raises(MemoryError), Note(path, "a").attempting("plan", 3):
         raise MemoryError
+    system.kill()
     assert Note(path, "a").take_killed() is None
 
 
-def test_a_device_that_was_killed_starts_with_a_smaller_budget(federation: Make, tmp_path: Path) -> None:
-    run = federation(*QUICK, "federation.rounds=1")
-    device, note = run.devices[1], tmp_path / "note.json"
-    device.simulated, device.notes = False, note  # as a device of its own, not a simulated one
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counters of kills are Linux's")
+def test_a_kill_by_somebody_is_none_for_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "note.json"
+    assert subprocess.run(script(path, "os.kill(os.getpid(), 9)"), check=False).returncode == -9
+    assert b'"machine"' in path.read_bytes()
+    assert Note(path, "a").take_killed() is None
+    assert "not for its memory as far as the system says" in caplog.text
+    assert not path.exists()
+
+
+@pytest.mark.skipif(NO_CGROUP is not None, reason=f"no cgroup can be made: {NO_CGROUP}")
+def test_a_kill_for_memory_by_the_system_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "note.json"
+    done = run_limited(script(path, "x = bytearray(1 << 30)"), 100 << 20, how="cgroup")
+    assert done.killed
+    found = Note(path, "a").take_killed()
+    assert found is not None
+    assert (found.doing, found.experts) == ("train", 16)
+
+
+BEGAN = Kills("boot", 5, "/group 1", 2)
+
+
+@pytest.mark.parametrize(
+    ("now", "killed"),
+    [
+        (BEGAN, False),
+        (Kills("boot", 6, "/group 1", 3), True),
+        (Kills("boot", 6, "/group 1", 2), False),  # another process of the machine
+        (Kills("boot", 6, "/group 2", 0), True),  # a service or a container that was started again
+        (Kills("boot", 5, "/group 2", 0), False),
+        (Kills("boot", 6, "", None), True),
+        (Kills("boot", None, "/group 1", 3), True),  # an old kernel
+        (Kills("boot", None, "/group 2", 1), False),
+        (Kills("another boot", 9, "/group 1", 9), False),  # power was lost
+        (None, False),
+    ],
+)
+def test_what_shows_a_kill_for_memory(now: Kills | None, killed: bool) -> None:
+    assert killed_for_memory(BEGAN, now) is killed
+    assert not killed_for_memory(None, now)
+
+
+def test_a_device_that_was_killed_for_its_memory_starts_with_fewer_experts_and_gets_them_back(
+    federation: Make, tmp_path: Path, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Regrowth, "trained", lambda again: True)  # after every good round
+    run = federation(*QUICK, "federation.rounds=2")
+    for number in (1, 3):
+        device, note = run.devices[number], tmp_path / f"note-{number}.json"
+        device.simulated, device.notes = False, note  # as a device of its own, not a simulated one
+        cut_off(note, device.place.note.task, 16)
+        system.kill()
+    lost = json.loads(note.read_text())
+    lost["kills"]["boot"] = "before its power was lost"
+    note.write_text(json.dumps(lost))
     during = []
-    device.on_step = lambda client, step, loss: during.append(note.read_text())
-    killed(note, device.place.note.task, 16)
+    note = tmp_path / "note-1.json"
+    run.devices[1].on_step = lambda client, step, loss: during.append(json.loads(note.read_text()))
     run.run()
-    (row,) = rows(tmp_path / "run", 1)
-    assert (row["status"], row["resident"]) == ("ok", 14)
-    assert '"doing": "train", "experts": 14' in during[0]
+    held = [[(row["status"], row["resident"]) for row in rows(tmp_path / "run", number)] for number in (1, 3)]
+    assert held == [[("ok", 14), ("ok", 16)], [("ok", 16)] * 2]
+    assert (during[0]["doing"], during[0]["experts"]) == ("train", 14)
     assert not note.exists()
 
 
-def test_simulated_devices_leave_no_notes(federation: Make, tmp_path: Path) -> None:
+def test_a_limit_grows_again_and_waits_longer_each_time_it_fails() -> None:
+    history, place = ClientHistory.new([8] * 4), Federation(None, tiny_config(*QUICK)).devices[2].place
+    out = Trouble(OUT_OF_MEMORY, "memory ran out")
+
+    def after(rounds: int) -> int | None:
+        """The limit after some good rounds; what is remembered goes through the disk."""
+        nonlocal history
+        for _ in range(rounds):
+            place.trained(history)
+        history = ClientHistory.from_tensors(history.to_tensors(), [8] * 4)
+        return history.limit
+
+    assert after(9) is None  # nothing was learned
+    place.learn(out, history, "train", 32)
+    assert [after(0), after(2), after(1)] == [27, 27, 31]  # a fifth of the 24 above 8 went; one more per layer
+    place.learn(out, history, "train", 31)
+    assert [after(0), after(5), after(1), after(6), after(9)] == [26, 26, 30, 32, 32]
+    place.learn(out, history, "train", 32)
+    place.learn(out, history, "train", 27)  # it had not grown in between: not twice as long
+    assert [after(0), after(11), after(1)] == [23, 23, 27]
+    history.limit = 0
+    assert after(20) == 0  # not even the fewest fit
+
+
+def test_simulated_devices_leave_no_notes(federation: Make, tmp_path: Path, system: System) -> None:
     run = federation(*QUICK, "federation.rounds=1")
     for device in run.devices:
         device.notes = tmp_path / "note.json"
-    killed(tmp_path / "note.json", run.devices[1].place.note.task, 16)
+    cut_off(tmp_path / "note.json", run.devices[1].place.note.task, 16)
+    system.kill()
     run.run()
     assert rows(tmp_path / "run", 1)[0]["resident"] == 16
     assert (tmp_path / "note.json").exists()
@@ -276,9 +398,11 @@ def test_simulated_devices_leave_no_notes(federation: Make, tmp_path: Path) -> N
         b"\xff\x00",
         b"[]",
         b'{"task": "a", "doing": "train"}',
-        b'{"task": "a", "doing": "train", "experts": -3}',
-        b'{"task": "a", "doing": "sleep", "experts": 3}',
-        b'{"task": "a", "doing": "train", "experts": true}',
+        b'{"task": "a", "doing": "train", "experts": -3, "kills": null}',
+        b'{"task": "a", "doing": "sleep", "experts": 3, "kills": null}',
+        b'{"task": "a", "doing": "train", "experts": true, "kills": null}',
+        b'{"task": "a", "doing": "train", "experts": 3, "kills": {"boot": "b"}}',
+        b'{"task": "", "doing": "plan", "experts":3, "kills": {"boot": "", "machine": -1, "group": "", "in_group": 0}}',
     ],
 )
 def test_a_damaged_note_is_ignored_with_a_warning(

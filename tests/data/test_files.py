@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfedmoe.config import load_config
-from hfedmoe.data.decoding import PLAIN, Form
+from hfedmoe.data.decoding import DEVICE, OPTION, PLAIN, Form
 from hfedmoe.data.files import read_file
 from hfedmoe.data.normal import among, distinct, key_of, normal
 from hfedmoe.data.tasks import load_task
@@ -169,6 +169,14 @@ def test_settings_say_what_a_file_cannot(tmp_path: Path) -> None:
     assert read(tmp_path / "rows.csv", b"text|label\na,b|x\n", Form(None, "|")) == {"text": ["a,b"], "label": ["x"]}
     with pytest.raises(UserError, match="is not text in ascii"):
         read(tmp_path / "rows.csv", rows, Form("ascii"))
+    # A device's owner has options, and no run's settings.
+    for place, name in ((OPTION, "--encoding"), (DEVICE, "this device's encoding")):
+        with pytest.raises(UserError, match=f"or set {name}, for example"):
+            read(tmp_path / "rows.csv", rows, Form(place=place))
+    with pytest.raises(UserError, match=r"or set --delimiter$"):
+        read(tmp_path / "rows.csv", b"text\nhello, world\n", Form(place=OPTION))
+    with pytest.raises(UserError, match='set --encoding "utf-16-le", or save'):
+        read(tmp_path / "rows.csv", "text,label\na,x\n".encode("utf-16-le"), Form(place=OPTION))
     config = load_config(None, ["data.encoding=Windows-1252", "data.delimiter=;"]).data
     assert (config.encoding, config.delimiter) == ("cp1252", ";")
     for unknown in ("klingon", "hex", "rot13", "base64", "undefined"):

@@ -13,6 +13,7 @@ import pytest
 
 from hfedmoe.device import launcher
 from hfedmoe.device.cgroups import MemoryGroup, memory_groups
+from hfedmoe.device.kills import Kills, kills_now
 from hfedmoe.device.limits import LimitedRun, main, run_limited, why_no_cgroup
 
 MB = 1 << 20
@@ -228,6 +229,24 @@ def test_groups_of_version_2(tmp_path: Path, root: str, own: str, folders: list[
     (top / "cgroup.controllers").write_text("cpu memory pids\n")
     proc = fake_proc(tmp_path, f"0::{own}\n", f"31 1 0:2 {root} {top} rw - cgroup2 cgroup2 rw\n")
     assert memory_groups(proc) == [MemoryGroup(top / folder, 2) for folder in folders]
+
+
+def test_counters_of_kills(tmp_path: Path) -> None:
+    assert kills_now(tmp_path) is None  # not Linux
+    top = tmp_path / "cgroup"
+    (top / "a").mkdir(parents=True)
+    (top / "cgroup.controllers").write_text("memory\n")
+    own = fake_proc(tmp_path, "0::/a\n", f"31 1 0:2 / {top} rw - cgroup2 cgroup2 rw\n").rename(tmp_path / "self")
+    (tmp_path / "sys" / "kernel" / "random").mkdir(parents=True)
+    (tmp_path / "sys" / "kernel" / "random" / "boot_id").write_text("5a8a-67\n")
+    group = f"{top / 'a'} {(top / 'a').stat().st_ino}"
+    assert kills_now(tmp_path) == Kills("5a8a-67", None, "", None)  # hidden by a sandbox
+    (tmp_path / "vmstat").write_text("nr_free_pages 8\noom_kill 47\noom_kill_disable 3\n")
+    assert kills_now(tmp_path) == Kills("5a8a-67", 47, group, None)
+    (top / "a" / "memory.events").write_text("oom 3\noom_kill 2\n")
+    assert kills_now(tmp_path) == Kills("5a8a-67", 47, group, 2)
+    (own / "cgroup").unlink()
+    assert kills_now(tmp_path) == Kills("5a8a-67", 47, "", None)
 
 
 def test_version_2_without_the_memory_controller_does_not_count(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_a_device_becomes_a_service_of_its_owner(
     save_tiny(place / "model")
     options = ["--data", 'the "rows".csv', "--model", "model", "--budget", "25%", "--delimiter", ";"]
     options += ["--max-steps", "40", "--max-experts", "20", "--max-seconds", "90", "--min-batch", "4"]
+    options += ["--columns", 'text, "a, b"', "--labels", "acq,earn"]
     capsys.readouterr()
     assert hfedmoe("join", "north.invite", *options, "--service") == 0
     said = capsys.readouterr().out
@@ -80,6 +81,8 @@ def test_a_device_becomes_a_service_of_its_owner(
         "--max-steps": "40",
         "--max-seconds": "90.0",
         "--min-batch": "4",
+        "--columns": 'text,"a, b"',
+        "--labels": "acq,earn",
     }
     assert not (place / "north.device").exists()  # nothing was joined
     # The command is one that hfedmoe accepts: it goes as far as to look for its server.

@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from flwr.app import Context, Message, Metadata, RecordDict
 
+from hfedmoe.client import scoring
 from hfedmoe.client.policy import ANYTHING, Policy
 from hfedmoe.client.tuning import Tuned
 from hfedmoe.config import config_from_text
 from hfedmoe.data.terms import Terms
 from hfedmoe.fleet.allowed import Allowed
+from hfedmoe.fleet.asked import MOST
 from hfedmoe.fleet.check import check_offer
 from hfedmoe.fleet.device import DeviceFolder
 from hfedmoe.fleet.offer import Offer, versions
@@ -25,6 +28,7 @@ from hfedmoe.moe.payload import global_tensors, pack
 from hfedmoe.wire import checks
 from hfedmoe.wire.messages import (
     DESCRIBE,
+    MEASURE,
     PLAN,
     TENSORS,
     TRAIN,
@@ -169,6 +173,93 @@ def test_a_device_holds_no_more_experts_than_its_owner_allows(tmp_path: Path) ->
     assert sum(int(keep.sum()) for keep in held) <= 10
 
 
+def test_a_round_that_is_asked_for_again_and_again_does_not_pass_the_owners_limits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own, base = rows_file(tmp_path / "own.csv", "earn", "acq", rows=60), str(save_tiny(tmp_path / "model"))
+    more = "[train]\nsteps = 2\nbatch_size = 2\n[method]\nbootstrap_batches = 100_000"
+    written, keep = CONFIG.format(model=base, more=more), [torch.arange(8) < 3 for _ in range(4)]
+    config = config_from_text(written, "the test")
+    loaded = load(config.model, config.seed)
+    start = pack(global_tensors(wrap(loaded.model, config, loaded.store)), keep)
+    batches: list[int] = []
+    honest = scoring.remember_scores
+    monkeypatch.setattr(scoring, "remember_scores", lambda *given: (batches.append(1), honest(*given)))
+    worker = Worker(Allowed(own, 16, base, policy=Policy(max_steps=2)), 2, DeviceFolder(tmp_path))
+
+    def planned(round: int = 1) -> bytes:
+        return facts_of(ask(worker, PLAN, plan_request(round), written))["resident"]  # type: ignore[return-value]
+
+    def trained(round: int) -> Message:
+        return ask(worker, TRAIN, train_request(round, keep, start), written)
+
+    describe(worker, more=more)
+    told = []
+    for again in range(3):  # a server that goes on from its checkpoint: the same answer
+        held = planned()
+        assert len(batches) == 2 * (again + 1)  # not 25 in every first pass
+        told.append((held, facts_of(trained(1))["step_losses"]))
+    assert told[0] == told[1] == told[2]
+    capsys.readouterr()
+    assert facts_of(trained(1))["code"] == "policy_round"
+    assert "answered" not in capsys.readouterr().out
+    assert "round 1 again, which has had 6 steps; max-steps of this device is 2" in caplog.text
+    assert "Traceback" not in caplog.text  # its owner's limit is no fault
+    planned()  # with random experts now
+    refused = trained(1)
+    with pytest.raises(checks.TroubleError, match="asked for the same round more often than its owner's limits"):
+        checks.trouble(refused)
+    assert len(batches) == 3 * 2
+    assert "status" not in facts_of(trained(2))
+
+
+def test_a_run_has_one_task_and_servers_may_ask_about_a_few_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, base, asked = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6), str(save_tiny(tmp_path / "model")), 0
+    allowed = Allowed(own, 16, base, policy=Policy(columns=("text", "label")), asked=tmp_path / "asked.json")
+    worker = Worker(allowed, 2, DeviceFolder(tmp_path))
+
+    def code(*labels: str, run: str = RUN, more: str = "") -> object:
+        """The code of the answer to a description; 2 for its number if there is none."""
+        terms = replace(TERMS, labels=labels).to_json()
+        config = CONFIG.format(model=base, more="").replace("[data]", f"[data]\n{more}")
+        facts = facts_of(ask(worker, DESCRIBE, describe_request(terms), config, run=run))
+        return facts.get("code", facts.get("client"))
+
+    assert code("acq") == "own_data"
+    assert code("acq", "crude", "earn") == 2
+    assert code("acq", "earn") == "other_task"  # would say whether there is crude
+    assert code("acq", "crude", "earn", more="max_tokens = 8") == "other_task"
+    assert code("acq", "crude", "earn", more='label = "name"') == "policy_task"
+    # Nor in a message of another kind, or after going back to before the first round.
+    config = CONFIG.format(model=base, more="")
+    assert "resident" in facts_of(ask(worker, PLAN, plan_request(1), config))
+    other = config.replace("[data]", "[data]\nmax_tokens = 8")
+    assert facts_of(ask(worker, PLAN, plan_request(1), other))["code"] == "other_task"
+    assert code("acq", "earn") == "other_task"
+    assert code("acq", "crude", "earn") == 2
+    # Another run may have another task, until there were too many.
+    for number in range(MOST):
+        asked += code("acq", "earn", f"ship {number}", run=f"{number:032x}") == 2
+    assert asked == MOST - 4
+    assert code("acq", "earn", run="f" * 32) == 2  # it was asked about that before
+    refused = code("earn", run="e" * 32)
+    assert refused == "many_tasks"
+    assert f"delete {tmp_path / 'asked.json'} and start it again" in caplog.text
+    offer = Offer(versions(), RUN, config, replace(TERMS, labels=("crude",)).to_json(), "", "")
+    assert "many_tasks" in [one.code for one in check_offer(offer, allowed)]
+
+
+def test_a_message_without_content_is_refused_and_does_not_end_the_worker(worker: Worker) -> None:
+    for kind in (DESCRIBE, PLAN, TRAIN):
+        reply = ask(worker, kind, RecordDict(), CONFIG.format(model="theirs/model", more=""))
+        assert facts_of(reply)["code"] == "request"
+
+
 def test_models_come_from_the_owners_folders_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own = rows_file(tmp_path / "own.csv", "earn", "acq", rows=6)
     save_tiny(tmp_path / "models" / "base")
@@ -276,4 +367,16 @@ def test_what_a_device_trains_for_itself_is_in_its_folder_and_in_no_reply(
     moved = [name for name, part in tuned.memory.tensors.items() if not torch.equal(part, pack(tensors, keep)[name])]
     assert any(name.startswith("experts.") for name in moved)
     assert file.stat().st_size > (tmp_path / "memory" / RUN / "now").stat().st_size  # it is not in its memory as well
-    assert facts_of(ask(worker(), TUNE, final, written))["code"] == "request"  # once
+    again = ask(worker(), TUNE, final, written)  # of a server that was killed before it had the answer
+    assert dict(facts_of(again)) == dict(facts_of(reply))
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    other = train_request(1, keep, pack(zeros, keep))
+    assert facts_of(ask(worker(), TUNE, other, written))["code"] == "request"  # once
+    measured = ask(worker(), MEASURE, final, written)
+    assert facts_of(measured)["own_rows"] == 10
+    # Nor when the server goes back to before the first round.
+    for kind, content in ((PLAN, plan_request(1)), (TRAIN, final)):
+        assert "status" not in facts_of(ask(worker(), kind, content, written))
+    for kind, first in ((MEASURE, measured), (TUNE, reply)):
+        assert facts_of(ask(worker(), kind, other, written))["code"] == "request"
+        assert dict(facts_of(ask(worker(), kind, final, written))) == dict(facts_of(first))

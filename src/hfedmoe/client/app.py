@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -14,8 +15,11 @@ from torch import Tensor
 from hfedmoe.client.attempt import attempt
 from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
+from hfedmoe.client.lasting import MEASURED, TUNED
+from hfedmoe.client.once import answer_of, keep_answer
 from hfedmoe.client.place import Place
 from hfedmoe.client.policy import PolicyError
+from hfedmoe.client.spent import FIRST_PASS, counted
 from hfedmoe.client.tuning import keep, tune
 from hfedmoe.errors import DiskError, OwnDataError, UserError
 from hfedmoe.events import OwnResult
@@ -49,7 +53,7 @@ from hfedmoe.wire.trouble import (
     Trouble,
 )
 
-HISTORY, MEASURED, TUNED = "history", "measured", "tuned"
+HISTORY = "history"
 OWN_EXPERTS = "own experts"
 """What a simulated client trained for itself; a real device keeps it in a file."""
 
@@ -82,8 +86,12 @@ def client_app(
             try:
                 content = handler(message, context)
             except Exception as error:  # of any kind: Flower would send its text to the server
-                logger.exception("this request could not be answered")
-                content = trouble_reply(trouble_of(error), private=True)
+                trouble = trouble_of(error)
+                if trouble.code == FAULT:
+                    logger.exception("this request could not be answered")
+                else:
+                    logger.error("%s", error)
+                content = trouble_reply(trouble, private=True)
             return Message(content, reply_to=message)
 
         return answer
@@ -112,7 +120,9 @@ def client_app(
             return refuse(Trouble(REFUSED, str(error), error.code))
         place = device.place
         allowed = place.allowed(_remember(context, place))
-        budget = max(1, allowed if place.told is None else place.told)
+        # A limit that it learned may grow again within its budget; only a server that plans must know it.
+        room = place.budget if place.method.assign is None else max(1, allowed)
+        budget = room if place.told is None else place.told
         examples = len(device.examples)
         return describe_reply(Description(device.number, device.name, examples, budget, place.num_experts, digests))
 
@@ -129,7 +139,7 @@ def client_app(
         history = _remember(context, place)
 
         def work() -> RecordDict:
-            return planned(message, context, place, history, device.first_pass)
+            return planned(message, context, place, history, partial(_first_pass, context, device))
 
         return tried(context, device, history, "plan", place.allowed(history), work)
 
@@ -181,7 +191,10 @@ def client_app(
         round = requests.round_of(message, device.config.federation.rounds)
 
         def work(resident: list[Tensor]) -> RecordDict:
-            update = device.train(history, resident, requests.trainables_of(message), round)
+            tensors = requests.trainables_of(message)
+            with counted(context.state, device.policy, round, device.config.train.steps, device.clock) as policy:
+                update = device.within(policy).train(history, resident, tensors, round)
+            device.place.trained(history)
             if requests.plans_next(message) and round < device.config.federation.rounds:
                 with contextlib.suppress(CannotHoldError):  # the server asks, and is told
                     update.next = _plan(device.place, history, round + 1, None, _no_first_pass)
@@ -190,21 +203,22 @@ def client_app(
         return with_experts(message, context, device, history, "train", work)
 
     def once(message: Message, context: Context, doing: str, mark: str, work: Last) -> RecordDict:
-        """Answer a request for after the last round, once in a run: a server could else ask about many models."""
+        """Answer a request for after the last round (`client.once`)."""
+        answer = answer_of(context.state, mark, message)
+        if answer is not None:
+            return answer
         found = asked(message, context)
         if isinstance(found, RecordDict):
             return found
         device, history = found
         if not history.rounds:
             raise requests.InvalidRequestError(f"to {doing} comes after training")
-        if mark in context.state:
-            raise requests.InvalidRequestError(f"it has {mark} in this run already")
 
         def answered(resident: list[Tensor]) -> RecordDict:
             return measure_reply(work(device, history, resident, requests.trainables_of(message)))
 
         done = with_experts(message, context, device, history, doing, answered)
-        context.state[mark] = ConfigRecord({"once": True})
+        keep_answer(context.state, mark, message, done)
         return done
 
     def measure(message: Message, context: Context) -> RecordDict:
@@ -260,6 +274,16 @@ def _plan(
     if place.method.assign is not None:
         return Plan(contribution=place.contribution(history, round, usage, first_pass))
     return Plan(place.plan(history, round, usage, first_pass))
+
+
+def _first_pass(context: Context, device: Device, history: ClientHistory) -> None:
+    """The first pass, within what the device's owner allows; with random scores if it was asked for too often."""
+    try:
+        with counted(context.state, device.policy, FIRST_PASS, device.first_steps, device.clock) as policy:
+            device.within(policy).first_pass(history)
+    except PolicyError as error:
+        logger.warning("%s; it starts with random experts", error)
+        history.prior = device.place.draw(0)
 
 
 def _no_first_pass(history: ClientHistory) -> None:

@@ -1,5 +1,6 @@
 """Batches of a client's own rows. Each round continues where the last one stopped."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -28,13 +29,19 @@ def endless_batches(learner: Learner, history: ClientHistory) -> Iterator[list[E
         yield rows
 
 
-def first_batches(learner: Learner) -> Iterator[list[Example]]:
-    """The batches of a client's first pass: shuffled rows, at most `method.bootstrap_batches` batches."""
+def first_batches(learner: Learner, most: int | None = None) -> Iterator[list[Example]]:
+    """The batches of a client's first pass: shuffled rows, at most `method.bootstrap_batches` batches, and `most`."""
     size = learner.train.batch_size
     draws = generator(learner.seed, "bootstrap", learner.number)
     order = torch.randperm(len(learner.examples), generator=draws).tolist()
-    for start in range(0, min(len(order), learner.settings.bootstrap_batches * size), size):
+    for start in range(0, num_first_batches(learner, most) * size, size):
         yield [learner.examples[i] for i in order[start : start + size]]
+
+
+def num_first_batches(learner: Learner, most: int | None = None) -> int:
+    """How many they are."""
+    number = min(math.ceil(len(learner.examples) / learner.train.batch_size), learner.settings.bootstrap_batches)
+    return number if most is None else min(number, most)
 
 
 def tokens_of(batch: Batch) -> TokenMasks:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hfedmoe.client.batches import num_first_batches
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.judging import Judged, compared
 from hfedmoe.client.kept import Memory
@@ -89,6 +90,10 @@ class Device:
         """What it trains with."""
         return Learner(self.model, self.examples, self.encoder, self.config, self.number)
 
+    def within(self, policy: Policy) -> "Device":
+        """This device with what its owner allows now."""
+        return self if policy == self.policy else replace(self, policy=policy)
+
     @property
     def deadline_s(self) -> float | None:
         """Seconds of training per round."""
@@ -107,14 +112,22 @@ class Device:
         rounds = self.config.federation.rounds
         return 1 - (1 - self.config.train.lr_final_share) * (round - 1) / max(1, rounds - 1)
 
+    @property
+    def first_steps(self) -> int:
+        """Batches of its first pass: no more than its owner allows steps in a round."""
+        return num_first_batches(self.learner, self.policy.max_steps)
+
     def first_pass(self, history: ClientHistory) -> None:
-        """Compute the first scores: a pass over some of the client's rows with every expert."""
+        """Compute the first scores: a pass over some of the client's rows with every expert.
+
+        Its owner's limits are those of a round: a batch counts as a step.
+        """
         restore(self.model, self.initial)
         streams = self.place.streams
         if not streams:
             self.model.set_resident(None)
         with self.model.streaming(self.place.allowed(history)) if streams else nullcontext():
-            bootstrap(self.learner, history)
+            bootstrap(self.learner, history, self.policy.max_steps, self.policy.max_seconds, self.clock)
 
     def pace(self, history: ClientHistory, resident: list[Tensor]) -> Pace | None:
         """What makes this round keep its deadline; None: no deadline."""

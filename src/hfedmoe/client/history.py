@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hfedmoe.client.kept import Memory
+from hfedmoe.client.regrowth import Regrowth
 from hfedmoe.device.pace import StepTimes
 from hfedmoe.method.running import RunningScore
 
@@ -35,6 +36,8 @@ class ClientHistory:
     """Per layer [E], the client's own usage in its last round, for methods that merge experts."""
     limit: int | None = None
     """Most experts over all layers that it holds after running out of memory; 0: even the fewest did not fit."""
+    regrowth: Regrowth = field(default_factory=Regrowth)
+    """When that limit grows again."""
 
     @classmethod
     def new(cls, num_experts: list[int]) -> "ClientHistory":
@@ -65,7 +68,8 @@ class ClientHistory:
         if self.step_times.measured:
             tensors["step_times"] = torch.tensor(self.step_times.sums, dtype=torch.float64)
         if self.limit is not None:
-            tensors["limit"] = torch.tensor([self.limit])
+            again = self.regrowth
+            tensors["limit"] = torch.tensor([self.limit, again.good, again.patience, again.grew])
         if self.federation is not None:
             tensors["federation"] = torch.cat(self.federation)
         if self.usage is not None:
@@ -88,7 +92,10 @@ class ClientHistory:
         prior = [part.clone() for part in tensors["prior"].split(num_experts)] if "prior" in tensors else None
         seen, rounds = tensors["counters"].tolist()
         times = StepTimes(tensors["step_times"].tolist()) if "step_times" in tensors else StepTimes()
-        limit = int(tensors["limit"].item()) if "limit" in tensors else None
+        limit, again = None, Regrowth()
+        if "limit" in tensors:
+            limit, good, patience, grew = tensors["limit"].tolist()
+            again = Regrowth(good, patience, bool(grew))
         memories = {
             name: Memory.from_tensors(tensors, f"{name}/", num_experts)
             for name in MEMORIES
@@ -96,4 +103,15 @@ class ClientHistory:
         }
         told = [part.clone() for part in tensors["federation"].split(num_experts)] if "federation" in tensors else None
         usage = [part.clone() for part in tensors["usage"].split(num_experts)] if "usage" in tensors else None
-        return cls(scores, prior, seen, rounds, times, limit=limit, federation=told, usage=usage, **memories)
+        return cls(
+            scores,
+            prior,
+            seen,
+            rounds,
+            times,
+            limit=limit,
+            regrowth=again,
+            federation=told,
+            usage=usage,
+            **memories,
+        )

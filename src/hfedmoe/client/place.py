@@ -171,7 +171,7 @@ class Place:
         """Note in the history what to hold after a trouble; returns the trouble with this added to its reason.
 
         Args:
-            doing: "plan" or "train".
+            doing: one of `device.learned.DOINGS`.
             held: experts that it held, or was going to hold.
         """
         if trouble.status != OUT_OF_MEMORY:
@@ -185,8 +185,15 @@ class Place:
                 "next round (use a safetensors checkpoint, which can be read expert by expert)",
             )
         history.limit = smaller(held, self.smallest)
+        history.regrowth.failed()
         then = f"it holds {history.limit} next round" if history.limit else self.cannot
         return Trouble(trouble.status, f"{trouble.reason}, with {held} experts; {then}")
+
+    def trained(self, history: ClientHistory) -> None:
+        """Note in the history that a round went well: a limit that it learned may grow."""
+        limit = history.limit
+        if limit is not None and 0 < limit < self.budget and history.regrowth.trained():
+            history.limit = min(self.budget, limit + len(self.num_experts))
 
     @property
     def cannot(self) -> str:

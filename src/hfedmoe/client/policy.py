@@ -1,17 +1,22 @@
 """What the owner of a device lets a server ask of it. No server and no configuration of a run overrides it."""
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfedmoe.errors import UserError
-from hfedmoe.wire.trouble import POLICY_BATCH, POLICY_EXPERTS, POLICY_MODEL, POLICY_STEPS, POLICY_TUNE
+from hfedmoe.wire.trouble import POLICY_BATCH, POLICY_EXPERTS, POLICY_MODEL, POLICY_STEPS, POLICY_TASK, POLICY_TUNE
 
 if TYPE_CHECKING:
-    from hfedmoe.config import RunConfig
+    from hfedmoe.config import DataConfig, RunConfig
+    from hfedmoe.data.terms import Terms
 
 
+NAMES = ("columns", "labels")
+"""What an owner gives as names."""
 SWITCHES = ("measure", "tune")
 """What an owner may turn off."""
 
@@ -48,12 +53,18 @@ class Policy:
     tune: bool = True
     """Whether it goes on training its experts for itself after the last round, where a run asks for it."""
 
+    columns: tuple[str, ...] | None = None
+    """The only columns of its file that a run may read; None: any."""
+    labels: tuple[str, ...] | None = None
+    """The labels that a run must have, no more and no fewer; None: any."""
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Policy":
-        """From a node config, where `models` is one text with `:` between the folders.
+        """From a node config, where `models` is one text with `:` between the folders, and names are as in `names_of`.
 
         Raises:
-            UserError: a value is not a number, or not above 0; or `measure` or `tune` is neither true nor false.
+            UserError: a value is not a number, or not above 0; `measure` or `tune` is neither true nor false; or
+                `columns` or `labels` has no name.
         """
         found: dict[str, Any] = {}
         for key in ("max_experts", "max_steps", "max_seconds", "min_batch"):
@@ -66,6 +77,9 @@ class Policy:
             found[key] = value
         if (folders := settings.get("models")) is not None:
             found["models"] = tuple(folder for folder in str(folders).split(":") if folder)
+        for key in NAMES:
+            if (text := settings.get(key)) is not None:
+                found[key] = names_of(str(text), f"this node's {key}")
         for key in SWITCHES:
             if not isinstance(value := settings.get(key, True), bool):
                 raise UserError(f"this node's {key} = {value!r}: give true or false")
@@ -77,6 +91,9 @@ class Policy:
         known = {key.replace("_", "-"): value for key, value in asdict(self).items() if value is not None}
         if self.models is not None:
             known["models"] = ":".join(self.models)
+        for key in NAMES:
+            if (names := getattr(self, key)) is not None:
+                known[key] = names_text(names)
         return {key: value for key, value in known.items() if key not in SWITCHES or not value}
 
     def check(self, config: "RunConfig") -> None:
@@ -93,6 +110,26 @@ class Policy:
                 f"the run has batches of {train.batch_size} rows (train.batch_size); min-batch of this device is "
                 f"{self.min_batch}",
                 POLICY_BATCH,
+            )
+
+    def check_task(self, config: "DataConfig", terms: "Terms") -> None:
+        """Raise PolicyError if a run reads other columns or has other labels than is allowed."""
+        from hfedmoe.data.normal import normal
+        from hfedmoe.data.terms import columns_of
+
+        if self.columns is not None:
+            others = sorted({normal(name) for name in columns_of(config, terms)} - set(self.columns))
+            if others:
+                raise PolicyError(
+                    f"the run reads {names_text(others)} of a file (data.text, data.label and so on); columns of this "
+                    f"device are {names_text(self.columns)}",
+                    POLICY_TASK,
+                )
+        if self.labels is not None and {normal(label) for label in terms.labels} != set(self.labels):
+            raise PolicyError(
+                f"the run's labels are {names_text(terms.labels[:20]) or 'none'} (data.labels); labels of this device "
+                f"are {names_text(self.labels)}",
+                POLICY_TASK,
             )
 
     def check_tuning(self, steps: int) -> None:
@@ -158,6 +195,28 @@ class Policy:
         """Seconds of training in a round, of those that the run sets; None: no deadline."""
         known = [limit for limit in (seconds, self.max_seconds) if limit is not None]
         return min(known, default=None)
+
+
+def names_of(text: str, what: str) -> tuple[str, ...]:
+    """Names with commas between them, in their normal form; one that has a comma is in quotes, as in a CSV.
+
+    Raises:
+        UserError: there is none; it begins with `what`.
+    """
+    from hfedmoe.data.normal import normal
+
+    rows = csv.reader(io.StringIO(text), skipinitialspace=True)
+    names = tuple(name for row in rows for cell in row if (name := normal(cell)))
+    if not names:
+        raise UserError(f"{what} = {text!r}: give names, with commas between them")
+    return names
+
+
+def names_text(names: Sequence[str]) -> str:
+    """The inverse of `names_of`."""
+    written = io.StringIO()
+    csv.writer(written, lineterminator="").writerow(names)
+    return written.getvalue()
 
 
 ANYTHING = Policy()

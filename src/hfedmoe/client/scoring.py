@@ -1,11 +1,14 @@
 """Expert scores from a client's batches, and the choice of the experts that a batch trains."""
 
+import time
+
 import torch
 from torch import Tensor
 
 from hfedmoe.client.batches import first_batches, tokens_of
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.learner import Learner
+from hfedmoe.device.pace import Clock
 from hfedmoe.method.scores import SCORES, Score, score
 from hfedmoe.seeds import generator
 
@@ -68,10 +71,21 @@ class Choice:
 
 
 @torch.no_grad()
-def bootstrap(learner: Learner, history: ClientHistory) -> None:
+def bootstrap(
+    learner: Learner,
+    history: ClientHistory,
+    most: int | None = None,
+    seconds: float | None = None,
+    clock: Clock = time.perf_counter,
+) -> None:
     """Fill a client's history with first scores: a forward pass over some of its rows with every expert.
 
     Scores that need a backward pass start with the information-bottleneck contribution as a prior.
+
+    Args:
+        most: batches at most; None: as many as the method asks for.
+        seconds: after which no further batch begins, but at least one is done; None: no limit.
+        clock: measures them.
     """
     model, row = learner.model, ranked_by(learner)
     if row is None:
@@ -82,7 +96,10 @@ def bootstrap(learner: Learner, history: ClientHistory) -> None:
     Choice(learner, scratch).within(None)
     model.model.eval()
     try:
-        for rows in first_batches(learner):
+        began = clock()
+        for number, rows in enumerate(first_batches(learner, most)):
+            if seconds is not None and number and clock() - began >= seconds:
+                break
             batch = learner.encoder.training_batch(rows).to(model.device)
             model.watch(tokens_of(batch), SCORES[name].needs)
             model.model(**batch.model_inputs())

@@ -35,17 +35,28 @@ WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 """Encodings that have NUL bytes in every line, to be named if a file has them and no byte-order mark."""
 
 
+RUN, OPTION, DEVICE = "data.", "--", "this device's "
+
+
 @dataclass(frozen=True)
 class Form:
     """Encoding and CSV delimiter of local files; None: detected from the file."""
 
     encoding: str | None = None
     delimiter: str | None = None
+    place: str = RUN
+    """Where they are set, for error messages: `RUN`, `OPTION` or `DEVICE`."""
 
     @classmethod
-    def of(cls, config: DataConfig) -> "Form":
-        """From `data.encoding` and `data.delimiter`."""
-        return cls(config.encoding, config.delimiter)
+    def of(cls, config: DataConfig, place: str = RUN) -> "Form":
+        """From `data.encoding` and `data.delimiter`, or what a device says in their place."""
+        return cls(config.encoding, config.delimiter, place)
+
+    def setting(self, name: str, value: str | None = None) -> str:
+        """How an error message calls "encoding" or "delimiter", and a value for it."""
+        if value is None:
+            return f"{self.place}{name}"
+        return f"{self.place}{name}{' ' if self.place == OPTION else ' = '}{json.dumps(value)}"
 
 
 PLAIN = Form()
@@ -72,31 +83,32 @@ def unpacked(origin: str, raw: bytes) -> bytes:
     return raw
 
 
-def decode(origin: str, raw: bytes, encoding: str | None = None) -> str:
-    """Decode text. A byte-order mark decides first, then `encoding`; None: UTF-8.
+def decode(origin: str, raw: bytes, form: Form = PLAIN) -> str:
+    """Decode text. A byte-order mark decides first, then `form.encoding`; None: UTF-8.
 
     Raises:
         UserError: it is not text in that encoding, or holds NULs, which no text does. No other encoding is tried:
             Latin-1 would read anything, often wrongly.
     """
+    encoding, setting = form.encoding, form.setting("encoding")
     marked = next((name for mark, name in MARKS if raw.startswith(mark)), None)
     try:
         text = raw.decode(marked or encoding or "utf-8")
     except UnicodeError as error:  # not always a UnicodeDecodeError: punycode
         if marked or encoding:
             reason = getattr(error, "reason", error)
-            raise UserError(f"{origin}: is not text in {marked or encoding} ({reason}); check data.encoding") from None
-        _refuse_wide(origin, raw)
+            raise UserError(f"{origin}: is not text in {marked or encoding} ({reason}); check {setting}") from None
+        _refuse_wide(origin, raw, form)
         line = raw.count(10, 0, getattr(error, "start", 0)) + 1
         raise UserError(
-            f"{origin} line {line}: not UTF-8; save the file with UTF-8 encoding, or set data.encoding, for example "
+            f"{origin} line {line}: not UTF-8; save the file with UTF-8 encoding, or set {setting}, for example "
             '"cp1252" (Windows) or "latin-1"'
         ) from None
     if "\x00" in text:
-        _refuse_wide(origin, raw)
+        _refuse_wide(origin, raw, form)
         raise UserError(
             f"{origin} line {text.count(chr(10), 0, text.index(chr(0))) + 1}: holds a NUL character; if the file is in "
-            'another encoding, such as UTF-16, set data.encoding (for example "utf-16-le"), else remove the character'
+            f'another encoding, such as UTF-16, set {setting} (for example "utf-16-le"), else remove the character'
         )
     return text
 
@@ -117,12 +129,13 @@ def looks_like(text: str) -> str | None:
     return None
 
 
-def _refuse_wide(origin: str, raw: bytes) -> None:
+def _refuse_wide(origin: str, raw: bytes, form: Form) -> None:
     """Raise UserError if a file is text in one of `WIDE`."""
     wide = next((name for name in WIDE if 0 in raw and _is_text(raw, name)), None)
     if wide is not None:
+        setting = form.setting("encoding", wide)
         raise UserError(
-            f'{origin}: looks like {wide[:6].upper()} without a mark: set data.encoding = "{wide}", or save it as UTF-8'
+            f"{origin}: looks like {wide[:6].upper()} without a mark: set {setting}, or save it as UTF-8"
         ) from None
 
 

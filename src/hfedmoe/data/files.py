@@ -44,7 +44,7 @@ def _read_jsonl(origin: str, raw: bytes, wanted: Collection[str], form: Form) ->
     records: list[dict[str, Any]] = []
     lines: list[int] = []
     name_of = column_namer(wanted)
-    text = decode(origin, raw, form.encoding)
+    text = decode(origin, raw, form)
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -65,7 +65,7 @@ def _read_jsonl(origin: str, raw: bytes, wanted: Collection[str], form: Form) ->
 
 
 def _read_json(origin: str, raw: bytes, wanted: Collection[str], form: Form) -> Rows:
-    text = decode(origin, raw, form.encoding)
+    text = decode(origin, raw, form)
     try:
         records = _parse_json(text, origin)
     except json.JSONDecodeError as error:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -28,7 +27,7 @@ def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delim
     Raises:
         UserError: it is no such table, a row does not fit the first line, or a column name occurs twice.
     """
-    text = decode(origin, raw, form.encoding)
+    text = decode(origin, raw, form)
     begun, before, first = _header(text)
     if first.lower().startswith("sep=") and len(first) == 5:  # Excel writes such a line
         delimiter = form.delimiter or first[4]
@@ -40,7 +39,7 @@ def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delim
     if delimiter and not form.delimiter and delimiter not in first and (shown := _shown(first)) in first:
         raise UserError(
             f"{origin}: its first line has {DELIMITERS[shown]}, but no {DELIMITERS.get(delimiter, delimiter)}; name it "
-            f".csv, or set data.delimiter = {json.dumps(shown)}"
+            f".csv, or set {form.setting('delimiter', shown)}"
         )
     delimiter = form.delimiter or delimiter or _shown(first)
     name_of = column_namer(wanted)
@@ -68,7 +67,7 @@ def read_csv(origin: str, raw: bytes, wanted: Collection[str], form: Form, delim
             before += table.line_num
             table = csv.reader(source, delimiter=delimiter, strict=True, skipinitialspace=True)
         for start, cells in _rows(table, before):
-            records.append(_record(origin, start, cells, names, delimiter))
+            records.append(_record(origin, start, cells, names, delimiter, form))
             lines.append(start)
     except csv.Error as error:
         raise UserError(f"{origin} line {before + table.line_num}: not valid CSV ({error})") from None
@@ -130,13 +129,13 @@ def _rows(table: Any, before: int) -> Iterator[tuple[int, list[str]]]:
         start = table.line_num + 1
 
 
-def _record(origin: str, line: int, cells: list[str], names: list[str], delimiter: str) -> dict[str, Any]:
+def _record(origin: str, line: int, cells: list[str], names: list[str], delimiter: str, form: Form) -> dict[str, Any]:
     while len(cells) > len(names) and not cells[-1].strip():
         cells = cells[:-1]
     if len(cells) != len(names):
         hint = f'put cells that hold "{delimiter}" in double quotes'
         if len(names) == 1:
-            hint += ", or set data.delimiter"
+            hint += f", or set {form.setting('delimiter')}"
         raise UserError(
             f"{origin} line {line}: {len(cells)} cells, but the first line names {len(names)} columns; {hint}"
         )

@@ -4,6 +4,7 @@ The server takes them from the rows that it reads. Without them a device would n
 file with other labels or of another kind would train another task under the same name.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -13,7 +14,7 @@ from hfedmoe.config import DataConfig
 from hfedmoe.config.data import Kind, SetName
 from hfedmoe.data.decoding import PLAIN, Form
 from hfedmoe.data.example import Example
-from hfedmoe.data.kinds import has_columns_of, kind_of, wanted_columns
+from hfedmoe.data.kinds import KIND_COLUMNS, has_columns_of, kind_of, wanted_columns
 from hfedmoe.data.known import KNOWN, known_set
 from hfedmoe.data.labels import label_words, labels_of
 from hfedmoe.data.normal import among
@@ -25,6 +26,11 @@ from hfedmoe.data.templates import template_of
 from hfedmoe.errors import OwnDataError, UserError
 from hfedmoe.files.received import received
 
+READING = (
+    *("text", "label", "choices", "answer", "answers", "completion", "label_words", "template"),
+    *("chat", "chat_system", "chat_arguments", "max_tokens"),
+)
+"""Settings of `DataConfig` by which a device reads its own file."""
 MOST_LABELS, LONGEST_LABEL = 100_000, 1_000
 
 
@@ -71,6 +77,25 @@ def terms_of(task: Task, config: DataConfig, first_token_only: bool) -> Terms:
     """The terms of a task that was loaded with this configuration."""
     known = known_set(config)
     return Terms(task.kind if known is None else known.name, task.kind, task.labels, first_token_only, config.chat_date)
+
+
+def columns_of(config: DataConfig, terms: Terms) -> set[str]:
+    """The columns that rows of a task are made of."""
+    known = KNOWN.get(terms.format)
+    if known is not None:
+        return {*known.columns, *known.optional}
+    return {config.text, *(getattr(config, column) for column in KIND_COLUMNS[terms.kind])}
+
+
+def task_key(config: DataConfig, terms: Terms) -> str:
+    """A digest of all that decides whether rows are rows of a task, and how they are read.
+
+    It stays the same when a run goes on, whose settings then say what was found in the rows.
+    """
+    words = config.labels if isinstance(config.labels, dict) else None
+    task = {name: getattr(config, name) for name in READING}
+    task |= {"words": words, "format": terms.format, "kind": terms.kind, "labels": terms.labels}
+    return hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
 
 
 def own_task(source: str, config: DataConfig, terms: Terms, form: Form = PLAIN) -> Task:

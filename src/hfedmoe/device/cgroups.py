@@ -55,9 +55,9 @@ class MemoryGroup:
         return self.read("memory.peak" if self.version == 2 else "memory.max_usage_in_bytes")
 
     @property
-    def oom_kills(self) -> int:
-        """Processes of the group that the kernel killed because memory ran out."""
-        return self.fields("memory.events" if self.version == 2 else "memory.oom_control").get("oom_kill", 0)
+    def oom_kills(self) -> int | None:
+        """Processes of the group that the kernel killed because memory ran out; None: it does not count them."""
+        return self.fields("memory.events" if self.version == 2 else "memory.oom_control").get("oom_kill")
 
     def set_limit(self, limit_bytes: int) -> None:
         """Limit memory, and forbid swap if the kernel counts it."""

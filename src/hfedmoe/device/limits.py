@@ -113,14 +113,16 @@ def run_limited(
             "timeout_s": timeout_s,
         }
         report, stdout, stderr = _in_launcher(order, env, capture)
-        out_of_memory = report["returncode"] < 0 and not report["timed_out"] if group is None else group.oom_kills > 0
-        group_peak = None if group is None else group.peak_bytes
+        if group is None:
+            killed, group_peak = report["returncode"] < 0 and not report["timed_out"], None
+        else:
+            killed, group_peak = bool(group.oom_kills), group.peak_bytes
     return LimitedRun(
         returncode=report["returncode"],
         stdout=stdout,
         stderr=stderr,
         peak_bytes=report["peak_bytes"],
-        killed=out_of_memory,
+        killed=killed,
         how=how,
         group_peak_bytes=group_peak,
         timed_out=report["timed_out"],

@@ -4,14 +4,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfedmoe.client.policy import ANYTHING, Policy, PolicyError
+from hfedmoe.client.policy import ANYTHING, NAMES, Policy, PolicyError
 from hfedmoe.config.budgets import AUTO, Budget
 from hfedmoe.errors import UserError
 from hfedmoe.wire.trouble import POLICY_MODEL
 
 if TYPE_CHECKING:
-    from hfedmoe.config import RunConfig
+    from hfedmoe.config import DataConfig, RunConfig
     from hfedmoe.data.decoding import Form
+    from hfedmoe.data.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Allowed:
     encoding: str | None = None
     delimiter: str | None = None
     policy: Policy = ANYTHING
+    asked: Path | None = None
+    """The file that counts the tasks that servers ask about; None: the server is not told whether the rows fit."""
 
     def to_json(self) -> dict[str, Any]:
         """As a tree for JSON."""
@@ -34,8 +37,8 @@ class Allowed:
     def from_json(cls, tree: dict[str, Any]) -> "Allowed":
         """The inverse of `to_json`."""
         policy = dict(tree["policy"])
-        models = policy["models"]
-        policy["models"] = None if models is None else tuple(models)
+        for key in ("models", *NAMES):
+            policy[key] = None if policy[key] is None else tuple(policy[key])
         return cls(**tree | {"data": Path(tree["data"]), "policy": Policy(**policy)})
 
     def node_config(self, number: int) -> dict[str, bool | int | float | str]:
@@ -49,16 +52,26 @@ class Allowed:
         limits = replace(self.policy, models=None).node_config()  # where the model is, `config_of` has found out
         return found | {key: value for key, value in written.items() if value is not None} | limits
 
+    def check_task(self, config: "DataConfig", terms: "Terms") -> None:
+        """Raise PolicyError if rows may not be read for a run's task, or servers have asked about too many."""
+        from hfedmoe.data.terms import task_key
+        from hfedmoe.fleet.asked import Asked
+
+        self.policy.check_task(config, terms)
+        if self.asked is not None:
+            Asked(self.asked).note(task_key(config, terms))
+
     def form(self) -> "Form":
         """How the file of rows is written. Raises UserError if there is no such encoding."""
         from pydantic import ValidationError
 
         from hfedmoe.config import DataConfig
-        from hfedmoe.data.decoding import Form
+        from hfedmoe.data.decoding import OPTION, Form
 
         written = {"encoding": self.encoding, "delimiter": self.delimiter}
         try:
-            return Form.of(DataConfig.model_validate({k: v for k, v in written.items() if v is not None}))
+            said = DataConfig.model_validate({k: v for k, v in written.items() if v is not None})
+            return Form.of(said, OPTION)
         except ValidationError as error:
             found = error.errors()[0]
             raise UserError(f"--{found['loc'][-1]}: {found['msg'].removeprefix('Value error, ')}") from None

@@ -109,6 +109,7 @@ def _weights(config: "RunConfig", offer: Offer) -> tuple[str, int, int]:
 def _rows(config: "RunConfig", terms: "Terms", allowed: Allowed, found: "list[Task]") -> tuple[str, int, int]:
     from hfedmoe.data.terms import own_task
 
+    allowed.check_task(config.data, terms)
     task = own_task(str(allowed.data.expanduser()), config.data, terms, allowed.form())
     found.append(task)
     allowed.policy.check_rows(len(task.train))

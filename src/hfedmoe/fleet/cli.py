@@ -211,6 +211,14 @@ def join(
             help="Where a run asks for it, train on after its last round for this device itself, which keeps that."
         ),
     ] = True,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME", help="The only columns of the file that a run may read."),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME", help="The labels that a run must have, no more and no fewer."),
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For log files and memory of runs; default: beside the invitation."),
@@ -227,7 +235,7 @@ def join(
         for option, path in (("--data", data), ("--key", key)):
             if path is not None and not path.expanduser().exists():
                 raise UserError(f"{option} {path}: no such file")
-    from hfedmoe.client.policy import Policy
+    from hfedmoe.client.policy import Policy, names_of
     from hfedmoe.config.budgets import budget_of
     from hfedmoe.fleet.allowed import Allowed
     from hfedmoe.fleet.invite import read_invitation
@@ -235,7 +243,17 @@ def join(
     if model is not None and models:
         raise UserError("--model says where the model of every run is, --models where to look for it; give one of them")
     folders = tuple(str(path.expanduser().absolute()) for path in models) if models else None
-    policy = Policy(max_experts, max_steps, max_seconds, min_batch, folders, measure, tune)
+    policy = Policy(
+        max_experts,
+        max_steps,
+        max_seconds,
+        min_batch,
+        folders,
+        measure,
+        tune,
+        None if columns is None else names_of(columns, "--columns"),
+        None if labels is None else names_of(labels, "--labels"),
+    )
     try:
         allowed = Allowed(data, budget_of(budget), model, encoding, delimiter, policy)
     except ValueError as error:

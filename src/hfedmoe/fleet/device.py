@@ -39,6 +39,11 @@ class DeviceFolder:
         return self.path / "ready"
 
     @property
+    def asked(self) -> Path:
+        """Which tasks servers asked about (`fleet.asked`)."""
+        return self.path / "asked.json"
+
+    @property
     def memory(self) -> Path:
         """What it remembers of its runs."""
         return self.path / "memory"

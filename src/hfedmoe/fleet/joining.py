@@ -68,6 +68,7 @@ def join(path: Path, key: Path | None, allowed: Allowed, place: Path) -> int:
             device.prepare(path, key, allowed)
             return device.stay()
         except LeaveError:
+            folder.asked.unlink(missing_ok=True)  # its owner is here
             device.voice.say(f"{invitation.name} leaves")
             return 0
         finally:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hfedmoe.client.policy import names_text
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import disk_errors, replacing
 from hfedmoe.fleet.allowed import Allowed
@@ -52,6 +53,8 @@ def arguments(invitation: Path, key: Path | None, allowed: Allowed, folder: Path
         "--max-steps": policy.max_steps,
         "--max-seconds": policy.max_seconds,
         "--min-batch": policy.min_batch,
+        "--columns": None if policy.columns is None else names_text(policy.columns),
+        "--labels": None if policy.labels is None else names_text(policy.labels),
     }
     for option, value in options.items():
         found += [] if value is None else [option, str(value)]

@@ -47,8 +47,8 @@ from hfedmoe.fleet.memory import RunMemory
 from hfedmoe.fleet.superlink import ACQUIRE
 from hfedmoe.runs.settings import run_config_toml
 from hfedmoe.wire.exchange import Pause
-from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, TUNE, InvalidReplyError, facts_of, trouble_reply
-from hfedmoe.wire.requests import OtherVersionError, check_version
+from hfedmoe.wire.messages import DESCRIBE, MEASURE, PLAN, TRAIN, TUNE, InvalidReplyError, facts_of, trouble_reply
+from hfedmoe.wire.requests import InvalidRequestError, OtherVersionError, check_version, task_of
 
 logger = logging.getLogger("hfedmoe.fleet.worker")
 
@@ -98,6 +98,8 @@ class Worker:
             memory = RunMemory(self._folder.memory, self._run)  # checks the key
             config = _with_room(self._allowed.config_of(str(context.run_config.get("config"))), self._number)
             kind = message.metadata.message_type
+            if kind == DESCRIBE:
+                self._allowed.check_task(config.data, task_of(message))
             if kind in (PLAN, TRAIN):
                 self._round = _round_of(message)
             if kind == PLAN:
@@ -114,11 +116,13 @@ class Worker:
             )
             reply = self._app(message, own)
             memory.keep(own.state)
-        except (UserError, InvalidReplyError, OtherVersionError) as error:
+        except (UserError, InvalidReplyError, InvalidRequestError, OtherVersionError) as error:
             logger.error("%s", error)
             return Message(trouble_reply(trouble_of(error), private=True), reply_to=message)
-        if kind == TRAIN:
+        if kind == TRAIN and "status" not in facts_of(reply):
             say(f"round {self._round}: answered")
+        if kind == MEASURE and facts_of(reply).get("own_rows"):
+            say("told the server, in counts, what this device gained")
         if kind == TUNE and "status" not in facts_of(reply):
             say(f"its experts are in {self._folder.tuned / self._run}.safetensors, and nowhere else")
         return reply
@@ -185,7 +189,7 @@ def main(path: Path, only_check: bool = False) -> int:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folder = DeviceFolder(path)
     asked = json.loads(folder.settings.read_text(encoding="utf-8"))
-    allowed = Allowed.from_json(asked["allowed"])
+    allowed = replace(Allowed.from_json(asked["allowed"]), asked=folder.asked)
     invitation = read_invitation(Path(asked["invitation"]))
     key = None if asked["key"] is None else Path(asked["key"])
     failed = set()

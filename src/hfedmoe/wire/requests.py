@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hfedmoe import __version__
 from hfedmoe.config import RunConfig
+from hfedmoe.data.terms import Terms
 from hfedmoe.wire.messages import (
     MAX_VALUE,
     PLAN_NEXT,
@@ -17,6 +18,7 @@ from hfedmoe.wire.messages import (
     facts_of,
     other_version,
     tensors_of,
+    terms_of_request,
     unpack_bits,
 )
 from hfedmoe.wire.same import Digests
@@ -65,6 +67,14 @@ def digests_of(message: Message) -> Digests:
     if not isinstance(base, str) or not isinstance(tokenizer, str):
         raise InvalidRequestError("a digest of the server's model is not a text")
     return Digests(base, tokenizer)
+
+
+def task_of(message: Message) -> Terms:
+    """The run's task in a describe request. Raises InvalidRequestError if there is none."""
+    try:
+        return Terms.from_json(terms_of_request(message))
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from None
 
 
 def round_of(message: Message, rounds: int) -> int:

@@ -19,14 +19,18 @@ STATUSES = (OUT_OF_MEMORY, OUT_OF_TIME, TOO_SMALL, REFUSED, FAILED)
 
 OWN_DATA, SETTINGS, REQUEST, VERSION, DISK, FAULT = "own_data", "settings", "request", "version", "disk", "fault"
 BASE, TOKENIZER = "base", "tokenizer"
-POLICY_MODEL, POLICY_STEPS, POLICY_BATCH, POLICY_EXPERTS, POLICY_TUNE = (
+POLICY_MODEL, POLICY_STEPS, POLICY_BATCH, POLICY_EXPERTS, POLICY_TUNE, POLICY_ROUND, POLICY_TASK = (
     "policy_model",
     "policy_steps",
     "policy_batch",
     "policy_experts",
     "policy_tune",
+    "policy_round",
+    "policy_task",
 )
 """The run asks for more than the device's owner allows (`client.policy`)."""
+OTHER_TASK, MANY_TASKS = "other_task", "many_tasks"
+"""The server asks about another task than before in this run, or about too many in all (`fleet.asked`)."""
 CODES = {
     OUT_OF_MEMORY: "ran out of memory with {count} experts",
     OUT_OF_TIME: "ran out of time with {count} experts",
@@ -45,6 +49,10 @@ CODES = {
     POLICY_EXPERTS: "allows fewer experts than the run needs (method.name, model.name)",
     POLICY_TUNE: "does not go on training for itself: its owner allows no steps for it, or fewer than the run asks for "
     "(evaluation.tune_steps)",
+    POLICY_ROUND: "was asked for the same round more often than its owner's limits on steps or seconds allow",
+    POLICY_TASK: "allows no other columns or labels than its owner says (data.text, data.label and so on, data.labels)",
+    OTHER_TASK: "took part in this run with other columns, labels or settings of rows ([data]); begin a new run",
+    MANY_TASKS: "was asked about too many different tasks; its owner must start it again",
     FAULT: "failed; its log says why",
 }
 """What a code of a real device means; {count} is the number that comes with it.
