@@ -162,8 +162,8 @@ def open_device(message: Message, context: Context) -> Device:
     place = device_of(config.model.device)
     memory = None if _method(config).ignores_budgets(config.method) else memory_of(budget, str(place))
     # Also without a limit: this process may have served a client with a limit before.
-    limited = memory is not None and place.type == "cpu" and budget != AUTO
-    hold_process_to(left_of(memory, place.type) if limited else None)
+    limited = place.type == "cpu" and budget != AUTO
+    hold_process_to(left_of(memory, place.type) if memory is not None and limited else None)
     own, form, state = _own(context)
     if own is None:
         _check_source(config, context)
