@@ -13,7 +13,7 @@ from hfedmoe.config import RunConfig, load_config
 from hfedmoe.errors import UserError
 from hfedmoe.files.lfs import START
 from hfedmoe.models import digest
-from hfedmoe.models.digest import base_digest
+from hfedmoe.models.digest import base_digest, weights_digest
 from hfedmoe.models.tiny import tiny_model
 
 
@@ -54,9 +54,20 @@ def test_another_value_of_the_same_shape_shows(folder: Path, tmp_path: Path, nam
     assert base_digest(config(tmp_path / "other")) != base_digest(config(folder))
 
 
+def test_one_damaged_byte_shows_to_those_who_train_together(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    flat = tensors[name].view(-1)
+    flat[len(flat) // 3] += 1  # neither at the beginning nor in the middle nor at the end
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    assert base_digest(config(tmp_path / "other")) != base_digest(config(folder))
+    assert weights_digest(config(tmp_path / "other")) == weights_digest(config(folder))
+
+
 def test_it_is_computed_once_until_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = base_digest(config(folder))
-    monkeypatch.setattr(digest, "_of_tensors", lambda files: pytest.fail("computed again"))
+    monkeypatch.setattr(digest, "_of_tensors", lambda files, read: pytest.fail("computed again"))
     assert base_digest(config(folder)) == first
     tensors = {name: tensor + torch.ones(1) for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

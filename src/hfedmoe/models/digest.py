@@ -1,8 +1,9 @@
 """A digest of a base model: clients and server must use the same frozen weights, which are never sent.
 
-It is cheap: it reads name, dtype, shape and some bytes of every stored tensor (at the beginning, middle and end).
-Weights that were trained or converted differ everywhere, so this is enough. It does not protect against weights that
-are forged on purpose.
+Devices and servers compare all bytes of every stored tensor, so that a damaged copy is noticed before it trains: this
+reads the whole model once, and again when a file changes. A run folder and a cell of a comparison only say which model
+it was: for that name, dtype, shape and some bytes of every tensor are enough, because weights that were trained or
+converted differ everywhere.
 """
 
 import hashlib
@@ -19,11 +20,15 @@ from hfedmoe.models.carved import checkpoint_folder, weight_files
 from hfedmoe.moe.weights.shards import CheckpointError, Shards, places_in
 
 SAMPLE = 64
-"""Bytes read at each of the three places of a tensor."""
+"""Bytes read at the beginning, the middle and the end of a tensor where some are enough."""
+PIECE = 1 << 22
+"""Bytes read at a time where all are read."""
+Read = Callable[[Path, int, int], Iterator[bytes]]
+"""Reads bytes of a file, from a place to another: all, or some."""
 
 
 def base_digest(config: RunConfig) -> str:
-    """A digest of a run's frozen weights and of the random numbers for new ones: 32 hexadecimal digits.
+    """A digest of every byte of a run's frozen weights, and of the random numbers for new ones: 32 hexadecimal digits.
 
     It is the same for a server that holds the whole model and for a device that reads some experts of a checkpoint,
     in any precision.
@@ -40,7 +45,7 @@ def base_digest(config: RunConfig) -> str:
         "lora": train.lora,
         "attention": train.attention,
     }
-    parts = [json.dumps(made, sort_keys=True), _draws(config.seed), weights_digest(config)]
+    parts = [json.dumps(made, sort_keys=True), _draws(config.seed), _digest(config, _all, "all")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -52,7 +57,12 @@ def _draws(seed: int) -> str:
 
 
 def weights_digest(config: RunConfig) -> str:
-    """A digest of the stored weights of a run's base model. Raises UserError like `base_digest`."""
+    """A digest of some bytes of every stored weight of a run's base model. Raises UserError like `base_digest`."""
+    return _digest(config, _samples)
+
+
+def _digest(config: RunConfig, read: Read, kind: str = "") -> str:
+    """A digest of what `read` reads of the stored weights; `kind` is part of the name under which it is kept."""
     name = config.model.name
     if name == "tiny":
         return name
@@ -63,30 +73,34 @@ def weights_digest(config: RunConfig) -> str:
             Shards(folder)  # raises for a damaged checkpoint, and for FP8 tensors without their config
         files = weight_files(plain)
         of = _of_tensors if files[0].suffix == ".safetensors" else _of_files
-        return _remembered(files, lambda: of(files))
+        return _remembered(files, kind, lambda: of(files, read))
     except CheckpointError as error:
         raise UserError(f"model.name = {name}: {error}") from None
 
 
-def _of_tensors(files: list[Path]) -> str:
+def _of_tensors(files: list[Path], read: Read) -> str:
     """Of safetensors files, quantised or not; tensors may be in any file."""
     places = dict(item for file in files for item in places_in(file))
     found = hashlib.sha256()
     for name in sorted(places):
         place = places[name]
         found.update(f"{name} {place.dtype or place.stored_as} {place.shape}".encode())
-        for piece in _samples(place.file, place.start, place.end):
+        for piece in read(place.file, place.start, place.end):
             found.update(piece)
     return found.hexdigest()
 
 
-def _of_files(files: list[Path]) -> str:
+def _of_files(files: list[Path], read: Read) -> str:
     found = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
         found.update(f"{file.name} {size}".encode())
-        for at in range(0, size, max(1, size // 64)):
-            for piece in _samples(file, at, min(size, at + SAMPLE)):
+        if read is _all:
+            parts = [(0, size)]
+        else:
+            parts = [(at, min(size, at + SAMPLE)) for at in range(0, size, max(1, size // 64))]
+        for start, end in parts:
+            for piece in read(file, start, end):
                 found.update(piece)
     return found.hexdigest()
 
@@ -98,9 +112,23 @@ def _samples(file: Path, start: int, end: int) -> Iterator[bytes]:
             yield stream.read(min(SAMPLE, end - at))
 
 
-def _remembered(files: list[Path], compute: Callable[[], str]) -> str:
+def _all(file: Path, start: int, end: int) -> Iterator[bytes]:
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        for at in range(start, end, PIECE):
+            left = min(PIECE, end - at)
+            while left:
+                piece = stream.read(left)
+                if not piece:
+                    raise CheckpointError(f"{file}: ends before its last tensor; get the model again")
+                left -= len(piece)
+                yield piece
+
+
+def _remembered(files: list[Path], kind: str, compute: Callable[[], str]) -> str:
     """The cached digest for files with these paths, sizes and times; computed and cached if there is none."""
-    known = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    known: list[Any] = [kind] if kind else []
+    known += [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     place = cache_folder() / "digests" / key
     try:
