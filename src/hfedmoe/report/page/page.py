@@ -36,8 +36,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     return path
 
 
-def one_page(stories: Sequence[Story], live: bool = False) -> str:
-    """The whole page as HTML, with everything that it needs inside; `live`: it loads itself again after each round."""
+def one_page(stories: Sequence[Story], live: str = "") -> str:
+    """The whole page as HTML, with everything that it needs inside; `live`: a script by which it stays up to date."""
     from bokeh.document import Document
     from bokeh.embed import components
     from bokeh.resources import Resources
