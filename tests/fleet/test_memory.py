@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
+from hfedmoe.client.lasting import PREFIX
 from hfedmoe.errors import UserError
 from hfedmoe.fleet.memory import ROUNDS, RUNS, RunMemory
 
@@ -54,6 +55,20 @@ def test_a_round_that_was_planned_with_the_one_before_can_begin_again_too(tmp_pa
     assert told(memory.recall(2)) == 20
     # And now it goes on from before round 1.
     assert told(memory.recall(1, plans=True)) is None
+
+
+def test_what_lasts_is_there_when_a_round_begins_again(tmp_path: Path) -> None:
+    memory = RunMemory(tmp_path, RUN)
+    memory.recall(1, plans=True)
+    kept = state(10)
+    for round, request in ((2, "a"), (3, "b")):
+        kept[f"{PREFIX}measured"] = ConfigRecord({"request": request})
+        memory.keep(kept)
+        memory.recall(round, plans=True)
+    for round in (2, 1):  # the server goes on from ever earlier rounds
+        found = memory.recall(round, plans=True)
+        assert told(found) == (10 if round == 2 else None)
+        assert found.config_records[f"{PREFIX}measured"]["request"] == "b"
 
 
 def test_old_rounds_and_old_runs_are_deleted(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from hfedmoe.moe.payload import global_tensors, pack
 from hfedmoe.wire import checks
 from hfedmoe.wire.messages import (
     DESCRIBE,
+    MEASURE,
     PLAN,
     TENSORS,
     TRAIN,
@@ -227,4 +228,16 @@ def test_what_a_device_trains_for_itself_is_in_its_folder_and_in_no_reply(
     moved = [name for name, part in tuned.memory.tensors.items() if not torch.equal(part, pack(tensors, keep)[name])]
     assert any(name.startswith("experts.") for name in moved)
     assert file.stat().st_size > (tmp_path / "memory" / RUN / "now").stat().st_size  # it is not in its memory as well
-    assert facts_of(ask(worker(), TUNE, final, written))["code"] == "request"  # once
+    again = ask(worker(), TUNE, final, written)  # of a server that was killed before it had the answer
+    assert dict(facts_of(again)) == dict(facts_of(reply))
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    other = train_request(1, keep, pack(zeros, keep))
+    assert facts_of(ask(worker(), TUNE, other, written))["code"] == "request"  # once
+    measured = ask(worker(), MEASURE, final, written)
+    assert facts_of(measured)["own_rows"] == 10
+    # Nor when the server goes back to before the first round.
+    for kind, content in ((PLAN, plan_request(1)), (TRAIN, final)):
+        assert "status" not in facts_of(ask(worker(), kind, content, written))
+    for kind, first in ((MEASURE, measured), (TUNE, reply)):
+        assert facts_of(ask(worker(), kind, other, written))["code"] == "request"
+        assert dict(facts_of(ask(worker(), kind, final, written))) == dict(facts_of(first))

@@ -14,6 +14,8 @@ from torch import Tensor
 from hfedmoe.client.attempt import attempt
 from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
+from hfedmoe.client.lasting import MEASURED, TUNED
+from hfedmoe.client.once import answer_of, keep_answer
 from hfedmoe.client.place import Place
 from hfedmoe.client.policy import PolicyError
 from hfedmoe.client.tuning import keep, tune
@@ -47,7 +49,7 @@ from hfedmoe.wire.trouble import (
     Trouble,
 )
 
-HISTORY, MEASURED, TUNED = "history", "measured", "tuned"
+HISTORY = "history"
 OWN_EXPERTS = "own experts"
 """What a simulated client trained for itself; a real device keeps it in a file."""
 
@@ -183,21 +185,22 @@ def client_app(
         return with_experts(message, context, device, history, "train", work)
 
     def once(message: Message, context: Context, doing: str, mark: str, work: Last) -> RecordDict:
-        """Answer a request for after the last round, once in a run: a server could else ask about many models."""
+        """Answer a request for after the last round (`client.once`)."""
+        answer = answer_of(context.state, mark, message)
+        if answer is not None:
+            return answer
         found = asked(message, context)
         if isinstance(found, RecordDict):
             return found
         device, history = found
         if not history.rounds:
             raise requests.InvalidRequestError(f"to {doing} comes after training")
-        if mark in context.state:
-            raise requests.InvalidRequestError(f"it has {mark} in this run already")
 
         def answered(resident: list[Tensor]) -> RecordDict:
             return measure_reply(work(device, history, resident, requests.trainables_of(message)))
 
         done = with_experts(message, context, device, history, doing, answered)
-        context.state[mark] = ConfigRecord({"once": True})
+        keep_answer(context.state, mark, message, done)
         return done
 
     def measure(message: Message, context: Context) -> RecordDict:

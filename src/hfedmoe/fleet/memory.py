@@ -2,6 +2,7 @@
 
 Flower keeps a client's state only while its processes live. Here it is kept by the run's key, with a copy from before
 each of the last rounds: a server that goes on from a checkpoint may ask for a round again, and gets the same answer.
+What `client.lasting` names is never taken back.
 """
 
 import re
@@ -13,6 +14,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Stored
 from google.protobuf.message import DecodeError
 
+from hfedmoe.client.lasting import restore
 from hfedmoe.errors import UserError
 from hfedmoe.files.disk import disk_errors, replacing
 
@@ -57,6 +59,8 @@ class RunMemory:
             return self._read(NOW)
         # With a later one, the server goes on from an earlier round than this device.
         state = self._read(f"{BEFORE}{begun[0]}" if begun else NOW)
+        if begun:
+            restore(state, self._read(NOW))
         self._write(f"{BEFORE}{round}", state)
         for number in self._begun():
             if number > round or number <= round - ROUNDS:

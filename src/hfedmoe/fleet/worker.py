@@ -46,7 +46,7 @@ from hfedmoe.fleet.memory import RunMemory
 from hfedmoe.fleet.superlink import ACQUIRE
 from hfedmoe.runs.settings import run_config_toml
 from hfedmoe.wire.exchange import Pause
-from hfedmoe.wire.messages import DESCRIBE, PLAN, TRAIN, TUNE, InvalidReplyError, facts_of, trouble_reply
+from hfedmoe.wire.messages import DESCRIBE, MEASURE, PLAN, TRAIN, TUNE, InvalidReplyError, facts_of, trouble_reply
 from hfedmoe.wire.requests import OtherVersionError, check_version
 
 logger = logging.getLogger("hfedmoe.fleet.worker")
@@ -118,6 +118,8 @@ class Worker:
             return Message(trouble_reply(trouble_of(error), private=True), reply_to=message)
         if kind == TRAIN:
             say(f"round {self._round}: answered")
+        if kind == MEASURE and facts_of(reply).get("own_rows"):
+            say("told the server, in counts, what this device gained")
         if kind == TUNE and "status" not in facts_of(reply):
             say(f"its experts are in {self._folder.tuned / self._run}.safetensors, and nowhere else")
         return reply
