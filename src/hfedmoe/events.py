@@ -191,6 +191,38 @@ class OwnResult:
     loss_after: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnScore:
+    """What a client says, while a run goes on, of its sub-model on rows that it kept back: only numbers."""
+
+    own_rows: int
+    """Kept back: the rows of the other figures; 0: too few to be told, and nothing else is set."""
+    right: int | None = None
+    """Right answers among them; None for tasks without choices."""
+    loss: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Personal:
+    """How good the model is for one client after a round, on rows that it kept back."""
+
+    client: int
+    name: str
+    own_rows: int
+    accuracy: float | None
+    """Of its sub-model: the experts that it held in the round, as the shared model has them now, and what it keeps of
+    its own. A share; None for tasks without choices."""
+    loss: float
+    shared_accuracy: float | None = None
+    """Of the shared model, with all experts; None also where nobody has both the model and the rows."""
+    shared_loss: float | None = None
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Self:
+        """From its entry in metrics.jsonl. Unknown keys are ignored."""
+        return cls(**{field.name: entry[field.name] for field in fields(cls) if field.name in entry})
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """What a client gained by training the experts that it holds further, for itself."""
@@ -313,6 +345,9 @@ class Watcher:
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """The global model was measured."""
+
+    def personal(self, round: int, found: Sequence[Personal]) -> None:
+        """Clients of a round measured the model on rows of their own (`evaluation.personal_every`)."""
 
     def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
         """A round is complete; the bytes are those of this round."""

@@ -33,7 +33,7 @@ from hfedmoe.models.loading import load
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import initial_tensors, load_all
-from hfedmoe.report.told import held_out_words, loss_words, tuning_words
+from hfedmoe.report.told import held_out_words, loss_words, personal_words, tuning_words
 from hfedmoe.runs.about import TEXTS, About, Part, cut
 from hfedmoe.runs.checkpoints import Checkpoint
 from hfedmoe.runs.choice import load_checkpoint
@@ -117,6 +117,8 @@ class Prepared:
             require_room(folder.path, size * (self.config.keep_checkpoints + 2))
         watcher.note(held_out_words(self.task, len(self.watch), self.config.evaluation))
         watcher.note(loss_words(self.task, self.config.train.loss))
+        if self.config.evaluation.personal_every:
+            watcher.note(personal_words(self.config))
         if self.config.evaluation.tune_steps:
             watcher.note(tuning_words(self.config))
 

@@ -144,8 +144,11 @@ def _run(
         simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names, workers)
         _predict_peaks(simulation, prepared, watcher)
         tracking.follow(simulation.server.keeper)
-        if prepared.config.evaluation.tune_steps:
+        if prepared.config.evaluation.clients_measure:
             let_measure(prepared, simulation.devices, sites)
+            simulation.server.shared = lambda client: prepared.measure_on(
+                [prepared.task.train[row] for row in sites.kept[client]], simulation.model_of(client)
+            )
         simulation.run()
         _measure_gains(prepared, sites, simulation, folder, alone, watcher, workers)
     watcher.finish(f"done: {folder.path}")
@@ -189,7 +192,8 @@ def _trained_alone(prepared: Prepared, sites: Sites, watcher: Watcher, workers: 
     limited = not METHODS[config.method.name].ignores_budgets(config.method)
     changes = {"name": "local", "options": {}, "residency": "budget" if limited else "all"}
     method = config.method.model_copy(update=changes)
-    one = prepared.with_config(config.model_copy(update={"method": method}))
+    evaluation = config.evaluation.model_copy(update={"personal_every": 0})
+    one = prepared.with_config(config.model_copy(update={"method": method, "evaluation": evaluation}))
     simulation = assemble(one, sites.trained, None, Alone(watcher, config.federation.rounds), workers=workers)
     simulation.server.evaluate = lambda tensors, kind: Metrics(None, None, 0.0, 0, 1.0)
     simulation.server.watches = False

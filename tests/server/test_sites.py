@@ -1,25 +1,30 @@
 """What devices say that they gained: measured on the device, checked by the server, and told once."""
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import ConfigRecord, RecordDict
 
 from hfedmoe.client.app import OWN_EXPERTS, trouble_of
 from hfedmoe.client.judging import compared
+from hfedmoe.client.personal import PERSONAL as PERSONAL_MARK
+from hfedmoe.client.personal import mark_of, require_due
 from hfedmoe.client.policy import Policy, PolicyError
 from hfedmoe.client.tuning import Tuned
 from hfedmoe.data.example import Example
 from hfedmoe.data.kept import LEAST
-from hfedmoe.events import OwnResult, Score, SiteGain, Tuning
+from hfedmoe.events import OwnResult, OwnScore, Personal, Score, SiteGain, Tuning
 from hfedmoe.moe.payload import layer_of
 from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.sites import ask_sites, gain_of, with_tuning
 from hfedmoe.wire import checks
-from hfedmoe.wire.messages import InvalidReplyError, measure_reply, pack_bits
+from hfedmoe.wire.messages import PERSONAL, InvalidReplyError, measure_reply, pack_bits
+from hfedmoe.wire.requests import InvalidRequestError
 from hfedmoe.wire.trouble import POLICY_TUNE
 from tests.federation import Federation, tiny_config
 from tests.test_simulation import Notes
@@ -41,14 +46,26 @@ TOLD = OwnResult(
 STEPS, NONE = 3, Score(None, None, 0.0)
 
 
+class Heard(Notes):
+    """Remembers also what clients measured while the run went on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own: list[tuple[int, Sequence[Personal]]] = []
+
+    def personal(self, round: int, found: Sequence[Personal]) -> None:
+        self.own.append((round, found))
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Notes]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Heard]:
     """A run of one round; of its clients two kept rows back, one too few, and one does not measure.
 
     After it they train on for themselves, except the third, whose owner does not allow it.
     """
-    notes, folder = Notes(), tmp_path_factory.mktemp("devices")
-    more = (f"evaluation.tune_steps={STEPS}", 'clients.budgets=["100%","25%","50%","50%"]')
+    notes, folder = Heard(), tmp_path_factory.mktemp("devices")
+    more = (f"evaluation.tune_steps={STEPS}", "evaluation.personal_every=1")
+    more += ('clients.budgets=["100%","25%","50%","50%"]',)
     config = tiny_config("federation.rounds=1", *more)
     run = Federation(None, config, notes)
     for device, count in zip(run.devices, (12, LEAST, LEAST - 1, 12), strict=True):
@@ -61,7 +78,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Note
     return run, notes
 
 
-def test_devices_that_can_say_what_they_gained(measured: tuple[Federation, Notes]) -> None:
+def test_devices_that_can_say_what_they_gained(measured: tuple[Federation, Heard]) -> None:
     run, _ = measured
     found = run.server.keeper.gains
     assert [(gain.client, gain.own_rows) for gain in found] == [(0, 12), (1, LEAST)]
@@ -79,7 +96,42 @@ def test_devices_that_can_say_what_they_gained(measured: tuple[Federation, Notes
     assert gain.federated.loss != gain.before.loss
 
 
-def test_what_a_device_trains_for_itself_stays_with_it(measured: tuple[Federation, Notes]) -> None:
+def test_devices_also_say_it_while_the_run_goes_on(measured: tuple[Federation, Heard]) -> None:
+    run, notes = measured
+    ((round, found),) = notes.own
+    assert round == 1
+    assert [(one.client, one.own_rows) for one in found] == [(0, 12), (1, LEAST)]
+    assert run.server.untold == {2, 3}
+    # The first holds every expert, so what it measures is the shared model; of the second nobody knows that.
+    first, second = run.server.keeper.gains
+    assert (found[0].accuracy, found[0].loss) == (first.federated.accuracy, pytest.approx(first.federated.loss))
+    assert (found[0].shared_accuracy, found[0].shared_loss) == (found[0].accuracy, found[0].loss)
+    assert (found[1].accuracy, found[1].loss) == (second.federated.accuracy, pytest.approx(second.federated.loss))
+    assert (found[1].shared_accuracy, found[1].shared_loss) == (None, None)
+    assert Personal.from_json(json.loads(json.dumps(asdict(found[1])))) == found[1]
+
+
+def test_a_server_cannot_ask_more_often_or_about_another_model(measured: tuple[Federation, Heard]) -> None:
+    run, _ = measured
+    attendance = here(run)
+
+    def asked(round: int) -> str:
+        member = attendance.members[0]
+        (answer,) = attendance.ask([run.server.request(member, PERSONAL, round)], "again")
+        return answer.reason
+
+    assert "it has answered in this run already, for another model" in asked(1)
+    assert "ask for no measurement in round 2" in asked(2)  # there is one round only
+    config = tiny_config("federation.rounds=5", "evaluation.personal_every=2")
+    require_due(config, 4)
+    for other in (3, 6):
+        with pytest.raises(InvalidRequestError, match=f"no measurement in round {other}"):
+            require_due(config, other)
+    with pytest.raises(InvalidRequestError, match="no measurement"):
+        require_due(tiny_config(), 1)
+
+
+def test_what_a_device_trains_for_itself_stays_with_it(measured: tuple[Federation, Heard]) -> None:
     run, notes = measured
     assert [device.tuned.is_file() for device in run.devices if device.tuned] == [True, True, False, True]
     assert len(notes.warnings) == 1
@@ -108,14 +160,13 @@ def test_what_a_device_trains_for_itself_stays_with_it(measured: tuple[Federatio
     )
 
 
-def test_a_device_measures_and_trains_on_once(measured: tuple[Federation, Notes]) -> None:
+def test_a_device_measures_and_trains_on_once(measured: tuple[Federation, Heard]) -> None:
     run, notes = measured
     before, seen = list(run.server.keeper.gains), len(notes.warnings)
     written = [device.tuned.stat().st_mtime_ns for device in run.devices if device.tuned and device.number != 2]
     ask_sites(run.server, here(run))
     warned = notes.warnings[seen:]
-    assert sum("it has measured in this run already" in text for text in warned) == 4
-    assert sum("it has tuned in this run already" in text for text in warned) == 3
+    assert sum("it has answered in this run already" in text for text in warned) == 7
     assert len(warned) == 8  # also those with nothing to tell were asked
     assert run.server.keeper.gains == []
     assert written == [d.tuned.stat().st_mtime_ns for d in run.devices if d.tuned and d.number != 2]
@@ -201,3 +252,29 @@ def test_answers_are_checked(lie: dict[str, Any], reason: str) -> None:
     assert checks.own_result(message(measure_reply(TOLD)), 50, True) == TOLD
     with pytest.raises(InvalidReplyError, match=reason):
         checks.own_result(message(measure_reply(replace(TOLD, **lie))), 50, True)
+
+
+def test_answers_while_the_run_goes_on_are_checked() -> None:
+    told = OwnScore(own_rows=20, right=5, loss=2.0)
+    assert checks.own_score(message(measure_reply(told)), 50, True) == told
+    assert checks.own_score(message(measure_reply(told)), 50, False) == replace(told, right=None)
+    assert checks.own_score(message(measure_reply(replace(told, own_rows=0))), 50, True) == OwnScore(own_rows=0)
+    lies: dict[str, dict[str, Any]] = {
+        "right is not": {"right": 21},
+        "right is not a whole": {"right": None},
+        "own_rows is not": {"own_rows": 10**9},
+        "loss is not": {"loss": float("nan")},
+    }
+    for reason, lie in lies.items():
+        with pytest.raises(InvalidReplyError, match=reason):
+            checks.own_score(message(measure_reply(replace(told, **lie))), 50, True)
+
+
+def test_answers_of_rounds_that_are_long_over_are_forgotten() -> None:
+    state = RecordDict({f"{PERSONAL_MARK}{round}": ConfigRecord({"request": "x"}) for round in (2, 4, 20)})
+    state[f"{PERSONAL_MARK}4/answer"] = ConfigRecord({"own_rows": 12})
+    assert mark_of(state, 20) == f"{PERSONAL_MARK}20"
+    assert list(state) == [f"{PERSONAL_MARK}20"]
+    assert mark_of(state, 5) == f"{PERSONAL_MARK}5"
+    with pytest.raises(InvalidRequestError, match="round 4 is long over"):
+        mark_of(state, 4)

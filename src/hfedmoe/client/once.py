@@ -25,7 +25,7 @@ def answer_of(state: RecordDict, mark: str, message: Message) -> RecordDict | No
     if kept is None:
         return None
     if kept["request"] != _digest(message):
-        raise InvalidRequestError("after the last round it has answered in this run already, for another model")
+        raise InvalidRequestError("it has answered in this run already, for another model")
     return RecordDict({FACTS: ConfigRecord(dict(state.config_records[_answer(mark)]))})
 
 

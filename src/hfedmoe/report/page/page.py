@@ -11,6 +11,7 @@ from hfedmoe.report.page.learned import confusion, curves, examples
 from hfedmoe.report.page.plots import Plot
 from hfedmoe.report.page.story import Story, read_story
 from hfedmoe.report.page.who import alarms, client_rows, expert_plots, split_plot
+from hfedmoe.report.personal import personal_cards
 from hfedmoe.report.words import decimal, human_bytes, human_seconds, percent, points
 
 NAME = "report.html"
@@ -56,6 +57,7 @@ def one_page(stories: Sequence[Story], live: str = "") -> str:
         parts |= {
             "examples": examples(story),
             "sites": story.sites,
+            "personal": story.personal and (story.personal[0], personal_cards(story.personal[1])),
             "alone": any(site["alone"] for site in story.sites),
             "tuned": next((site["tuning"] for site in story.sites if site.get("tuning")), None),
             "clients": client_rows(story.clients),
