@@ -23,6 +23,7 @@ from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.sites import ask_sites, gain_of, with_tuning
 from hfedmoe.wire import checks
+from hfedmoe.wire.local import changed_contexts
 from hfedmoe.wire.messages import PERSONAL, InvalidReplyError, measure_reply, pack_bits
 from hfedmoe.wire.requests import InvalidRequestError
 from hfedmoe.wire.trouble import POLICY_TUNE
@@ -109,6 +110,22 @@ def test_devices_also_say_it_while_the_run_goes_on(measured: tuple[Federation, H
     assert (found[1].accuracy, found[1].loss) == (second.federated.accuracy, pytest.approx(second.federated.loss))
     assert (found[1].shared_accuracy, found[1].shared_loss) == (None, None)
     assert Personal.from_json(json.loads(json.dumps(asdict(found[1])))) == found[1]
+
+
+def test_measuring_while_the_run_goes_on_changes_no_bit() -> None:
+    ends = []
+    for every in (0, 1):
+        heard = Heard()
+        run = Federation(None, tiny_config("train.steps=1", f"evaluation.personal_every={every}"), heard)
+        for device in run.devices:
+            device.kept, device.judge = run.prepared.task.test[:LEAST], run.prepared.measure_now
+        run.run()
+        ends.append((run.server.tensors, changed_contexts(run.grid)))
+        assert [round for round, _ in heard.own] == [1, 2] * every
+    (plain, states), (measured, others) = ends
+    assert plain.keys() == measured.keys()
+    assert all(torch.equal(tensor, measured[name]) for name, tensor in plain.items())
+    assert states == others
 
 
 def test_a_server_cannot_ask_more_often_or_about_another_model(measured: tuple[Federation, Heard]) -> None:
