@@ -192,3 +192,11 @@ def test_it_is_refused_where_a_client_has_no_model_of_its_own_to_keep() -> None:
     for name, words in (("pooled", "one client"), ("flux", "merged experts stand in"), ("flex", "no exported model")):
         with pytest.raises(UserError, match=rf'evaluation\.tune_steps: method.name = "{name}": .*{words}'):
             tiny_config(f"method.name={name}", "evaluation.tune_steps=2")
+        with pytest.raises(UserError, match=rf'evaluation\.personal_every: method.name = "{name}": .*{words}'):
+            tiny_config(f"method.name={name}", "evaluation.personal_every=2")
+    for other, words in (
+        ("evaluation.own_share=0", "set evaluation.own_share, or leave it out"),
+        ("federation.late=fold", "clients may still train when a round ends"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tiny_config("evaluation.personal_every=1", other)
