@@ -82,7 +82,10 @@ def test_while_it_goes_on_clients_say_how_good_the_model_is_for_them(runs: Runs)
     ]
     for one, gain in zip(found, shown.gains, strict=True):  # the only round is the last one
         assert gain.tuning is not None
+        assert gain.federated is not None
+        assert gain.own is not None
         assert (one.shared_accuracy, one.shared_loss) == (gain.federated.accuracy, gain.federated.loss)
+        assert (one.accuracy, one.loss) == (gain.own.accuracy, pytest.approx(gain.own.loss))
         assert one.accuracy == gain.tuning.before.accuracy
         assert one.loss == pytest.approx(gain.tuning.before.loss)
     worst, median, best = sorted(one.accuracy for one in found if one.accuracy is not None)

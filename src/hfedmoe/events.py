@@ -253,7 +253,8 @@ class SiteGain:
     num_labels: int
     """Of the task."""
     before: Score
-    federated: Score
+    federated: Score | None
+    """Of the shared model with all its experts; None: who measured has only some of them (a real device)."""
     alone: Score | None = None
     """Of a model that the site trained by itself, with as many steps; None: not measured."""
     gain: float | None = None
@@ -262,6 +263,16 @@ class SiteGain:
     """With 95 % confidence."""
     tuning: Tuning | None = None
     """None: it did not train further (`evaluation.tune_steps`), or does not say."""
+    own: Score | None = None
+    """Of its sub-model: the experts that it held in its last round, as the shared model has them; None: the method's
+    clients have no such model, or it never took part."""
+
+    @property
+    def reached(self) -> Score:
+        """After the federation: what the gain is of."""
+        found = self.own if self.federated is None else self.federated
+        assert found is not None
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Its entry in metrics.jsonl."""
@@ -283,7 +294,7 @@ class SiteGain:
         def with_interval(part: dict[str, Any], *models: str) -> dict[str, Any]:
             return part | {name: score(part[name]) for name in models} | {"gain_interval": pair(part["gain_interval"])}
 
-        found = with_interval(entry, "before", "federated", "alone")
+        found = with_interval({"own": None} | entry, "before", "federated", "alone", "own")
         if "tuning" in entry:
             found["tuning"] = Tuning(**with_interval(entry["tuning"], "before", "after"))
         return cls(**found)

@@ -139,11 +139,21 @@ class Prepared:
         return self.measure_on(self.task.test if kind == "all" else self.watch, tensors, on_batch)
 
     def measure_on(
-        self, rows: list[Example], tensors: dict[str, Tensor], on_batch: Callable[[int, int], None] | None = None
+        self,
+        rows: list[Example],
+        tensors: dict[str, Tensor],
+        on_batch: Callable[[int, int], None] | None = None,
+        held: list[Tensor] | None = None,
     ) -> Metrics:
-        """Evaluate these trained tensors on these rows."""
+        """Evaluate these trained tensors on these rows.
+
+        Args:
+            held: bool [E] per layer: only with these experts; None: with all.
+        """
         self.model.set_resident(None)
         load_all(self.model, tensors)
+        if held is not None:
+            self.model.set_resident(held)
         return self.measure_now(rows, on_batch)
 
     def measure_now(self, rows: list[Example], on_batch: Callable[[int, int], None] | None = None) -> Metrics:

@@ -31,7 +31,7 @@ from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
 from hfedmoe.server.sites import with_tuning
 from hfedmoe.simulated import WorkerApp, app_of, devices_of, identity, let_measure, predict_peaks, split
-from hfedmoe.tuning import tune_clients
+from hfedmoe.tuning import last_held, tune_clients
 from hfedmoe.wire.cluster import Cluster, connected
 from hfedmoe.wire.inprocess import InProcessGrid
 from hfedmoe.wire.local import LocalGrid, changed_contexts, restore_contexts
@@ -182,7 +182,9 @@ def _measure_gains(
     tuned = tune_clients(simulation.server, simulation.grid, folder) if steps else {}
     simulation.grid.close()
     by_itself = _trained_alone(prepared, sites, watcher, workers).model_of if alone else None
-    gains = site_gains(prepared, sites, simulation.model_of, by_itself, watcher)
+    whole = METHODS[prepared.config.method.name].no_own_model
+    held = {} if whole else last_held(folder, prepared.model.num_experts)
+    gains = site_gains(prepared, sites, simulation.model_of, by_itself, held, watcher)
     keeper.save_sites(last, with_tuning(gains, tuned, steps))
 
 

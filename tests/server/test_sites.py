@@ -19,12 +19,14 @@ from hfedmoe.data.example import Example
 from hfedmoe.data.kept import LEAST
 from hfedmoe.events import OwnResult, OwnScore, Personal, Score, SiteGain, Tuning
 from hfedmoe.moe.payload import layer_of
+from hfedmoe.report.live.gains import explained, gains_table
 from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.evaluation import Metrics
+from hfedmoe.server.members import Member
 from hfedmoe.server.sites import ask_sites, gain_of, with_tuning
 from hfedmoe.wire import checks
 from hfedmoe.wire.local import changed_contexts
-from hfedmoe.wire.messages import PERSONAL, InvalidReplyError, measure_reply, pack_bits
+from hfedmoe.wire.messages import PERSONAL, Description, InvalidReplyError, measure_reply, pack_bits
 from hfedmoe.wire.requests import InvalidRequestError
 from hfedmoe.wire.trouble import POLICY_TUNE
 from tests.federation import Federation, tiny_config
@@ -90,11 +92,14 @@ def test_devices_that_can_say_what_they_gained(measured: tuple[Federation, Heard
     before = run.prepared.measure_on(device.kept, device.initial)
     after = run.prepared.measure_on(device.kept, run.server.tensors)
     assert gain.before.accuracy == before.accuracy
-    assert gain.federated.accuracy == after.accuracy
-    assert gain.federated.macro_f1 == after.macro_f1
+    assert gain.federated == gain.own == gain.reached
+    assert gain.reached.accuracy == after.accuracy
+    assert gain.reached.macro_f1 == after.macro_f1
     assert gain.before.loss == pytest.approx(before.loss)
-    assert gain.federated.loss == pytest.approx(after.loss)
-    assert gain.federated.loss != gain.before.loss
+    assert gain.reached.loss == pytest.approx(after.loss)
+    assert gain.reached.loss != gain.before.loss
+    # Of the second nobody knows how good the whole model is on its rows.
+    assert (found[1].federated, found[1].reached) == (None, found[1].own)
 
 
 def test_devices_also_say_it_while_the_run_goes_on(measured: tuple[Federation, Heard]) -> None:
@@ -105,9 +110,9 @@ def test_devices_also_say_it_while_the_run_goes_on(measured: tuple[Federation, H
     assert run.server.untold == {2, 3}
     # The first holds every expert, so what it measures is the shared model; of the second nobody knows that.
     first, second = run.server.keeper.gains
-    assert (found[0].accuracy, found[0].loss) == (first.federated.accuracy, pytest.approx(first.federated.loss))
+    assert (found[0].accuracy, found[0].loss) == (first.reached.accuracy, pytest.approx(first.reached.loss))
     assert (found[0].shared_accuracy, found[0].shared_loss) == (found[0].accuracy, found[0].loss)
-    assert (found[1].accuracy, found[1].loss) == (second.federated.accuracy, pytest.approx(second.federated.loss))
+    assert (found[1].accuracy, found[1].loss) == (second.reached.accuracy, pytest.approx(second.reached.loss))
     assert (found[1].shared_accuracy, found[1].shared_loss) == (None, None)
     assert Personal.from_json(json.loads(json.dumps(asdict(found[1])))) == found[1]
 
@@ -164,9 +169,9 @@ def test_what_a_device_trains_for_itself_stays_with_it(measured: tuple[Federatio
     assert (tuned.client, tuned.round, tuned.steps) == (0, 1, STEPS)
     after = run.prepared.measure_on(device.kept, tuned.memory.tensors)
     assert gain.tuning.after.loss == pytest.approx(after.loss)
-    assert gain.tuning.before.loss == pytest.approx(gain.federated.loss)
+    assert gain.tuning.before.loss == pytest.approx(gain.reached.loss)
     assert gain.tuning.after.loss != gain.tuning.before.loss
-    assert gain.tuning.before.accuracy == gain.federated.accuracy
+    assert gain.tuning.before.accuracy == gain.reached.accuracy
     # The second has a file of its eight experts only.
     device = run.devices[1]
     assert device.tuned is not None
@@ -207,19 +212,44 @@ def here(run: Federation) -> Attendance:
     return attendance
 
 
+def member(*held: int) -> Member:
+    """Client 3, called north, which holds so many of the four experts of each layer."""
+    about = Description(3, "north", 90, 8, [4] * len(held))
+    return Member(7, about, 0, resident_bits=pack_bits([torch.arange(4) < number for number in held]))
+
+
 def test_counts_become_accuracies_and_a_gain() -> None:
-    gain = gain_of(3, "north", TOLD)
+    gain = gain_of(member(4, 4), TOLD)
+    assert gain_of(member(4, 3), TOLD) == replace(gain, federated=None)
     assert (gain.client, gain.name, gain.trained_rows, gain.own_rows) == (3, "north", 90, 20)
-    assert (gain.before.accuracy, gain.federated.accuracy) == (5 / 20, 11 / 20)
-    assert (gain.before.macro_f1, gain.federated.macro_f1) == (0.125, 0.5)
+    assert (gain.before.accuracy, gain.reached.accuracy) == (5 / 20, 11 / 20)
+    assert (gain.before.macro_f1, gain.reached.macro_f1) == (0.125, 0.5)
+    assert gain.federated == gain.own
     assert gain.gain == 6 / 20
     low, high = gain.gain_interval or (0, 0)
     assert low < 0.3 < high
     assert SiteGain.from_json(gain.to_json()) == gain
+    earlier = gain.to_json()
+    del earlier["own"]
+    assert SiteGain.from_json(earlier) == replace(gain, own=None)
+
+
+def test_the_table_says_which_model_a_device_measured() -> None:
+    whole, part = gain_of(member(4, 4), TOLD), gain_of(member(1, 4), TOLD)
+
+    def columns(*gains: SiteGain) -> list[str]:
+        return [str(column.header) for column in gains_table(gains).columns]
+
+    assert columns(whole)[3:5] == ["before", "federated"]
+    assert columns(part)[3:5] == ["before", "own"]
+    assert columns(whole, part)[3:6] == ["before", "federated", "own"]
+    assert "federated less before" in explained([whole])
+    assert "own less before" in explained([part])
+    assert "own: the experts that the device holds" in explained([whole, part])
 
 
 def test_counts_also_say_what_training_on_gained() -> None:
-    gain = gain_of(3, "north", replace(TOLD, won=3))
+    gain = gain_of(member(4, 4), replace(TOLD, won=3))
     nothing = OwnResult(trained_rows=90, own_rows=0)
     assert with_tuning([gain], {}, 4) == with_tuning([gain], {3: nothing}, 4) == [gain]
     assert "tuning" not in gain.to_json()

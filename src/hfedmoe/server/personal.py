@@ -83,7 +83,7 @@ def _personal(server: Asks, member: Member, told: OwnScore) -> Personal:
     if server.shared is not None:
         metrics = server.shared(member.about.client)
         shared = metrics.accuracy, metrics.trained_loss
-    elif all(bool(keep.all()) for keep in member.resident):
+    elif member.holds_all:
         shared = accuracy, told.loss  # its sub-model is the whole model
     return Personal(
         client=member.about.client,

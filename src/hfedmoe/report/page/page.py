@@ -59,6 +59,8 @@ def one_page(stories: Sequence[Story], live: str = "") -> str:
             "sites": story.sites,
             "personal": story.personal and (story.personal[0], personal_cards(story.personal[1])),
             "alone": any(site["alone"] for site in story.sites),
+            "federated": any(site["federated"] for site in story.sites),
+            "own": any(site.get("own") for site in story.sites),
             "tuned": next((site["tuning"] for site in story.sites if site.get("tuning")), None),
             "clients": client_rows(story.clients),
             "left_out": any(client.left_out for client in story.clients),

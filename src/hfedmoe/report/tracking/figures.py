@@ -137,8 +137,8 @@ def of_gains(sites: Iterable[dict[str, Any]], every_client: bool) -> Figures:
     for site in sites if every_client else ():
         name = f"client/{site['client']}"
         found[f"{name}/gain"] = site["gain"]
-        for model in ("before", "federated", "alone"):
-            if site[model] is not None:
+        for model in ("before", "federated", "alone", "own"):
+            if site.get(model) is not None:
                 found |= _scores(f"{name}/{model}", site[model])
         if site.get("tuning") is not None:
             found[f"{name}/tuning_gain"] = site["tuning"]["gain"]
