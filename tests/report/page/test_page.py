@@ -48,12 +48,18 @@ def test_what_each_site_gained(tmp_path: Path) -> None:
     path = small_run(tmp_path / "run")
     with RunFolder.open(path, to_write=True) as folder:
         words = {"accuracy": None, "macro_f1": None, "loss": 2.5, "interval": None}
+        part = site(2, federated=None, own=site(2)["federated"])
         other = site(1, before=words, federated=words, num_labels=0, gain=None, gain_interval=None)
-        folder.append_round({"round": 3, "evaluation": {}, "clients": [], "sites": [site(0), other]})
+        folder.append_round({"round": 3, "evaluation": {}, "clients": [], "sites": [site(0), other, part]})
     page = write_report([path]).read_text(encoding="utf-8")
     assert "What did each site gain?" in page
     assert ">site 0</td><td>18</td><td>2</td>\n<td>1 of 2</td>" in page
     assert "<td>12.5 %</td>" in page
+    # A device that measured only its own experts.
+    assert '<button type="button">own</button>' in page
+    assert re.search(
+        r"site 2</td>(?s:.)*<td>12.5 %</td>\s*<td>–</td>\s*<td>50.0 %</td>\s*<td>25.0 % to 75.0 %</td>", page
+    )
     assert "25.0 % to 75.0 %" in page
     assert 'class="good">+38 (+10 to +60)</td>' in page
     assert "<td>loss 2.500</td>" in page
