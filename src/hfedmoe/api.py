@@ -83,7 +83,8 @@ class Run:
 
         A round has `round`, `accuracy`, `macro_f1` and `loss` (of the rows that were measured in it: None if none
         were), `evaluation` (the same on `all` held-out rows and on the `watch`ed ones), `bytes_down`, `bytes_up`,
-        `seconds`, and `clients`, with what each of them did.
+        `seconds`, and `clients`, with what each of them did; `personal`, where clients measured it on rows of their own
+        (`evaluation.personal_every`); the last has `sites`, with what each gained.
         """
         return self._folder.read_rounds()
 

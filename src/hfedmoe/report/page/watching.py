@@ -33,7 +33,7 @@ LOOK_S = 0.5
 """Seconds between looks at the folder."""
 SETTLE_S = 2.0
 """Seconds that a browser may take from what it got to its next request."""
-GRACE_S = 20.0
+GRACE_S = 30.0
 """Most seconds that open pages get to load the last state of a run that ended."""
 COOKIE = "hfedmoe-token"
 
