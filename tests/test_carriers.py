@@ -42,6 +42,7 @@ SETTINGS = (
     "method.gate=rows",
     "evaluation.alone=true",
     "evaluation.tune_steps=1",
+    "evaluation.personal_every=2",
 )
 RAY = ("carrier.kind=ray", "carrier.clients_at_once=2")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hfedmoe import __version__, cli
+from tests.report.page.visitor import visiting
 
 HEAVY = ("torch", "transformers", "flwr", "datasets", "peft", "rich", "pydantic")
 
@@ -33,12 +34,19 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a short finished run."""
+def watched(tmp_path_factory):
+    """The folder of a short finished run, and who watched its page while it went on."""
     out = tmp_path_factory.mktemp("finished") / "run"
     smaller = ["--set", "federation.rounds=1", "--set", "train.steps=1", "--set", "data.test_rows=20"]
-    assert hfedmoe("run", "tiny", "--out", out, *smaller) == 0
-    return out
+    with visiting() as visitor:
+        assert hfedmoe("run", "tiny", "--live", "--out", out, *smaller) == 0
+    return out, visitor
+
+
+@pytest.fixture(scope="module")
+def finished(watched):
+    """The folder of a short finished run."""
+    return watched[0]
 
 
 # errors
@@ -309,6 +317,29 @@ def test_help_marks_what_is_required(capsys):
     out = capsys.readouterr().out
     assert "[required]" in out
     assert "\\[" not in out
+
+
+def cards(page):
+    """The figures at the top of a page, as text by their names."""
+    return dict(re.findall(r'<div class="card">([^<]*)<b>([^<]*)</b>', page))
+
+
+def test_a_page_that_is_open_gets_the_last_state_of_a_run(watched):
+    folder, visitor = watched
+    assert visitor.told_the_end
+    last = visitor.pages[-1]
+    assert "1 of 1 rounds are done" in last
+    assert "What did each site gain?" in last  # which is written after the last round
+    start, done = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    found, shown = done["evaluation"]["all"], cards(last)
+    assert shown["accuracy"] == f"{100 * found['accuracy']:.1f} %"
+    assert float(shown["macro-F1 (mean over labels)"]) == pytest.approx(found["macro_f1"], abs=6e-4)
+    assert float(shown["loss"]) == pytest.approx(found["loss"], abs=6e-4)
+    assert shown["sent, both ways"] == f"{(done['bytes_down'] + done['bytes_up']) / 1024:.1f} KiB"
+    assert f"before: {100 * start['accuracy']:.1f} %" in last
+    for site in done["sites"]:
+        assert f"<tr><td>{site['name']}</td><td>{site['trained_rows']}</td><td>{site['own_rows']}</td>" in last
+        assert f"<td>{100 * site['federated']['accuracy']:.1f} %</td>" in last
 
 
 def test_a_run_ends_with_a_report_and_it_can_be_written_again(finished, tmp_path, capsys):

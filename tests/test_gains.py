@@ -13,7 +13,7 @@ from hfedmoe.data.kept import MOST_CLIENTS, class_counts, keep_back, kept_by
 from hfedmoe.data.sites import site_names
 from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
-from hfedmoe.events import ClientTotals, Evaluation, Score, Silent, SiteGain
+from hfedmoe.events import ClientTotals, Evaluation, Personal, Score, Silent, SiteGain
 from hfedmoe.prepare import Prepared
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.runs.identity import NAME, read_identity
@@ -30,6 +30,10 @@ class Seen(Silent):
         self.gains: list[SiteGain] = []
         self.names: list[str] = []
         self.notes: list[str] = []
+        self.personal_found: list[tuple[int, list[Personal]]] = []
+
+    def personal(self, round: int, found: list[Personal]) -> None:  # type: ignore[override]
+        self.personal_found.append((round, found))
 
     def note(self, text: str) -> None:
         self.notes.append(text)

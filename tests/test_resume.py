@@ -41,7 +41,8 @@ def work(out, moment):
     if (out / "config.toml").exists():
         resume(out, Killer(moment))
     else:
-        run(tiny_config("federation.rounds=3", "method.score=taylor", "method.gate=rows"), out, Killer(moment))
+        more = ("method.score=taylor", "method.gate=rows", "evaluation.personal_every=2")
+        run(tiny_config("federation.rounds=3", *more), out, Killer(moment))
 
 split(prepare(tiny_config(), Silent()), keeping=True)  # imports what they all need
 for line in sys.stdin:  # a process for each
@@ -91,6 +92,9 @@ def test_killed_and_resumed_runs_end_with_the_same_bits(tmp_path: Path, child: C
     assert all(torch.equal(tensor, other.clients[name]) for name, tensor in one.clients.items())
     rounds = [[line["round"] for line in folder.read_rounds()] for folder in (whole, killed)]
     assert rounds == [[0, 1, 2, 3]] * 2
+    own = [[line.get("personal") for line in folder.read_rounds()] for folder in (whole, killed)]
+    assert own[0] == own[1]
+    assert [bool(found) for found in own[0]] == [False, False, True, False]
     assert rounds_with_rows(tmp_path / "killed") == [1, 2, 3]
     best = evaluate_run(tmp_path / "killed", "best", Silent())
     assert best == evaluate_run(tmp_path / "whole", "best", Silent())

@@ -13,17 +13,19 @@ from hfedmoe import simulation
 from hfedmoe.client.tuning import Tuned
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
-from hfedmoe.events import SiteGain
+from hfedmoe.events import Personal, SiteGain
 from hfedmoe.prepare import prepare
 from hfedmoe.report.live.gains import explained, gains_table
 from hfedmoe.report.page.page import one_page
 from hfedmoe.report.page.story import read_story
+from hfedmoe.report.personal import personal_line
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.evaluation import evaluate
 from hfedmoe.simulated import split
 from hfedmoe.tuning import last_held
 from tests.commands import hfedmoe
 from tests.federation import tiny_config
+from tests.test_carriers import without
 from tests.test_gains import Seen, settings
 
 STEPS = 5
@@ -43,7 +45,7 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root, seen = tmp_path_factory.mktemp("tuning"), Seen()
     more = settings(root, "federation.rounds=1")
-    config = tiny_config(*more, f"evaluation.tune_steps={STEPS}")
+    config = tiny_config(*more, f"evaluation.tune_steps={STEPS}", "evaluation.personal_every=1")
     folder = simulation.run(config, root / "run", seen)
     return Runs(config, folder, simulation.run(tiny_config(*more), root / "plain", Seen()), seen)
 
@@ -62,6 +64,38 @@ def test_without_it_nothing_else_is_different(runs: Runs) -> None:
     for own, other in zip(tuned, plain, strict=True):
         assert {name: value for name, value in own.items() if name != "tuning"} == other
         assert own["tuning"]["steps"] == STEPS
+
+
+def test_while_it_goes_on_clients_say_how_good_the_model_is_for_them(runs: Runs) -> None:
+    assert any("evaluation.personal_every: after every round its clients measure" in note for note in runs.seen.notes)
+    (line, plain), shown = (RunFolder.open(path).read_rounds()[-1] for path in (runs.folder, runs.plain)), runs.seen
+    found = [Personal.from_json(entry) for entry in line["personal"]]
+    assert shown.personal_found == [(1, found)]
+    assert "personal" not in plain
+    # Nothing else is different, but that the model was sent once more.
+    for key in ("accuracy", "loss", "evaluation", "clients"):
+        assert without("seconds", line[key]) == without("seconds", plain[key])
+    more = line["bytes_down"] - plain["bytes_down"]
+    assert 0.9 < more / sum(row["bytes_down"] for row in line["clients"]) < 1
+    assert [(one.client, one.name, one.own_rows) for one in found] == [
+        (gain.client, gain.name, gain.own_rows) for gain in shown.gains
+    ]
+    for one, gain in zip(found, shown.gains, strict=True):  # the only round is the last one
+        assert gain.tuning is not None
+        assert gain.federated is not None
+        assert gain.own is not None
+        assert (one.shared_accuracy, one.shared_loss) == (gain.federated.accuracy, gain.federated.loss)
+        assert (one.accuracy, one.loss) == (gain.own.accuracy, pytest.approx(gain.own.loss))
+        assert one.accuracy == gain.tuning.before.accuracy
+        assert one.loss == pytest.approx(gain.tuning.before.loss)
+    worst, median, best = sorted(one.accuracy for one in found if one.accuracy is not None)
+    said = f"clients' own rows: worst {100 * worst:.1f}, median {100 * median:.1f}, best {100 * best:.1f} %"
+    assert personal_line(found) == said
+    page = one_page([read_story(runs.folder)])
+    assert "on rows that it kept back, after round 1:" in page
+    for name, figure in (("worst", worst), ("median", median), ("best", best)):
+        assert f'<div class="card">{name} client<b>{100 * figure:.1f} %</b>' in page
+    assert "worst client" not in one_page([read_story(runs.plain)])
 
 
 def test_each_client_s_own_experts_are_kept_and_are_what_was_measured(runs: Runs) -> None:
@@ -161,3 +195,11 @@ def test_it_is_refused_where_a_client_has_no_model_of_its_own_to_keep() -> None:
     for name, words in (("pooled", "one client"), ("flux", "merged experts stand in"), ("flex", "no exported model")):
         with pytest.raises(UserError, match=rf'evaluation\.tune_steps: method.name = "{name}": .*{words}'):
             tiny_config(f"method.name={name}", "evaluation.tune_steps=2")
+        with pytest.raises(UserError, match=rf'evaluation\.personal_every: method.name = "{name}": .*{words}'):
+            tiny_config(f"method.name={name}", "evaluation.personal_every=2")
+    for other, words in (
+        ("evaluation.own_share=0", "set evaluation.own_share, or leave it out"),
+        ("federation.late=fold", "clients may still train when a round ends"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tiny_config("evaluation.personal_every=1", other)

@@ -82,8 +82,10 @@ class Run:
         """The rounds so far, the model as it was (round 0) first.
 
         A round has `round`, `evaluation` (accuracy, macro-F1 and loss on `all` held-out rows, and on the few `watch`ed
-        ones: what was measured in it), `bytes_down`, `bytes_up`, `seconds`, and `clients`, with what each of them did.
-        Its `accuracy`, `macro_f1` and `loss` are those of `all`, else of `watch`, else None: not one series.
+        ones: what was measured in it), `bytes_down`, `bytes_up`, `seconds`, and `clients`, with what each of them did;
+        `personal`, where clients measured it on rows of their own (`evaluation.personal_every`); the last has `sites`,
+        with what each gained. Its `accuracy`, `macro_f1` and `loss` are those of `all`, else of `watch`, else None: not
+        one series.
         """
         return self._folder.read_rounds()
 

@@ -191,6 +191,38 @@ class OwnResult:
     loss_after: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnScore:
+    """What a client says, while a run goes on, of its sub-model on rows that it kept back: only numbers."""
+
+    own_rows: int
+    """Kept back: the rows of the other figures; 0: too few to be told, and nothing else is set."""
+    right: int | None = None
+    """Right answers among them; None for tasks without choices."""
+    loss: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Personal:
+    """How good the model is for one client after a round, on rows that it kept back."""
+
+    client: int
+    name: str
+    own_rows: int
+    accuracy: float | None
+    """Of its sub-model: the experts that it held in the round, as the shared model has them now, and what it keeps of
+    its own. A share; None for tasks without choices."""
+    loss: float
+    shared_accuracy: float | None = None
+    """Of the shared model, with all experts; None also where nobody has both the model and the rows."""
+    shared_loss: float | None = None
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Self:
+        """From its entry in metrics.jsonl. Unknown keys are ignored."""
+        return cls(**{field.name: entry[field.name] for field in fields(cls) if field.name in entry})
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """What a client gained by training the experts that it holds further, for itself."""
@@ -221,7 +253,8 @@ class SiteGain:
     num_labels: int
     """Of the task."""
     before: Score
-    federated: Score
+    federated: Score | None
+    """Of the shared model with all its experts; None: who measured has only some of them (a real device)."""
     alone: Score | None = None
     """Of a model that the site trained by itself, with as many steps; None: not measured."""
     gain: float | None = None
@@ -230,6 +263,16 @@ class SiteGain:
     """With 95 % confidence."""
     tuning: Tuning | None = None
     """None: it did not train further (`evaluation.tune_steps`), or does not say."""
+    own: Score | None = None
+    """Of its sub-model: the experts that it held in its last round, as the shared model has them; None: the method's
+    clients have no such model, or it never took part."""
+
+    @property
+    def reached(self) -> Score:
+        """After the federation: what the gain is of."""
+        found = self.own if self.federated is None else self.federated
+        assert found is not None
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Its entry in metrics.jsonl."""
@@ -251,7 +294,7 @@ class SiteGain:
         def with_interval(part: dict[str, Any], *models: str) -> dict[str, Any]:
             return part | {name: score(part[name]) for name in models} | {"gain_interval": pair(part["gain_interval"])}
 
-        found = with_interval(entry, "before", "federated", "alone")
+        found = with_interval({"own": None} | entry, "before", "federated", "alone", "own")
         if "tuning" in entry:
             found["tuning"] = Tuning(**with_interval(entry["tuning"], "before", "after"))
         return cls(**found)
@@ -313,6 +356,9 @@ class Watcher:
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """The global model was measured."""
+
+    def personal(self, round: int, found: Sequence[Personal]) -> None:
+        """Clients of a round measured the model on rows of their own (`evaluation.personal_every`)."""
 
     def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
         """A round is complete; the bytes are those of this round."""

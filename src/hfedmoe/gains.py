@@ -1,6 +1,6 @@
 """What did each site gain? Its own rows, which nobody trained on, before the federation, after it, and alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,13 +31,19 @@ class Sites:
 
 
 def site_gains(
-    prepared: Prepared, sites: Sites, federated: TensorsOf, alone: TensorsOf | None, watcher: Watcher
+    prepared: Prepared,
+    sites: Sites,
+    federated: TensorsOf,
+    alone: TensorsOf | None,
+    held: Mapping[int, list[Tensor]],
+    watcher: Watcher,
 ) -> list[SiteGain]:
     """Measure every site that kept rows back.
 
     Args:
         federated: the models after the federation.
         alone: the models that the sites trained by themselves; None: they did not.
+        held: the experts that each client held last, bool [E] per layer; without those that have no such sub-model.
     """
     task, found = prepared.task, []
     for client, kept in enumerate(sites.kept):
@@ -46,6 +52,7 @@ def site_gains(
         watcher.phase(f"measuring what {sites.names[client]} gained")
         rows = [task.train[row] for row in kept]
         before = prepared.measure_on(rows, prepared.initial)
+        own = prepared.measure_on(rows, federated(client), held=held[client]) if client in held else None
         after = prepared.measure_on(rows, federated(client))
         by_itself = None if alone is None else prepared.measure_on(rows, alone(client))
         trained = len(sites.trained[client])
@@ -63,6 +70,7 @@ def site_gains(
                 alone=None if by_itself is None else _score(by_itself),
                 gain=gain,
                 gain_interval=interval,
+                own=None if own is None else _score(own),
             )
         )
     return found

@@ -34,7 +34,7 @@ from hfedmoe.models.loading import load, require_experts
 from hfedmoe.models.wrapping import wrap
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import initial_tensors, load_all
-from hfedmoe.report.told import held_out_words, loss_words, tuning_words
+from hfedmoe.report.told import held_out_words, loss_words, personal_words, tuning_words
 from hfedmoe.runs.about import TEXTS, About, Part, cut
 from hfedmoe.runs.checkpoints import Checkpoint
 from hfedmoe.runs.choice import load_checkpoint
@@ -124,6 +124,8 @@ class Prepared:
             require_room(folder.path, size * (self.config.keep_checkpoints + 2))
         watcher.note(held_out_words(self.task, len(self.watch), self.config.evaluation))
         watcher.note(loss_words(self.task, self.config.train.loss))
+        if self.config.evaluation.personal_every:
+            watcher.note(personal_words(self.config))
         if self.config.evaluation.tune_steps:
             watcher.note(tuning_words(self.config))
 
@@ -144,11 +146,21 @@ class Prepared:
         return self.measure_on(self.task.test if kind == "all" else self.watch, tensors, on_batch)
 
     def measure_on(
-        self, rows: list[Example], tensors: dict[str, Tensor], on_batch: Callable[[int, int], None] | None = None
+        self,
+        rows: list[Example],
+        tensors: dict[str, Tensor],
+        on_batch: Callable[[int, int], None] | None = None,
+        held: list[Tensor] | None = None,
     ) -> Metrics:
-        """Evaluate these trained tensors on these rows."""
+        """Evaluate these trained tensors on these rows.
+
+        Args:
+            held: bool [E] per layer: only with these experts; None: with all.
+        """
         self.model.set_resident(None)
         load_all(self.model, tensors)
+        if held is not None:
+            self.model.set_resident(held)
         return self.measure_now(rows, on_batch)
 
     def measure_now(self, rows: list[Example], on_batch: Callable[[int, int], None] | None = None) -> Metrics:

@@ -139,7 +139,7 @@ class WorkerApp:
                 "same files under the same paths"
             )
         _, devices = devices_of(prepared, sites.trained, sites.names, on_step)
-        if self.config.evaluation.tune_steps:
+        if self.config.evaluation.clients_measure:
             let_measure(prepared, devices, sites)
         with contextlib.suppress(UserError):  # the server says it
             predict_peaks(prepared, devices)

@@ -31,7 +31,7 @@ from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.server import Server, server_app
 from hfedmoe.server.sites import with_tuning
 from hfedmoe.simulated import WorkerApp, app_of, devices_of, identity, let_measure, predict_peaks, split
-from hfedmoe.tuning import tune_clients
+from hfedmoe.tuning import last_held, tune_clients
 from hfedmoe.wire.cluster import Cluster, connected
 from hfedmoe.wire.inprocess import InProcessGrid
 from hfedmoe.wire.local import LocalGrid, changed_contexts, restore_contexts
@@ -144,8 +144,11 @@ def _run(
         simulation = assemble(prepared, sites.trained, folder, watcher, from_round, sites.names, workers)
         _predict_peaks(simulation, prepared, watcher)
         tracking.follow(simulation.server.keeper)
-        if prepared.config.evaluation.tune_steps:
+        if prepared.config.evaluation.clients_measure:
             let_measure(prepared, simulation.devices, sites)
+            simulation.server.shared = lambda client: prepared.measure_on(
+                [prepared.task.train[row] for row in sites.kept[client]], simulation.model_of(client)
+            )
         simulation.run()
         _measure_gains(prepared, sites, simulation, folder, alone, watcher, workers)
     watcher.finish(f"done: {folder.path}")
@@ -179,7 +182,9 @@ def _measure_gains(
     tuned = tune_clients(simulation.server, simulation.grid, folder) if steps else {}
     simulation.grid.close()
     by_itself = _trained_alone(prepared, sites, watcher, workers).model_of if alone else None
-    gains = site_gains(prepared, sites, simulation.model_of, by_itself, watcher)
+    whole = METHODS[prepared.config.method.name].no_own_model
+    held = {} if whole else last_held(folder, prepared.model.num_experts)
+    gains = site_gains(prepared, sites, simulation.model_of, by_itself, held, watcher)
     keeper.save_sites(last, with_tuning(gains, tuned, steps))
 
 
@@ -189,7 +194,8 @@ def _trained_alone(prepared: Prepared, sites: Sites, watcher: Watcher, workers: 
     limited = not METHODS[config.method.name].ignores_budgets(config.method)
     changes = {"name": "local", "options": {}, "residency": "budget" if limited else "all"}
     method = config.method.model_copy(update=changes)
-    one = prepared.with_config(config.model_copy(update={"method": method}))
+    evaluation = config.evaluation.model_copy(update={"personal_every": 0})
+    one = prepared.with_config(config.model_copy(update={"method": method, "evaluation": evaluation}))
     simulation = assemble(one, sites.trained, None, Alone(watcher, config.federation.rounds), workers=workers)
     simulation.server.evaluate = lambda tensors, kind: Metrics(None, None, 0.0, 0, 1.0)
     simulation.server.watches = False

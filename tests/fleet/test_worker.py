@@ -29,6 +29,7 @@ from hfedmoe.wire import checks
 from hfedmoe.wire.messages import (
     DESCRIBE,
     MEASURE,
+    PERSONAL,
     PLAN,
     TENSORS,
     TRAIN,
@@ -336,7 +337,9 @@ def test_what_a_device_trains_for_itself_is_in_its_folder_and_in_no_reply(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     own, base = rows_file(tmp_path / "own.csv", "earn", "acq", rows=60), str(save_tiny(tmp_path / "model"))
-    written = CONFIG.format(model=base, more="[train]\nsteps = 2\nlr = 1e-2\n[evaluation]\ntune_steps = 3")
+    written = CONFIG.format(
+        model=base, more="[train]\nsteps = 2\nlr = 1e-2\n[evaluation]\ntune_steps = 3\npersonal_every = 1"
+    )
     config = config_from_text(written, "the test")
     loaded = load(config.model, config.seed)
     tensors = global_tensors(wrap(loaded.model, config, loaded.store))
@@ -374,9 +377,12 @@ def test_what_a_device_trains_for_itself_is_in_its_folder_and_in_no_reply(
     assert facts_of(ask(worker(), TUNE, other, written))["code"] == "request"  # once
     measured = ask(worker(), MEASURE, final, written)
     assert facts_of(measured)["own_rows"] == 10
+    own_score = ask(worker(), PERSONAL, final, written)
+    assert sorted(facts_of(own_score)) == ["loss", "own_rows", "right"]
+    assert facts_of(own_score)["own_rows"] == 10
     # Nor when the server goes back to before the first round.
     for kind, content in ((PLAN, plan_request(1)), (TRAIN, final)):
         assert "status" not in facts_of(ask(worker(), kind, content, written))
-    for kind, first in ((MEASURE, measured), (TUNE, reply)):
+    for kind, first in ((MEASURE, measured), (TUNE, reply), (PERSONAL, own_score)):
         assert facts_of(ask(worker(), kind, other, written))["code"] == "request"
         assert dict(facts_of(ask(worker(), kind, final, written))) == dict(facts_of(first))

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, Silent, Watcher
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, Personal, Silent, Watcher
 from hfedmoe.report.live import Live, human_bytes, human_seconds
 from hfedmoe.report.live.lines import Lines
 from hfedmoe.report.live.screen import OnScreen
+from hfedmoe.report.personal import personal_cards, personal_line
 
 CLIENTS = [Participant("client 0", 210, 14, 0.25), Participant("client 1", 90, 56, 1.0)]
 MIB = 2**20
@@ -32,6 +33,10 @@ OK = ClientRound(
     peak_bytes=700 * MIB,
 )
 LATE = ClientRound(status="late", reason="no reply after 30 s")
+OWN = [
+    Personal(client=number, name=f"client {number}", own_rows=20, accuracy=accuracy, loss=loss)
+    for number, accuracy, loss in ((0, 0.401, 2.5), (3, 0.77, 1.0), (7, 0.12, 4.0))
+]
 FINAL = [
     ClientTotals("client 0", 2, 14, 12, 56, 2**30, 700 * MIB, 6 * MIB, 2 * MIB, 8.0),
     ClientTotals("client [1]", 2, 56, 50, 56, None, None, 2**33, 2**33, 4000.0),
@@ -63,6 +68,7 @@ def script(live: Watcher, clock: Clock) -> None:
     live.client_started(1, 1, 2)
     live.client_done(1, 1, LATE)
     live.evaluated(Evaluation(1, 0.5, 0.4, 1.4, 64, "watch"))
+    live.personal(1, OWN)
     live.round_done(1, 61.0, 3 * 2**20, 2**20)
     live.warning("round 1 was short: 1 of 2 clients [late]")
     live.round_started(2)
@@ -88,6 +94,7 @@ round 1/5
 peak 700.0 MiB (predicted)
   client 1: late: no reply after 30 s
   after round 1: accuracy 50.0 % (95 %: 38 to 62 %), macro-F1 0.400, loss 1.400 (64 watched rows)
+  after round 1: clients' own rows: worst 12.0, median 40.1, best 77.0 %
 round 1/5 done in 1:01: 3.0 MiB down, 1.0 MiB up, about 4:04 left
 warning: round 1 was short: 1 of 2 clients [late]
 round 2/5
@@ -111,6 +118,14 @@ def test_plain_lines_word_for_word():
     assert "after  (round 5): accuracy 83.1 %, macro-F1 0.800, loss 0.500 (400 rows)\n" in table
     for word in ("client [1]", "14/56", "1.0 GiB", "8.0 GiB", "700.0 MiB", "1:06:40", "predicted"):
         assert word in table
+
+
+def test_without_choices_the_largest_loss_is_the_worst():
+    own = [replace(one, accuracy=None, shared_loss=3.25) for one in OWN]
+    assert personal_line(own) == "clients' own rows: loss, worst 4.000, median 2.500, best 1.000"
+    assert personal_cards(own)[0] == ("worst client", "4.000", "client 7; all experts: 3.250")
+    # Between two clients the median is of neither.
+    assert personal_cards(OWN[:2])[1] == ("median client", "58.6 %", "of 2")
 
 
 PACE: dict[str, Any] = {
@@ -251,6 +266,7 @@ def test_the_screen_shows_where_the_run_is():
             "loss 1.234",
             "round 0 21.8 %",
             "watched rows: round 1 50.0 %, macro-F1 0.400",
+            "clients' own rows: worst 12.0, median 40.1, best 77.0 %",
             "moved so far: 4.0 MiB",
             "14/56",
             "14 (25 %)",

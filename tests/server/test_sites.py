@@ -1,25 +1,33 @@
 """What devices say that they gained: measured on the device, checked by the server, and told once."""
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import ConfigRecord, RecordDict
 
 from hfedmoe.client.app import OWN_EXPERTS, trouble_of
 from hfedmoe.client.judging import compared
+from hfedmoe.client.personal import PERSONAL as PERSONAL_MARK
+from hfedmoe.client.personal import mark_of, require_due
 from hfedmoe.client.policy import Policy, PolicyError
 from hfedmoe.client.tuning import Tuned
 from hfedmoe.data.example import Example
 from hfedmoe.data.kept import LEAST
-from hfedmoe.events import OwnResult, Score, SiteGain, Tuning
+from hfedmoe.events import OwnResult, OwnScore, Personal, Score, SiteGain, Tuning
 from hfedmoe.moe.payload import layer_of
+from hfedmoe.report.live.gains import explained, gains_table
 from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.evaluation import Metrics
+from hfedmoe.server.members import Member
 from hfedmoe.server.sites import ask_sites, gain_of, with_tuning
 from hfedmoe.wire import checks
-from hfedmoe.wire.messages import InvalidReplyError, measure_reply, pack_bits
+from hfedmoe.wire.local import changed_contexts
+from hfedmoe.wire.messages import PERSONAL, Description, InvalidReplyError, measure_reply, pack_bits
+from hfedmoe.wire.requests import InvalidRequestError
 from hfedmoe.wire.trouble import POLICY_TUNE
 from tests.federation import Federation, tiny_config
 from tests.test_simulation import Notes
@@ -41,14 +49,26 @@ TOLD = OwnResult(
 STEPS, NONE = 3, Score(None, None, 0.0)
 
 
+class Heard(Notes):
+    """Remembers also what clients measured while the run went on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own: list[tuple[int, Sequence[Personal]]] = []
+
+    def personal(self, round: int, found: Sequence[Personal]) -> None:
+        self.own.append((round, found))
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Notes]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Heard]:
     """A run of one round; of its clients two kept rows back, one too few, and one does not measure.
 
     After it they train on for themselves, except the third, whose owner does not allow it.
     """
-    notes, folder = Notes(), tmp_path_factory.mktemp("devices")
-    more = (f"evaluation.tune_steps={STEPS}", 'clients.budgets=["100%","25%","50%","50%"]')
+    notes, folder = Heard(), tmp_path_factory.mktemp("devices")
+    more = (f"evaluation.tune_steps={STEPS}", "evaluation.personal_every=1")
+    more += ('clients.budgets=["100%","25%","50%","50%"]',)
     config = tiny_config("federation.rounds=1", *more)
     run = Federation(None, config, notes)
     for device, count in zip(run.devices, (12, LEAST, LEAST - 1, 12), strict=True):
@@ -61,7 +81,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Note
     return run, notes
 
 
-def test_devices_that_can_say_what_they_gained(measured: tuple[Federation, Notes]) -> None:
+def test_devices_that_can_say_what_they_gained(measured: tuple[Federation, Heard]) -> None:
     run, _ = measured
     found = run.server.keeper.gains
     assert [(gain.client, gain.own_rows) for gain in found] == [(0, 12), (1, LEAST)]
@@ -72,14 +92,68 @@ def test_devices_that_can_say_what_they_gained(measured: tuple[Federation, Notes
     before = run.prepared.measure_on(device.kept, device.initial)
     after = run.prepared.measure_on(device.kept, run.server.tensors)
     assert gain.before.accuracy == before.accuracy
-    assert gain.federated.accuracy == after.accuracy
-    assert gain.federated.macro_f1 == after.macro_f1
+    assert gain.federated == gain.own == gain.reached
+    assert gain.reached.accuracy == after.accuracy
+    assert gain.reached.macro_f1 == after.macro_f1
     assert gain.before.loss == pytest.approx(before.loss)
-    assert gain.federated.loss == pytest.approx(after.loss)
-    assert gain.federated.loss != gain.before.loss
+    assert gain.reached.loss == pytest.approx(after.loss)
+    assert gain.reached.loss != gain.before.loss
+    # Of the second nobody knows how good the whole model is on its rows.
+    assert (found[1].federated, found[1].reached) == (None, found[1].own)
 
 
-def test_what_a_device_trains_for_itself_stays_with_it(measured: tuple[Federation, Notes]) -> None:
+def test_devices_also_say_it_while_the_run_goes_on(measured: tuple[Federation, Heard]) -> None:
+    run, notes = measured
+    ((round, found),) = notes.own
+    assert round == 1
+    assert [(one.client, one.own_rows) for one in found] == [(0, 12), (1, LEAST)]
+    assert run.server.untold == {2, 3}
+    # The first holds every expert, so what it measures is the shared model; of the second nobody knows that.
+    first, second = run.server.keeper.gains
+    assert (found[0].accuracy, found[0].loss) == (first.reached.accuracy, pytest.approx(first.reached.loss))
+    assert (found[0].shared_accuracy, found[0].shared_loss) == (found[0].accuracy, found[0].loss)
+    assert (found[1].accuracy, found[1].loss) == (second.reached.accuracy, pytest.approx(second.reached.loss))
+    assert (found[1].shared_accuracy, found[1].shared_loss) == (None, None)
+    assert Personal.from_json(json.loads(json.dumps(asdict(found[1])))) == found[1]
+
+
+def test_measuring_while_the_run_goes_on_changes_no_bit() -> None:
+    ends = []
+    for every in (0, 1):
+        heard = Heard()
+        run = Federation(None, tiny_config("train.steps=1", f"evaluation.personal_every={every}"), heard)
+        for device in run.devices:
+            device.kept, device.judge = run.prepared.task.test[:LEAST], run.prepared.measure_now
+        run.run()
+        ends.append((run.server.tensors, changed_contexts(run.grid)))
+        assert [round for round, _ in heard.own] == [1, 2] * every
+    (plain, states), (measured, others) = ends
+    assert plain.keys() == measured.keys()
+    assert all(torch.equal(tensor, measured[name]) for name, tensor in plain.items())
+    assert states == others
+
+
+def test_a_server_cannot_ask_more_often_or_about_another_model(measured: tuple[Federation, Heard]) -> None:
+    run, _ = measured
+    attendance = here(run)
+
+    def asked(round: int) -> str:
+        member = attendance.members[0]
+        (answer,) = attendance.ask([run.server.request(member, PERSONAL, round)], "again")
+        return answer.reason
+
+    assert "it has answered in this run already, for another model" in asked(1)
+    assert "ask for no measurement in round 2" in asked(2)  # there is one round only
+    config = tiny_config("federation.rounds=5", "evaluation.personal_every=2")
+    require_due(config, 4)
+    for other in (3, 6):
+        with pytest.raises(InvalidRequestError, match=f"no measurement in round {other}"):
+            require_due(config, other)
+    with pytest.raises(InvalidRequestError, match="no measurement"):
+        require_due(tiny_config(), 1)
+
+
+def test_what_a_device_trains_for_itself_stays_with_it(measured: tuple[Federation, Heard]) -> None:
     run, notes = measured
     assert [device.tuned.is_file() for device in run.devices if device.tuned] == [True, True, False, True]
     assert len(notes.warnings) == 1
@@ -95,9 +169,9 @@ def test_what_a_device_trains_for_itself_stays_with_it(measured: tuple[Federatio
     assert (tuned.client, tuned.round, tuned.steps) == (0, 1, STEPS)
     after = run.prepared.measure_on(device.kept, tuned.memory.tensors)
     assert gain.tuning.after.loss == pytest.approx(after.loss)
-    assert gain.tuning.before.loss == pytest.approx(gain.federated.loss)
+    assert gain.tuning.before.loss == pytest.approx(gain.reached.loss)
     assert gain.tuning.after.loss != gain.tuning.before.loss
-    assert gain.tuning.before.accuracy == gain.federated.accuracy
+    assert gain.tuning.before.accuracy == gain.reached.accuracy
     # The second has a file of its eight experts only.
     device = run.devices[1]
     assert device.tuned is not None
@@ -108,14 +182,13 @@ def test_what_a_device_trains_for_itself_stays_with_it(measured: tuple[Federatio
     )
 
 
-def test_a_device_measures_and_trains_on_once(measured: tuple[Federation, Notes]) -> None:
+def test_a_device_measures_and_trains_on_once(measured: tuple[Federation, Heard]) -> None:
     run, notes = measured
     before, seen = list(run.server.keeper.gains), len(notes.warnings)
     written = [device.tuned.stat().st_mtime_ns for device in run.devices if device.tuned and device.number != 2]
     ask_sites(run.server, here(run))
     warned = notes.warnings[seen:]
-    assert sum("it has measured in this run already" in text for text in warned) == 4
-    assert sum("it has tuned in this run already" in text for text in warned) == 3
+    assert sum("it has answered in this run already" in text for text in warned) == 7
     assert len(warned) == 8  # also those with nothing to tell were asked
     assert run.server.keeper.gains == []
     assert written == [d.tuned.stat().st_mtime_ns for d in run.devices if d.tuned and d.number != 2]
@@ -139,19 +212,44 @@ def here(run: Federation) -> Attendance:
     return attendance
 
 
+def member(*held: int) -> Member:
+    """Client 3, called north, which holds so many of the four experts of each layer."""
+    about = Description(3, "north", 90, 8, [4] * len(held))
+    return Member(7, about, 0, resident_bits=pack_bits([torch.arange(4) < number for number in held]))
+
+
 def test_counts_become_accuracies_and_a_gain() -> None:
-    gain = gain_of(3, "north", TOLD)
+    gain = gain_of(member(4, 4), TOLD)
+    assert gain_of(member(4, 3), TOLD) == replace(gain, federated=None)
     assert (gain.client, gain.name, gain.trained_rows, gain.own_rows) == (3, "north", 90, 20)
-    assert (gain.before.accuracy, gain.federated.accuracy) == (5 / 20, 11 / 20)
-    assert (gain.before.macro_f1, gain.federated.macro_f1) == (0.125, 0.5)
+    assert (gain.before.accuracy, gain.reached.accuracy) == (5 / 20, 11 / 20)
+    assert (gain.before.macro_f1, gain.reached.macro_f1) == (0.125, 0.5)
+    assert gain.federated == gain.own
     assert gain.gain == 6 / 20
     low, high = gain.gain_interval or (0, 0)
     assert low < 0.3 < high
     assert SiteGain.from_json(gain.to_json()) == gain
+    earlier = gain.to_json()
+    del earlier["own"]
+    assert SiteGain.from_json(earlier) == replace(gain, own=None)
+
+
+def test_the_table_says_which_model_a_device_measured() -> None:
+    whole, part = gain_of(member(4, 4), TOLD), gain_of(member(1, 4), TOLD)
+
+    def columns(*gains: SiteGain) -> list[str]:
+        return [str(column.header) for column in gains_table(gains).columns]
+
+    assert columns(whole)[3:5] == ["before", "federated"]
+    assert columns(part)[3:5] == ["before", "own"]
+    assert columns(whole, part)[3:6] == ["before", "federated", "own"]
+    assert "federated less before" in explained([whole])
+    assert "own less before" in explained([part])
+    assert "own: the experts that the device holds" in explained([whole, part])
 
 
 def test_counts_also_say_what_training_on_gained() -> None:
-    gain = gain_of(3, "north", replace(TOLD, won=3))
+    gain = gain_of(member(4, 4), replace(TOLD, won=3))
     nothing = OwnResult(trained_rows=90, own_rows=0)
     assert with_tuning([gain], {}, 4) == with_tuning([gain], {3: nothing}, 4) == [gain]
     assert "tuning" not in gain.to_json()
@@ -201,3 +299,29 @@ def test_answers_are_checked(lie: dict[str, Any], reason: str) -> None:
     assert checks.own_result(message(measure_reply(TOLD)), 50, True) == TOLD
     with pytest.raises(InvalidReplyError, match=reason):
         checks.own_result(message(measure_reply(replace(TOLD, **lie))), 50, True)
+
+
+def test_answers_while_the_run_goes_on_are_checked() -> None:
+    told = OwnScore(own_rows=20, right=5, loss=2.0)
+    assert checks.own_score(message(measure_reply(told)), 50, True) == told
+    assert checks.own_score(message(measure_reply(told)), 50, False) == replace(told, right=None)
+    assert checks.own_score(message(measure_reply(replace(told, own_rows=0))), 50, True) == OwnScore(own_rows=0)
+    lies: dict[str, dict[str, Any]] = {
+        "right is not": {"right": 21},
+        "right is not a whole": {"right": None},
+        "own_rows is not": {"own_rows": 10**9},
+        "loss is not": {"loss": float("nan")},
+    }
+    for reason, lie in lies.items():
+        with pytest.raises(InvalidReplyError, match=reason):
+            checks.own_score(message(measure_reply(replace(told, **lie))), 50, True)
+
+
+def test_answers_of_rounds_that_are_long_over_are_forgotten() -> None:
+    state = RecordDict({f"{PERSONAL_MARK}{round}": ConfigRecord({"request": "x"}) for round in (2, 4, 20)})
+    state[f"{PERSONAL_MARK}4/answer"] = ConfigRecord({"own_rows": 12})
+    assert mark_of(state, 20) == f"{PERSONAL_MARK}20"
+    assert list(state) == [f"{PERSONAL_MARK}20"]
+    assert mark_of(state, 5) == f"{PERSONAL_MARK}5"
+    with pytest.raises(InvalidRequestError, match="round 4 is long over"):
+        mark_of(state, 4)

@@ -55,9 +55,9 @@ def run(
 
         def begun(folder: Path) -> None:
             if show_live:
-                from hfedmoe.report.page.watching import served
+                from hfedmoe.report.page.watching import GRACE_S, served
 
-                typer.echo(f"live report: {serving.enter_context(served(folder, '127.0.0.1', 0))}")
+                typer.echo(f"live report: {serving.enter_context(served(folder, '127.0.0.1', 0, GRACE_S))}")
 
         folder = simulation.run(settings, out, live, begun)
     _report_of(folder)

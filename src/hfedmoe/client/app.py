@@ -1,4 +1,4 @@
-"""The Flower ClientApp of a client: it answers describe, plan, train, measure and tune requests."""
+"""The Flower ClientApp of a client: it answers describe, plan, train, personal, measure and tune requests."""
 
 import contextlib
 import logging
@@ -17,12 +17,13 @@ from hfedmoe.client.device import Device
 from hfedmoe.client.history import ClientHistory
 from hfedmoe.client.lasting import MEASURED, TUNED
 from hfedmoe.client.once import answer_of, keep_answer
+from hfedmoe.client.personal import mark_of, require_due
 from hfedmoe.client.place import Place
 from hfedmoe.client.policy import PolicyError
 from hfedmoe.client.spent import FIRST_PASS, counted
 from hfedmoe.client.tuning import keep, tune
 from hfedmoe.errors import DiskError, OwnDataError, UserError
-from hfedmoe.events import OwnResult
+from hfedmoe.events import OwnResult, OwnScore
 from hfedmoe.method.row import CannotHoldError
 from hfedmoe.models.digest import tokenizer_digest
 from hfedmoe.moe.payload import MismatchError
@@ -59,8 +60,8 @@ OWN_EXPERTS = "own experts"
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[Message, Context], RecordDict]
-Last = Callable[[Device, ClientHistory, list[Tensor], dict[str, Tensor]], OwnResult]
-"""Something that a client does with the final model."""
+Last = Callable[[Device, ClientHistory, list[Tensor], dict[str, Tensor]], OwnResult | OwnScore]
+"""Something that a client does with the model, and says in numbers."""
 
 
 def client_app(
@@ -203,7 +204,7 @@ def client_app(
         return with_experts(message, context, device, history, "train", work)
 
     def once(message: Message, context: Context, doing: str, mark: str, work: Last) -> RecordDict:
-        """Answer a request for after the last round (`client.once`)."""
+        """Answer a request once (`client.once`)."""
         answer = answer_of(context.state, mark, message)
         if answer is not None:
             return answer
@@ -220,6 +221,15 @@ def client_app(
         done = with_experts(message, context, device, history, doing, answered)
         keep_answer(context.state, mark, message, done)
         return done
+
+    def personal(message: Message, context: Context) -> RecordDict:
+        round = requests.round_of(message, requests.MOST["federation.rounds"])
+
+        def work(device: Device, *given: Any) -> OwnScore:
+            require_due(device.config, round)
+            return device.score(*given)
+
+        return once(message, context, "measure", mark_of(context.state, round), work)
 
     def measure(message: Message, context: Context) -> RecordDict:
         return once(message, context, "measure", MEASURED, Device.measure)
@@ -257,6 +267,7 @@ def client_app(
 
     app.query("describe")(answering(describe))
     app.query("plan")(answering(plan))
+    app.query("personal")(answering(personal))
     app.query("measure")(answering(measure))
     app.train("tune")(answering(tune_experts))
     app.train()(answering(train_round))

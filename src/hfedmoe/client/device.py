@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hfedmoe.client.batches import num_first_batches
 from hfedmoe.client.history import ClientHistory
-from hfedmoe.client.judging import Judged, compared
+from hfedmoe.client.judging import Judged, compared, scored
 from hfedmoe.client.kept import Memory
 from hfedmoe.client.learner import Learner
 from hfedmoe.client.merging import mixtures
@@ -27,7 +27,7 @@ from hfedmoe.data.example import Example
 from hfedmoe.data.kept import LEAST
 from hfedmoe.device.memory import peak_bytes, sub_model_bytes
 from hfedmoe.device.pace import Clock, Pace
-from hfedmoe.events import OwnResult
+from hfedmoe.events import OwnResult, OwnScore
 from hfedmoe.moe.model import MoEModel
 from hfedmoe.moe.payload import MismatchError, check, extract, kind_of, load, pack, public, reset, restore
 from hfedmoe.moe.ranks import cut, padded
@@ -244,6 +244,15 @@ class Device:
         before = self.judged()
         self.hold(history, resident, tensors, self.with_own)
         return self.told(before, self.judged())
+
+    def score(self, history: ClientHistory, resident: list[Tensor], tensors: dict[str, Tensor]) -> OwnScore:
+        """Measure its sub-model with these tensors on the rows that it kept back, if they are enough."""
+        if not self.measurable:
+            return OwnScore(own_rows=0)
+        self.hold(history, resident, tensors, self.with_own)
+        found = self.judged()
+        assert found is not None
+        return scored(self.kept, found)
 
     @property
     def measurable(self) -> bool:

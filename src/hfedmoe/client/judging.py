@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hfedmoe.data.example import Example
-from hfedmoe.events import OwnResult
+from hfedmoe.events import OwnResult, OwnScore
 
 
 class Judged(Protocol):
@@ -49,3 +49,11 @@ def compared(trained: int, rows: Sequence[Example], before: Judged, after: Judge
         loss_before=before.trained_loss,
         loss_after=after.trained_loss,
     )
+
+
+def scored(rows: Sequence[Example], found: Judged) -> OwnScore:
+    """One measurement of these rows, as the server may know it."""
+    right = None
+    if found.predicted is not None:
+        right = sum(chosen == row.answer for row, chosen in zip(rows, found.predicted, strict=True))
+    return OwnScore(own_rows=len(rows), right=right, loss=found.trained_loss)

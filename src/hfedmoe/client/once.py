@@ -8,7 +8,6 @@ import hashlib
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from hfedmoe.client.lasting import PREFIX
 from hfedmoe.wire.messages import FACTS, facts_of
 from hfedmoe.wire.requests import InvalidRequestError
 
@@ -26,7 +25,7 @@ def answer_of(state: RecordDict, mark: str, message: Message) -> RecordDict | No
     if kept is None:
         return None
     if kept["request"] != _digest(message):
-        raise InvalidRequestError(f"it has {mark.removeprefix(PREFIX)} in this run already, for another model")
+        raise InvalidRequestError("it has answered in this run already, for another model")
     return RecordDict({FACTS: ConfigRecord(dict(state.config_records[_answer(mark)]))})
 
 

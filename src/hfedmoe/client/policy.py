@@ -48,7 +48,7 @@ class Policy:
     models: tuple[str, ...] | None = None
     """Folders in which it has models; None: any folder."""
     measure: bool = True
-    """Whether it keeps rows back and says at the end of a run, in counts, what it gained (docs/gains.md)."""
+    """Whether it keeps rows back and says, in counts, how good models are on them (docs/gains.md)."""
 
     tune: bool = True
     """Whether it goes on training its experts for itself after the last round, where a run asks for it."""

@@ -18,7 +18,7 @@ UNIMPORTANT: dict[str, Any] = {
     "keep_checkpoints": True,
     "carrier": True,
     "tracking": True,
-    "evaluation": {"own_share": True, "own_rows": True, "alone": True, "tune_steps": True},
+    "evaluation": {"own_share": True, "own_rows": True, "alone": True, "tune_steps": True, "personal_every": True},
 }
 """Settings that do not change a result; in a cell clients keep no rows back, and train no further for themselves."""
 

@@ -96,7 +96,8 @@ def compute(cell: Cell) -> Result:
         UserError: as `simulation.run`.
     """
     started = time.perf_counter()
-    config = cell.config
+    evaluation = cell.config.evaluation.model_copy(update={"personal_every": 0})  # clients keep no rows back here
+    config = cell.config.model_copy(update={"evaluation": evaluation})
     recorder = Recorder(config.federation.rounds)
     prepared = prepare(config, recorder)
     layers = prepared.model.layers

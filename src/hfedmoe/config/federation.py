@@ -67,6 +67,11 @@ class FederationConfig(Section):
         Field(gt=0, description="seconds to wait for all clients at the start, and for min_clients before a round"),
     ] = 300.0
 
+    @property
+    def outlives(self) -> bool:
+        """Whether training may outlive its round."""
+        return self.mode == "async" or self.spare_clients > 0 or self.round_s is not None or self.late == "fold"
+
 
 class EvaluationConfig(Section):
     """When and how the global model is measured."""
@@ -92,6 +97,14 @@ class EvaluationConfig(Section):
         ),
     ] = 0.1
     own_rows: Annotated[int, Field(ge=10, description="most rows that a client keeps back")] = 50
+    personal_every: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="rounds between two measurements by the clients of a round, on the rows that each keeps back, "
+            "of the shared model and of the experts that it holds (docs/gains.md); 0: none",
+        ),
+    ] = 0
     alone: Annotated[
         bool,
         Field(
@@ -115,3 +128,8 @@ class EvaluationConfig(Section):
             "in classification if the labels differ in it, else whole"
         ),
     ] = "auto"
+
+    @property
+    def clients_measure(self) -> bool:
+        """Whether clients measure their models on the rows that they keep back."""
+        return bool(self.tune_steps or self.personal_every)

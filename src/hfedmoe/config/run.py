@@ -60,8 +60,22 @@ class RunConfig(Section):
                     f'evaluation.alone: a client of the method "{self.method.name}" trains parts that no other method '
                     "has; use `hfedmoe compare --methods` with local"
                 )
-            if self.evaluation.tune_steps and (words := METHODS[self.method.name].cannot_tune):
+            if self.evaluation.tune_steps and (words := METHODS[self.method.name].no_own_model):
                 raise ValueError(f'evaluation.tune_steps: method.name = "{self.method.name}": {words}; leave it out')
+            if self.evaluation.personal_every and (words := METHODS[self.method.name].no_own_model):
+                raise ValueError(
+                    f'evaluation.personal_every: method.name = "{self.method.name}": {words}; leave it out'
+                )
+        if self.evaluation.personal_every and not self.evaluation.own_share:
+            raise ValueError(
+                "evaluation.personal_every: clients measure on rows that they keep back; set evaluation.own_share, or "
+                "leave it out"
+            )
+        if self.evaluation.personal_every and self.federation.outlives:
+            raise ValueError(
+                "evaluation.personal_every: clients may still train when a round ends (federation.mode, spare_clients, "
+                "round_s, late); leave it out"
+            )
         device, gpus = self.model.device, self.carrier.gpus_per_client
         if self.carrier.kind == "ray" and device.startswith("cuda") and (device != "cuda" or not gpus):
             raise ValueError(

@@ -203,7 +203,7 @@ def join(
     min_batch: Annotated[int | None, typer.Option(min=1, help="Fewest rows of a batch.")] = None,
     measure: Annotated[
         bool,
-        typer.Option(help="Keep some rows back, and say at the end of a run, in counts, what this device gained."),
+        typer.Option(help="Keep some rows back, and say in counts how good the model is on them."),
     ] = True,
     tune: Annotated[
         bool,

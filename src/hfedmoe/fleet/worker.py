@@ -47,7 +47,17 @@ from hfedmoe.fleet.memory import RunMemory
 from hfedmoe.fleet.superlink import ACQUIRE
 from hfedmoe.runs.settings import run_config_toml
 from hfedmoe.wire.exchange import Pause
-from hfedmoe.wire.messages import DESCRIBE, MEASURE, PLAN, TRAIN, TUNE, InvalidReplyError, facts_of, trouble_reply
+from hfedmoe.wire.messages import (
+    DESCRIBE,
+    MEASURE,
+    PERSONAL,
+    PLAN,
+    TRAIN,
+    TUNE,
+    InvalidReplyError,
+    facts_of,
+    trouble_reply,
+)
 from hfedmoe.wire.requests import InvalidRequestError, OtherVersionError, check_version, task_of
 
 logger = logging.getLogger("hfedmoe.fleet.worker")
@@ -123,6 +133,8 @@ class Worker:
             say(f"round {self._round}: answered")
         if kind == MEASURE and facts_of(reply).get("own_rows"):
             say("told the server, in counts, what this device gained")
+        if kind == PERSONAL and facts_of(reply).get("own_rows"):
+            say(f"round {self._round}: told the server, in counts, how good the model is on this device's own rows")
         if kind == TUNE and "status" not in facts_of(reply):
             say(f"its experts are in {self._folder.tuned / self._run}.safetensors, and nowhere else")
         return reply

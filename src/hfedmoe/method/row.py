@@ -206,8 +206,8 @@ class Method:
         return self.own is not None or self.frozen_experts or self.experts_per_token is not None
 
     @property
-    def cannot_tune(self) -> str:
-        """Why clients cannot go on training for themselves after the last round; empty: they can."""
+    def no_own_model(self) -> str:
+        """Why clients have no model of their own that they could measure or train further; empty: they have one."""
         if self.pooled:
             return "there is one client with the rows of all"
         if self.merged is not None:

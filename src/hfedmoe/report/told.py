@@ -3,6 +3,7 @@
 import math
 
 from hfedmoe.config import EvaluationConfig, RunConfig
+from hfedmoe.data.kept import MOST_CLIENTS
 from hfedmoe.data.task import Task
 from hfedmoe.server.keeper import DECIDING
 
@@ -41,6 +42,16 @@ def tuning_words(config: RunConfig) -> str:
         f"evaluation.tune_steps: after the run every client that took part trains {steps} steps more for itself; this "
         f"takes about as long as {rounds:.3g} round{'' if rounds == 1 else 's'} of all clients"
     )
+
+
+def personal_words(config: RunConfig) -> str:
+    """What `evaluation.personal_every` does and costs."""
+    settings = config.evaluation
+    when = "every round" if settings.personal_every == 1 else f"every {settings.personal_every} rounds"
+    text = f"evaluation.personal_every: after {when} its clients measure the model on rows that they keep back"
+    if config.clients.count > MOST_CLIENTS:
+        return f"{text}; of more than {MOST_CLIENTS} clients none keeps any back"
+    return f"{text}, up to {settings.own_rows} each; they get the model once more for it"
 
 
 def alone_words(sites: int) -> str:

@@ -17,16 +17,6 @@ from hfedmoe.wire.messages import InvalidReplyError
 from hfedmoe.wire.order import Shelf
 
 
-def outlives(settings: FederationConfig) -> bool:
-    """Whether training may outlive its round."""
-    return (
-        settings.mode == "async"
-        or settings.spare_clients > 0
-        or settings.round_s is not None
-        or settings.late == "fold"
-    )
-
-
 def buffer_of(settings: FederationConfig, clients: int) -> int:
     """Updates that change the model in mode async."""
     return settings.buffer or max(1, (settings.clients_per_round or clients) // 2)

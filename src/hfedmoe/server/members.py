@@ -40,6 +40,11 @@ class Member:
         """bool [E] per layer."""
         return unpack_bits(self.resident_bits, self.about.num_experts)
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether it planned to hold every expert: its sub-model is then the shared model."""
+        return all(bool(keep.all()) for keep in self.resident)
+
     def plans(self, round: int, plan: Plan | None) -> None:
         """Keep what it said of a round; None: it said nothing."""
         if plan is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfedmoe.events import ClientRound
+from hfedmoe.events import ClientRound, Personal
 from hfedmoe.method.gates import RoutingConsistency
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.phases import Phases
@@ -49,6 +49,8 @@ class RoundRecord:
         self.bytes_up: dict[int, int] = {}
         self.missing: dict[int, str] = {}
         self.num_missing = 0
+        self.personal: list[Personal] = []
+        """What clients measured after the round, by number."""
         self.seconds = self.planning_seconds = self.evaluation_seconds = self.training_seconds = 0.0
         self.phases = Phases()
         self._consistency = RoutingConsistency(num_experts, tau)
@@ -140,6 +142,7 @@ class RoundRecord:
             "seconds_evaluation": self.evaluation_seconds,
             "seconds_by_phase": self.phases.seconds,
             "short": bool(self.num_missing),
+            **({"personal": [asdict(one) for one in self.personal]} if self.personal else {}),
         }
 
     def _note(self, done: ClientRound, counts: list[int] | None) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -23,11 +23,12 @@ from hfedmoe.method.row import Residents, Wish
 from hfedmoe.moe.payload import public, select
 from hfedmoe.moe.ranks import cut
 from hfedmoe.server.attendance import Attendance
-from hfedmoe.server.collecting import collect, outlives
+from hfedmoe.server.collecting import collect
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.fold import Fold
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.members import Member, Roll, reply_of, sample
+from hfedmoe.server.personal import Shared, ask_clients
 from hfedmoe.server.records import RoundRecord
 from hfedmoe.server.sites import ask_sites
 from hfedmoe.server.staleness import discount, on_the_model_of_now
@@ -77,6 +78,10 @@ class Server:
     """Who the clients are, if that is known by their keys."""
     asks_sites: bool = False
     """Whether real devices measure, at the end, what they gained."""
+    shared: Shared | None = None
+    """Measures the model on a client's own rows, which only the server of simulated clients has."""
+    untold: set[int] = field(default_factory=set)
+    """Clients that say nothing of rows of their own, because they have too few, or their owner does not want it."""
     ends_early: Callable[[], bool] = lambda: False
     """Asked after every round: whether the run ends here, to be continued later."""
 
@@ -96,7 +101,7 @@ class Server:
         attendance = self.attendance(grid)
         attendance.gather()
         self._announce(attendance)
-        self._works = Works(attendance) if outlives(self.config.federation) else None
+        self._works = Works(attendance) if self.config.federation.outlives else None
         last = self.config.federation.rounds
         if self.round == 0 and not self.keeper.scores:
             metrics = self._measure("all", 0)
@@ -112,8 +117,11 @@ class Server:
 
     def last_request(self, member: Member, kind: str) -> Request:
         """A request with the final model, for what a client planned to hold."""
-        content = train_request(self.round, member.resident, self._tensors_for(member))
-        return Request(member.node, kind, content)
+        return self.request(member, kind, self.round)
+
+    def request(self, member: Member, kind: str, round: int) -> Request:
+        """A request with the model as it is after a round, for what a client planned to hold."""
+        return Request(member.node, kind, train_request(round, member.resident, self._tensors_for(member)))
 
     def _tensors_for(self, member: Member) -> Mapping[str, Tensor | Rows]:
         """The global tensors that a client gets for what it planned to hold, to be written at once."""
@@ -158,7 +166,7 @@ class Server:
                 self._require_enough(fold.clients, log)
                 with log.phases("average"):
                     self.tensors = self._averaged(fold, log)
-            self._close(round, log, started)
+            self._close(round, log, attendance, started)
 
     def _fold(self, attendance: Attendance, planned: list[Member], log: RoundRecord) -> Fold:
         """Have the clients train, and fold in their updates in the order of their numbers."""
@@ -394,7 +402,7 @@ class Server:
                 f"the checkpoint of round {log.round - 1} is intact{self.keeper.resume_hint}"
             )
 
-    def _close(self, round: int, log: RoundRecord, started: float) -> None:
+    def _close(self, round: int, log: RoundRecord, attendance: Attendance, started: float) -> None:
         """Measure the new global model, write the round down, and the checkpoint last."""
         settings = self.config.evaluation
         final = round == self.config.federation.rounds
@@ -403,9 +411,12 @@ class Server:
         whole = None
         if final or (settings.every and round % settings.every == 0):
             whole = self._measure("all", round)
+        log.personal = ask_clients(self, attendance, log)
         now = time.perf_counter()
         log.seconds, log.evaluation_seconds = now - started, now - evaluating
         self.keeper.save_round(log, self.tensors, watched, whole)
+        if log.personal:
+            self.watcher.personal(round, log.personal)
         self.watcher.round_done(round, log.seconds, sum(log.bytes_down.values()), sum(log.bytes_up.values()))
 
 

@@ -38,7 +38,7 @@ def ask_sites(server: Asks, attendance: Attendance) -> None:
     if settings.own_share:
         server.watcher.phase("the devices measure what they gained")
         answers = _answers(server, attendance, MEASURE)
-        gains = [gain_of(m.about.client, m.about.name, told) for m, told in answers if told.own_rows]
+        gains = [gain_of(member, told) for member, told in answers if told.own_rows]
         gains.sort(key=lambda gain: gain.client)
     if settings.tune_steps:
         gains = with_tuning(gains, ask_to_tune(server, attendance), settings.tune_steps)
@@ -104,19 +104,23 @@ def _scores(told: OwnResult) -> tuple[Score, Score]:
     )
 
 
-def gain_of(client: int, name: str, told: OwnResult) -> SiteGain:
-    """A device's answer as an entry of the table; its classes stay on the device."""
+def gain_of(member: Member, told: OwnResult) -> SiteGain:
+    """A device's answer as an entry of the table; its classes stay on the device.
+
+    It measures its sub-model, which is the shared model only if it holds every expert.
+    """
     before, after = _scores(told)
     gain, interval = gained(told)
     return SiteGain(
-        client=client,
-        name=name,
+        client=member.about.client,
+        name=member.about.name,
         trained_rows=told.trained_rows,
         own_rows=told.own_rows,
         labels={},
         num_labels=0,
         before=before,
-        federated=after,
+        federated=after if member.holds_all else None,
+        own=after,
         gain=gain,
         gain_interval=interval,
     )

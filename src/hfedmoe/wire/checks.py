@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hfedmoe import __version__
 from hfedmoe.config import RunConfig
-from hfedmoe.events import OwnResult, Work
+from hfedmoe.events import OwnResult, OwnScore, Work
 from hfedmoe.method.methods import METHODS
 from hfedmoe.method.row import Kind
 from hfedmoe.moe.payload import layer_of, lora_pairs, public
@@ -276,6 +276,16 @@ def own_result(message: Message, most_rows: int, choices: bool) -> OwnResult:
         loss_before=_loss(facts, "loss_before"),
         loss_after=_loss(facts, "loss_after"),
     )
+
+
+def own_score(message: Message, most_rows: int, choices: bool) -> OwnScore:
+    """What a client measured on rows of its own while the run goes on, if that is possible; as `own_result`."""
+    facts = facts_of(message)
+    rows = _whole(facts, "own_rows", 0, most_rows * MOST_TURNS)
+    if not rows:
+        return OwnScore(own_rows=0)
+    right = _whole(facts, "right", 0, rows) if choices else None
+    return OwnScore(own_rows=rows, right=right, loss=_loss(facts, "loss"))
 
 
 def _check_products(tensors: dict[str, Tensor], like: dict[str, Tensor], sent: list[Tensor]) -> None:

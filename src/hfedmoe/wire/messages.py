@@ -12,12 +12,14 @@ train             down: round, resident bits; gates, shared tensors, rows of the
                   up:   trained bits [sum E_l]; gates, shared tensors, rows of the trained experts (or of all held
                         ones, depending on the method); usage, importance, tokens float32 [sum E_l]; `events.Work`;
                         if asked for, what a plan request for the next round would bring, which then is not sent
+personal (query)  down: as train, with the model after the round
+                  up:   `events.OwnScore`: a count and a mean on rows that the client kept back
 measure (query)   down: as train, after the last round
                   up:   `events.OwnResult`: counts and means on rows that the client kept back
 tune              down: as measure
                   up:   as measure: its sub-model before and after it went on training for itself; what it trained
                         stays with it
-plan, train, measure and tune
+plan, train, personal, measure and tune
                   up:   if the client cannot do it, a status and the reason instead (`trouble.py`)
 
 All tensors of a message are sent as one safetensors blob (`TENSORS`): no pickle, and Flower moves one object instead of
@@ -34,12 +36,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from hfedmoe import __version__
-from hfedmoe.events import OwnResult, Work
+from hfedmoe.events import OwnResult, OwnScore, Work
 from hfedmoe.files.blob import Rows, dumps, loads
 from hfedmoe.wire.same import NO_DIGESTS, Digests
 from hfedmoe.wire.trouble import FAULT, Trouble
 
 DESCRIBE, PLAN, TRAIN, MEASURE, TUNE = "query.describe", "query.plan", "train", "query.measure", "train.tune"
+PERSONAL = "query.personal"
 TENSORS, FACTS, BLOB = "tensors", "facts", "safetensors"
 
 
@@ -296,6 +299,6 @@ def train_reply(update: Update) -> RecordDict:
     return record({"trained": pack_bits(update.trained), **work, **facts}, update.tensors | vectors | (tensors or {}))
 
 
-def measure_reply(result: OwnResult) -> RecordDict:
-    """What a client measured on its own rows; the server reads it with `checks.own_result`."""
+def measure_reply(result: OwnResult | OwnScore) -> RecordDict:
+    """What a client measured on its own rows; the server reads it with `checks.own_result` or `checks.own_score`."""
     return record({name: value for name, value in asdict(result).items() if value is not None})

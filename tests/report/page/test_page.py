@@ -59,18 +59,23 @@ def test_what_each_site_gained(tmp_path: Path) -> None:
     path = small_run(tmp_path / "run")
     with RunFolder.open(path, to_write=True) as folder:
         words = {"accuracy": None, "macro_f1": None, "loss": 2.5, "interval": None}
+        part = site(2, federated=None, own=site(2)["federated"])
         other = site(1, before=words, federated=words, num_labels=0, gain=None, gain_interval=None)
-        folder.append_round({"round": 3, "evaluation": {}, "clients": [], "sites": [site(0), other]})
+        folder.append_round({"round": 3, "evaluation": {}, "clients": [], "sites": [site(0), other, part]})
     page = write_report([path]).read_text(encoding="utf-8")
     assert "What did each site gain?" in page
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[page.index("What did each site gain?") :])
-    assert cells[:9] == [
-        *("site 0", "18", "2", "1 of 2", "12.5 %, F1 0.40", "50.0 %, F1 0.40", "25.0 % to 75.0 %"),
+    assert cells[:10] == [
+        *("site 0", "18", "2", "1 of 2", "12.5 %, F1 0.40", "50.0 %, F1 0.40", "–", "25.0 % to 75.0 %"),
         *("+38 (+10 to +60)", "site 1"),
     ]
     assert 'data-value="0.375" class="good">+38' in page
     assert '<td data-value="2.5">loss 2.500</td>' in page
     assert "Accuracy and macro-F1 (F1) on rows" in page
+    # A device that measured only its own experts.
+    assert '<button type="button">own</button>' in page
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page.partition("site 2</td>")[2].partition("</tr>")[0])
+    assert cells[3:7] == ["12.5 %, F1 0.40", "–", "50.0 %, F1 0.40", "25.0 % to 75.0 %"]
     assert "federated less\nbefore." in page
     assert ">alone<" not in page
     assert "What did each site gain?" not in write_report([small_run(tmp_path / "other")]).read_text(encoding="utf-8")

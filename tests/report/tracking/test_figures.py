@@ -52,6 +52,15 @@ def test_what_is_not_finite_is_left_out() -> None:
     assert "all/perplexity" not in figures
 
 
+def test_of_clients_own_rows_the_worst_the_median_and_the_best() -> None:
+    own = [
+        {"client": n, "name": "x", "own_rows": 10, "accuracy": share, "loss": 1.0} for n, share in enumerate((0.5, 0.2))
+    ]
+    figures = of_round(line(1) | {"personal": own}, clients(1), every_client=True, bytes_before=0)
+    found = {name: value for name, value in figures.items() if name.startswith("personal")}
+    assert found == {"personal/worst": 0.2, "personal/median": 0.35, "personal/best": 0.5}
+
+
 def test_gains_without_names_and_labels() -> None:
     score = {"accuracy": 0.5, "macro_f1": None, "loss": 1.0, "interval": None}
     sites = [

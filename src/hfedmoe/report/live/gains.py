@@ -10,12 +10,12 @@ from hfedmoe.report.words import decimal, percent, points
 
 
 def gains_table(gains: Sequence[SiteGain]) -> Table:
-    """One line per site; columns that no site has are left out."""
+    """One line per site; columns that no site has are left out, and `own` where all sites know the shared model."""
     alone = any(gain.alone is not None for gain in gains)
     tuned = any(gain.tuning is not None for gain in gains)
     labelled = any(gain.labels for gain in gains)
-    choices = any(gain.federated.accuracy is not None for gain in gains)
-    models = ("before", "alone", "federated") if alone else ("before", "federated")
+    choices = any(gain.reached.accuracy is not None for gain in gains)
+    models = ["before", *(["alone"] if alone else []), *_reached(gains)]
     table = Table(title="What each site gained", title_justify="left", title_style="bold")
     table.add_column("site", overflow="fold")
     headings = ["trained on", "kept back", *(["classes"] if labelled else []), *models]
@@ -30,10 +30,17 @@ def gains_table(gains: Sequence[SiteGain]) -> Table:
             str(gain.own_rows),
             *([f"{len(gain.labels)} of {gain.num_labels}"] if labelled else []),
             *(_shown(getattr(gain, model)) for model in models),
-            *([_between(gain.federated), _gained(gain)] if choices else []),
+            *([_between(gain.reached), _gained(gain)] if choices else []),
             *([_tuned(gain.tuning)] + ([_gained(gain.tuning)] if choices else []) if tuned else []),
         )
     return table
+
+
+def _reached(gains: Sequence[SiteGain]) -> list[str]:
+    """The columns of what sites came to: devices that hold some experts know only how good these are."""
+    federated = any(gain.federated is not None for gain in gains)
+    own = any(gain.federated is None for gain in gains)
+    return [name for name, known in (("federated", federated), ("own", own)) if known]
 
 
 def _shown(score: Score | None) -> str:
@@ -49,11 +56,14 @@ def explained(gains: Sequence[SiteGain]) -> str:
     """What the table's figures are, in one line."""
     than = "alone" if any(gain.alone is not None for gain in gains) else "before"
     choices, f1 = (
-        any(getattr(gain.federated, figure) is not None for gain in gains) for figure in ("accuracy", "macro_f1")
+        any(getattr(gain.reached, figure) is not None for gain in gains) for figure in ("accuracy", "macro_f1")
     )
     what = "accuracy, macro-F1" if f1 else "accuracy" if choices else "loss"
     text = f"{what} on rows that each site kept back: nobody trained on them, and they decide nothing"
-    text += f"; gain: points of accuracy, federated less {than}." if choices else "."
+    reached = _reached(gains)
+    text += f"; gain: points of accuracy, {' or else '.join(reached)} less {than}." if choices else "."
+    if "own" in reached:
+        text += " own: the experts that the device holds, which is all that it can measure; before: the same experts."
     if than == "before":
         text += " evaluation.alone = true adds what each would have reached by itself."
     tuned = next((gain.tuning for gain in gains if gain.tuning is not None), None)

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from hfedmoe.events import ClientRound, Evaluation, Participant
+from hfedmoe.events import ClientRound, Evaluation, Participant, Personal
 from hfedmoe.report.live.tracker import Tracker
+from hfedmoe.report.personal import personal_line
 from hfedmoe.report.words import (
     budget,
     deadline_cost,
@@ -107,6 +108,10 @@ class Lines(Tracker):
         super().evaluated(evaluation)
         which = "watched rows" if evaluation.kind == "watch" else "held-out rows"
         self.write(f"  after round {evaluation.round}: {describe(evaluation)} ({evaluation.rows} {which})")
+
+    def personal(self, round: int, found: Sequence[Personal]) -> None:
+        super().personal(round, found)
+        self.write(f"  after round {round}: {personal_line(found)}")
 
     def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
         super().round_done(round, seconds, bytes_down, bytes_up)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from hfedmoe.events import ClientRound, Participant
 from hfedmoe.report.live.tracker import ClientLine, Tracker
+from hfedmoe.report.personal import personal_line
 from hfedmoe.report.words import activation, budget, decimal, human_bytes, human_seconds, joining, percent, steps
 
 Cell = Callable[[ClientLine], str]
@@ -133,8 +134,9 @@ class OnScreen(Tracker):
             path = " → ".join(steps[:1] + ["…"] * (len(steps) > 3) + steps[1:][-2:])
             f1 = scores[-1].macro_f1
             lines.append(_cut(f"{name}: {path}" + ("" if f1 is None else f", macro-F1 {decimal(f1)}")))
+        own = [_cut(personal_line(self.own))] if self.own else []
         moved = [_cut(f"moved so far: {human_bytes(self.moved_bytes)}")] if self.moved_bytes else []
-        return [*lines, *moved]
+        return [*lines, *own, *moved]
 
     def _clients(self) -> list[RenderableType]:
         if not self.rows:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, SiteGain, Watcher
+from hfedmoe.events import ClientRound, ClientTotals, Evaluation, Participant, Personal, SiteGain, Watcher
 from hfedmoe.report.live.gains import explained, gains_table
 from hfedmoe.report.words import activation, describe, human_bytes, human_seconds, mean_loss, steps
 
@@ -41,6 +41,7 @@ class Tracker(Watcher):
         self.doing = ""
         self.part: tuple[int, int] | None = None  # done and total of the current work
         self.history: dict[str, list[Evaluation]] = {"all": [], "watch": []}
+        self.own: Sequence[Personal] = ()  # what clients measured last on their own rows
         self.moved_bytes = 0
         self._finished = 0
         self._began: float | None = None  # when the first round of this process began
@@ -103,6 +104,9 @@ class Tracker(Watcher):
     def evaluated(self, evaluation: Evaluation) -> None:
         self.history[evaluation.kind].append(evaluation)
         self.doing = ""
+
+    def personal(self, round: int, found: Sequence[Personal]) -> None:
+        self.own = found
 
     def round_done(self, round: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
         self.last_done = round

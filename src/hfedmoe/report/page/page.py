@@ -14,6 +14,7 @@ from hfedmoe.report.page.learned import ACROSS, confusion, curves, examples
 from hfedmoe.report.page.plots import SWITCHED, Plot
 from hfedmoe.report.page.story import Story, read_story
 from hfedmoe.report.page.who import alarms, client_table, expert_plots, split_plot
+from hfedmoe.report.personal import personal_cards
 from hfedmoe.report.words import decimal, human_bytes, human_seconds, interval_words, machine_words, percent
 
 NAME = "report.html"
@@ -39,8 +40,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     return path
 
 
-def one_page(stories: Sequence[Story], live: bool = False) -> str:
-    """The whole page as HTML, with everything that it needs inside; `live`: it loads itself again after each round."""
+def one_page(stories: Sequence[Story], live: str = "") -> str:
+    """The whole page as HTML, with everything that it needs inside; `live`: a script by which it stays up to date."""
     from bokeh.document import Document
     from bokeh.embed import components
     from bokeh.resources import Resources
@@ -60,8 +61,10 @@ def one_page(stories: Sequence[Story], live: bool = False) -> str:
             "examples": examples(story),
             "completions": bool(story.about.texts) and not story.about.truth,
             "sites": gains(story.sites),
+            "personal": story.personal and (story.personal[0], personal_cards(story.personal[1])),
             "alone": any(site.alone is not None for site in story.sites),
-            "f1": any(site.federated.macro_f1 is not None for site in story.sites),
+            "own": any(site.own is not None for site in story.sites),
+            "f1": any(site.reached.macro_f1 is not None for site in story.sites),
             "tuned": next((site.tuning for site in story.sites if site.tuning is not None), None),
             "clients": client_table(story.clients),
             "alarms": [] if story.experts is None else alarms(story.experts),

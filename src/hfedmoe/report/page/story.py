@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hfedmoe.config import RunConfig
-from hfedmoe.events import SiteGain
+from hfedmoe.events import Personal, SiteGain
 from hfedmoe.runs import about
 from hfedmoe.runs.about import About
 from hfedmoe.runs.folder import RunFolder
@@ -124,6 +124,8 @@ class Story:
     answers: list[tuple[int, list[int]]]
     sites: list[SiteGain]
     """What each site gained; empty: not measured, or the run goes on."""
+    personal: tuple[int, list[Personal]] | None
+    """The last round after which clients measured the model on rows of their own, and what they found."""
 
     @property
     def whole(self) -> list[Point]:
@@ -150,6 +152,7 @@ def read_story(path: Path) -> Story:
     clients = {part.client: Client(part.client, part.name, part.rows, part.budget) for part in known.parts}
     short, failed = [], []
     sites: list[dict[str, Any]] = []
+    personal = None
     sent, seconds = 0, 0.0
     for line in folder.iter_rounds():
         sent += line.get("bytes_down", 0) + line.get("bytes_up", 0)
@@ -157,6 +160,8 @@ def read_story(path: Path) -> Story:
         found = line["evaluation"]
         points.append(Point(line["round"], sent, seconds, _figures(found, "watch"), _figures(found, "all")))
         sites = line.get("sites", sites)
+        if line.get("personal"):
+            personal = line["round"], [Personal.from_json(entry) for entry in line["personal"]]
         if line.get("short"):
             short.append(line["round"])
         if line.get("failed"):
@@ -177,6 +182,7 @@ def read_story(path: Path) -> Story:
         experts,
         about.answers(path),
         [SiteGain.from_json(site) for site in sites],
+        personal,
     )
 
 

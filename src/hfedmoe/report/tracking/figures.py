@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from hfedmoe.events import ClientRound
+from hfedmoe.events import ClientRound, Personal
+from hfedmoe.report.personal import extremes
 
 Figures = dict[str, float]
 SECONDS = {
@@ -47,6 +48,9 @@ def of_round(line: dict[str, Any], clients: Iterable[ClientRound], every_client:
     found |= {f"bytes/{way}": line.get(f"bytes_{way}") for way in ("down", "up")}
     found["bytes/total"] = bytes_before + bytes_of(line)
     found |= {f"seconds/{name}": line.get(key) for key, name in SECONDS.items()}
+    if line.get("personal"):
+        own = extremes([Personal.from_json(entry) for entry in line["personal"]])
+        found |= dict(zip(("personal/worst", "personal/median", "personal/best"), own, strict=True))
     found |= {f"phase/{name}": value for name, value in line.get("seconds_by_phase", {}).items()}
     over = _Clients()
     for done in clients:
@@ -133,8 +137,8 @@ def of_gains(sites: Iterable[dict[str, Any]], every_client: bool) -> Figures:
     for site in sites if every_client else ():
         name = f"client/{site['client']}"
         found[f"{name}/gain"] = site["gain"]
-        for model in ("before", "federated", "alone"):
-            if site[model] is not None:
+        for model in ("before", "federated", "alone", "own"):
+            if site.get(model) is not None:
                 found |= _scores(f"{name}/{model}", site[model])
         if site.get("tuning") is not None:
             found[f"{name}/tuning_gain"] = site["tuning"]["gain"]
