@@ -65,7 +65,7 @@ def test_what_each_site_gained(tmp_path: Path) -> None:
     assert "What did each site gain?" in page
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[page.index("What did each site gain?") :])
     assert cells[:9] == [
-        *("site 0", "18", "2", "1 of 2", "12.5 %, F1 0.40", "50.0 %, F1 0.40", "25.0 % to 75.0 %"),
+        *("site 0", "18", "2", "1 of 2", "12.5 %, F1 0.40", "50.0 %, F1 0.40", "25 to 75 %"),
         *("+38 (+10 to +60)", "site 1"),
     ]
     assert 'data-value="0.375" class="good">+38' in page
