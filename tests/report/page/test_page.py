@@ -66,7 +66,7 @@ def test_what_each_site_gained(tmp_path: Path) -> None:
     assert "What did each site gain?" in page
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[page.index("What did each site gain?") :])
     assert cells[:10] == [
-        *("site 0", "18", "2", "1 of 2", "12.5 %, F1 0.40", "50.0 %, F1 0.40", "–", "25.0 % to 75.0 %"),
+        *("site 0", "18", "2", "1 of 2", "12.5 %, F1 0.40", "50.0 %, F1 0.40", "–", "25 to 75 %"),
         *("+38 (+10 to +60)", "site 1"),
     ]
     assert 'data-value="0.375" class="good">+38' in page
@@ -75,7 +75,7 @@ def test_what_each_site_gained(tmp_path: Path) -> None:
     # A device that measured only its own experts.
     assert '<button type="button">own</button>' in page
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", page.partition("site 2</td>")[2].partition("</tr>")[0])
-    assert cells[3:7] == ["12.5 %, F1 0.40", "–", "50.0 %, F1 0.40", "25.0 % to 75.0 %"]
+    assert cells[3:7] == ["12.5 %, F1 0.40", "–", "50.0 %, F1 0.40", "25 to 75 %"]
     assert "federated less\nbefore." in page
     assert ">alone<" not in page
     assert "What did each site gain?" not in write_report([small_run(tmp_path / "other")]).read_text(encoding="utf-8")

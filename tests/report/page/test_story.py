@@ -2,13 +2,18 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hfedmoe.config import RunConfig
+from hfedmoe.data.example import Example
+from hfedmoe.data.task import Task
 from hfedmoe.errors import UserError
 from hfedmoe.events import Participant
+from hfedmoe.prepare import Prepared
 from hfedmoe.report.page.learned import confusion, curves, examples
 from hfedmoe.report.page.plots import heat
 from hfedmoe.report.page.story import Client, read_story
@@ -173,6 +178,19 @@ def test_examples_of_multiple_choice_show_the_choices_of_their_row(tmp_path: Pat
     about.write(path, known)
     shown = examples(read_story(path))
     assert [(row["right"], row["before"], row["after"]) for row in shown[:2]] == [("a", "b", "a"), ("g", "h", "g")]
+
+
+def test_a_run_writes_down_the_choices_of_rows_that_have_their_own() -> None:
+    rows = [Example("which?", ("x" * 500, "y"), 1)]
+    model: Any = SimpleNamespace(device="cpu")
+    encoder: Any = None
+    task = Task("quiz", "choices", "{text}", (), rows, rows)
+    known = Prepared(RunConfig(), model, encoder, task, []).about(None)
+    assert known.choices == [["x" * 399 + "…", "y"]]
+    assert known.truth == [1]
+    assert known.machine["memory_bytes"] > 0
+    labelled = Task("topics", "classification", "{text}", ("x", "y"), rows, rows)
+    assert Prepared(RunConfig(), model, encoder, labelled, []).about(None).choices == []
 
 
 def test_runs_of_earlier_versions_and_damaged_ones(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from hfedmoe.events import Score, SiteGain, Tuning
 from hfedmoe.report.page.tables import Cell, Column, Table, count, table
-from hfedmoe.report.words import decimal, percent, points
+from hfedmoe.report.words import decimal, interval_words, percent, points
 
 
 def gains(sites: Sequence[SiteGain]) -> Table:
@@ -46,8 +46,7 @@ def _scored(score: Score | None) -> Cell:
 def _interval(score: Score) -> Cell:
     if score.interval is None:
         return Cell()
-    low, high = score.interval
-    return Cell(f"{percent(low)} to {percent(high)}", low)
+    return Cell(interval_words(score.interval), score.interval[0])
 
 
 def _gained(by: SiteGain | Tuning) -> Cell:
