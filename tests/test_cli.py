@@ -91,7 +91,7 @@ def test_user_errors_are_one_line_and_exit_code_2(here, capfd):
         (["resume", full], "not a run folder"),
         (["evaluate", full], "neither a run folder"),
         (["evaluate", "tiny", "--checkpoint", "last"], "not a run folder"),
-        (["evaluate", "nowhere/nothing", "--config", wrong], "train.lr"),
+        (["evaluate", "tiny", "--config", wrong], "train.lr"),
         (["inspect", "nowhere/nothing"], "model.name = nowhere/nothing"),
         (["inspect", full], "has no config.json"),
         (["inspect", "tiny", "--upcycle-experts", "4"], "cannot upcycle a mixtral model"),
