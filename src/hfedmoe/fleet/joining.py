@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -35,6 +34,7 @@ from hfedmoe.fleet.lean import FRUGAL, lean
 from hfedmoe.fleet.offer import TO_CHECK, TO_RUN
 from hfedmoe.fleet.reach import NoAnswerError, ask
 from hfedmoe.fleet.secret import write_secret
+from hfedmoe.fleet.voice import Voice
 
 LOOK_S, AGAIN_S, ASK_S = 0.3, 5.0, 10.0
 
@@ -63,7 +63,7 @@ def join(path: Path, key: Path | None, allowed: Allowed, place: Path) -> int:
         stack.enter_context(_leaving())
         with disk_errors(folder.log, "join again"):
             log = stack.enter_context(folder.log.open("ab", buffering=0))
-        device = _Joined(folder, invitation, private, _Voice(log))
+        device = _Joined(folder, invitation, private, Voice(log))
         try:
             device.prepare(path, key, allowed)
             return device.stay()
@@ -75,29 +75,11 @@ def join(path: Path, key: Path | None, allowed: Allowed, place: Path) -> int:
             device.close()
 
 
-class _Voice:
-    """Shows lines, and writes them to the log with their time. Used from two threads."""
-
-    def __init__(self, log: FileIO) -> None:
-        self._log = log  # without a buffer, which would keep what cannot be written
-        self._fails = False
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-        try:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
-            self._fails = False
-        except OSError as error:  # a device with a full disk still has an owner who reads the screen
-            if not self._fails:
-                print(f"warning: {self._log.name}: cannot be written ({error.strerror})", flush=True)
-            self._fails = True
-
-
 class _Joined:
     """A device with its two processes."""
 
     def __init__(
-        self, folder: DeviceFolder, invitation: Invitation, key: ec.EllipticCurvePrivateKey, voice: _Voice
+        self, folder: DeviceFolder, invitation: Invitation, key: ec.EllipticCurvePrivateKey, voice: Voice
     ) -> None:
         self.folder, self.invitation, self.key, self.voice = folder, invitation, key, voice
         self._port = free_port()
