@@ -61,7 +61,7 @@ def settings(folder: Path, name: str, data: str) -> Path:
 
 
 def in_one_process(folder: Path) -> None:
-    """Two rounds of the same federation in this process; a device's file gets its client's rows in their order."""
+    """Three rounds of the same federation in this process; a device's file gets its client's rows in their order."""
     for number in range(3):
         own = rows_file(folder / f"own{number}.csv", "earn", "acq", "crude", rows=9 + 3 * number)
         own.write_text(own.read_text().replace(",", " grain ship grain,").replace("text grain ship grain,", "text,"))
@@ -72,7 +72,7 @@ def in_one_process(folder: Path) -> None:
     with RunFolder.create(folder / "in-process", config) as kept:
         kept.settle(ready.settled)
         simulation = assemble(ready, parts, kept, Silent())
-        simulation.server.ends_early = lambda: simulation.server.round == 2
+        simulation.server.ends_early = lambda: simulation.server.round == 3
         simulation.run()
     for number, part in enumerate(parts):
         rows = [ready.task.train[index] for index in part]
@@ -103,7 +103,7 @@ class Page:
 
 
 def who_comes_and_goes(started: Commands, server: Command, devices: dict[str, Command]) -> None:
-    """After round 2, west is invited and joins, south is stopped, and north is killed and started again."""
+    """After round 3, west is invited and joins, south is stopped, and north is killed and started again."""
     assert hfedmoe("invite", "west") == 0
     rows_file(Path("west.csv"), "earn", "crude", rows=18)
     swaps = {"north.invite": "west.invite", "hospital.csv": "west.csv"}
@@ -126,9 +126,9 @@ def check_who_came_and_went(run: RunFolder, takes_part: dict[str, str]) -> None:
     assert takes_part["north"].startswith("again from round ")
     assert takes_part["south"].startswith("left ")
     assert takes_part["east"] == "from round 2"  # of this process of the server
-    assert int(takes_part["west"].removeprefix("from round ")) > 2
+    assert int(takes_part["west"].removeprefix("from round ")) > 3
     rounds = [{row["client"]: row["status"] for row in line["clients"]} for line in run.read_rounds()[1:]]
-    assert rounds[1] == {0: "ok", 1: "ok", 2: "ok"}
+    assert rounds[1] == rounds[2] == {0: "ok", 1: "ok", 2: "ok"}
     assert rounds[-1] == {0: "ok", 2: "ok", 3: "ok"}
     assert {status for line in rounds for status in line.values()} <= {"ok", "left"}
     # A device that was killed goes on with what it remembers.
@@ -172,7 +172,10 @@ def test_three_devices_end_with_the_weights_of_one_process_even_if_the_server_st
         server = started.start("server", *page.command("serve", "my.toml"))
         server.wait_for("of 3 here, waiting for ")
         for name, budget in zip(NAMES[1:], BUDGETS[1:], strict=True):
+            own = f"models/{name}"  # a checkpoint of its own
+            shutil.copytree("models/base", own)
             swaps = {"north.invite": f"{name}.invite", "hospital.csv": f"{name}.csv", BUDGETS[0]: budget}
+            swaps["models/base"] = own
             devices.append(started.start(name, *[swaps.get(word, word) for word in joined]))
         refused = started.start("stranger", "join", "stranger.invite", "--data", "north.csv", "--folder", "s")
         assert refused.ended() == 2
@@ -198,9 +201,9 @@ def test_three_devices_end_with_the_weights_of_one_process_even_if_the_server_st
 
         again = started.start("again", *page.command("serve", "--resume"))
         again.wait_for("rounds 2 to 60, 3 clients")
-        again.wait_for("round 2/60 done")
+        again.wait_for("round 3/60 done")
         for device in devices:
-            device.wait_for("round 2: step 2/2, loss ")
+            device.wait_for("round 3: step 2/2, loss ")
         who_comes_and_goes(started, again, dict(zip(NAMES, devices, strict=True)))
         capsys.readouterr()
         assert hfedmoe("status", "--json") == 0
@@ -214,11 +217,11 @@ def test_three_devices_end_with_the_weights_of_one_process_even_if_the_server_st
 
     ours, theirs = (RunFolder.open(tmp_path / name) for name in ("in-process", "runs/first"))
     check_who_came_and_went(theirs, takes_part)
-    expected, got = ours.load_checkpoint(2), theirs.load_checkpoint(2)
+    expected, got = ours.load_checkpoint(3), theirs.load_checkpoint(3)
     assert got.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
         assert torch.equal(got.tensors[name], tensor), name
-    for one, other in zip(ours.read_rounds()[1:], theirs.read_rounds()[1:3], strict=True):
+    for one, other in zip(ours.read_rounds()[1:], theirs.read_rounds()[1:4], strict=True):
         for mine, deployed in zip(one["clients"], other["clients"], strict=True):
             for key in ("client", "examples", "resident", "trained", "first_loss", "last_loss"):
                 assert mine[key] == deployed[key], key
