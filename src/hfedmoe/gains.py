@@ -52,8 +52,10 @@ def site_gains(
         watcher.phase(f"measuring what {sites.names[client]} gained")
         rows = [task.train[row] for row in kept]
         before = prepared.measure_on(rows, prepared.initial)
-        own = prepared.measure_on(rows, federated(client), held=held[client]) if client in held else None
-        after = prepared.measure_on(rows, federated(client))
+        after, own = prepared.measure_on(rows, federated(client)), None
+        if client in held:
+            whole = all(bool(keep.all()) for keep in held[client])
+            own = after if whole else prepared.measure_on(rows, federated(client), held=held[client])
         by_itself = None if alone is None else prepared.measure_on(rows, alone(client))
         trained = len(sites.trained[client])
         gain, interval = gained(compared(trained, rows, by_itself or before, after))

@@ -20,7 +20,7 @@ TRACKED = is_installed("tensorboard")
 APP = Path(__file__).parents[2] / "examples" / "flower"
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # minutes: a process of torch for every message; tests/fleet has a SuperLink and lasting workers
 def test_a_round_under_a_superlink_ends_with_the_in_process_weights(tmp_path: Path) -> None:
     """In process the whole model is masked; the nodes carve theirs from a checkpoint, and one says what it holds."""
     tokenizer = tiny_tokenizer()
