@@ -21,8 +21,8 @@ from hfedmoe.report.page.story import read_story
 from hfedmoe.report.personal import personal_line
 from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.evaluation import evaluate
+from hfedmoe.server.recall import last_held
 from hfedmoe.simulated import split
-from hfedmoe.tuning import last_held
 from tests.commands import hfedmoe
 from tests.federation import tiny_config
 from tests.test_carriers import without

@@ -28,10 +28,11 @@ from hfedmoe.runs.paths import with_absolute_paths
 from hfedmoe.runs.refusals import require_trackers
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.keeper import Keeper
+from hfedmoe.server.recall import last_held
 from hfedmoe.server.server import Server, server_app
 from hfedmoe.server.sites import with_tuning
 from hfedmoe.simulated import WorkerApp, app_of, devices_of, identity, let_measure, predict_peaks, split
-from hfedmoe.tuning import last_held, tune_clients
+from hfedmoe.tuning import tune_clients
 from hfedmoe.wire.cluster import Cluster, connected
 from hfedmoe.wire.inprocess import InProcessGrid
 from hfedmoe.wire.local import LocalGrid, changed_contexts, restore_contexts

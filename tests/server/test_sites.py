@@ -20,6 +20,7 @@ from hfedmoe.data.kept import LEAST
 from hfedmoe.events import OwnResult, OwnScore, Personal, Score, SiteGain, Tuning
 from hfedmoe.moe.payload import layer_of
 from hfedmoe.report.live.gains import explained, gains_table
+from hfedmoe.runs.folder import RunFolder
 from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.evaluation import Metrics
 from hfedmoe.server.members import Member
@@ -68,9 +69,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Hear
     """
     notes, folder = Heard(), tmp_path_factory.mktemp("devices")
     more = (f"evaluation.tune_steps={STEPS}", "evaluation.personal_every=1")
-    more += ('clients.budgets=["100%","25%","50%","50%"]',)
-    config = tiny_config("federation.rounds=1", *more)
-    run = Federation(None, config, notes)
+    config = tiny_config("federation.rounds=1", *more, 'clients.budgets=["100%","25%","50%","50%"]')
+    run = Federation(RunFolder.create(folder / "run", config), config, notes)
     for device, count in zip(run.devices, (12, LEAST, LEAST - 1, 12), strict=True):
         device.kept = [run.prepared.task.test[(device.number + i) % 30] for i in range(count)]
         device.judge = run.prepared.measure_now if device.number != 3 else None
@@ -182,8 +182,26 @@ def test_what_a_device_trains_for_itself_stays_with_it(measured: tuple[Federatio
     )
 
 
-def test_a_device_measures_and_trains_on_once(measured: tuple[Federation, Heard]) -> None:
+def test_a_server_that_goes_on_after_the_last_round_hears_the_same(
+    measured: tuple[Federation, Heard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No round is planned any more: who held what is in the run folder, and devices remember what they answered."""
     run, notes = measured
+    keeper, seen = run.server.keeper, len(notes.warnings)
+    before, keeper.gains = keeper.gains, []
+    monkeypatch.setattr(keeper, "knows_sites", lambda round: False)  # it was killed before it wrote them down
+    attendance = run.server.attendance(run.grid)
+    attendance.gather()
+    ask_sites(run.server, attendance)
+    assert keeper.gains == before
+    assert [text for text in notes.warnings[seen:] if "answered" in text] == []
+
+
+def test_a_device_measures_and_trains_on_once(
+    measured: tuple[Federation, Heard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, notes = measured
+    monkeypatch.setattr(run.server.keeper, "knows_sites", lambda round: False)
     before, seen = list(run.server.keeper.gains), len(notes.warnings)
     written = [device.tuned.stat().st_mtime_ns for device in run.devices if device.tuned and device.number != 2]
     ask_sites(run.server, here(run))

@@ -13,6 +13,7 @@ from hfedmoe.server.attendance import Attendance
 from hfedmoe.server.intervals import difference_interval, share_interval
 from hfedmoe.server.keeper import Keeper
 from hfedmoe.server.members import Member, reply_of
+from hfedmoe.server.recall import recall
 from hfedmoe.wire import checks
 from hfedmoe.wire.exchange import Request, clean
 from hfedmoe.wire.messages import MEASURE, TUNE, InvalidReplyError
@@ -25,6 +26,7 @@ class Asks(Protocol):
     keeper: Keeper
     watcher: Watcher
     round: int
+    num_experts: list[int]
 
     def last_request(self, member: Member, kind: str) -> Request: ...
 
@@ -34,6 +36,8 @@ def ask_sites(server: Asks, attendance: Attendance) -> None:
     settings, keeper = server.config.evaluation, server.keeper
     if not (settings.own_share or settings.tune_steps) or keeper.knows_sites(server.round):
         return
+    if keeper.folder is not None:
+        recall(attendance, keeper.folder, server.num_experts)  # a run that is resumed after its last round
     gains: list[SiteGain] = []
     if settings.own_share:
         server.watcher.phase("the devices measure what they gained")
