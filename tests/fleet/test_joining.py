@@ -34,6 +34,7 @@ def test_a_worker_that_dies_at_every_start_is_given_up(
     code: int, starts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new_fleet(tmp_path, "north")
+    (tmp_path / "own.csv").write_text("text,label\n")
     started: list[Any] = []
 
     def start(*_: Any) -> Any:
