@@ -11,6 +11,7 @@ import torch
 
 from hfedmoe.config import RunConfig
 from hfedmoe.errors import UserError
+from hfedmoe.files.disk import SERVED
 from hfedmoe.runs.folder import RunFolder
 from tests.runs.conftest import CONFIG
 from tests.runs.writing import child, tensors
@@ -105,15 +106,18 @@ for write in (
 """
 
 
-def test_a_full_disk_is_a_user_error_and_harms_nothing(run):
+@pytest.mark.parametrize("command", ["hfedmoe resume", "hfedmoe serve --resume"])
+def test_a_full_disk_is_a_user_error_and_harms_nothing(run, command):
     run.close()
+    if command != "hfedmoe resume":  # devices are part of it
+        (run.path / SERVED).write_text("{}")
     with child(SMALL_DISK, run.path) as process:
         out, err = process.communicate(timeout=120)
     assert err == ""
     names = ["checkpoints", "checkpoints", "metrics.jsonl", "experts.npy"]
     assert out.splitlines() == [
         f"{run.path / name}: cannot be written (File too large); "
-        f"free some space, then `hfedmoe resume {run.path}`"
+        f"free some space, then `{command} {run.path}`"
         for name in names
     ]  # fmt: skip
     assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["round-0001"]

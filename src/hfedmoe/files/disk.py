@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # EFBIG: over a file size limit (`ulimit -f`), which is reported like a full disk.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+SERVED = "fleet.json"
+"""In the folder of a run of `hfedmoe serve`: the key under which devices remember the run."""
 UNFINISHED = ".tmp-"  # prefix of files that are being written or deleted; they are never read
 
 
@@ -43,8 +45,9 @@ def _explain(path: Path, code: int | None, reason: str, then: str) -> DiskError:
 
 
 def resume_hint(run: Path) -> str:
-    """The command to use after a failed write in a run folder."""
-    return f"`hfedmoe resume {shlex.quote(str(run))}`"
+    """The command to use after a failed write in a run folder; a run with devices is continued with them only."""
+    command = "serve --resume" if (run / SERVED).is_file() else "resume"
+    return f"`hfedmoe {command} {shlex.quote(str(run))}`"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from hfedmoe.config import RunConfig
 from hfedmoe.data.terms import terms_of
 from hfedmoe.errors import UserError
 from hfedmoe.events import Watcher
-from hfedmoe.files.disk import disk_errors, replacing
+from hfedmoe.files.disk import SERVED, disk_errors, replacing
 from hfedmoe.files.locks import HeldError, claim
 from hfedmoe.fleet.folder import Folder
 from hfedmoe.fleet.front import Board, front
@@ -39,8 +39,6 @@ from hfedmoe.server.members import Known
 from hfedmoe.wire.same import Digests
 
 CONTINUED_BY = "hfedmoe serve --resume"
-KEY = "fleet.json"
-"""In a run's folder: the key under which devices remember the run."""
 
 
 def serve(fleet: Folder, config: RunConfig, out: Path | None, address: str, watcher: Watcher) -> Path:
@@ -58,7 +56,7 @@ def serve(fleet: Folder, config: RunConfig, out: Path | None, address: str, watc
                 _write_key(folder.path)
                 prepared = prepare(config, watcher)
             except BaseException:  # nothing has run: the same folder can be used again
-                (folder.path / KEY).unlink(missing_ok=True)
+                (folder.path / SERVED).unlink(missing_ok=True)
                 folder.discard()
                 raise
             folder.settle(prepared.settled)
@@ -76,7 +74,7 @@ def resume(fleet: Folder, path: Path, address: str, watcher: Watcher) -> None:
     """
     with only_one(fleet), RunFolder.open(path, to_write=True) as folder:
         was = read_identity(path)
-        if was is None or was.carrier != DEPLOYED or not (path / KEY).is_file():
+        if was is None or was.carrier != DEPLOYED or not (path / SERVED).is_file():
             raise UserError(
                 f"{path}: not a run of `hfedmoe serve`; `hfedmoe resume {path}` continues a run of one machine"
             )
@@ -103,17 +101,17 @@ def for_roster(config: RunConfig, roster: Roster) -> RunConfig:
 
 
 def _write_key(path: Path) -> None:
-    with disk_errors(path / KEY, "serve again"), replacing(path / KEY) as stream:
+    with disk_errors(path / SERVED, "serve again"), replacing(path / SERVED) as stream:
         stream.write(json.dumps({"run": secrets.token_hex(16)}).encode())
 
 
 def _read_key(path: Path) -> str:
     """Raises UserError if it is damaged."""
     try:
-        return str(json.loads((path / KEY).read_text())["run"])
+        return str(json.loads((path / SERVED).read_text())["run"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path / KEY}: is damaged ({error}), so devices would not know the run; begin a new one"
+            f"{path / SERVED}: is damaged ({error}), so devices would not know the run; begin a new one"
         ) from None
 
 
