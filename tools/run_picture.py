@@ -21,7 +21,8 @@ def main(run: Path, picture: Path) -> None:
     with RunFolder.open(run) as folder, open("/dev/null", "w") as nowhere:
         keeper, rounds = Keeper(folder), folder.read_rounds()
         console = Console(record=True, width=104, file=nowhere, force_terminal=False)
-        watcher = Live(console)
+        now = [0.0]
+        watcher = Live(console, lambda: now[0])
         first = next(line for line in rounds if line["round"] == 1)
         rows = {row["client"]: row for row in first["clients"]}
         who = {
@@ -32,11 +33,15 @@ def main(run: Path, picture: Path) -> None:
         keeper.introduce(who)
         watcher.start(folder.config.name, folder.config.federation.rounds, 1, list(who.values()))
         for line in rounds:
+            if line["round"]:
+                watcher.round_started(line["round"])
             for kind, metrics in line["evaluation"].items():
-                accuracy, macro_f1, loss = (metrics[name] for name in ("accuracy", "macro_f1", "loss"))
+                trained = "choice_loss" if folder.config.train.loss == "choices" else "loss"
+                accuracy, macro_f1, loss = (metrics[name] for name in ("accuracy", "macro_f1", trained))
                 which: Literal["all", "watch"] = "all" if kind == "all" else "watch"
                 watcher.evaluated(Evaluation(line["round"], accuracy, macro_f1, loss, metrics["examples"], which))
             if line["round"]:
+                now[0] += line["seconds"]
                 watcher.round_done(line["round"], line["seconds"], line["bytes_down"], line["bytes_up"])
         watcher.final_table(keeper.final_totals(), keeper.scores[0], keeper.scores[-1])
         svg = console.export_svg(title="hfedmoe run")
