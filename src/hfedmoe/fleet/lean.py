@@ -6,12 +6,16 @@ Pieces of messages, 5 MiB each, are in requests and replies of HTTP libraries, a
 looks for cycles once many objects were made, but these are few and large: a SuperNode grew by 15 MiB with every round
 of 43 MB. Here Python looks every few seconds, at the objects made since the start. The C library is told to give freed
 pieces back to the system.
+
+A program that fails ends: by itself a SuperNode whose connection broke in the handshake stayed, and did nothing.
 """
 
 import gc
+import os
 import sys
 import threading
 import time
+import traceback
 from importlib.metadata import entry_points
 
 EVERY_S = 5.0
@@ -38,7 +42,13 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what was imported stays, so that looking takes no time
     threading.Thread(target=_collect, daemon=True).start()
-    run()
+    try:
+        run()
+    except Exception:
+        # Flower's other threads would keep the process, and nobody would start it again.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":
