@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 FAILS = """
 import sys, threading, time
 from hfedmoe.fleet import lean
@@ -13,7 +15,8 @@ class Program:
 
     def run(self):
         threading.Thread(target=time.sleep, args=(60,)).start()  # as Flower's HTTP server, it would keep the process
-        raise OSError(f"broke: {sys.argv}")
+        print(sys.argv)
+        raise ERROR
 
 lean.entry_points = lambda **_: [Program()]
 sys.argv = ["lean", "flower-supernode", "--x"]
@@ -21,7 +24,10 @@ lean.main()
 """
 
 
-def test_a_program_that_fails_ends_although_its_threads_go_on() -> None:
-    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 1
-    assert "broke: ['flower-supernode', '--x']" in done.stderr
+@pytest.mark.parametrize(("error", "code"), [("OSError('broke')", 1), ("SystemExit(201)", 201)])
+def test_a_program_that_fails_ends_although_its_threads_go_on(error: str, code: int) -> None:
+    script = FAILS.replace("ERROR", error)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.returncode == code
+    assert done.stdout == "['flower-supernode', '--x']\n"
+    assert ("broke" in done.stderr) == ("broke" in error)

@@ -34,6 +34,13 @@ def _collect() -> None:
         gc.collect()
 
 
+def _end(code: int) -> None:
+    """End now: Flower's other threads would keep the process, and nobody would start it again."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main() -> None:
     """Be the program that the first argument names."""
     del sys.argv[0]
@@ -44,11 +51,13 @@ def main() -> None:
     threading.Thread(target=_collect, daemon=True).start()
     try:
         run()
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            _end(end.code if isinstance(end.code, int) else 1)
+        raise
     except Exception:
-        # Flower's other threads would keep the process, and nobody would start it again.
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        _end(1)
 
 
 if __name__ == "__main__":
