@@ -60,12 +60,9 @@ class RunConfig(Section):
                     f'evaluation.alone: a client of the method "{self.method.name}" trains parts that no other method '
                     "has; use `hfedmoe compare --methods` with local"
                 )
-            if self.evaluation.tune_steps and (words := METHODS[self.method.name].no_own_model):
-                raise ValueError(f'evaluation.tune_steps: method.name = "{self.method.name}": {words}; leave it out')
-            if self.evaluation.personal_every and (words := METHODS[self.method.name].no_own_model):
-                raise ValueError(
-                    f'evaluation.personal_every: method.name = "{self.method.name}": {words}; leave it out'
-                )
+            for setting in ("tune_steps", "personal_every"):
+                if getattr(self.evaluation, setting) and (words := METHODS[self.method.name].no_own_model):
+                    raise ValueError(f'evaluation.{setting}: method.name = "{self.method.name}": {words}; leave it out')
         if self.evaluation.personal_every and not self.evaluation.own_share:
             raise ValueError(
                 "evaluation.personal_every: clients measure on rows that they keep back; set evaluation.own_share, or "
